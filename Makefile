@@ -1,0 +1,32 @@
+# Each target does all of its own set-up: a fresh clone needs nothing before `make demo` or `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test check tiny clean
+
+# The stamp is newer than the files that say what is installed, so an up-to-date environment costs nothing.
+$(VENV)/.installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python scripts/demo.py
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+tiny: $(VENV)/.installed
+	$(BIN)/python scripts/build_tiny.py
+
+clean:
+	rm -rf build runs .pytest_cache .ruff_cache
