@@ -1,4 +1,4 @@
-"""Strict numerics: shapes are checked at run time, nothing reaches for the network, the global generator stays where it was."""
+"""Strict: nothing reaches for the network, and the global generator stays where it was."""
 
 from __future__ import annotations
 

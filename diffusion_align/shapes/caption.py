@@ -94,7 +94,7 @@ def parse(text: str) -> Caption:
 def held_out(caption: Caption) -> bool:
     """Whether the caption's combination of things is reserved for evaluation.
 
-    The combination is what is shown (kind, count and the unordered things), whatever the relation and the background, so a
+    The combination is what is shown (kind, count and the unordered things), whatever the relation and background, so a
     held-out prompt is new as a composition and not only as a string.
     """
     key = f"{caption.kind} {caption.count} {sorted(caption.things)}"
@@ -103,7 +103,7 @@ def held_out(caption: Caption) -> bool:
 
 
 def random_caption(rng: np.random.Generator) -> Caption:
-    """One caption: the kind by its share, everything else uniformly; the two things of a pair differ in colour or shape."""
+    """One caption: the kind by its share, the rest uniformly; the two things of a pair differ in colour or shape."""
     kind = rng.choice(list(KIND_SHARES), p=list(KIND_SHARES.values()))
     first = ALL_THINGS[rng.integers(len(ALL_THINGS))]
     background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]

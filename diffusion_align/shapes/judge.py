@@ -1,5 +1,5 @@
-"""The judge: reads a picture of the embedded world without any network and says, attribute by attribute, whether the caption
-holds. It is the held-out metric, GenEval in small, and never the training reward unless a run says so.
+"""The judge: reads a picture of the embedded world without any network and says, attribute by attribute, whether the
+caption holds. It is the held-out metric, GenEval in small, and never the training reward unless a run says so.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from .caption import BACKGROUNDS, COLOURS, SHAPES, SIZES, Caption, Thing, parse
+from .caption import BACKGROUNDS, COLOURS, SHAPES, Caption, Thing, parse
 from .render import DIAMETERS, PALETTE, PIXELS, render
 
 ATTRIBUTES = ("count", "colour", "shape", "size", "relation", "background", "all")
@@ -51,7 +51,7 @@ def _normalise(mask: np.ndarray) -> np.ndarray:
 def _templates(size: str) -> tuple[np.ndarray, list[str]]:
     """Blobs of every shape in every colour on every background, `[N,_GRID,_GRID]` bool, and the shape of each.
 
-    They pass through the judge's own segmentation, because the rim that it keeps depends on the two colours that meet there.
+    They pass through the judge's own segmentation: the rim that it keeps depends on the two colours that meet there.
     """
     masks, shapes = [], []
     for shape, colour, background in itertools.product(SHAPES, COLOURS, BACKGROUNDS):
@@ -97,7 +97,7 @@ def _blobs(picture: np.ndarray) -> tuple[list[tuple[str, np.ndarray]], str | Non
 
 
 def read_picture(picture: np.ndarray) -> tuple[list[Seen], str | None]:
-    """Objects and background of an `[64,64,3]` uint8 picture; the background is None when the border shows no one colour."""
+    """Objects and background of an `[64,64,3]` uint8 picture; the background is None where no one colour rings it."""
     blobs, background = _blobs(picture)
     seen = []
     for colour, mask in blobs:
@@ -156,7 +156,7 @@ def judge(images: torch.Tensor, captions: list[str]) -> dict[str, torch.Tensor]:
         captions: B captions of the grammar.
 
     Returns:
-        A float32 tensor `[B]` for each of `ATTRIBUTES`: 1 holds, 0 does not, NaN does not apply (no relation in the caption).
+        A float32 tensor `[B]` for each of `ATTRIBUTES`: 1 holds, 0 does not, NaN does not apply (no relation in it).
         "all" is 1 only where every attribute that applies holds.
 
     Raises:
@@ -164,7 +164,8 @@ def judge(images: torch.Tensor, captions: list[str]) -> dict[str, torch.Tensor]:
     """
     if images.ndim != 4 or images.shape[1:] != (3, PIXELS, PIXELS) or len(captions) != len(images):
         raise ValueError(
-            f"the judge reads [B,3,{PIXELS},{PIXELS}] pictures with B captions, not {tuple(images.shape)} with {len(captions)}"
+            f"the judge reads [B,3,{PIXELS},{PIXELS}] pictures with B captions, "
+            f"not {tuple(images.shape)} with {len(captions)}"
         )
     # NaN pictures are black to the judge: they fail rather than crash.
     levels = (images.detach().float().nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)

@@ -1,0 +1,40 @@
+"""The gate to diffusers: models come in here as tensors' functions, and nothing above imports diffusers.
+
+Names load lazily, because importing diffusers takes seconds.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapters import add_lora, load_lora, load_unet, reference, save_lora, save_unet, trainable
+    from .attention import set_attention
+    from .pipeline import TextToImage, load_pipeline
+
+_ROOMS = {
+    "adapters": ("add_lora", "load_lora", "load_unet", "reference", "save_lora", "save_unet", "trainable"),
+    "attention": ("set_attention",),
+    "pipeline": ("TextToImage", "load_pipeline"),
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+
+__all__ = [
+    "TextToImage",
+    "add_lora",
+    "load_lora",
+    "load_pipeline",
+    "load_unet",
+    "reference",
+    "save_lora",
+    "save_unet",
+    "set_attention",
+    "trainable",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOM_OF:
+        return getattr(import_module(f".{_ROOM_OF[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

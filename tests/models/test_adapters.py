@@ -1,0 +1,197 @@
+"""LoRA and full training: nothing changes at the start, strength survives the file, and half a file is refused."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from diffusion_align.models import (
+    add_lora,
+    load_lora,
+    load_pipeline,
+    load_unet,
+    reference,
+    save_lora,
+    save_unet,
+    trainable,
+)
+from diffusion_align.models.adapters import ATTENTION, WIDE
+from diffusion_align.rng import generator, normal
+
+FILE = "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture
+def item(gate):
+    x = torch.randn(3, 4, 8, 8, generator=generator(0, "x"))
+    return x, torch.tensor([1, 500, 999]), gate.encode_text(["a red circle", "", "a blue square"])
+
+
+def disturb(parameters, scale=0.05):
+    with torch.no_grad():
+        for i, p in enumerate(parameters):
+            p.add_(normal(p.shape, 0, "disturb", i) * scale)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_policy_is_its_reference_exactly_until_it_moves(gate, item, mode, half):
+    parameters = add_lora(gate.unet, 4, 8.0) if mode == "lora" else trainable(gate.unet, "full")
+    frozen = reference(gate, mode)
+    before = frozen(*item)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        assert torch.equal(frozen(*item), gate.predict(*item).detach())
+    assert not frozen(*item).requires_grad
+    disturb(parameters)
+    assert torch.equal(frozen(*item), before)
+    assert not torch.allclose(gate.predict(*item), before, atol=1e-3)
+
+
+def test_only_the_lora_gets_gradients_and_at_first_only_its_upper_half(gate, item):
+    parameters = add_lora(gate.unet, 4)
+    gate.predict(*item).square().sum().backward()
+    named = {name: p for name, p in gate.unet.named_parameters() if p.requires_grad}
+    assert len(named) == len(parameters) and all("lora_" in name for name in named)
+    # B is 0, so the output cannot yet depend on A, but does on B (Hu et al. 2021, sec. 4.1).
+    assert not any(bool(p.grad.any()) for name, p in named.items() if "lora_A" in name)
+    assert all(bool(p.grad.any()) for name, p in named.items() if "lora_B" in name)
+
+
+def test_first_weights_are_addressed_and_gaussian(tiny_folder):
+    gates = [load_pipeline(tiny_folder, device="cpu") for _ in range(3)]
+    first, same, other = (add_lora(g.unet, 8, seed=seed) for g, seed in zip(gates, (3, 3, 4), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
+    downs = torch.cat([p.flatten() for n, p in gates[0].unet.named_parameters() if "lora_A" in n]) * 8
+    others = torch.cat([p.flatten() for n, p in gates[2].unet.named_parameters() if "lora_A" in n]) * 8
+    assert len(other) == len(first) and abs(torch.corrcoef(torch.stack([downs, others]))[0, 1]) < 0.05
+    assert abs(downs.std() - 1) < 0.05 and abs(downs.mean()) < 0.05
+
+
+@pytest.mark.parametrize("alpha", [1.0, 4.0, 16.0])
+@pytest.mark.parametrize("targets", [ATTENTION, WIDE], ids=["attention", "wide"])
+def test_plain_diffusers_reloads_the_same_function(gate, item, tiny_folder, tmp_path, alpha, targets):
+    disturb(add_lora(gate.unet, 4, alpha, targets))
+    expected = gate.predict(*item).detach()
+    save_lora(gate.unet, tmp_path)
+    ours = load_pipeline(tiny_folder, device="cpu")
+    load_lora(ours, tmp_path)
+    assert torch.equal(ours.predict(*item).detach(), expected)
+    plain = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    plain.load_lora_weights(tmp_path)
+    x, t, text = item
+    torch.testing.assert_close(plain.unet(x, t, text).sample.detach(), expected, rtol=0, atol=1e-6)
+
+
+def test_masters_are_float32_on_a_half_precision_network(tiny_folder):
+    gate = load_pipeline(tiny_folder, device="cpu", dtype=torch.bfloat16)
+    assert {p.dtype for p in add_lora(gate.unet, 4)} == {torch.float32}
+    with pytest.raises(ValueError, match="needs float32"):
+        trainable(load_pipeline(tiny_folder, device="cpu", dtype=torch.bfloat16).unet, "full")
+
+
+def test_bad_requests(gate):
+    with pytest.raises(ValueError, match="at least 1"):
+        add_lora(gate.unet, 0)
+    with pytest.raises(ValueError, match="no layer"):
+        add_lora(gate.unet, 4, targets=["to_nowhere"])
+    add_lora(gate.unet, 4)
+    with pytest.raises(ValueError, match="already has a LoRA"):
+        add_lora(gate.unet, 4)
+    with pytest.raises(ValueError, match="unknown mode"):
+        trainable(gate.unet, "half")
+    with pytest.raises(ValueError, match="unknown mode"):
+        reference(gate, "half")
+
+
+def spoil(path, change):
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata=header)
+    return path
+
+
+def first(tensors):
+    return sorted(tensors)[0]
+
+
+FAULTS = {
+    "prefix": lambda t: [t.__setitem__("text_encoder." + k, t.pop(k)) for k in list(t)],
+    "one missing": lambda t: t.pop(first(t)),
+    "half missing": lambda t: [t.pop(k) for k in sorted(t)[::2]],
+    "all missing": lambda t: t.clear(),
+    "extra": lambda t: t.__setitem__("unet.nowhere.lora.down.weight", torch.zeros(4, 4)),
+    "shape": lambda t: t.__setitem__(first(t), torch.zeros(4, 5)),
+    "rank": lambda t: [t.__setitem__(k, (t[k][:2] if "down" in k else t[k][:, :2]).contiguous()) for k in t],
+    "nan": lambda t: t[first(t)].view(-1)[0].fill_(float("nan")),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_damaged_lora_is_refused_whole(gate, item, tiny_folder, tmp_path, fault):
+    disturb(add_lora(gate.unet, 4))
+    spoil(save_lora(gate.unet, tmp_path), FAULTS[fault])
+    fresh = load_pipeline(tiny_folder, device="cpu")
+    before = fresh.predict(*item)
+    with pytest.raises(ValueError) as error:
+        load_lora(fresh, tmp_path)
+    assert str(tmp_path / FILE) in str(error.value) and "\n" not in str(error.value)
+    if fault not in ("all missing", "rank", "half missing"):
+        assert "lora" in str(error.value).rsplit(FILE, 1)[1]  # the key
+    assert torch.equal(fresh.predict(*item), before)
+
+
+def test_truncated_and_absent_files(gate, tmp_path):
+    with pytest.raises(FileNotFoundError, match="not there"):
+        load_lora(gate, tmp_path)
+    add_lora(gate.unet, 4)
+    path = save_lora(gate.unet, tmp_path)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="not a whole safetensors"):
+        load_lora(gate, tmp_path)
+
+
+def test_the_header_holds_the_strength(gate, tmp_path):
+    add_lora(gate.unet, 4, 16.0)
+    with safe_open(save_lora(gate.unet, tmp_path), "pt") as file:
+        header = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert header["unet.r"] == 4 and header["unet.lora_alpha"] == 16.0
+
+
+def test_a_file_without_header_loads_with_alpha_as_rank(gate, item, tiny_folder, tmp_path):
+    disturb(add_lora(gate.unet, 4, 4.0))
+    path = save_lora(gate.unet, tmp_path)
+    save_file(load_file(path), path)
+    fresh = load_pipeline(tiny_folder, device="cpu")
+    load_lora(fresh, tmp_path)
+    assert torch.equal(fresh.predict(*item).detach(), gate.predict(*item).detach())
+
+
+def test_full_weights_round_trip_and_wrong_networks_are_refused(gate, item, tiny_folder, tmp_path):
+    disturb(trainable(gate.unet, "full"), 0.01)
+    save_unet(gate.unet, tmp_path)
+    fresh = load_pipeline(tiny_folder, device="cpu")
+    load_unet(fresh, tmp_path)
+    assert torch.equal(fresh.predict(*item), gate.predict(*item).detach())
+    plain = UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet")
+    x, t, text = item
+    assert torch.equal(plain(x, t, text).sample.detach(), gate.predict(*item).detach())
+    with pytest.raises(FileNotFoundError, match="not there"):
+        load_unet(fresh, tmp_path / "nowhere")
+    with torch.no_grad():
+        next(iter(gate.unet.parameters())).view(-1)[0] = float("inf")
+    save_unet(gate.unet, tmp_path)
+    with pytest.raises(ValueError, match="not finite"):
+        load_unet(fresh, tmp_path)
+
+
+def test_warnings_stay_ours(gate, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        add_lora(gate.unet, 2)
+        save_lora(gate.unet, tmp_path)

@@ -1,0 +1,167 @@
+"""The gate against plain diffusers, part by part and whole."""
+
+import json
+import shutil
+import socket
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+from diffusion_align.models import load_pipeline
+from diffusion_align.rng import generator
+from diffusion_align.samplers import sample, step_table
+
+PROMPTS = ["a small red circle", "two blue squares above a cross on a gray background"]
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=generator(seed, "test"))
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_folder):
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_text_encoding_is_diffusers_own(gate, plain):
+    text, empty = plain.encode_prompt(PROMPTS, "cpu", 1, True, negative_prompt=["", ""])
+    assert torch.equal(gate.encode_text(PROMPTS, chunk=1), text.detach())
+    assert torch.equal(gate.empty_text.expand_as(empty), empty.detach())
+
+
+def test_pictures_and_latents_are_diffusers_own(gate, plain):
+    images, noise = torch.rand(3, 3, 32, 32, generator=generator(1, "images")), draw(3, 4, 8, 8)
+    posterior = plain.vae.encode(images * 2 - 1).latent_dist
+    factor = plain.vae.config.scaling_factor
+    torch.testing.assert_close(gate.encode_images(images), posterior.mean.detach() * factor)
+    sampled = (posterior.mean + posterior.std * noise).detach() * factor
+    torch.testing.assert_close(gate.encode_images(images, noise, chunk=2), sampled)
+    decoded = (plain.vae.decode(sampled / factor).sample / 2 + 0.5).clamp(0, 1).detach()
+    torch.testing.assert_close(gate.decode(sampled, chunk=2), decoded)
+    assert decoded.min() >= 0 and decoded.max() <= 1
+
+
+@pytest.mark.parametrize("folder", ["tiny_folder", "tiny_v_folder"])
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp"])
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_a_whole_run_is_the_plain_pipelines(request, folder, solver, guidance):
+    folder = request.getfixturevalue(folder)
+    gate, pipe = load_pipeline(folder, device="cpu"), StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    kind = DDIMScheduler if solver == "ddim" else DPMSolverMultistepScheduler
+    config = {**pipe.scheduler.config, "timestep_spacing": "trailing", "set_alpha_to_one": True}
+    pipe.scheduler = kind.from_config(config)
+    x = draw(2, 4, 8, 8)
+    theirs = pipe(
+        PROMPTS, num_inference_steps=10, guidance_scale=guidance, latents=x, output_type="latent", height=32, width=32
+    ).images
+    table = step_table(gate.schedule, 10, solver=solver, order=2, eta=0.0)
+    with torch.no_grad():
+        ours = sample(gate.denoiser(gate.encode_text(PROMPTS), guidance=guidance), table, x)
+    torch.testing.assert_close(ours, theirs.detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_predict_is_differentiable_float32_and_blind_to_batch_mates(gate):
+    x, t, text = draw(2, 4, 8, 8), torch.tensor([3, 900]), gate.encode_text(PROMPTS)
+    x.requires_grad_()
+    output = gate.predict(x, t, text)
+    assert output.dtype == torch.float32 and output.shape == x.shape
+    torch.testing.assert_close(gate.predict(x[1:], t[1:], text[1:]), output[1:], rtol=1e-4, atol=1e-5)
+    output.square().sum().backward()
+    assert x.grad is not None and bool(x.grad.any())
+
+
+def test_half_precision_weights_give_float32_results(tiny_folder):
+    half = load_pipeline(tiny_folder, device="cpu", dtype=torch.bfloat16)
+    full = load_pipeline(tiny_folder, device="cpu")
+    x, t = draw(1, 4, 8, 8), torch.tensor([500])
+    text = half.encode_text(PROMPTS[:1])
+    clean = half.denoiser(text, guidance=3.0)(x, t)
+    assert clean.dtype == text.dtype == torch.float32
+    expected = full.denoiser(full.encode_text(PROMPTS[:1]), guidance=3.0)(x, t)
+    assert (clean - expected).square().mean() < 0.01 * expected.square().mean()
+
+
+def test_half_precision_files_load_as_float32(tiny_folder, tmp_path):
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_folder, torch_dtype=torch.float16)
+    pipe.save_pretrained(tmp_path / "half")
+    gate = load_pipeline(tmp_path / "half", device="cpu")
+    for part in (gate.unet, gate.vae, gate.text_encoder):
+        assert {p.dtype for p in part.parameters()} == {torch.float32}
+        assert not part.training and not any(p.requires_grad for p in part.parameters())
+
+
+def test_sizes(gate):
+    assert gate.resolution == 32 and gate.latent_shape() == (4, 8, 8) and gate.latent_shape(64) == (4, 16, 16)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        gate.latent_shape(30)
+
+
+def test_fingerprint_names_the_weights(tiny_folder, tiny_v_folder, tmp_path):
+    first = load_pipeline(tiny_folder, device="cpu").fingerprint()
+    shutil.copytree(tiny_folder, tmp_path / "copy")
+    assert load_pipeline(tmp_path / "copy", device="cpu").fingerprint() == first
+    assert load_pipeline(tiny_v_folder, device="cpu").fingerprint() != first
+    weights = tmp_path / "copy" / "unet" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    assert load_pipeline(tmp_path / "copy", device="cpu").fingerprint() != first
+
+
+def one_line(error, *words):
+    text = str(error.value)
+    assert "\n" not in text and all(word in text for word in words), text
+
+
+def test_what_is_no_model_is_told_in_one_line(tiny_folder, tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        load_pipeline(tmp_path / "nowhere" / "at" / "all")
+    one_line(error, "no model at", "diffusers format")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError) as error:
+        load_pipeline(tmp_path / "empty")
+    one_line(error, "model_index.json")
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_folder, broken)
+    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        load_pipeline(broken)
+    one_line(error, str(broken / "unet"), "again")
+    shutil.rmtree(broken / "unet")
+    with pytest.raises(FileNotFoundError) as error:
+        load_pipeline(broken)
+    one_line(error, str(broken / "unet"))
+
+    index = json.loads((tiny_folder / "model_index.json").read_text())
+    index["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+    (tmp_path / "xl").mkdir()
+    (tmp_path / "xl" / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError) as error:
+        load_pipeline(tmp_path / "xl")
+    one_line(error, "SDXL", "not supported")
+
+
+def test_moved_and_unreachable_hub_ids_name_the_cure(monkeypatch):
+    with pytest.raises(FileNotFoundError) as error:
+        load_pipeline("runwayml/stable-diffusion-v1-5")
+    one_line(error, "moved", "stable-diffusion-v1-5/stable-diffusion-v1-5")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError) as error:
+        load_pipeline("somebody/something")
+    one_line(error, "HF_HUB_OFFLINE", "somebody/something")
+
+
+def test_a_local_folder_opens_no_connection(tiny_folder, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a local model reached for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    load_pipeline(tiny_folder, device="cpu").encode_text(PROMPTS)
