@@ -246,5 +246,5 @@ def load_unet(gate: TextToImage, folder: str | os.PathLike[str]) -> None:
             raise ValueError(f"{path}: {key} is {unet.config[key]}, the base model has {gate.unet.config[key]}")
     if not all(bool(p.detach().isfinite().all()) for p in unet.parameters()):
         raise ValueError(f"{path} has weights that are not finite")
-    unet.to(device=gate.device)
+    torch.nn.Module.to(unet, gate.device)  # diffusers' own wrapper hides the signature
     gate.unet = unet.eval().requires_grad_(False)
