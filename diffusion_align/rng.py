@@ -1,0 +1,86 @@
+"""Randomness with an address: every draw comes from a generator keyed by (seed, purpose, address), such as (7, "noise",
+epoch, sample). Then resuming is exact, the number of processes does not change the samples, and any draw can be made
+again from its row in a table. Nothing here reads or moves torch's global generator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+from collections.abc import Sequence
+from typing import SupportsIndex
+
+import torch
+from torch import Tensor
+
+Part = SupportsIndex | str
+Address = Part | tuple[Part, ...]
+
+_WORDS = 624  # of the Mersenne Twister behind torch's CPU generator
+_FIRST = 3  # int64 slots before those words in the generator's state: seed, (left, seeded), next
+
+
+def _digest(seed: int, purpose: str, address: tuple[Part, ...]) -> bytes:
+    # JSON, because it keeps 1 from "1" and (1, 23) from (12, 3), and reads the same in any version or language.
+    parts = [seed, purpose, *address]
+    key = json.dumps([part if isinstance(part, str) else operator.index(part) for part in parts])
+    return hashlib.shake_256(key.encode()).digest(4 * _WORDS)
+
+
+def generator(seed: int, purpose: str, *address: Part) -> torch.Generator:
+    """A CPU generator for this address alone. Parts of an address are integers or strings; 1 and "1" differ.
+
+    `manual_seed` alone would not do: torch fills the Mersenne Twister from the seed's lower 32 bits, so among 100 000
+    draws some two would most likely be equal. All 624 words are therefore taken from a hash (SHAKE-256) of the address.
+    """
+    digest = _digest(seed, purpose, address)
+    made = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+    state = made.get_state()
+    words = state.view(torch.int64)
+    if words.numel() < _FIRST + _WORDS or int(words[_FIRST]) != int.from_bytes(digest[:4], "little"):
+        raise RuntimeError(
+            "this version of torch lays out its CPU generator's state in a way diffusion_align does not know"
+        )
+    words[_FIRST : _FIRST + _WORDS] = torch.frombuffer(bytearray(digest), dtype=torch.uint32).to(torch.int64)
+    return made.set_state(state)
+
+
+def _parts(address: Address) -> tuple[Part, ...]:
+    return address if isinstance(address, tuple) else (address,)
+
+
+def draw_normal(shape: Sequence[int], source: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal numbers from `source`; in half precision, the float32 draw rounded."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return torch.randn(tuple(shape), generator=source, dtype=wide, device=source.device).to(dtype)
+
+
+def normal(shape: Sequence[int], seed: int, purpose: str, *address: Part, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal numbers of this shape, drawn at one address."""
+    return draw_normal(shape, generator(seed, purpose, *address), dtype)
+
+
+def normal_batch(
+    shape: Sequence[int], seed: int, purpose: str, addresses: Sequence[Address], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """[B,*shape]; row b is `normal(shape, seed, purpose, *addresses[b])`, whatever else is in the batch."""
+    rows = [normal(shape, seed, purpose, *_parts(address), dtype=dtype) for address in addresses]
+    return torch.stack(rows) if rows else torch.empty((0, *shape), dtype=dtype)
+
+
+def integers_batch(low: int, high: int, seed: int, purpose: str, addresses: Sequence[Address]) -> Tensor:
+    """[B] int64 in [low, high), one draw per address."""
+    rows = [torch.randint(low, high, (), generator=generator(seed, purpose, *_parts(address))) for address in addresses]
+    return torch.stack(rows) if rows else torch.empty(0, dtype=torch.int64)
+
+
+def uniform_batch(seed: int, purpose: str, addresses: Sequence[Address]) -> Tensor:
+    """[B] float64 in [0, 1), one draw per address."""
+    rows = [torch.rand((), generator=generator(seed, purpose, *_parts(a)), dtype=torch.float64) for a in addresses]
+    return torch.stack(rows) if rows else torch.empty(0, dtype=torch.float64)
+
+
+def permutation(n: int, seed: int, purpose: str, *address: Part) -> Tensor:
+    """[n] int64, a random order of 0..n-1 drawn at one address."""
+    return torch.randperm(n, generator=generator(seed, purpose, *address))
