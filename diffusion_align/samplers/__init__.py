@@ -1,0 +1,21 @@
+"""Samplers: step tables, the one kernel that takes a step, and the walks built on it."""
+
+from .branch import branch
+from .kernel import step_gaussian
+from .rollout import replay, rollout, sample
+from .tables import StepTable, solver_table, step_table
+from .threshold import dynamic_threshold
+from .two_pass import path_gradient
+
+__all__ = [
+    "StepTable",
+    "branch",
+    "dynamic_threshold",
+    "path_gradient",
+    "replay",
+    "rollout",
+    "sample",
+    "solver_table",
+    "step_gaussian",
+    "step_table",
+]

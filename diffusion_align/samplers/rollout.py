@@ -1,0 +1,164 @@
+"""Running the chain, and scoring a run again under another denoiser.
+
+A run is a walk along a step table: at each state one clean prediction, from it (and the one or two before it, for the
+higher orders) one Gaussian, from that the next state. The last step to sigma = 0 has no density; it is walked, never
+scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..gaussian import Gaussian
+from ..prediction import Denoiser
+from ..rng import draw_normal
+from ..tensors import require_same_shape, widen
+from ..trajectory import Trajectory
+from .kernel import step_gaussian
+from .tables import StepTable
+
+Generators = torch.Generator | Sequence[torch.Generator]
+HISTORIES = ("recompute", "frozen")
+
+
+def predict(denoiser: Denoiser, table: StepTable, k: int, x: Tensor) -> Tensor:
+    """The clean prediction at the state before step `k`, [B,...], float32 at least."""
+    x = widen(x)
+    clean = denoiser(x, table.gather("timesteps", k, x))
+    require_same_shape(x=x, clean_prediction=clean)
+    return widen(clean)
+
+
+def earlier(table: StepTable, k: int, clean: Mapping[int, Tensor] | Sequence[Tensor] | Tensor) -> list[Tensor]:
+    """The earlier clean predictions that step `k` needs, newest first: one less than its order."""
+    return [clean[k - back] for back in range(1, int(table.order[k]))]
+
+
+def draw_noise(generator: Generators | None, like: Tensor) -> Tensor:
+    """Standard normal [B,...] in the dtype of `like`, float32 at least: one generator for all, or one per sample.
+
+    With one per sample, what a sample gets does not depend on its batch mates. Raises ValueError for a wrong number of
+    them.
+    """
+    dtype = widen(like[:0]).dtype
+    if generator is None:
+        raise ValueError("this table has stochastic steps: give a torch.Generator, or a list with one per sample")
+    if isinstance(generator, torch.Generator):
+        return draw_normal(like.shape, generator, dtype).to(like.device)
+    if len(generator) != like.shape[0]:
+        raise ValueError(f"got {len(generator)} generators for {like.shape[0]} samples: give one, or one per sample")
+    return torch.stack([draw_normal(like.shape[1:], source, dtype) for source in generator]).to(like.device)
+
+
+def _walk(
+    denoiser: Denoiser,
+    table: StepTable,
+    x: Tensor,
+    generator: Generators | None,
+    threshold: Callable[[Tensor], Tensor] | None,
+):
+    """Yield (clean prediction, Gaussian or None, next state) for each step. Keeps two predictions and one state."""
+    clean: dict[int, Tensor] = {}
+    for k in range(len(table)):
+        clean[k] = predict(denoiser, table, k, x)
+        if threshold is not None:
+            clean[k] = threshold(clean[k])
+        mean, std = step_gaussian(table, k, widen(x), clean[k], *earlier(table, k, clean))
+        step = Gaussian(mean, std) if table.stochastic[k] else None
+        # The state is rounded to the storage precision before anything else sees it: what is stored is what was walked.
+        x = (mean if step is None else step.sample(draw_noise(generator, x))).to(x.dtype)
+        clean.pop(k - 2, None)
+        yield clean[k], step, x
+
+
+@torch.no_grad()
+def rollout(
+    denoiser: Denoiser,
+    table: StepTable,
+    x_T: Tensor,
+    generator: Generators | None,
+    *,
+    threshold: Callable[[Tensor], Tensor] | None = None,
+) -> Trajectory[StepTable]:
+    """Run the whole chain from noise `x_T` [B,...] without gradients and record it.
+
+    States are stored, fed back and scored in the dtype of `x_T`; arithmetic is in float32 at least. `log_prob` [T,B] is
+    in nats, summed over dims, and 0 at deterministic steps. `generator` is one torch.Generator, or a list of B so that
+    no sample depends on its batch mates; a table without stochastic steps needs None. `threshold` maps each clean
+    prediction before it is used (`dynamic_threshold`, pixels only); to score such a run again, bind the same map into
+    the denoiser.
+    """
+    states, log_prob, predictions = [x_T], [], []
+    for clean, step, x in _walk(denoiser, table, x_T, generator, threshold):
+        log_prob.append(clean.new_zeros(clean.shape[0]) if step is None else step.log_prob(widen(x)))
+        states.append(x)
+        predictions.append(clean)
+    return Trajectory(torch.stack(states), torch.stack(log_prob), table, clean=torch.stack(predictions))
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    table: StepTable,
+    x_T: Tensor,
+    generator: Generators | None = None,
+    *,
+    threshold: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """The end of the run that `rollout` would record, [B,...], keeping nothing else."""
+    end = x_T
+    for _, _, state in _walk(denoiser, table, x_T, generator, threshold):
+        end = state
+    return end
+
+
+def scored_predictions(trajectory: Trajectory[StepTable], history_from: str) -> list[int]:
+    """The steps whose clean prediction enters a log-prob: stochastic ones and, if recomputed, those they look back at.
+
+    Raises ValueError for an unknown history, for frozen history without stored predictions, and when no step has a
+    density.
+    """
+    table = trajectory.table
+    if history_from not in HISTORIES:
+        raise ValueError(f"unknown history {history_from!r}: expected one of {', '.join(HISTORIES)}")
+    if history_from == "frozen" and trajectory.clean is None:
+        raise ValueError("frozen history needs the clean predictions of the run, but trajectory.clean is None")
+    scored = [k for k in range(len(table)) if table.stochastic[k]]
+    if not scored:
+        raise ValueError(
+            "no step of this table is stochastic, so the run has no log-probs: build the table with eta > 0"
+        )
+    behind = [k - back for k in scored for back in range(1, int(table.order[k]))] if history_from == "recompute" else []
+    return sorted({*scored, *behind})
+
+
+def path_log_prob(trajectory: Trajectory[StepTable], clean: Mapping[int, Tensor], history_from: str) -> Tensor:
+    """Log-probs [T,B] in nats of the stored states, from the clean predictions: the solver's algebra, no network."""
+    table, states = trajectory.table, trajectory.states
+    past = clean if history_from == "recompute" or trajectory.clean is None else trajectory.clean
+    any_clean = next(iter(clean.values()))
+    rows = []
+    for k in range(len(table)):
+        if table.stochastic[k]:
+            step = Gaussian(*step_gaussian(table, k, widen(states[k]), clean[k], *earlier(table, k, past)))
+            rows.append(step.log_prob(widen(states[k + 1])))
+        else:
+            rows.append(any_clean.new_zeros(states.shape[1]))
+    return torch.stack(rows)
+
+
+def replay(denoiser: Denoiser, trajectory: Trajectory[StepTable], *, history: str = "recompute") -> Tensor:
+    """Log-probs [T,B] in nats of a stored run under `denoiser`, differentiable; 0 at deterministic steps.
+
+    Under the denoiser that ran, they equal `trajectory.log_prob`. At second order the density of a step depends on two
+    clean predictions: "recompute" takes both from `denoiser`, with gradient through both, which is the density of the
+    sampler; "frozen" takes the earlier one from `trajectory.clean`, which has the same value under the denoiser that
+    ran but another gradient. All network graphs are alive at once: for long runs use `path_gradient`. Raises ValueError
+    as listed in `scored_predictions`.
+    """
+    needed = scored_predictions(trajectory, history)
+    clean = {k: predict(denoiser, trajectory.table, k, trajectory.states[k]) for k in needed}
+    return path_log_prob(trajectory, clean, history)

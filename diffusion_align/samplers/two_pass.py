@@ -1,0 +1,73 @@
+"""Exact gradients of a loss over a whole run, with one network graph in memory.
+
+A loss over a run is a function of its clean predictions alone. Pass 1 evaluates them without gradients, makes them
+leaves, and differentiates only the solver's algebra and the loss: this gives dL/dm for each prediction m. Pass 2 runs
+the network again, one step at a time, and back-propagates that vector. The sum over steps is exactly the full gradient
+(the chain rule through m), so memory grows with steps only by a few latents each. Cost: one forward more than full
+autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..prediction import Denoiser
+from ..trajectory import Trajectory
+from .rollout import path_log_prob, predict, scored_predictions
+from .tables import StepTable
+
+
+def _require_same(first: Tensor, second: Tensor, k: int, tolerance: float) -> None:
+    with torch.no_grad():
+        change = (second - first).square().sum().sqrt()
+        bound = tolerance * first.square().sum().sqrt()
+    if not bool(change <= bound):  # also true of nan
+        raise RuntimeError(
+            f"the two passes of the denoiser differ at step {k} (by {change:.2e}, allowed {bound:.2e}): the gradient "
+            "would be wrong, so switch off dropout and anything else random, and leave the weights alone in between"
+        )
+
+
+@torch.enable_grad()
+def path_gradient(
+    denoiser: Denoiser,
+    trajectory: Trajectory[StepTable],
+    loss: Callable[[Tensor], Tensor],
+    *,
+    history: str = "recompute",
+    tolerance: float = 1e-4,
+) -> Tensor:
+    """Add the gradient of `loss(replay(denoiser, trajectory))` to the `.grad` of the denoiser's parameters.
+
+    `loss` maps log-probs [T,B] (nats, 0 at deterministic steps) to a scalar, and may depend on the parameters only
+    through them; scale it there for gradient accumulation. `history` as in `replay`. The network runs twice at each
+    scored step, in order, and once backward; predictions of the two passes may differ by `tolerance` relative to their
+    norm, for kernels that are not deterministic.
+
+    Returns the loss, detached. Raises ValueError when the loss is not a scalar or does not depend on the log-probs,
+    when nothing in the denoiser requires a gradient, and as listed in `scored_predictions`; RuntimeError when the
+    passes disagree (steps before that one have then already left their gradient).
+    """
+    needed = scored_predictions(trajectory, history)
+    table, states = trajectory.table, trajectory.states
+    with torch.no_grad():
+        first = {k: predict(denoiser, table, k, states[k]) for k in needed}
+    leaves = {k: clean.detach().requires_grad_() for k, clean in first.items()}
+    value = loss(path_log_prob(trajectory, leaves, history))
+    if value.ndim != 0:
+        raise ValueError(f"the loss must be a scalar, got {list(value.shape)}: reduce it over steps and batch")
+    if not value.requires_grad:
+        raise ValueError("the loss does not depend on the log-probs it was given (is it detached?)")
+    vectors = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+
+    for k, vector in zip(needed, vectors, strict=True):
+        # Also where the vector is 0 (a clipped step): processes that train together must make the same calls.
+        clean = predict(denoiser, table, k, states[k])
+        if not clean.requires_grad:
+            raise ValueError("nothing in the denoiser requires a gradient: there is nothing to train")
+        _require_same(first[k], clean, k, tolerance)
+        clean.backward(vector)
+    return value.detach()

@@ -1,0 +1,175 @@
+"""Whole runs against diffusers' schedulers, fed with the same network outputs and the same noise."""
+
+from __future__ import annotations
+
+import itertools
+
+import diffusers
+import pytest
+import torch
+from helpers_samplers import SD15, noise, walk
+
+from diffusion_align.prediction import to_clean
+from diffusion_align.samplers import step_table
+from diffusion_align.samplers.tables import solver_table
+from diffusion_align.schedule import Schedule
+from diffusion_align.time_grids import time_grid
+
+TOLERANCE = 2e-5  # relative to the largest entry: their coefficients are float32
+SHAPE = (2, 3, 4)
+COUNTS = (5, 10, 15, 20)
+GRIDS = {
+    "linspace": {"timestep_spacing": "linspace"},
+    "leading": {"timestep_spacing": "leading"},
+    "trailing": {"timestep_spacing": "trailing"},
+    "karras": {"use_karras_sigmas": True},
+    "lu": {"use_lu_lambdas": True},
+    "exponential": {"use_exponential_sigmas": True},
+}
+# order and eta; third order has no stochastic form
+SOLVERS = [(1, 0.0), (1, 1.0), (2, 0.0), (2, 1.0), (3, 0.0)]
+
+
+def network(x, t):
+    """Any smooth function of state and time; the time is the whole number that diffusers passes on."""
+    return torch.tanh(1.3 * x + 0.2 * x.roll(1, -1)) + 0.3 * torch.cos(torch.as_tensor(float(t)) / 150)
+
+
+def largest_difference(table, schedule, scheduler, seed) -> float:
+    """Between the ends of the two runs, relative to the largest entry."""
+    start = noise(*SHAPE, seed=seed)
+    draws = [noise(*SHAPE, seed=1000 + k) for k in range(len(scheduler.timesteps))]
+
+    def clean(x, k):
+        output = network(x, scheduler.timesteps[k])
+        return to_clean(output, x, table.alpha[k], table.sigma[k], schedule.prediction_type)
+
+    ours = walk(table, clean, start, draws)
+    theirs = start
+    for k, t in enumerate(scheduler.timesteps):
+        theirs = scheduler.step(network(theirs, t), t, theirs, variance_noise=draws[k]).prev_sample
+    assert theirs.dtype == torch.float64
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("spacing", GRIDS)
+def test_multistep_dpm_solver(prediction, spacing):
+    for (order, eta), n, final in itertools.product(SOLVERS, COUNTS, ("zero", "sigma_min")):
+        repeats = final == "sigma_min" and spacing in ("karras", "lu", "exponential")
+        if repeats and order == 3 and n >= 15:
+            continue  # their step between two equal levels is nan there; ours is left out
+        scheduler = diffusers.DPMSolverMultistepScheduler(
+            **SD15,
+            **GRIDS[spacing],
+            prediction_type=prediction,
+            solver_order=order,
+            algorithm_type="sde-dpmsolver++" if eta else "dpmsolver++",
+            final_sigmas_type=final,
+        )
+        schedule = Schedule.from_config(scheduler.config)
+        scheduler.set_timesteps(n)
+        table = step_table(schedule, n, order=order, eta=eta, spacing=spacing, final=final)
+        assert len(table) == n - repeats
+        assert largest_difference(table, schedule, scheduler, seed=n) < TOLERANCE, (order, eta, n, final)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_heun_variant(eta):
+    for spacing, n in itertools.product(("linspace", "karras"), COUNTS):
+        scheduler = diffusers.DPMSolverMultistepScheduler(
+            **SD15,
+            **GRIDS[spacing],
+            solver_type="heun",
+            algorithm_type="sde-dpmsolver++" if eta else "dpmsolver++",
+        )
+        schedule = Schedule.from_config(scheduler.config)
+        scheduler.set_timesteps(n)
+        table = step_table(schedule, n, eta=eta, spacing=spacing, variant="heun")
+        assert largest_difference(table, schedule, scheduler, seed=n) < TOLERANCE, (spacing, n)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize(("order", "eta"), SOLVERS)
+def test_flow_prediction(order, eta, shift):
+    for n in COUNTS:
+        scheduler = diffusers.DPMSolverMultistepScheduler(
+            use_flow_sigmas=True,
+            flow_shift=shift,
+            prediction_type="flow_prediction",
+            solver_order=order,
+            algorithm_type="sde-dpmsolver++" if eta else "dpmsolver++",
+        )
+        schedule = Schedule.from_config(scheduler.config)
+        scheduler.set_timesteps(n)
+        table = step_table(schedule, n, order=order, eta=eta, spacing="flow")
+        assert largest_difference(table, schedule, scheduler, seed=n) < TOLERANCE, n
+
+
+def test_linear_betas():
+    """The first noise level of DDPM's betas is 157 times the signal: hardest for float32."""
+    for (order, eta), prediction in itertools.product(SOLVERS, ("epsilon", "v_prediction")):
+        scheduler = diffusers.DPMSolverMultistepScheduler(
+            solver_order=order, prediction_type=prediction, algorithm_type="sde-dpmsolver++" if eta else "dpmsolver++"
+        )
+        schedule = Schedule.from_config(scheduler.config)
+        scheduler.set_timesteps(20)
+        table = step_table(schedule, 20, order=order, eta=eta, spacing="linspace")
+        assert largest_difference(table, schedule, scheduler, seed=0) < TOLERANCE, (order, eta, prediction)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("spacing", "counts"), [("leading", (1, 5, 7, 20, 30)), ("trailing", (1, 5, 10, 20))])
+def test_ddim(spacing, counts, eta):
+    """On trailing grids only for n that divide 1000: elsewhere it steps to a level that is not the next node."""
+    for n, to_one, prediction in itertools.product(counts, (True, False), ("epsilon", "sample", "v_prediction")):
+        scheduler = diffusers.DDIMScheduler(
+            **SD15, timestep_spacing=spacing, set_alpha_to_one=to_one, clip_sample=False, prediction_type=prediction
+        )
+        schedule = Schedule.from_config(scheduler.config)
+        final = "zero" if to_one else "sigma_min"
+        table = step_table(schedule, n, solver="ddim", eta=eta, spacing=spacing, final=final)
+        scheduler.set_timesteps(n)
+        start, draws = noise(*SHAPE, seed=n), [noise(*SHAPE, seed=1000 + k) for k in range(n)]
+
+        def clean(x, k, table=table, schedule=schedule):
+            output = network(x, table.timesteps[k])
+            return to_clean(output, x, table.alpha[k], table.sigma[k], schedule.prediction_type)
+
+        ours, theirs = walk(table, clean, start, draws), start
+        for k, t in enumerate(scheduler.timesteps):
+            theirs = scheduler.step(network(theirs, t), t, theirs, eta=eta, variance_noise=draws[k] if eta else None)[0]
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_the_predictor_of_unipc_is_the_same_step(order):
+    """UniPC's predictor (Zhao et al. 2023, arXiv 2302.04867, B(h) = e^h - 1): midpoint second, exact third order."""
+    for n in (16, 24):
+        scheduler = diffusers.UniPCMultistepScheduler(
+            **SD15,
+            solver_order=order,
+            solver_type="bh2",
+            disable_corrector=list(range(n)),
+            lower_order_final=False,
+            timestep_spacing="linspace",
+            final_sigmas_type="sigma_min",
+        )
+        schedule = Schedule.from_config(scheduler.config)
+        scheduler.set_timesteps(n)
+        grid = time_grid(schedule, n, "linspace", "sigma_min")
+        assert grid.timesteps.tolist() == scheduler.timesteps.tolist()
+        start, ends = noise(*SHAPE, seed=n), {}
+        for third in ("exact", "published"):
+            table = solver_table(grid, order=order, eta=0.0, third_order=third)
+
+            def clean(x, k, table=table):
+                return to_clean(network(x, table.timesteps[k]), x, table.alpha[k], table.sigma[k], "epsilon")
+
+            ends[third] = walk(table, clean, start)
+        theirs = start
+        for t in scheduler.timesteps:
+            theirs = scheduler.step(network(theirs, t), t, theirs).prev_sample
+        scale = float(theirs.abs().max())
+        torch.testing.assert_close(ends["exact"], theirs, rtol=0, atol=TOLERANCE * scale)
+        assert (float((ends["published"] - theirs).abs().max()) > 10 * TOLERANCE * scale) == (order == 3)

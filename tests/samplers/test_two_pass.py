@@ -1,0 +1,240 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers_samplers import SD15, noise
+
+from diffusion_align.models.analytic import ToyDenoiser
+from diffusion_align.objectives import logistic
+from diffusion_align.rng import generator
+from diffusion_align.samplers import path_gradient, replay, rollout, step_table
+from diffusion_align.schedule import Schedule
+
+SCHEDULE = Schedule.from_config(SD15)
+PAIRS, STEPS = 3, 7
+
+
+def toy(seed):
+    return ToyDenoiser(6, torch.Generator().manual_seed(seed)).double()
+
+
+def bind(network, scale):
+    """The plain network, or with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) in one call."""
+    if scale is None:
+        return network
+
+    def guided(x, t):
+        classes = torch.tensor([0, 1]).repeat_interleave(len(x))
+        empty, prompted = network(x.repeat(2, 1), t.repeat(2), classes).chunk(2)
+        return empty + scale * (prompted - empty)
+
+    return guided
+
+
+def setting(order=2, scale=None, **options):
+    """A run of an old policy, the log-probs of a reference, and the network to train, near the old one."""
+    table = step_table(SCHEDULE, STEPS, order=order, **options)
+    old, ref, policy = toy(0), toy(1), toy(0)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p += 0.02 * noise(*p.shape, seed=9)
+    run = rollout(bind(old, scale), table, noise(2 * PAIRS, 6), generator(0, "run"))
+    with torch.no_grad():
+        reference = replay(bind(ref, scale), run)
+    return policy, bind(policy, scale), run, reference
+
+
+def dpo_over_paths(run, reference):
+    def loss(log_prob):
+        winner, loser = (log_prob - reference).sum(0).chunk(2)
+        return logistic(winner - loser, beta=0.05).mean()
+
+    return loss
+
+
+def clipped_ratios(run, reference):
+    """PPO's clipped surrogate per step (Schulman et al. 2017, arXiv 1707.06347, eq. 7)."""
+    advantage = torch.tensor([1.0, -0.5, 2.0, -1.0, 0.3, -2.0], dtype=torch.float64)
+
+    def loss(log_prob):
+        ratio = (log_prob - run.log_prob).exp()
+        return -torch.minimum(ratio * advantage, ratio.clamp(0.9, 1.1) * advantage).mean()
+
+    return loss
+
+
+def squared_pair_residual(run, reference):
+    """Log-ratios of all runs coupled with one another: every prediction's vector depends on every other."""
+
+    def loss(log_prob):
+        ratio = (log_prob - run.log_prob).clamp(-0.5, 0.5).sum(0)
+        return (ratio[:, None] - ratio[None] - 0.3).square().sum()
+
+    return loss
+
+
+def textbook_log_prob(denoise, run):
+    """Full autograd, written out from the table's numbers and torch's Normal: nothing of the package but the table."""
+    table, rows, clean = run.table, [], []
+    for k in range(STEPS):
+        clean.append(denoise(run.states[k], table.timesteps[k].expand(2 * PAIRS)))
+        mean = table.cx[k] * run.states[k] + table.c[k, 0] * clean[k]
+        if k > 0:
+            mean = mean + table.c[k, 1] * clean[k - 1]
+        if table.std[k] > 0:
+            rows.append(torch.distributions.Normal(mean, table.std[k]).log_prob(run.states[k + 1]).sum(1))
+        else:
+            rows.append(torch.zeros(2 * PAIRS, dtype=torch.float64))
+    return torch.stack(rows)
+
+
+def gradients(network):
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in network.parameters()]
+    )
+
+
+@pytest.mark.parametrize("make_loss", [dpo_over_paths, clipped_ratios, squared_pair_residual])
+@pytest.mark.parametrize("scale", [None, 5.0])
+@pytest.mark.parametrize("order", [1, 2])
+def test_equal_to_full_autograd(order, scale, make_loss):
+    network, denoise, run, reference = setting(order, scale)
+    loss = make_loss(run, reference)
+    full = loss(textbook_log_prob(denoise, run))
+    full.backward()
+    expected = gradients(network)
+    network.zero_grad()
+    value = path_gradient(denoise, run, loss)
+    assert not value.requires_grad
+    assert value.item() == pytest.approx(full.item(), rel=1e-12)
+    assert expected.norm() > 1e-4
+    assert (gradients(network) - expected).norm() < 1e-12 * expected.norm()
+
+
+def test_some_ratios_are_clipped_and_some_are_not():
+    _, denoise, run, _ = setting()
+    ratio = (replay(denoise, run) - run.log_prob)[:-1].exp()
+    outside = ((ratio - 1).abs() > 0.1).double().mean()
+    assert 0.1 < outside < 0.9
+
+
+@pytest.mark.parametrize(
+    "options", [{"solver": "ddim", "eta": 0.6}, {"final": "sigma_min"}, {"eta": 0.4, "variant": "heun"}]
+)
+@pytest.mark.parametrize("history", ["recompute", "frozen"])
+def test_equal_to_autograd_of_replay_on_other_tables(options, history):
+    network, denoise, run, reference = setting(**options)
+    loss = dpo_over_paths(run, reference)
+    loss(replay(denoise, run, history=history)).backward()
+    expected = gradients(network)
+    network.zero_grad()
+    path_gradient(denoise, run, loss, history=history)
+    assert (gradients(network) - expected).norm() < 1e-12 * expected.norm()
+
+
+def test_finite_difference_of_one_weight():
+    network, denoise, run, reference = setting()
+    loss = dpo_over_paths(run, reference)
+    path_gradient(denoise, run, loss)
+    weight, ends = network.weights[1], []
+    assert weight.grad is not None
+    for h in (1e-5, -2e-5):
+        with torch.no_grad():
+            weight[3, 4] += h
+            ends.append(loss(replay(denoise, run)).item())
+    assert weight.grad[3, 4].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-5)
+
+
+def test_gradients_accumulate():
+    network, denoise, run, reference = setting()
+    loss = dpo_over_paths(run, reference)
+    path_gradient(denoise, run, loss)
+    once = gradients(network)
+    path_gradient(denoise, run, lambda log_prob: 0.5 * loss(log_prob))
+    assert torch.allclose(gradients(network), 1.5 * once, rtol=1e-12)
+
+
+def test_a_step_down_raises_the_winners():
+    network, denoise, run, reference = setting()
+
+    def margin():
+        with torch.no_grad():
+            winner, loser = replay(denoise, run).sum(0).chunk(2)
+        return (winner - loser).mean().item()
+
+    before = margin()
+    path_gradient(denoise, run, dpo_over_paths(run, reference))
+    torch.optim.SGD(network.parameters(), lr=1e-3).step()
+    assert margin() > before
+
+
+def test_works_under_no_grad_and_leaves_states_alone():
+    network, denoise, run, reference = setting()
+    with torch.no_grad():
+        path_gradient(denoise, run, dpo_over_paths(run, reference))
+    assert gradients(network).norm() > 0 and run.states.grad is None and not run.states.requires_grad
+
+
+def test_the_network_runs_only_where_it_is_scored():
+    """Seven steps, the last deterministic: six predictions in each pass, never the last."""
+    _, denoise, run, reference = setting()
+    times = []
+
+    def counting(x, t):
+        times.append(t[0].item())
+        return denoise(x, t)
+
+    path_gradient(counting, run, dpo_over_paths(run, reference))
+    assert times == run.table.timesteps[:-1].tolist() * 2
+
+
+def test_refuses_passes_that_disagree():
+    network, denoise, run, reference = setting()
+    source = torch.Generator().manual_seed(0)
+
+    def dropout(x, t):
+        return denoise(x, t) * torch.bernoulli(torch.full_like(x, 0.9), generator=source) / 0.9
+
+    with pytest.raises(RuntimeError, match="two passes of the denoiser differ at step 0"):
+        path_gradient(dropout, run, dpo_over_paths(run, reference))
+    calls = []
+
+    def drifting(x, t):
+        calls.append(t)
+        return denoise(x, t) * (math.nan if len(calls) > STEPS else 1)
+
+    with pytest.raises(RuntimeError, match="two passes"):
+        path_gradient(drifting, run, dpo_over_paths(run, reference))
+
+
+def test_a_small_disagreement_of_kernels_is_allowed_and_can_be_forbidden():
+    _, denoise, run, reference = setting()
+    calls = []
+
+    def jitter(x, t):
+        calls.append(t)
+        return denoise(x, t) * (1 + 1e-6 * len(calls))
+
+    path_gradient(jitter, run, dpo_over_paths(run, reference))
+    with pytest.raises(RuntimeError, match="two passes"):
+        path_gradient(jitter, run, dpo_over_paths(run, reference), tolerance=0.0)
+
+
+def test_refusals():
+    network, denoise, run, reference = setting()
+    loss = dpo_over_paths(run, reference)
+    with pytest.raises(ValueError, match="must be a scalar, got \\[6\\]"):
+        path_gradient(denoise, run, lambda log_prob: log_prob.sum(0))
+    with pytest.raises(ValueError, match="does not depend on the log-probs"):
+        path_gradient(denoise, run, lambda log_prob: log_prob.detach().sum())
+    with pytest.raises(ValueError, match="unknown history"):
+        path_gradient(denoise, run, loss, history="stale")
+    ode = step_table(SCHEDULE, STEPS, eta=0.0)
+    with pytest.raises(ValueError, match="no step of this table is stochastic"):
+        path_gradient(denoise, rollout(denoise, ode, noise(2, 6), None), loss)
+    with pytest.raises(ValueError, match="clean is None"):
+        path_gradient(denoise, replace(run, clean=None), loss, history="frozen")
+    network.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing in the denoiser requires a gradient"):
+        path_gradient(denoise, run, loss)
