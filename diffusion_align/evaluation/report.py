@@ -1,0 +1,202 @@
+"""The result of an evaluation as two files: report.json with every figure, report.html to look at.
+
+`summarise` turns scores into figures, `page.render` turns figures into a page; neither knows a model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..rng import permutation
+from .compare import Comparison, compare, reward_gap
+from .page import render
+
+PACKAGES = ("diffusion_align", "torch", "diffusers", "transformers", "peft", "open_clip_torch", "numpy", "Pillow")
+_SECRET_KEY = re.compile(r"(^|[_.-])(token|password|passwd|secret|credential|api_?key)$", re.IGNORECASE)
+_SECRET_VALUE = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,})")
+HIDDEN = "(hidden)"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a figure; nothing is imported."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def without_secrets(value: Any, key: str = "") -> Any:
+    """A config as plain data, its passwords and access tokens hidden, by the key's name or the value's look."""
+    if isinstance(value, Mapping):
+        return {str(k): without_secrets(v, str(k)) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(v, key) for v in value]
+    if value is not None and _SECRET_KEY.search(key):
+        return HIDDEN
+    if isinstance(value, str):
+        return _SECRET_VALUE.sub(HIDDEN, value)
+    return value if isinstance(value, int | float | bool | None) else str(value)
+
+
+def plain(value: Any) -> Any:
+    """Data as JSON can hold it: numbers that are not finite become null, for NaN is not JSON."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def headline_sentence(metric: str, c: Comparison, *, share: bool) -> str:
+    """The result in a sentence: both means, the paired difference, its interval, n."""
+
+    def amount(x: float, signed: bool = False) -> str:
+        text = f"{100 * x:{'+' * signed}.1f}" if share else f"{x:{'+' * signed}.4g}"
+        return text.replace("-", "−")
+
+    unit, points = (" %", " points") if share else ("", "")
+    what = "the share of pictures that hold their whole prompt" if metric.endswith("/all") else f"the mean of {metric}"
+    sentence = (
+        f"From base to tuned, {what} goes from {amount(c.base)}{unit} to {amount(c.tuned)}{unit}: "
+        f"{amount(c.difference, True)}{points}"
+    )
+    if not math.isfinite(c.low):
+        return f"{sentence} (n = {c.n}, too few for an interval)."
+    interval = f"{100 * c.level:g} % interval {amount(c.low, True)} to {amount(c.high, True)}, n = {c.n} pairs"
+    return f"{sentence} ({interval})" + (", which does not rule out no change." if c.low <= 0 <= c.high else ".")
+
+
+def choose_pairs(base: Tensor, tuned: Tensor, tiebreak: Tensor, n: int, seed: int) -> list[tuple[int, str]]:
+    """Up to n pairs to look at: a third the largest gains, a third the largest losses, the rest drawn without looking.
+
+    All [N]. `tiebreak`, larger for a greater gain, orders pairs of equal difference. Pairs where the metric does not
+    apply can only be drawn. Returns (index, "gain" | "loss" | "drawn").
+    """
+    gains = (tuned - base).tolist()
+    order = sorted(
+        (i for i, g in enumerate(gains) if g != 0 and not math.isnan(g)), key=lambda i: (gains[i], tiebreak[i].item())
+    )
+    best = [i for i in reversed(order) if gains[i] > 0][: n // 3]
+    worst = [i for i in order if gains[i] < 0][: n // 3]
+    taken = {*best, *worst}
+    drawn = [i for i in permutation(len(gains), seed, "report").tolist() if i not in taken][: n - len(taken)]
+    return [*((i, "gain") for i in best), *((i, "loss") for i in worst), *((i, "drawn") for i in drawn)]
+
+
+def summarise(
+    prompts: Sequence[str],
+    base: Mapping[str, Tensor],
+    tuned: Mapping[str, Tensor],
+    *,
+    headline: str,
+    seed: int = 0,
+    resamples: int = 10_000,
+    shown: int = 18,
+) -> dict[str, Any]:
+    """Every figure of a report, from two results of `score` on the same prompts.
+
+    A name with a "/" is a judge's attribute, a share; the others are rewards. Raises ValueError when the headline is
+    not among the metrics, when there is no prompt, or when a vector is not [N].
+    """
+    if headline not in base:
+        raise ValueError(f"no metric {headline!r} to put in the headline: there are {', '.join(base) or 'none'}")
+    if not prompts:
+        raise ValueError("there is no prompt to report on")
+    for name, values in (*base.items(), *tuned.items()):
+        if tuple(values.shape) != (len(prompts),):
+            raise ValueError(f"{name} is {list(values.shape)}: expected one score for each of {len(prompts)} prompts")
+    comparisons = compare(base, tuned, seed=seed, resamples=resamples)
+    rewards = [name for name in base if "/" not in name]
+    judges = [name for name in base if name.endswith("/all")]
+    gaps = {r: {j: asdict(reward_gap(base[r], tuned[r], base[j], tuned[j])) for j in judges} for r in rewards}
+    by = rewards[0] if rewards else headline
+    picked = choose_pairs(base[headline], tuned[headline], tuned[by] - base[by], shown, seed)
+    rows = zip(*(scores[name].tolist() for scores in (base, tuned) for name in comparisons), strict=True)
+    return {
+        "headline": {
+            "metric": headline,
+            "sentence": headline_sentence(headline, comparisons[headline], share="/" in headline),
+        },
+        "n_prompts": len(prompts),
+        "bootstrap": {"resamples": resamples, "seed": seed},
+        "metrics": {name: asdict(c) for name, c in comparisons.items()},
+        "reward_gap": gaps,
+        "shown": [{"index": i, "why": why} for i, why in picked],
+        "prompts": [
+            {
+                "prompt": prompt,
+                "base": dict(zip(comparisons, row[: len(comparisons)], strict=True)),
+                "tuned": dict(zip(comparisons, row[len(comparisons) :], strict=True)),
+            }
+            for prompt, row in zip(prompts, rows, strict=True)
+        ],
+    }
+
+
+def write_report(
+    folder: str | Path,
+    prompts: Sequence[str],
+    base: Mapping[str, Tensor],
+    tuned: Mapping[str, Tensor],
+    *,
+    headline: str,
+    pictures: Callable[[int], tuple[Tensor, Tensor]] | None = None,
+    rows: Sequence[Mapping[str, Any]] = (),
+    config: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    title: str = "Base and tuned",
+    seed: int = 0,
+    resamples: int = 10_000,
+    shown: int = 18,
+) -> dict[str, Any]:
+    """Write report.json and report.html into a folder and return what report.json holds.
+
+    Args:
+        prompts: N prompts.
+        base, tuned: `{metric: [N]}`, as `score` returns them.
+        headline: the metric of the first sentence, such as "judge/all".
+        pictures: prompt index -> (base, tuned) pictures [3,H,W] in [0, 1]; none are shown without it.
+        rows: rows of metrics.jsonl, for the curves.
+        config: the resolved config of the run; access tokens in it are hidden.
+        facts: what made the pictures: seed, sampler, guidance, fingerprints of the models.
+        seed: of the bootstrap and of the pairs drawn for the grid.
+        shown: how many pairs the page shows.
+
+    Raises:
+        ValueError: as `summarise`.
+    """
+    folder = Path(folder)
+    figures = summarise(prompts, base, tuned, headline=headline, seed=seed, resamples=resamples, shown=shown)
+    report = plain(
+        {
+            "title": title,
+            **figures,
+            "facts": without_secrets(facts or {}),
+            "versions": versions(),
+            "config": without_secrets(config or {}),
+        }
+    )
+    shots = {entry["index"]: pictures(entry["index"]) for entry in report["shown"]} if pictures else {}
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(
+        report, indent=1, allow_nan=False
+    )  # ASCII: any prompt survives, even one that is not valid Unicode
+    for name, content in (("report.json", text), ("report.html", render(report, shots, rows))):
+        partial = folder / f".{name}.partial"
+        partial.write_text(content, encoding="utf-8")
+        os.replace(partial, folder / name)
+    return report

@@ -1,0 +1,218 @@
+"""Generation against the sampler called by hand, its independence of batches, and the folder that resumes."""
+
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers_tiny import make_tiny_folder
+
+from diffusion_align.data.images import ImageError
+from diffusion_align.evaluation import evaluation_table, generate, read_picture, read_pictures, save_pictures
+from diffusion_align.models import load_pipeline
+from diffusion_align.models.analytic import gaussian_denoiser
+from diffusion_align.rng import normal
+from diffusion_align.samplers import sample, step_table
+from diffusion_align.schedule import Schedule
+
+SCHEDULE = Schedule.from_config({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
+SHAPE = (3, 8, 8)
+PROMPTS = [f"prompt {i}" for i in range(7)]
+
+
+class FakeGate:
+    """Data N(length of the prompt / 20, 0.1^2) whose latents are the picture itself; records what it is asked."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, shift=0.0, name="fake"):
+        self.shift, self.name, self.encoded, self.guidance = shift, name, [], []
+
+    def encode_text(self, prompts):
+        self.encoded += prompts
+        return torch.tensor([[[len(p) / 20 + self.shift]] for p in prompts])
+
+    def denoiser(self, text, guidance=1.0):
+        self.guidance.append(guidance)
+        return gaussian_denoiser(SCHEDULE, text[:, :, :, None].expand(-1, *SHAPE), torch.tensor(0.1))
+
+    def latent_shape(self):
+        return SHAPE
+
+    def decode(self, latents):
+        return latents.clamp(0, 1)
+
+    def fingerprint(self):
+        return self.name
+
+
+ODE = evaluation_table(SCHEDULE, 6)
+SDE = step_table(SCHEDULE, 6, eta=1.0)
+
+
+def pictures(gate, batch_size, table=ODE, prompts=PROMPTS, seed=5, indices=None):
+    batches = generate(gate, prompts, seed=seed, table=table, guidance=2.0, batch_size=batch_size, indices=indices)
+    found = {}
+    for part, images in batches:
+        found |= dict(zip(part, images, strict=True))
+    return found
+
+
+def test_the_evaluation_sampler_is_the_pinned_one():
+    names = ("timesteps", "cx", "c", "std")
+    pinned = step_table(SCHEDULE, 20, solver="dpmpp", order=2, eta=0.0, spacing="trailing", final="zero")
+    table = evaluation_table(SCHEDULE, 20)
+    assert all(torch.equal(getattr(table, name), getattr(pinned, name)) for name in names)
+    assert not table.stochastic.any() and table.sigma[-1] == 0 and table.order.max() == 2 and table.timesteps[0] == 999
+
+
+def test_a_picture_is_the_sampler_run_from_the_noise_at_its_address():
+    gate = FakeGate()
+    found = pictures(gate, 3)
+    for i in (0, 4):
+        x_T = normal(SHAPE, 5, "evaluation", i)[None]
+        expected = gate.decode(sample(gate.denoiser(gate.encode_text([PROMPTS[i]])), ODE, x_T))[0]
+        torch.testing.assert_close(found[i], expected, atol=1e-6, rtol=0)
+    assert gate.guidance[:3] == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("table", [ODE, SDE], ids=["ode", "sde"])
+def test_the_batch_size_does_not_change_a_picture(table):
+    alone = pictures(FakeGate(), 1, table)
+    for batch_size in (2, 3, 7, 100):
+        other = pictures(FakeGate(), batch_size, table)
+        assert other.keys() == alone.keys()
+        assert all(torch.equal(other[i], alone[i]) for i in alone)
+    some = pictures(FakeGate(), 2, table, indices=[6, 1, 3])
+    assert list(some) == [6, 1, 3] and all(torch.equal(some[i], alone[i]) for i in some)
+
+
+def test_noise_differs_between_prompts_and_seeds_and_is_shared_between_models():
+    same = ["one prompt"] * 3
+    found = pictures(FakeGate(), 3, SDE, same)
+    assert not torch.equal(found[0], found[1]) and not torch.equal(
+        found[0], pictures(FakeGate(), 3, SDE, same, seed=6)[0]
+    )
+    base, tuned = pictures(FakeGate(), 3, ODE, same), pictures(FakeGate(shift=0.1), 3, ODE, same)
+    for i in range(3):
+        # For Gaussian data the noise moves the sample around its mean: the same noise, the same place around it.
+        inside = (base[i] > 0) & (tuned[i] < 1)
+        torch.testing.assert_close((tuned[i] - base[i])[inside].mean(), torch.tensor(0.1), atol=1e-3, rtol=0)
+
+
+def test_every_prompt_is_encoded_once():
+    gate = FakeGate()
+    pictures(gate, 3)
+    assert gate.encoded == PROMPTS
+
+
+def test_generation_leaves_gradients_on_for_the_caller():
+    batches = generate(FakeGate(), PROMPTS, seed=0, table=ODE, guidance=1.0, batch_size=2)
+    _, images = next(batches)
+    assert torch.is_grad_enabled() and not images.requires_grad
+
+
+def test_bad_batch_size_and_diverged_models_are_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        pictures(FakeGate(), 0)
+    gate = FakeGate()
+    gate.decode = lambda latents: torch.where(latents.mean((1, 2, 3), keepdim=True) > 0.44, math.nan, latents)
+    with pytest.raises(ValueError, match="prompt 3 is not finite"):
+        pictures(gate, 2, prompts=[*PROMPTS[:3], "a longer one"])
+
+
+def save(gate, folder, prompts=PROMPTS, seed=5, table=ODE, guidance=2.0, facts=None):
+    return list(
+        save_pictures(gate, prompts, folder, seed=seed, table=table, guidance=guidance, batch_size=3, facts=facts)
+    )
+
+
+def test_saved_pictures_come_back_rounded_to_eight_bits(tmp_path):
+    assert save(FakeGate(), tmp_path / "new") == [[0, 1, 2], [3, 4, 5], [6]]
+    direct = pictures(FakeGate(), 3)
+    back = {
+        i: image
+        for part, images in read_pictures(tmp_path / "new", 7, 4)
+        for i, image in zip(part, images, strict=True)
+    }
+    assert list(back) == list(range(7))
+    assert all(torch.equal(back[i], (direct[i].double() * 255).round().float() / 255) for i in back)
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [*(f"000{i}.png" for i in range(7)), "pictures.json"]
+
+
+def test_an_interrupted_folder_is_completed_and_whole_pictures_stay(tmp_path):
+    save(FakeGate(), tmp_path)
+    whole = {p.name: p.read_bytes() for p in tmp_path.glob("*.png")}
+    (tmp_path / "0002.png").unlink()
+    (tmp_path / "0004.png").write_bytes(whole["0004.png"][:60])  # cut off
+    (tmp_path / "0005.png").write_bytes(b"")
+    kept = (tmp_path / "0003.png").stat().st_mtime_ns
+    gate = FakeGate()
+    assert save(gate, tmp_path) == [[2, 4, 5]]
+    assert gate.encoded == ["prompt 2", "prompt 4", "prompt 5"]
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("*.png")} == whole
+    assert (tmp_path / "0003.png").stat().st_mtime_ns == kept
+    assert save(gate, tmp_path) == []
+
+
+def test_a_killed_write_leaves_no_half_picture(tmp_path, monkeypatch):
+    def killed(source, target):
+        raise KeyboardInterrupt
+
+    # The package exports a function of the same name, so the module is reached through sys.modules.
+    monkeypatch.setattr(sys.modules["diffusion_align.evaluation.generate"], "os", SimpleNamespace(replace=killed))
+    with pytest.raises(KeyboardInterrupt):
+        save(FakeGate(), tmp_path)
+    monkeypatch.undo()
+    assert not list(tmp_path.glob("0*.png")) and save(FakeGate(), tmp_path)[0] == [0, 1, 2]
+
+
+def test_a_folder_of_other_pictures_is_refused(tmp_path):
+    save(FakeGate(), tmp_path, facts={"adapter": "run 1"})
+    facts = {"adapter": "run 1"}
+    for change, match in [
+        ({"seed": 6}, "another seed"),
+        ({"guidance": 3.0}, "another guidance"),
+        ({"table": SDE}, "another sampler"),
+        ({"gate": FakeGate(name="tuned")}, "another model"),
+        ({"facts": {"adapter": "run 2"}}, "another adapter"),
+        ({"facts": None}, "another adapter"),
+        ({"prompts": ["prompt 0", "changed"]}, r"other prompts \(number 1\)"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            save(**{"gate": FakeGate(), "folder": tmp_path, "facts": facts, **change})
+    assert save(FakeGate(), tmp_path, prompts=PROMPTS[:2], facts=facts) == []
+    assert save(FakeGate(), tmp_path, prompts=[*PROMPTS, "one more"], facts=facts) == [[7]]
+    assert json.loads((tmp_path / "pictures.json").read_text())["prompts"] == [*PROMPTS, "one more"]
+
+
+def test_hostile_prompts_never_name_a_file(tmp_path):
+    prompts = ["../../escape", "a/b\x00c", "$(touch owned)", "\ud800 lone", "x" * 1_000_000]
+    save(FakeGate(), tmp_path / "in", prompts=prompts)
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+    assert json.loads((tmp_path / "in" / "pictures.json").read_text())["prompts"] == prompts
+    assert save(FakeGate(), tmp_path / "in", prompts=prompts) == []
+
+
+def test_a_broken_or_missing_picture_is_named(tmp_path):
+    save(FakeGate(), tmp_path)
+    (tmp_path / "0001.png").write_bytes(b"not a picture")
+    with pytest.raises(ImageError, match=r"0001\.png"):
+        list(read_pictures(tmp_path, 7))
+    with pytest.raises(FileNotFoundError, match=r"0009\.png"):
+        read_picture(tmp_path, 9)
+
+
+def test_a_real_model_draws_the_same_picture_in_any_batch(tmp_path):
+    gate = load_pipeline(make_tiny_folder(tmp_path / "model"), device="cpu")
+    table = evaluation_table(gate.schedule, 3)
+    prompts = ["a small red circle", "two large blue squares", "three green crosses"]
+    alone, together = pictures(gate, 1, table, prompts), pictures(gate, 3, table, prompts)
+    for i in range(3):
+        assert alone[i].shape == (3, gate.resolution, gate.resolution) and alone[i].std() > 0.01
+        # Kernels may sum in another order for another batch size: at most one level of 255.
+        torch.testing.assert_close(alone[i], together[i], atol=1 / 255, rtol=0)
+    assert save(gate, tmp_path / "pictures", prompts=prompts, table=table) == [[0, 1, 2]]
+    torch.testing.assert_close(read_picture(tmp_path / "pictures", 1), together[1], atol=0.51 / 255, rtol=0)
