@@ -1,0 +1,1 @@
+"""Stages of scripts/build_tiny.py: each builds one part of the embedded world from nothing, on a CPU."""

@@ -1,0 +1,58 @@
+"""Pictures of the base model itself, what the judge says of them, and their bytes for a table of pairs."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion_align.models import load_pipeline
+from diffusion_align.rng import normal_batch
+from diffusion_align.samplers import sample, step_table
+from diffusion_align.shapes import ATTRIBUTES, judge
+
+STEPS, GUIDANCE = 10, 3.0
+SHARD = 64  # prompts sampled between two saves
+
+
+def own_pictures(folder: Path, name: str, model: Path, prompts: list[str], k: int, *, seed: int) -> Tensor:
+    """`[P,K,3,64,64]` uint8: K samples of each prompt from the model; resumable by shards."""
+    gate = load_pipeline(str(model), device="cpu")
+    table = step_table(gate.schedule, STEPS, solver="dpmpp", order=2, eta=0.0)
+    shards = []
+    for start in tqdm(range(0, len(prompts), SHARD), desc=name):
+        shard_file = folder / f"{name}-{start}.safetensors"
+        if not shard_file.exists():
+            some = [prompt for prompt in prompts[start : start + SHARD] for _ in range(k)]
+            addresses = [(start + i // k, i % k) for i in range(len(some))]
+            pictures = []
+            for i in range(0, len(some), 64):
+                x = normal_batch(gate.latent_shape(), seed, name, addresses[i : i + 64])
+                denoiser = gate.denoiser(gate.encode_text(some[i : i + 64]), guidance=GUIDANCE)
+                with torch.no_grad():
+                    pictures.append(gate.decode(sample(denoiser, table, x)))
+            levels = (torch.cat(pictures) * 255).round().to(torch.uint8)
+            save_file({"pictures": levels.unflatten(0, (-1, k))}, shard_file.with_suffix(".tmp"))
+            shard_file.with_suffix(".tmp").replace(shard_file)
+        shards.append(load_file(shard_file)["pictures"])
+    return torch.cat(shards)
+
+
+def marks_of(pictures: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+    """The judge's marks `[P,K]` per attribute, and "share": the share of attributes that hold."""
+    p, k = pictures.shape[:2]
+    verdict = judge(pictures.flatten(0, 1).float() / 255, [prompt for prompt in prompts for _ in range(k)])
+    single = torch.stack([verdict[name] for name in ATTRIBUTES if name != "all"])
+    return {name: v.view(p, k) for name, v in {**verdict, "share": single.nanmean(0)}.items()}
+
+
+def picture_bytes(picture: Tensor) -> bytes:
+    """A `[3,64,64]` uint8 picture as a small WebP file; the loss is far below what the judge notices."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, "WEBP", quality=92, method=6)
+    return buffer.getvalue()
