@@ -25,7 +25,17 @@ def main(argv: list[str] | None = None) -> dict:
     from diffusion_align.cli import main as command
 
     start = time.monotonic()
-    train = ["train", "dpo", "--preset", "tiny", "--seed", str(args.seed), "--output_dir", str(run)]
+    train = [
+        "train",
+        "dpo",
+        "--preset",
+        "tiny",
+        "--seed",
+        str(args.seed),
+        "--output_dir",
+        str(run),
+        "--overwrite_output_dir",
+    ]
     for verb in (train, ["evaluate", str(run), "--num_prompts", str(args.num_prompts)]):
         print("$ diffusion-align", " ".join(verb), flush=True)
         code = command(verb)

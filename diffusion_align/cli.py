@@ -1,0 +1,158 @@
+"""The `diffusion-align` command. Nothing heavy is imported until the arguments are known to be good."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from diffusion_align.options import VERBS, UsageError, build_parser, parse, preset_names, resolve, unknown
+
+PROG = "diffusion-align"
+MEMORY_CURE = "halve --train_batch_size and double --gradient_accumulation_steps, or add --gradient_checkpointing"
+OTHER_VERBS = {
+    "presets ls": "list the presets",
+    "presets show": "print a preset, with the unit and the source of each number: presets show NAME",
+    "presets cp": "copy a preset, to edit and use with --config: presets cp NAME [FILE]",
+    "doctor": "versions, devices and what is missing",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 done, 1 the work failed, 2 the command line is wrong, 130 interrupted.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    traceback = os.environ.get("DIFFUSION_ALIGN_TRACEBACK", "0") not in ("", "0") or "--traceback" in argv
+    try:
+        return _run(argv)
+    except KeyboardInterrupt as interrupt:
+        # A command that can be continued says how in the exception it raises.
+        _complain(f"interrupted{'; ' + str(interrupt) if str(interrupt) else ''}")
+        return 130
+    except BrokenPipeError:
+        # The reader left (`| head`): nobody is there to be told. Point stdout away so that the exit stays silent too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except UsageError as error:
+        if traceback:
+            raise
+        _complain(str(error))
+        return 2
+    except Exception as error:
+        if traceback:
+            raise
+        # Errors that the floors below raise on purpose are plain ones, or classes of their own.
+        ours = type(error).__module__.startswith("diffusion_align.")
+        if ours or isinstance(error, ValueError | OSError | ImportError | NotImplementedError):
+            _complain(_one_line(error))
+        elif type(error).__name__ == "OutOfMemoryError":
+            _complain(f"{_one_line(error)}; {MEMORY_CURE}")
+        else:
+            _complain(f"unexpected {type(error).__name__}: {_one_line(error)} (--traceback shows where)")
+        return 1
+
+
+def _run(argv: list[str]) -> int:
+    words, rest = split_verb(argv)
+    if words == "--version":
+        from importlib.metadata import version
+
+        print(f"{PROG} {version('diffusion_align')}")
+        return 0
+    if words in VERBS:
+        return _run_verb(words, rest)
+    if words in OTHER_VERBS and not {"-h", "--help"} & set(rest):
+        from diffusion_align.commands import doctor, presets
+
+        rest = [word for word in rest if word != "--traceback"]
+        return doctor.doctor(rest) if words == "doctor" else presets.presets(words.split()[1], rest)
+    print(overview(words))
+    return 0
+
+
+def _run_verb(words: str, argv: list[str]) -> int:
+    verb = VERBS[words]
+    parser = build_parser(verb.options, f"{PROG} {words}", verb.about, verb.positional)
+    if {"-h", "--help"} & set(argv):
+        presets = f"\npresets: {', '.join(preset_names())}" if words.startswith("train") else ""
+        print(parser.format_help() + presets)
+        return 0
+    parsed = parse(parser, verb.options, argv, words, verb.positional)
+    resolved = resolve(verb.options, words, preset=parsed.preset, config=parsed.config, settings=parsed.settings)
+    verb.check(resolved.options)
+    for note in [*resolved.notes(), *verb.notes(resolved.options, resolved.origins)]:
+        _complain(note, "note")
+    if words == "train dpo":
+        if parsed.dry_run:
+            from diffusion_align.commands.plan_dpo import dry_run
+
+            return dry_run(resolved.options)
+        from diffusion_align.commands.train_dpo import train_dpo
+
+        return train_dpo(resolved.options)
+    if parsed.dry_run:
+        from diffusion_align.options import to_yaml
+
+        print(to_yaml(resolved.options, words), end="")
+        return 0
+    if words == "sample":
+        from diffusion_align.commands.sample import sample
+
+        return sample(resolved.options)
+    from diffusion_align.commands.evaluate import evaluate
+
+    return evaluate(resolved.options)
+
+
+def split_verb(argv: list[str]) -> tuple[str, list[str]]:
+    """The verb, of one or two words, and what follows; a group alone (`train`) or nothing is asked for its overview.
+
+    Raises:
+        UsageError: no such verb, with the nearest one.
+    """
+    known = [*VERBS, *OTHER_VERBS]
+    groups = {words.split()[0] for words in known if " " in words}
+    if not argv or argv[0] in ("-h", "--help", "help", "--traceback"):
+        return "", []
+    if argv[0] == "--version":
+        return "--version", []
+    first = argv[0]
+    if first in groups:
+        if len(argv) == 1 or argv[1] in ("-h", "--help"):
+            return first, []
+        seconds = [words.split()[1] for words in known if words.startswith(first + " ")]
+        if argv[1] not in seconds:
+            raise unknown(f"word after {first}:", argv[1], seconds, otherwise=f"there is {first} {', '.join(seconds)}")
+        return f"{first} {argv[1]}", argv[2:]
+    if first not in known:
+        firsts = sorted({words.split()[0] for words in known})
+        raise unknown("command", first, firsts, otherwise=f"there are {', '.join(firsts)}")
+    return first, argv[1:]
+
+
+def overview(group: str = "") -> str:
+    """The help above the verbs: all of them, or those of one group."""
+    abouts = {words: verb.about for words, verb in VERBS.items()} | OTHER_VERBS
+    shown = {words: about for words, about in abouts.items() if words.startswith(group)}
+    width = max(map(len, shown))
+    lines = [f"usage: {PROG} {group or 'COMMAND'} ...", ""]
+    lines += [f"  {words:{width}}  {about}" for words, about in shown.items()]
+    if not group:
+        lines += ["", f"{PROG} COMMAND --help shows its options. Errors are one line; --traceback shows the rest."]
+    return "\n".join(lines)
+
+
+def _one_line(error: Exception) -> str:
+    """An error's message without its line breaks; its type where there is no message."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _complain(message: str, kind: str = "error") -> None:
+    print(f"{PROG}: {kind}: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

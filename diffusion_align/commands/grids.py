@@ -1,0 +1,43 @@
+"""Sample grids: the same prompts and seeds all along a run, base beside now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffusion_align.evaluation import evaluation_table, generate, pairs_picture, read_pictures, save_pictures
+from diffusion_align.models import TextToImage
+
+DEFAULT_PROMPTS = 4
+SHEET_SIDE = 192  # pixels of a picture, for small models; larger pictures keep their size
+BATCH = 8
+
+
+def grid_prompts(given: tuple[str, ...], of_the_data: Iterable[str]) -> list[str]:
+    """The prompts asked for, or the first different ones of the data."""
+    return list(given) or list(dict.fromkeys(of_the_data))[:DEFAULT_PROMPTS]
+
+
+def base_pictures(
+    gate: TextToImage, prompts: list[str], folder: Path, *, seed: int, steps: int, guidance: float
+) -> Tensor:
+    """Draw and keep the base's pictures [N,3,H,W]; call it while the policy still is the base. Kept ones are read."""
+    table = evaluation_table(gate.schedule, steps)
+    for _ in save_pictures(gate, prompts, folder, seed=seed, table=table, guidance=guidance, batch_size=BATCH):
+        pass  # each step of the iteration has written some
+    return torch.cat([pictures for _, pictures in read_pictures(folder, len(prompts))])
+
+
+def write_grid(
+    gate: TextToImage, prompts: list[str], base: Tensor, path: Path, *, seed: int, steps: int, guidance: float
+) -> None:
+    """Draw the same prompts with the present weights and write both side by side."""
+    table = evaluation_table(gate.schedule, steps)
+    drawn = generate(gate, prompts, seed=seed, table=table, guidance=guidance, batch_size=BATCH)
+    now = torch.cat([pictures for _, pictures in drawn])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    factor = max(1, SHEET_SIDE // now.shape[-1])
+    pairs_picture(base, now, prompts, [(None, None)] * len(prompts), path, columns=2, factor=factor)

@@ -1,0 +1,71 @@
+"""What `train dpo` would do, as lines of text: everything that can be known without loading a model."""
+
+from __future__ import annotations
+
+import os
+
+from diffusion_align.commands.model_facts import ModelFacts, read_model_facts
+from diffusion_align.commands.plan import describe_beta, describe_loss, describe_rate, describe_steps, steps_of
+from diffusion_align.commands.sources import fetch_pairs, pairs_on_disk, present_model, present_pairs
+from diffusion_align.data import Counts, Pair, read_pairs
+from diffusion_align.options import TrainDpo, to_yaml
+from diffusion_align.schedule import Schedule
+
+
+def read_training_pairs(o: TrainDpo) -> tuple[list[Pair], Counts]:
+    """The pairs that the options name, from this disk or else from the hub."""
+    split = o.dataset_split_name or "train"
+    name = present_pairs(o.train_data_dir or o.dataset_name or "")
+    path = pairs_on_disk(name)
+    return read_pairs(path if path is not None else fetch_pairs(name, split, o.cache_dir), split=split)
+
+
+def dry_run(o: TrainDpo) -> int:
+    """Print the resolved configuration and, as comments under it, the plan: the output is a file for --config."""
+    print(to_yaml(o, "train dpo") + "\n" + "\n".join(f"# {line}" for line in plan_dpo(o)))
+    return 0
+
+
+def plan_dpo(o: TrainDpo) -> list[str]:
+    """The plan: batch, steps, learning rate, beta in every unit, loss, trained weights, data."""
+    name = present_model(o.pretrained_model_name_or_path or "")
+    facts = read_model_facts(name)
+    schedule, shape = Schedule.from_config(facts.scheduler), facts.latent_shape(o.resolution)
+    pairs, said = _count(o)
+    plan = steps_of(
+        o.train_batch_size,
+        int(os.environ.get("WORLD_SIZE", "1")),
+        o.gradient_accumulation_steps,
+        o.num_train_epochs,
+        o.max_train_steps,
+        pairs,
+    )
+    assumed = "" if facts.known else " (not on this disk: figures are those of Stable Diffusion 1.5)"
+    return [
+        f"model            {name}{assumed}",
+        f"pairs            {said}",
+        *describe_steps(plan),
+        describe_rate(o.learning_rate, o.scale_lr, plan.batch),
+        *describe_beta(o.beta_dpo, o.beta_convention, shape, schedule),
+        describe_loss(o.loss_type, o.label_smoothing),
+        f"trained          {_trained(o, facts)}",
+    ]
+
+
+def _count(o: TrainDpo) -> tuple[int | None, str]:
+    """How many pairs there are, if they are on this disk; nothing is downloaded to plan."""
+    name = present_pairs(o.train_data_dir or o.dataset_name or "")
+    path = pairs_on_disk(name)
+    if path is None:
+        return None, f"{name}, on the hub: not counted"
+    _, counts = read_training_pairs(o)
+    used = min(counts.used, o.max_train_samples or counts.used)
+    return used, f"{counts}" + (f", of which the first {used}" if used < counts.used else "")
+
+
+def _trained(o: TrainDpo, facts: ModelFacts) -> str:
+    what = "the whole UNet" if o.mode == "full" else f"LoRA of rank {o.rank}, alpha {o.network_alpha or o.rank:g}"
+    if not facts.unet_shapes:
+        return f"{what}: number of parameters unknown"
+    number = facts.full_parameters() if o.mode == "full" else facts.lora_parameters(o.rank)
+    return f"{what}: {number:,} of {facts.full_parameters():,} parameters"

@@ -1,0 +1,99 @@
+"""`sample`: prompts and a model in, PNGs and a JSON out that says how each was made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion_align.commands.sources import present_model, read_prompts
+from diffusion_align.commands.tuned import base_of, load_tuned, run_config
+from diffusion_align.data.images import encode_png
+from diffusion_align.evaluation.report import versions
+from diffusion_align.options import Sample
+from diffusion_align.rng import draw_normal, generator
+from diffusion_align.samplers import StepTable, step_table
+from diffusion_align.samplers import sample as run_sampler
+
+if TYPE_CHECKING:
+    from diffusion_align.models import TextToImage
+
+
+def sample(options: Sample) -> int:
+    """Draw and write pictures; see `Sample` for what can be asked."""
+    o = options
+    prompts = list(o.prompt) + (read_prompts(o.prompts_file) if o.prompts_file else [])
+    base = base_of(run_config(o.run)) if o.run else {"revision": o.revision, "variant": o.variant}
+    name = present_model(o.pretrained_model_name_or_path or base["pretrained_model_name_or_path"] or "")
+
+    from diffusion_align.models import load_pipeline  # seconds, so after everything that can be refused
+
+    gate = load_pipeline(name, device=o.device, revision=base["revision"], variant=base["variant"])
+    if o.run:
+        load_tuned(gate, o.run)
+    order = o.order if o.solver == "dpmpp" else 1
+    table = step_table(gate.schedule, o.steps, solver=o.solver, order=order, eta=o.eta, spacing=o.spacing)
+    wanted = [(number, image) for number in range(len(prompts)) for image in range(o.num_images_per_prompt)]
+    out = Path(o.out)
+    out.mkdir(parents=True, exist_ok=True)
+    files = []
+    with tqdm(total=len(wanted), unit="picture", disable=None) as bar:
+        drawn = draw(
+            gate, prompts, wanted, table, seed=o.seed, guidance=o.guidance, negative_prompt=o.negative_prompt,
+            resolution=o.resolution, batch_size=o.batch_size, mixed_precision=o.mixed_precision,
+        )  # fmt: skip
+        for (number, image), picture in drawn:
+            # Numbers, not prompts, make file names: a prompt may hold anything.
+            file = f"{number:04d}-{image:02d}.png"
+            (out / file).write_bytes(encode_png(picture))
+            files.append({"file": file, "prompt": prompts[number], "prompt_number": number, "image": image})
+            bar.update()
+    about = {
+        "pictures": files,
+        "model": name,
+        "fingerprint": gate.fingerprint(),
+        "run": o.run,
+        "seed": o.seed,
+        "guidance": o.guidance,
+        "negative_prompt": o.negative_prompt,
+        "sampler": {"solver": o.solver, "order": order, "steps": o.steps, "eta": o.eta, "spacing": o.spacing},
+        "resolution": o.resolution or gate.resolution,
+        "mixed_precision": o.mixed_precision,
+        "versions": versions(),
+    }
+    (out / "samples.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(files)} pictures and samples.json in {out}")
+    return 0
+
+
+@torch.no_grad()
+def draw(
+    gate: TextToImage,
+    prompts: list[str],
+    wanted: list[tuple[int, int]],
+    table: StepTable,
+    *,
+    seed: int,
+    guidance: float,
+    negative_prompt: str,
+    resolution: int | None,
+    batch_size: int,
+    mixed_precision: str,
+) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """Yield ((prompt's number, image's number), picture [3,H,W] in [0, 1]), the same whatever the batch size."""
+    negative = gate.encode_text([negative_prompt])
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision)
+    for start in range(0, len(wanted), batch_size):
+        part = wanted[start : start + batch_size]
+        sources = [generator(seed, "sample", *address) for address in part]
+        noise = torch.stack([draw_normal(gate.latent_shape(resolution), source) for source in sources])
+        text = gate.encode_text([prompts[number] for number, _ in part])
+        with torch.autocast(gate.device.type, dtype=half, enabled=half is not None):
+            denoiser = gate.denoiser(text, guidance, negative)
+            latents = run_sampler(denoiser, table, noise.to(gate.device), sources)
+        yield from zip(part, gate.decode(latents).cpu(), strict=True)

@@ -1,0 +1,70 @@
+"""A finished run as a model: its base, and what training made of it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusion_align.options import read_yaml
+
+if TYPE_CHECKING:
+    from diffusion_align.models import TextToImage
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def run_config(run: str | Path) -> dict[str, Any]:
+    """The resolved configuration that a run folder keeps.
+
+    Raises:
+        FileNotFoundError: no such folder, or not that of a run.
+    """
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run} is not a run folder: it has no config.yaml")
+    return read_yaml(path)
+
+
+def base_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Name, revision and variant of the model that a run started from."""
+    section = config.get("model") or {}
+    return {key: section.get(key) for key in ("pretrained_model_name_or_path", "revision", "variant")}
+
+
+def load_tuned(gate: TextToImage, run: str | Path) -> None:
+    """Put a run's trained weights, a LoRA or a whole UNet, into the gate of its base.
+
+    Raises:
+        FileNotFoundError: the run has no trained weights (yet).
+        ValueError: they are damaged, or belong to another base.
+    """
+    from diffusion_align.models import load_lora, load_unet
+
+    path = trained_weights(run)
+    if path.name == LORA_FILE:
+        load_lora(gate, run)
+    else:
+        load_unet(gate, run)
+
+
+def trained_weights(run: str | Path) -> Path:
+    """The file or folder with a run's trained weights; FileNotFoundError while there is none."""
+    for name in (LORA_FILE, "unet"):
+        if (Path(run) / name).exists():
+            return Path(run) / name
+    raise FileNotFoundError(
+        f"{run} has no trained weights yet ({LORA_FILE} or unet/): let its training finish, "
+        "or continue it with --resume_from_checkpoint latest"
+    )
+
+
+def weights_digest(run: str | Path) -> str:
+    """A short name for a run's trained weights, by content."""
+    path = trained_weights(run)
+    digest = hashlib.blake2b(digest_size=8)
+    for file in [path] if path.is_file() else sorted(path.rglob("*.safetensors")):
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

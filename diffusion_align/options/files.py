@@ -1,0 +1,126 @@
+"""Presets and configuration files: YAML in, a flat list of (key, value) out, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .names import UsageError, unknown
+from .schema import by_any_name, options_of
+
+PRESETS = Path(__file__).parent / "presets"
+# What a file may say beside options: which verb it is for, and one line about itself.
+ABOUT_KEYS = ("verb", "about")
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, but a key written twice is an error instead of a silent last word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.MarkedYAMLError(None, None, f"the key {key_node.value} stands twice", key_node.start_mark)
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def preset_path(name: str) -> Path:
+    if name not in preset_names():
+        raise unknown("preset", name, preset_names(), otherwise=f"there are {', '.join(preset_names())}")
+    return PRESETS / f"{name}.yaml"
+
+
+def config_path(name: str) -> Path:
+    """A configuration file, or the `config.yaml` of a run folder or of a folder inside one, such as a checkpoint."""
+    path = Path(name)
+    if path.is_dir():
+        places = [path, *path.resolve().parents[:2]]
+        found = next((place / "config.yaml" for place in places if (place / "config.yaml").is_file()), None)
+        if found is None:
+            raise UsageError(f"--config {name}: the folder holds no config.yaml")
+        return found
+    if not path.is_file():
+        near = ", a preset has this name: use --preset" if name in preset_names() else ""
+        raise UsageError(f"--config {name}: no such file{near}")
+    return path
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        UsageError: not YAML (with line and column), or not a mapping.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506, a subclass of SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UsageError(f"{path}:{place} {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a YAML file: {str(error).splitlines()[0]}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: expected `key: value` lines, found {type(content).__name__}")
+    return content
+
+
+def settings_of(content: dict[str, Any], options_class: type, verb: str, origin: str) -> list[tuple[str, Any]]:
+    """The settings in a file as (key, value), sections flattened.
+
+    Raises:
+        UsageError: the file is for another verb, or has an unknown key (with the nearest valid one).
+    """
+    if content.get("verb", verb) != verb:
+        raise UsageError(f"{origin}: written for `{content['verb']}`, not for `{verb}`")
+    sections = {described.section for described in options_of(options_class).values()}
+    names = by_any_name(options_class)
+    settings: list[tuple[str, Any]] = []
+    for key, value in content.items():
+        if key in ABOUT_KEYS:
+            continue
+        if key in sections and (value is None or isinstance(value, dict)):
+            settings += [(f"{key}.{name}", inner) for name, inner in (value or {}).items()]
+        elif isinstance(value, dict):
+            raise _in(origin, unknown("section", str(key), sections, otherwise=f"there are {', '.join(sections)}"))
+        else:
+            settings.append((str(key), value))
+    for key, _ in settings:
+        if key not in names:
+            raise _in(origin, unknown_key(key, options_class, verb))
+    return settings
+
+
+def unknown_key(key: str, options_class: type, verb: str) -> UsageError:
+    """The error for a dotted key: a known name in a wrong section is met with its right place."""
+    names = by_any_name(options_class)
+    candidates = [name for name in names if "." in name or "." not in key]
+    bare = key.rpartition(".")[2]
+    if bare in names:
+        return UsageError(f"unknown key {key}; did you mean {names[bare].section}.{bare}?")
+    return unknown("key", key, candidates, otherwise=f"`diffusion-align {verb} --help` lists them all")
+
+
+def _in(origin: str, error: UsageError) -> UsageError:
+    return UsageError(f"{origin}: {error}")
+
+
+def to_yaml(options: Any, verb: str) -> str:
+    """The resolved options by section, as --config reads them back, without secrets and what concerns one start."""
+    content: dict[str, Any] = {"verb": verb}
+    values = dataclasses.asdict(options)
+    for described in options_of(type(options)).values():
+        if described.saved:
+            value = values[described.name]
+            value = list(value) if isinstance(value, tuple) else value
+            content.setdefault(described.section, {})[described.name] = value
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)

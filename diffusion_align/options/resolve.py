@@ -1,0 +1,73 @@
+"""Who has the last word: defaults < preset < configuration file < command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from .convert import convert
+from .files import config_path, preset_path, read_yaml, settings_of
+from .names import UsageError
+from .schema import by_any_name, options_of
+
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True)
+class Resolved(Generic[Options]):
+    """The options of one start, and where each came from; names that nobody set are not listed."""
+
+    options: Options
+    origins: dict[str, str]
+
+    def notes(self) -> list[str]:
+        """One line for everything that was set and has no effect."""
+        described = options_of(type(self.options))
+        return [
+            f"{name} has no effect: {described[name].unused}"
+            for name in self.origins
+            if described[name].unused and getattr(self.options, name) != described[name].default
+        ]
+
+
+def resolve(
+    options_class: type[Options],
+    verb: str,
+    *,
+    preset: str | None = None,
+    config: str | None = None,
+    settings: list[tuple[str, Any]] | None = None,
+) -> Resolved[Options]:
+    """Merge the layers and build the options; every value is converted and checked whatever layer it came from.
+
+    Args:
+        settings: (key, value) from the command line, by bare name, dotted key or alias.
+
+    Raises:
+        UsageError: with the layer, the key and what would be right.
+    """
+    layers: list[tuple[str, list[tuple[str, Any]]]] = []
+    if preset is not None:
+        origin = f"preset {preset}"
+        layers.append((origin, settings_of(read_yaml(preset_path(preset)), options_class, verb, origin)))
+    if config is not None:
+        path = config_path(config)
+        layers.append((str(path), settings_of(read_yaml(path), options_class, verb, str(path))))
+    layers.append(("command line", settings or []))
+
+    names, options = by_any_name(options_class), options_of(options_class)
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, layer in layers:
+        in_this_layer: dict[str, Any] = {}
+        for key, written in layer:
+            name = names[key].name
+            value = convert(names[key], written, origin)
+            if in_this_layer.setdefault(name, value) != value:
+                both = f"{in_this_layer[name]!r} and to {value!r}"
+                raise UsageError(f"{origin}: {names[key].key} is set twice, to {both}")
+        for name in in_this_layer:
+            values.pop(options[name].replaces, None)
+        values |= in_this_layer
+        origins |= dict.fromkeys(in_this_layer, origin)
+    return Resolved(options_class(**values), origins)

@@ -1,0 +1,82 @@
+"""The options of `sample` and `evaluate`."""
+
+# ruff: noqa: E501  (a table: one option a line)
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .names import UsageError
+from .schema import option
+
+
+@dataclass(frozen=True)
+class Sample:
+    # fmt: off
+    run: str | None = option(None, "model", "run folder whose trained weights are used")
+    pretrained_model_name_or_path: str | None = option(None, "model", "folder or hub id in diffusers format, or tiny (default: the run's base)", aliases=("model",))
+    revision: str | None = option(None, "model", "branch, tag or commit on the hub")
+    variant: str | None = option(None, "model", "variant of the weights' files, such as fp16")
+
+    prompt: tuple[str, ...] = option((), "prompts", "a prompt; may be repeated")
+    prompts_file: str | None = option(None, "prompts", "file with one prompt a line")
+    negative_prompt: str = option("", "prompts", "what guidance steers away from")
+    num_images_per_prompt: int = option(1, "prompts", "pictures of each prompt", at_least=1)
+
+    steps: int = option(25, "sampler", "steps", aliases=("num_inference_steps",), at_least=1)
+    guidance: float = option(7.5, "sampler", "classifier-free guidance; 1 is none", aliases=("guidance_scale",), at_least=0)
+    seed: int = option(0, "sampler", "picture i of a prompt is keyed by (seed, prompt's number, i)", at_least=0)
+    solver: str = option("dpmpp", "sampler", "DPM-Solver++ or DDIM", choices=("dpmpp", "ddim"))
+    order: int = option(2, "sampler", "order of DPM-Solver++", at_least=1, at_most=3)
+    eta: float = option(0.0, "sampler", "0: deterministic, 1: the stochastic solver", at_least=0)
+    spacing: str = option("trailing", "sampler", "where the steps lie", choices=("trailing", "leading", "linspace", "karras", "lu", "exponential", "ays"))
+    resolution: int | None = option(None, "sampler", "side of the pictures in pixels (default: the model's own)", at_least=8)
+
+    batch_size: int = option(8, "machine", "pictures at a time", at_least=1)
+    device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
+    mixed_precision: str = option("no", "machine", "precision of the network", choices=("no", "fp16", "bf16"))
+    out: str = option("samples", "output", "folder for the pictures and samples.json", aliases=("output_dir",))
+    # fmt: on
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    # fmt: off
+    run: str | None = option(None, "run", "run folder to evaluate")
+    prompts: str = option("held-out", "prompts", "file with one prompt a line, or held-out (captions of the embedded world that no training set names)")
+    num_prompts: int = option(500, "prompts", "use the first N prompts", at_least=2)
+
+    steps: int = option(15, "sampler", "steps of DPM-Solver++ 2M, trailing, for both models", aliases=("num_inference_steps",), at_least=1)
+    guidance: float = option(4.0, "sampler", "classifier-free guidance; 1 is none", aliases=("guidance_scale",), at_least=0)
+    seed: int = option(0, "sampler", "prompt i starts from the same noise, keyed by (seed, i), in both models", at_least=0)
+
+    reward: str = option("tiny", "score", "reward beside the judge: tiny (the embedded one), an open_clip name, or none")
+    pictures: int = option(12, "score", "pairs of pictures shown in the report", at_least=0)
+
+    batch_size: int = option(64, "machine", "pictures at a time", at_least=1)
+    device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
+    mixed_precision: str = option("no", "machine", "precision of the network", choices=("no", "fp16", "bf16"))
+    # fmt: on
+
+
+def check_sample(options: Sample) -> None:
+    """What no single option can know.
+
+    Raises:
+        UsageError: nothing to draw, or nothing to draw with.
+    """
+    if options.run is None and options.pretrained_model_name_or_path is None:
+        raise UsageError("which model? --pretrained_model_name_or_path NAME, --run FOLDER, or both")
+    if not options.prompt and options.prompts_file is None:
+        raise UsageError('which prompts? --prompt "..." (may be repeated) or --prompts_file FILE')
+    if options.order == 3 and options.eta > 0:
+        raise UsageError("sampler.order 3 is for sampler.eta 0 only")
+
+
+def check_evaluate(options: Evaluate) -> None:
+    """What no single option can know.
+
+    Raises:
+        UsageError: no run.
+    """
+    if options.run is None:
+        raise UsageError("which run? diffusion-align evaluate RUN_FOLDER")

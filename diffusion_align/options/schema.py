@@ -1,0 +1,91 @@
+"""Options as data: every option of a verb is one field of a frozen dataclass, described where it is declared.
+
+The field holds the name, the type and the default; its metadata holds what a name and a type cannot say: the section,
+the help, the permitted range. Flags, dotted keys, help texts, range checks and the saved configuration read it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option, as read from a dataclass field."""
+
+    name: str
+    kind: type  # bool, int, float, str, or tuple for a list of strings
+    default: Any
+    nullable: bool
+    section: str
+    help: str
+    choices: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    replaces: str = ""  # the option of an earlier layer that this one takes the place of
+    unused: str = ""  # why the option is accepted without effect; told to whoever sets it
+    saved: bool = True  # False for what must not reach a saved configuration: secrets, and what concerns one start only
+
+    @property
+    def key(self) -> str:
+        return f"{self.section}.{self.name}"
+
+    @property
+    def expected(self) -> str:
+        """What a value must look like, in words."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list of texts"}
+        bounds = [
+            f"{phrase} {bound:g}"
+            for phrase, bound in (
+                ("at least", self.at_least),
+                ("above", self.above),
+                ("at most", self.at_most),
+                ("below", self.below),
+            )
+            if bound is not None
+        ]
+        return words[self.kind] + (" " + " and ".join(bounds) if bounds else "")
+
+
+def option(default: Any, section: str, help: str, **described: Any) -> Any:
+    """Declare one option as a dataclass field; `described` are fields of `Option`, so a slip there fails at once."""
+    return dataclasses.field(default=default, metadata={"section": section, "help": help, **described})
+
+
+@functools.cache
+def options_of(options_class: type) -> dict[str, Option]:
+    """All options of a verb by name, in the order of declaration.
+
+    >>> from diffusion_align.options.train_dpo import TrainDpo
+    >>> options_of(TrainDpo)["rank"].key
+    'adapter.rank'
+    """
+    hints = typing.get_type_hints(options_class)
+    found = {}
+    for field in dataclasses.fields(options_class):
+        hint = hints[field.name]
+        nullable = isinstance(hint, types.UnionType)
+        kind = next(part for part in typing.get_args(hint) if part is not type(None)) if nullable else hint
+        kind = typing.get_origin(kind) or kind
+        found[field.name] = Option(field.name, kind, field.default, nullable, **field.metadata)
+    return found
+
+
+def by_any_name(options_class: type) -> dict[str, Option]:
+    """Options by bare name, dotted key and alias: everything that may stand left of an equals sign."""
+    names: dict[str, Option] = {}
+    for described in options_of(options_class).values():
+        for word in (described.name, *described.aliases):
+            names[word] = described
+            names[f"{described.section}.{word}"] = described
+    return names

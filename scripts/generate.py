@@ -1,0 +1,14 @@
+"""Pictures from a model or a run, the same as `diffusion-align sample`."""
+
+import sys
+from collections.abc import Sequence
+
+from diffusion_align.cli import main as command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command(["sample", *(sys.argv[1:] if argv is None else argv)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
