@@ -26,7 +26,7 @@ WORDS = (
 
 
 def tiny_tokenizer() -> CLIPTokenizer:
-    """Each of WORDS is one token; anything else is spelled in bytes. `<|endoftext|>` has the highest id, where CLIP pools."""
+    """Each of WORDS is one token, all else is bytes. `<|endoftext|>` has the highest id, where CLIP pools."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

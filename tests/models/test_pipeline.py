@@ -6,7 +6,8 @@ import socket
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 
 from diffusion_align.models import load_pipeline
 from diffusion_align.rng import generator
@@ -165,3 +166,63 @@ def test_a_local_folder_opens_no_connection(tiny_folder, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     load_pipeline(tiny_folder, device="cpu").encode_text(PROMPTS)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_with_a_gap_are_refused(tiny_folder, tmp_path, part):
+    shutil.copytree(tiny_folder, tmp_path / "gap")
+    (path,) = (tmp_path / "gap" / part).glob("*.safetensors")
+    tensors = load_file(path)
+    key = sorted(tensors)[0]
+    save_file({name: value for name, value in tensors.items() if name != key}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError) as error:
+        load_pipeline(tmp_path / "gap", device="cpu")
+    one_line(error, f"gap/{part}", key)
+
+
+def test_an_empty_tokenizer_folder_is_refused(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "mute")
+    (tmp_path / "mute" / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError) as error:
+        load_pipeline(tmp_path / "mute")
+    one_line(error, "tokenizer.json", "merges.txt")
+
+
+def test_the_older_tokenizer_files_give_the_same_text(gate, tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "old")
+    words = tmp_path / "old" / "tokenizer"
+    model = json.loads((words / "tokenizer.json").read_text())["model"]
+    (words / "tokenizer.json").unlink()
+    (words / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (words / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"]))
+    old = load_pipeline(tmp_path / "old", device="cpu")
+    assert torch.equal(old.encode_text([*PROMPTS, "gray zebra!"]), gate.encode_text([*PROMPTS, "gray zebra!"]))
+
+
+def test_an_inpainting_model_is_refused(gate, tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "nine")
+    with torch.random.fork_rng():
+        network = UNet2DConditionModel.from_config({**gate.unet.config, "in_channels": 9})
+    network.save_pretrained(tmp_path / "nine" / "unet")
+    with pytest.raises(ValueError) as error:
+        load_pipeline(tmp_path / "nine", device="cpu")
+    one_line(error, "9 channels", "inpainting")
+
+
+def test_pictures_and_noise_of_the_wrong_kind_are_refused(gate):
+    image = torch.full((2, 3, 32, 32), 0.5)
+    for wrong in (image * 255, image - 1, image.to(torch.uint8), image[0], image[:, :1]):
+        with pytest.raises(ValueError, match="pictures are"):
+            gate.encode_images(wrong)
+    with pytest.raises(ValueError, match="noise is"):
+        gate.encode_images(image, torch.zeros(1, 4, 8, 8))  # would broadcast: the same noise for every picture
+
+
+def test_no_prompts_no_text(gate):
+    assert gate.encode_text([]).shape == (0, 16, 32)
+
+
+def test_a_single_file_is_no_folder(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="single file"):
+        load_pipeline(tmp_path / "model.safetensors")
