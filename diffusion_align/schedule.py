@@ -75,7 +75,9 @@ class Schedule:
         table = _half_log_snr_of(betas)
         zero_terminal = bool(table[-1] == -math.inf)
         if zero_terminal:
-            table[-1] = ZERO_SNR_FLOOR
+            # DDPM's linear betas are below the floor one step earlier already, and a table must fall to be inverted.
+            before = float(table[-2])
+            table[-1] = ZERO_SNR_FLOOR if before > ZERO_SNR_FLOOR else before - math.log(2.0)
         offset, clip = int(config.get("steps_offset") or 0), config.get("lambda_min_clipped")
         clip = -math.inf if clip is None else float(clip)
         return cls("vp", len(table), prediction_type, table, zero_terminal, 1.0, offset, clip)

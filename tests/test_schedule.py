@@ -17,6 +17,7 @@ CONFIGS = {
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
     "trained": {"trained_betas": np.linspace(0.001, 0.3, 40).tolist(), "num_train_timesteps": 40},
     "short": {"num_train_timesteps": 50, "beta_end": 0.2},
+    "zero_snr_linear": {"rescale_betas_zero_snr": True},
 }
 CONFIGS["zero_snr"] = {**CONFIGS["scaled_linear"], "rescale_betas_zero_snr": True}
 
@@ -85,6 +86,12 @@ def test_between_integers_the_clock_is_linear_and_invertible():
     assert float(schedule.half_log_snr(17.25)) == pytest.approx(float(0.75 * ends[0] + 0.25 * ends[1]), abs=1e-14)
     t = torch.tensor([[0.0, 0.3, 17.25], [500.0, 998.999, 999.0]], dtype=torch.float64)
     torch.testing.assert_close(schedule.timestep_at(schedule.half_log_snr(t)), t, rtol=0, atol=1e-9)
+    for config in CONFIGS.values():
+        schedule = Schedule.from_config(config)
+        t = torch.linspace(0, schedule.num_timesteps - 2, 301, dtype=torch.float64)
+        torch.testing.assert_close(schedule.timestep_at(schedule.half_log_snr(t)), t, rtol=0, atol=1e-8)
+        assert (schedule.table.diff() < 0).all()
+    schedule = Schedule.from_config(CONFIGS["scaled_linear"])
     beyond = schedule.timestep_at(torch.tensor([9.0, -9.0, math.inf, -math.inf]))
     assert beyond.tolist() == [0.0, 999.0, 0.0, 999.0]
 
