@@ -37,12 +37,14 @@ def generator(seed: int, purpose: str, *address: Part) -> torch.Generator:
     digest = _digest(seed, purpose, address)
     made = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
     state = made.get_state()
-    words = state.view(torch.int64)
-    if words.numel() < _FIRST + _WORDS or int(words[_FIRST]) != int.from_bytes(digest[:4], "little"):
+    # Bytes of int64 slots; the first word after `manual_seed` is the seed's lower 32 bits, by which we know the layout.
+    words = state[8 * _FIRST : 8 * (_FIRST + _WORDS)]
+    if words.numel() != 8 * _WORDS or int(words.view(torch.int64)[0]) != int.from_bytes(digest[:4], "little"):
         raise RuntimeError(
-            "this version of torch lays out its CPU generator's state in a way diffusion_align does not know"
+            f"torch {torch.__version__} lays out its CPU generator's state in a way diffusion_align does not know: "
+            "install one that its requirements allow"
         )
-    words[_FIRST : _FIRST + _WORDS] = torch.frombuffer(bytearray(digest), dtype=torch.uint32).to(torch.int64)
+    words.view(torch.int64).copy_(torch.frombuffer(bytearray(digest), dtype=torch.uint32))
     return made.set_state(state)
 
 

@@ -139,12 +139,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=3000)
     parser.add_argument("--decoder-steps", type=int, default=2000)
-    parser.add_argument("--unet-steps", type=int, nargs=2, default=(6000, 3000), help="of its two phases")
-    parser.add_argument("--reward-steps", type=int, default=1500)
+    parser.add_argument("--unet-steps", type=int, nargs=3, default=(6000, 3000, 2600), help="of its three phases")
+    parser.add_argument("--reward-steps", type=int, default=1000)
     parser.add_argument(
         "--pictures", type=int, default=32000, help="rendered for the denoiser; a quarter for the others"
     )
-    parser.add_argument("--reward-prompts", type=int, default=700)
+    parser.add_argument("--reward-prompts", type=int, default=400)
     parser.add_argument("--pair-prompts", type=int, default=800)
     parser.add_argument("--measure-prompts", type=int, default=500)
     size = parser.parse_args(argv)

@@ -25,18 +25,9 @@ def main(argv: list[str] | None = None) -> dict:
     from diffusion_align.cli import main as command
 
     start = time.monotonic()
-    train = [
-        "train",
-        "dpo",
-        "--preset",
-        "tiny",
-        "--seed",
-        str(args.seed),
-        "--output_dir",
-        str(run),
-        "--overwrite_output_dir",
-    ]
-    for verb in (train, ["evaluate", str(run), "--num_prompts", str(args.num_prompts)]):
+    train = f"train dpo --preset tiny --seed {args.seed} --overwrite_output_dir --output_dir".split()
+    evaluate = f"evaluate --num_prompts {args.num_prompts}".split()
+    for verb in ([*train, str(run)], [*evaluate, str(run)]):
         print("$ diffusion-align", " ".join(verb), flush=True)
         code = command(verb)
         if code:

@@ -11,7 +11,7 @@ from tiny.fit import fit
 from diffusion_align.rng import generator
 from diffusion_align.shapes import ATTRIBUTES
 
-TOY = """--vae-steps 1 --decoder-steps 1 --unet-steps 1 1 --reward-steps 1 --pictures 64 --reward-prompts 2
+TOY = """--vae-steps 1 --decoder-steps 1 --unet-steps 1 1 1 --reward-steps 1 --pictures 64 --reward-prompts 2
     --pair-prompts 2 --measure-prompts 2 --reconstructions 8""".split()
 
 

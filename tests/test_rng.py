@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -54,6 +55,52 @@ def test_addresses_that_agree_in_32_bits_differ():
     a, b = (rng.normal((32,), 0, "clash", i) for i in CLASH)
     assert not torch.equal(a, b)
     assert (a == b).sum() < 4
+
+
+class OddGenerator:
+    """A generator of some later torch, with its state laid out differently."""
+
+    def __init__(self, lay_out):
+        self.lay_out, self.usual = lay_out, torch.Generator()
+
+    def manual_seed(self, seed):
+        self.state = self.lay_out(self.usual.manual_seed(seed).get_state())
+        return self
+
+    def get_state(self):
+        return self.state.clone()
+
+    def set_state(self, state):
+        self.state = state
+        return self
+
+
+@pytest.mark.parametrize(
+    "lay_out",
+    [
+        lambda state: torch.cat([state[:16], state]),  # two more slots in front
+        lambda state: state.view(torch.int64).to(torch.int32).view(torch.uint8),  # words of 32 bits
+        lambda state: state[:16],  # another engine: a seed and a counter
+        lambda state: state[: 8 * (3 + 624) - 4],  # not a whole number of slots
+    ],
+)
+def test_an_unknown_layout_of_the_state_is_refused(lay_out, monkeypatch):
+    """Never a silent draw from some other place: runs would lose their addresses."""
+    usual = rng.normal((3,), 7, "noise", 1)
+    odd = OddGenerator(lay_out)
+    monkeypatch.setattr(torch, "Generator", lambda: odd)
+    with pytest.raises(RuntimeError, match=rf"torch {re.escape(torch.__version__)} lays out .* install one that"):
+        rng.generator(7, "noise", 1)
+    monkeypatch.undo()
+    assert torch.equal(usual, rng.normal((3,), 7, "noise", 1))
+
+
+def test_a_longer_state_with_the_same_words_is_understood(monkeypatch):
+    odd = OddGenerator(lambda state: torch.cat([state, state[:3]]))
+    monkeypatch.setattr(torch, "Generator", lambda: odd)
+    rng.generator(7, "noise", 1)
+    monkeypatch.undo()
+    assert torch.equal(odd.state[:-3], rng.generator(7, "noise", 1).get_state())
 
 
 def test_parts_must_be_integers_or_strings():

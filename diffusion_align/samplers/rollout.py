@@ -15,7 +15,7 @@ from torch import Tensor
 from ..gaussian import Gaussian
 from ..prediction import Denoiser
 from ..rng import draw_normal
-from ..tensors import require_same_shape, widen
+from ..tensors import widen
 from ..trajectory import Trajectory
 from .kernel import step_gaussian
 from .tables import StepTable
@@ -27,9 +27,7 @@ HISTORIES = ("recompute", "frozen")
 def predict(denoiser: Denoiser, table: StepTable, k: int, x: Tensor) -> Tensor:
     """The clean prediction at the state before step `k`, [B,...], float32 at least."""
     x = widen(x)
-    clean = denoiser(x, table.gather("timesteps", k, x))
-    require_same_shape(x=x, clean_prediction=clean)
-    return widen(clean)
+    return widen(denoiser(x, table.gather("timesteps", k, x)))
 
 
 def earlier(table: StepTable, k: int, clean: Mapping[int, Tensor] | Sequence[Tensor] | Tensor) -> list[Tensor]:

@@ -64,20 +64,21 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 
 
 def train_unet(
-    folder: Path, tokenizer: CLIPTokenizer, captions: list[str], latents: Tensor, *, seed: int, steps: tuple[int, int]
+    folder: Path, tokenizer: CLIPTokenizer, captions: list[str], latents: Tensor, *, seed: int, steps: tuple[int, int, int]
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """`latents [N,4,16,16]` are scaled to unit variance; row i shows captions[i]. `steps` of the two phases.
+    """`latents [N,4,16,16]` are scaled to unit variance; row i shows captions[i]. `steps` of the three phases.
 
     Phase 1 is the plain squared error of the noise. Flat pictures betray their background's colour through the mean of
     256 noisy latents even at the noisiest step, where that error weighs next to nothing, so the network learns to read
-    the colour off the noise rather than off the caption. Phase 2 weighs errors there as a velocity's would be.
+    the colour off the noise rather than off the caption. Phases 2 and 3 weigh errors there as a velocity's
+    would be; the learning rate starts again with each.
     """
     unet, text_encoder = new_unet(seed), new_text_encoder(seed + 1, tokenizer)
     tokens, empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
     scheduler = DDPMScheduler(**SCHEDULE)
 
-    weights = {"unet": torch.ones(len(scheduler.alphas_cumprod))}
-    weights["unet-weighted"] = (1 / scheduler.alphas_cumprod).clamp(max=MAX_WEIGHT)
+    velocity = (1 / scheduler.alphas_cumprod).clamp(max=MAX_WEIGHT)
+    weights = {"unet": torch.ones_like(velocity), "unet-weighted": velocity, "unet-again": velocity}
 
     def loss_at(phase: str, step: int) -> Tensor:
         rng = generator(seed, phase, step)

@@ -7,50 +7,18 @@ resident memory of a process.
 import os
 import subprocess
 import sys
-import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from bench_memory import main, peak_saved_bytes
 from helpers_samplers import SD15, noise
 
 from diffusion_align.models.analytic import ToyDenoiser
 from diffusion_align.rng import generator
 from diffusion_align.samplers import path_gradient, replay, rollout, step_table
 from diffusion_align.schedule import Schedule
-
-
-class SavedBytes:
-    """Bytes that autograd holds for backward, now and at their peak, without the network's own weights."""
-
-    def __init__(self, network):
-        self.weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
-        self.now = self.peak = 0
-
-    def _free(self, size):
-        self.now -= size
-
-    def pack(self, tensor):
-        box = Box(tensor)
-        if tensor.untyped_storage().data_ptr() not in self.weights:
-            size = tensor.numel() * tensor.element_size()
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(box, self._free, size)
-        return box
-
-    def measure(self, work):
-        self.peak = self.now
-        before = self.now
-        with torch.autograd.graph.saved_tensors_hooks(self.pack, lambda box: box.tensor):
-            work()
-        assert self.now == before  # every saved tensor was freed: the count is a true one
-        return self.peak
-
-
-class Box:
-    def __init__(self, tensor):
-        self.tensor = tensor
 
 
 def setting(steps):
@@ -63,12 +31,26 @@ def loss(log_prob):
     return log_prob.sum(0).square().mean()
 
 
+def test_saved_bytes_by_hand():
+    """exp saves its result, a square its input: exp(x)^2 of 1000 float64 saves one storage twice, so 8000 bytes.
+    Two such, one after the other, are 8000 at the peak; both before a backward, 16000; and a known storage is none.
+    """
+    x = noise(1000).requires_grad_()
+    twice = lambda: x.exp().square().sum()  # noqa: E731
+    assert peak_saved_bytes(lambda: (twice().backward(), twice().backward())) == 8000
+    assert peak_saved_bytes(lambda: (twice().backward(), x[:10].exp().square().sum().backward())) == 8000
+    assert peak_saved_bytes(lambda: (twice() + twice()).backward()) == 16000
+    assert peak_saved_bytes(lambda: x.square().sum().backward()) == 8000
+    assert peak_saved_bytes(lambda: x.square().sum().backward(), besides=[x]) == 0
+
+
 @pytest.mark.parametrize("history", ["recompute", "frozen"])
 def test_saved_bytes_are_flat_from_5_to_50_steps(history):
     peaks = {}
     for steps in (5, 50):
         network, run = setting(steps)
-        peaks[steps] = SavedBytes(network).measure(lambda: path_gradient(network, run, loss, history=history))  # noqa: B023
+        work = partial(path_gradient, network, run, loss, history=history)
+        peaks[steps] = peak_saved_bytes(work, besides=[*network.parameters(), run.states, run.clean])
     assert peaks[5] > 8 * 1024 * 4 * 3  # three hidden layers were really seen
     assert peaks[50] <= 1.05 * peaks[5]
 
@@ -77,8 +59,19 @@ def test_full_autograd_grows_with_steps():
     peaks = {}
     for steps in (5, 50):
         network, run = setting(steps)
-        peaks[steps] = SavedBytes(network).measure(lambda: loss(replay(network, run)).backward())  # noqa: B023
+        work = lambda: loss(replay(network, run)).backward()  # noqa: B023, E731
+        peaks[steps] = peak_saved_bytes(work, besides=[*network.parameters(), run.states, run.clean])
     assert peaks[50] > 8 * peaks[5]
+
+
+def test_the_bench_prints_what_it_returns(capsys):
+    rows = main(["--model", "toy", "--steps", "5", "20"])
+    (_, two_5, plain_5), (_, two_20, plain_20) = rows
+    assert two_20 <= 1.05 * two_5 and plain_5 > 3 * two_5 and plain_20 > 3.5 * plain_5
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("toy, batch 2")
+    for (steps, two, plain), line in zip(rows, printed[-2:], strict=True):
+        assert line == f"| {steps} | {two / 2**20:.2f} | {plain / 2**20:.2f} | {plain / two:.1f} |"
 
 
 def has_high_water_mark():
