@@ -1,0 +1,108 @@
+"""Pictures from files that nobody vouches for.
+
+Decoding is strict: a picture is either decoded whole or refused with a reason. The header is checked before any pixel
+is decoded, so a small file cannot ask for gigabytes, and a truncated file never turns into a half-grey training
+picture.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile, ImageOps
+from torch import Tensor
+
+# An allow-list: Pillow also knows formats that start other programs (EPS) or that nobody trains on.
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
+# Below the 89.5 million at which Pillow itself starts to warn.
+MAX_PIXELS = 80_000_000
+MIN_SIDE = 8
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used; the message is the reason, without the picture's name."""
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Decode bytes to an upright RGB picture.
+
+    Transparent pixels are laid on white; 16-bit grey is scaled, not clipped; of an animation the first frame is taken.
+
+    Raises:
+        ImageError: empty, not a picture, truncated, more than MAX_PIXELS, or a side under MIN_SIDE pixels.
+        RuntimeError: something in this process has asked Pillow to accept truncated files.
+    """
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise RuntimeError(
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on in this process, so broken pictures would be decoded half grey "
+            "without a word; set it to False"
+        )
+    if not data:
+        raise ImageError("is empty (0 bytes)")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(*image.size)
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except (ImageError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"has too many pixels (the limit is {MAX_PIXELS:,})") from error
+    # Decoders raise OSError, SyntaxError, struct.error, zlib.error and more for bad bytes: all mean the same here.
+    except Exception as error:
+        raise ImageError(f"cannot be decoded ({type(error).__name__}: {error})".replace("\n", " ")) from error
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"has too many pixels ({width} x {height}; the limit is {MAX_PIXELS:,})")
+    if min(width, height) < MIN_SIDE:
+        raise ImageError(f"is too small ({width} x {height}; the shorter side needs {MIN_SIDE} pixels)")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # convert("RGB") would clip 16-bit grey at 255 and give a white picture.
+        grey = np.asarray(image).astype(np.float64) / 65535.0
+        if grey.min() < 0 or grey.max() > 1:
+            raise ImageError("has integer pixels outside 16 bits")
+        return Image.fromarray(np.round(grey * 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ImageError("has floating-point pixels, whose range is unknown; save it with 8 bits a channel")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def to_square(image: Image.Image, resolution: int) -> Tensor:
+    """Centre-crop an RGB picture to a square and resize it -> float32 [3,resolution,resolution] in [0, 1].
+
+    The crop comes first, inside the resize: a 10 x 10000 picture must not pass through a resolution x 1000 resolution
+    one.
+    """
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    if image.size != (resolution, resolution):
+        box = (left, top, left + side, top + side)
+        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float32).div_(255.0)
+
+
+def load_picture(source: bytes | Path, resolution: int) -> Tensor:
+    """One picture, decoded and squared -> float32 [3,resolution,resolution] in [0, 1]; ImageError when it is broken."""
+    data = source if isinstance(source, bytes) else source.read_bytes()
+    return to_square(decode_image(data), resolution)
+
+
+def encode_png(picture: Tensor) -> bytes:
+    """A picture [3,H,W] in [0, 1] as PNG bytes, rounded to 8 bits (exact for pictures that came from 8 bits)."""
+    if picture.ndim != 3 or picture.shape[0] != 3:
+        raise ValueError(f"a picture is [3,H,W], not {list(picture.shape)}")
+    array = picture.detach().cpu().to(torch.float64).clamp(0, 1).mul(255).round().to(torch.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(array.permute(1, 2, 0).contiguous().numpy()).save(buffer, format="PNG")
+    return buffer.getvalue()

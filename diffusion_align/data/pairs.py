@@ -1,0 +1,180 @@
+"""Preference pairs from the layouts people have, recognised without flags.
+
+| given | layout |
+|---|---|
+| parquet file, or folder of them | Pick-a-Pic: jpg_0, jpg_1, label_0, label_1, caption; or prompt, chosen, rejected |
+| folder with metadata.jsonl | chosen_file_name, rejected_file_name, prompt (the `datasets` image folder) |
+| .jsonl file | prompt, and chosen, rejected or chosen_file_name, rejected_file_name; paths relative to the file |
+
+No picture is read here: a pair holds a path, or the file, row and column of a parquet cell, so a set of any size is
+listed in seconds. Rows that cannot make a pair are counted with their reason; broken pictures are found when the
+cache is built.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diffusion_align.data import readers
+from diffusion_align.data.layouts import Pair, Picture, read_jsonl, read_parquet
+from diffusion_align.data.readers import BadRow, DataError
+
+__all__ = ["Counts", "Pair", "Picture", "check_bad_fraction", "fingerprint", "read_pairs", "write_pairs_parquet"]
+
+_SPLITS = ("train", "validation", "valid", "val", "test", "dev")
+_LAYOUTS = (
+    "parquet with jpg_0, jpg_1, label_0, label_1, caption (or prompt, chosen, rejected); a folder with metadata.jsonl; "
+    "or a .jsonl with prompt, chosen, rejected"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What became of the rows: rows == used + ties + broken."""
+
+    rows: int
+    used: int
+    ties: int
+    broken: int
+    bad_rows: tuple[BadRow, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.rows} rows: {self.used} pairs, {self.ties} ties dropped, {self.broken} broken"
+
+
+def read_pairs(
+    path: str | os.PathLike[str], *, split: str = "train", max_bad_fraction: float = 0.01
+) -> tuple[list[Pair], Counts]:
+    """Read preference pairs from any layout in this module's table.
+
+    A tie (label_0 == 0.5) carries no preference: it is dropped and counted, never taken as a win. Where parquet files
+    are named by split (train-00000-of-00002.parquet), only `split` is read, so that a test split never slips into
+    training.
+
+    Raises:
+        DataError: unknown layout, missing column, a path outside the data's folder, nothing left, only ties, or more
+        than
+            `max_bad_fraction` of the rows broken. The message is one line with the file, the row or key, and the cure.
+    """
+    source = Path(path)
+    if source.is_dir():
+        reader, files = _files_of(source, split)
+    elif source.suffix == ".parquet" and source.is_file():
+        reader, files = read_parquet, [source]
+    elif source.suffix in (".jsonl", ".ndjson") and source.is_file():
+        reader, files = read_jsonl, [source]
+    elif source.exists():
+        raise DataError(
+            f"{source}: a {source.suffix or 'file without suffix'} is not a layout known here; give {_LAYOUTS}"
+        )
+    else:
+        raise DataError(f"{source}: no such file or folder; give {_LAYOUTS}")
+
+    pairs: list[Pair] = []
+    bad: list[BadRow] = []
+    ties = 0
+    for file in files:
+        ties += reader(file, pairs, bad)
+    counts = Counts(len(pairs) + ties + len(bad), len(pairs), ties, len(bad), tuple(bad))
+    if counts.rows == 0:
+        raise DataError(f"{source}: holds no rows; is this the right file?")
+    if ties and ties == counts.rows:
+        raise DataError(f"{source}: all {ties} rows are ties (label_0 == 0.5); there is no preference to learn from")
+    check_bad_fraction(str(source), bad, counts.rows, max_bad_fraction)
+    if not pairs:
+        raise DataError(f"{source}: no pair is left ({counts}); the first bad row: {bad[0].row} {bad[0].reason}")
+    return pairs, counts
+
+
+def check_bad_fraction(source: str, bad: Sequence[BadRow], rows: int, max_bad_fraction: float) -> None:
+    """Raise DataError, naming the first bad row, when more than `max_bad_fraction` of the rows are bad."""
+    if len(bad) > max_bad_fraction * rows:
+        raise DataError(
+            f"{source}: {len(bad)} of {rows} rows are broken, more than max_bad_fraction={max_bad_fraction:g} allows; "
+            f"the first: {bad[0].row} {bad[0].reason}; repair or remove them, or raise max_bad_fraction"
+        )
+
+
+def _files_of(folder: Path, split: str) -> tuple[Callable[[Path, list[Pair], list[BadRow]], int], list[Path]]:
+    metadata = folder / "metadata.jsonl"
+    parquet = sorted(folder.rglob("*.parquet"))
+    if metadata.is_file() and parquet:
+        raise DataError(f"{folder}: holds both metadata.jsonl and {parquet[0].name}; name the file that is meant")
+    if metadata.is_file():
+        return read_jsonl, [metadata]
+    if not parquet:
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+        raise DataError(f"{folder}: holds no preference pairs known here (found {found}); give {_LAYOUTS}")
+    names = {file: file.name.split("-")[0].split(".")[0].split("_")[0] for file in parquet}
+    if any(name in _SPLITS for name in names.values()):
+        chosen = [file for file in parquet if names[file] == split]
+        if not chosen:
+            raise DataError(f"{folder}: holds no split {split!r}, only {', '.join(sorted(set(names.values())))}")
+        return read_parquet, chosen
+    return read_parquet, parquet
+
+
+def fingerprint(pairs: Sequence[Pair]) -> str:
+    """A name for the content of some pairs, in order: prompts, pictures and weights, but not ids or places.
+
+    Pictures in memory count in full; files count by `readers.file_digest`.
+    """
+    file_digest = cache(readers.file_digest)
+
+    def name(picture: Picture) -> str:
+        if isinstance(picture, bytes):
+            return readers.digest(picture)
+        if isinstance(picture, Path):
+            return file_digest(picture) if picture.is_file() else "absent"
+        return f"{file_digest(picture.file)}:{picture.row}:{picture.column}"
+
+    state = hashlib.blake2b(digest_size=16)
+    for pair in pairs:
+        row = [pair.prompt, name(pair.winner), name(pair.loser), pair.weight]
+        state.update(json.dumps(row).encode() + b"\n")
+    return state.hexdigest()
+
+
+def write_pairs_parquet(
+    path: str | os.PathLike[str],
+    captions: Sequence[str],
+    pictures_0: Sequence[bytes],
+    pictures_1: Sequence[bytes],
+    label_0: Sequence[float],
+    extra: Mapping[str, Sequence[float]] | None = None,
+    rows_per_group: int = 256,
+) -> None:
+    """Write pairs in the Pick-a-Pic layout: caption, jpg_0, jpg_1, label_0, label_1 = 1 - label_0, then the extra
+    columns.
+
+    The picture columns take any bytes that Pillow reads, in spite of their name. `label_0` is 1 (the first picture
+    won), 0 (the second) or 0.5 (tie). The file appears whole or not at all.
+    """
+    columns: dict[str, pa.Array] = {
+        "caption": pa.array(list(captions), pa.string()),
+        "jpg_0": pa.array(list(pictures_0), pa.binary()),
+        "jpg_1": pa.array(list(pictures_1), pa.binary()),
+        "label_0": pa.array([float(label) for label in label_0], pa.float64()),
+        "label_1": pa.array([1.0 - label for label in label_0], pa.float64()),
+    }
+    for name, values in (extra or {}).items():
+        if name in columns:
+            raise ValueError(f"extra column {name!r} is one of the layout's own")
+        columns[name] = pa.array([float(value) for value in values], pa.float64())
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"columns differ in length: {lengths}")
+    wrong = sorted(set(columns["label_0"].to_pylist()) - {0.0, 0.5, 1.0})
+    if wrong:
+        raise ValueError(f"label_0 must be 1, 0 or 0.5, not {wrong[0]}")
+    target = Path(path)
+    staged = target.with_name(f".tmp-{target.name}")
+    pq.write_table(pa.table(columns), staged, row_group_size=rows_per_group)
+    os.replace(staged, target)

@@ -1,0 +1,237 @@
+"""The cache: right rows, each thing encoded once, safe to interrupt, never silently stale or damaged."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from diffusion_align import rng
+from diffusion_align.data.cache import PairCache, build_cache
+from diffusion_align.data.images import encode_png, load_picture
+from diffusion_align.data.pairs import Pair
+from diffusion_align.data.readers import BadRow, DataError
+
+SIZE = 16
+SHAPE = (4, 4, 4)
+
+
+class FakeGate:
+    """Encoders whose answers are easy to compute by hand, which count what they are given and can fail on the way."""
+
+    def __init__(self, name="fake", fail_at=None, pause=0.0):
+        self.name, self.fail_at, self.pause = name, fail_at, pause
+        self.pictures, self.prompts = 0, []
+
+    def fingerprint(self):
+        return self.name
+
+    def latent_shape(self, resolution=None):
+        return SHAPE
+
+    @property
+    def empty_text(self):
+        return torch.full((1, 3, 2), -1.0)
+
+    def encode_text(self, prompts):
+        self.prompts += prompts
+        return torch.stack([torch.full((3, 2), float(len(prompt))) for prompt in prompts])
+
+    def encode_images(self, images, noise):
+        self.pictures += len(images)
+        time.sleep(self.pause)
+        if self.fail_at is not None and self.pictures > self.fail_at:
+            raise KeyboardInterrupt
+        return mean(images) + noise / 100
+
+
+def mean(images):
+    """[B,3,SIZE,SIZE] -> [B,*SHAPE]: means over a 4 x 4 grid of blocks, and of the channels as the fourth one."""
+    blocks = torch.nn.functional.adaptive_avg_pool2d(images, 4)
+    return torch.cat([blocks, blocks.mean(1, keepdim=True)], 1)
+
+
+def picture(i):
+    return encode_png(rng.normal((3, SIZE, SIZE), 0, "picture", i).sigmoid())
+
+
+def make_pairs(count=40, pictures=30, prompts=7):
+    """Pairs that share pictures and prompts."""
+    return [
+        Pair(f"set:{i}", "p" * (1 + i % prompts), picture(7 * i % pictures), picture((7 * i + 1) % pictures))
+        for i in range(count)
+    ]
+
+
+def build(folder, pairs, gate=None, **options):
+    options = {"resolution": SIZE, "pairs_per_shard": 8, "prompts_per_shard": 3, "progress": False} | options
+    return build_cache(gate or FakeGate(), pairs, folder, **options)
+
+
+def test_batches_hold_the_winner_first_and_the_right_text(tmp_path):
+    pairs = make_pairs()
+    cache = build(tmp_path, pairs)
+    indices = [39, 0, 17, 17]
+    latents, text = cache.batch(torch.tensor(indices))
+    assert latents.shape == (4, 2, *SHAPE) and latents.dtype == text.dtype == torch.float32
+    for row, index in enumerate(indices):
+        pair = pairs[index]
+        clean = mean(torch.stack([load_picture(pair.winner, SIZE), load_picture(pair.loser, SIZE)]))
+        assert (latents[row] - clean).abs().max() < 0.06  # five deviations of the noise
+        assert torch.equal(text[row], torch.full((3, 2), float(len(pair.prompt))))
+    assert len(cache) == 40 and cache.kept == list(range(40)) and cache.bad == 0
+    assert torch.equal(cache.empty_text, torch.full((1, 3, 2), -1.0))
+
+
+def test_the_posterior_is_sampled_once_with_noise_by_picture_index(tmp_path):
+    """Pictures are numbered in the order in which they first appear, across chunks and shards."""
+    pairs = make_pairs()
+    order = list(dict.fromkeys(data for pair in pairs for data in (pair.winner, pair.loser)))
+    latents, _ = build(tmp_path, pairs, seed=5).batch(range(40))
+    for pair, row in zip(pairs, latents, strict=True):
+        for data, latent in zip((pair.winner, pair.loser), row, strict=True):
+            clean = mean(load_picture(data, SIZE)[None])[0]
+            assert torch.allclose(latent, clean + rng.normal(SHAPE, 5, "vae", order.index(data)) / 100, atol=1e-6)
+
+
+def test_each_picture_and_prompt_is_encoded_once_ever(tmp_path):
+    pairs, gate = make_pairs(), FakeGate()
+    cache = build(tmp_path, pairs, gate)
+    different = len({pair.winner for pair in pairs} | {pair.loser for pair in pairs})
+    assert cache.pictures == gate.pictures == different < 80
+    assert sorted(gate.prompts, key=len) == ["p" * i for i in range(1, 8)]
+    again = build(tmp_path, pairs, gate)
+    assert gate.pictures == different and len(gate.prompts) == 7
+    assert torch.equal(again.batch(range(40))[0], cache.batch(range(40))[0])
+
+
+def test_the_same_picture_under_another_name_is_recognised(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture(0))
+    (tmp_path / "b.png").write_bytes(picture(0))
+    gate = FakeGate()
+    latents, _ = build(tmp_path / "cache", [Pair("0", "p", tmp_path / "a.png", tmp_path / "b.png")], gate).batch([0])
+    assert gate.pictures == 1 and torch.equal(latents[0, 0], latents[0, 1])
+
+
+@pytest.mark.parametrize("fail_at", range(0, 30, 4))
+def test_an_interrupted_build_goes_on_after_its_whole_shards(tmp_path, fail_at):
+    pairs = make_pairs()
+    whole = build(tmp_path / "whole", pairs)
+    first, second = FakeGate(fail_at=fail_at), FakeGate()
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "cut", pairs, first)
+    cache = build(tmp_path / "cut", pairs, second)
+    assert not second.prompts  # all text was there already
+    if fail_at >= 16:  # at least one shard of 8 pairs, with its 16 pictures, was whole
+        assert second.pictures < whole.pictures
+    for mine, theirs in zip(cache.batch(range(40)), whole.batch(range(40)), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_killed_builds_end_in_the_same_cache(tmp_path):
+    """SIGKILL at 8 moments of one build, each time going on: the result is that of the build that was left alone."""
+    pairs = make_pairs()
+    whole = build(tmp_path / "whole", pairs, pairs_per_shard=2)
+    for moment in range(8):
+        child = os.fork()
+        if child == 0:
+            try:
+                build(tmp_path / "cut", pairs, FakeGate(pause=0.004), pairs_per_shard=2)
+            finally:
+                os._exit(0)
+        time.sleep(0.01 + 0.004 * moment)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    cache = build(tmp_path / "cut", pairs, pairs_per_shard=2)
+    for mine, theirs in zip(cache.batch(range(40)), whole.batch(range(40)), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    "change", ["model", "resolution", "data", "seed", "dtype"], ids=["model", "resolution", "data", "seed", "dtype"]
+)
+def test_a_changed_input_is_another_cache(tmp_path, change):
+    pairs = make_pairs(8)
+    first = build(tmp_path, pairs)
+    gate = FakeGate("other" if change == "model" else "fake")
+    options = {"resolution": {"resolution": 32}, "seed": {"seed": 1}, "dtype": {"dtype": torch.float16}}.get(change, {})
+    second = build(tmp_path, pairs[::-1] if change == "data" else pairs, gate, **options)
+    assert gate.pictures > 0 and second.folder != first.folder
+    assert {name for name in first.identity if first.identity[name] != second.identity[name]} == {change}
+
+
+def test_half_precision_on_disk_is_float32_in_the_batch(tmp_path):
+    pairs = make_pairs(8)
+    half, full = build(tmp_path, pairs, dtype=torch.float16).batch([3]), build(tmp_path, pairs).batch([3])
+    assert half[0].dtype == torch.float32 and torch.equal(half[0], full[0].half().float())
+
+
+def test_broken_pictures_are_named_and_left_out(tmp_path):
+    pairs = make_pairs()
+    cut = picture(3)[:200]
+    pairs[4] = Pair("set:4", "p", cut, picture(1))
+    pairs[30] = Pair("set:30", "p", picture(2), cut)
+    pairs[31] = Pair("set:31", "p", tmp_path / "absent.png", picture(2))
+    cache = build(tmp_path, pairs, max_bad_fraction=0.1, known_bad=[BadRow("set:99", "no prompt")])
+    assert cache.kept == [i for i in range(40) if i not in (4, 30, 31)] and cache.bad == 4
+    assert torch.equal(cache.batch([4])[1][0], torch.full((3, 2), float(len(pairs[5].prompt))))
+    rows = [json.loads(line) for line in (cache.folder / "bad_rows.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in rows] == ["set:99", "set:4", "set:30", "set:31"]
+    assert rows[1]["reason"].startswith("winner cannot be decoded") and rows[2]["reason"].startswith("loser cannot")
+    assert "absent.png" in rows[3]["reason"]
+
+
+def test_too_many_broken_pictures_stop_the_build(tmp_path):
+    pairs = make_pairs(100)
+    pairs[20] = Pair("set:20", "p", b"", picture(1))
+    assert len(build(tmp_path / "one", pairs)) == 99  # one in a hundred is allowed
+    pairs[50] = Pair("set:50", "p", b"junk", picture(1))
+    with pytest.raises(DataError, match="2 of 100 rows are broken.*set:20 winner is empty") as caught:
+        build(tmp_path / "two", pairs)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_left(tmp_path):
+    with pytest.raises(DataError, match="no pairs to encode"):
+        build(tmp_path, [])
+    with pytest.raises(DataError, match="no pair has two good pictures"):
+        build(tmp_path, [Pair("0", "p", b"", b"")], max_bad_fraction=1)
+
+
+def test_encodings_that_are_not_finite_are_refused(tmp_path):
+    gate = FakeGate()
+    gate.encode_images = lambda images, noise: torch.full((len(images), *SHAPE), torch.nan)
+    with pytest.raises(DataError, match="not finite.*sdxl-vae-fp16-fix"):
+        build(tmp_path, make_pairs(2), gate)
+
+
+@pytest.mark.parametrize("kind", ["flip", "cut", "gone"])
+def test_a_damaged_shard_is_named_and_can_be_encoded_again(tmp_path, kind):
+    pairs = make_pairs()
+    cache = build(tmp_path, pairs)
+    before = cache.batch(range(40))[0]
+    shard = cache.folder / "pairs-00001.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-9] ^= 1
+    if kind == "gone":
+        shard.unlink()
+    else:
+        shard.write_bytes(data if kind == "flip" else data[:-1])
+    with pytest.raises(DataError, match="pairs-00001.safetensors: is missing or damaged; delete .*manifest.json"):
+        PairCache(cache.folder).batch(range(40))
+    (cache.folder / "manifest.json").unlink()
+    gate = FakeGate()
+    assert torch.equal(build(tmp_path, pairs, gate).batch(range(40))[0], before)
+    assert 0 < gate.pictures < cache.pictures
+
+
+def test_progress_goes_to_stderr_with_an_estimate(tmp_path, capfd):
+    build(tmp_path, make_pairs(), progress=True)
+    out, err = capfd.readouterr()
+    assert not out and "encode pairs: 100%" in err and "40/40" in err and "encode prompts" in err
+    next(tmp_path.glob("*/manifest.json")).unlink()
+    next(tmp_path.glob("*/pairs-00002.json")).unlink()
+    build(tmp_path, make_pairs(), progress=True)  # four shards of five are there
+    assert "40/40" in capfd.readouterr().err
