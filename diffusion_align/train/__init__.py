@@ -1,0 +1,6 @@
+"""Training loops and what they leave behind. A loop is a generator that yields after each optimizer step."""
+
+from diffusion_align.train.offline import train_pairs
+from diffusion_align.train.steps import NonFiniteError, Progress, StepRecord
+
+__all__ = ["NonFiniteError", "Progress", "StepRecord", "train_pairs"]

@@ -1,0 +1,181 @@
+"""Diffusion-DPO's loop over cached pairs (Wallace et al. 2023, arXiv 2311.12908), in pieces that other losses share.
+
+`noised_lists` and `denoising_errors` work for lists of any length K, a pair being K = 2, the winner first.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from diffusion_align import rng
+from diffusion_align.data.cache import PairCache
+from diffusion_align.objectives import diffusion_dpo_margin, implicit_accuracy
+from diffusion_align.prediction import add_noise, target
+from diffusion_align.schedule import Schedule
+from diffusion_align.tensors import sum_dims
+from diffusion_align.train.steps import Progress, Sample, StepRecord, run_steps
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""`(x [B,...], t [B], text [B,L,E]) -> the network's output [B,...]`, float32."""
+
+
+class Noised(NamedTuple):
+    """A batch of lists, noised, as one batch of K*B rows: all first entries, then all second ones, and so on."""
+
+    x: Tensor
+    t: Tensor
+    text: Tensor
+    target: Tensor
+    entries: int
+
+
+def noised_lists(
+    latents: Tensor, text: Tensor, samples: Sequence[Sample], schedule: Schedule, prediction_type: str, seed: int
+) -> Noised:
+    """Noise latents [B,K,C,h,w] with one timestep and one noise per list, addressed by (epoch, index).
+
+    Timesteps are uniform over 0..N-1. That timestep and noise are shared in the pair is the paper's pseudo-code;
+    sharing makes the margin a difference of the pictures only.
+    """
+    batch, entries = latents.shape[:2]
+    addresses = list(samples)
+    t = rng.integers_batch(0, schedule.num_timesteps, seed, "timestep", addresses)
+    noise = rng.normal_batch(latents.shape[2:], seed, "noise", addresses).to(latents)
+    alpha, sigma = (level.to(latents).repeat(entries) for level in (schedule.alpha(t), schedule.sigma(t)))
+    clean = latents.transpose(0, 1).reshape(entries * batch, *latents.shape[2:])
+    noise = noise.repeat(entries, *[1] * (noise.ndim - 1))
+    return Noised(
+        x=add_noise(clean, noise, alpha, sigma),
+        t=t.to(latents.device).repeat(entries),
+        text=text.repeat(entries, *[1] * (text.ndim - 1)),
+        target=target(clean, noise, alpha, sigma, prediction_type),
+        entries=entries,
+    )
+
+
+def denoising_errors(predict: Predict, noised: Noised) -> Tensor:
+    """Squared errors of one call of the network on the whole batch, summed over dims in float32 -> [B,K]."""
+    output = predict(noised.x, noised.t, noised.text)
+    errors = sum_dims((output.to(torch.float32) - noised.target.to(torch.float32)).square())
+    return errors.view(noised.entries, -1).T
+
+
+def drop_captions(text: Tensor, empty: Tensor, samples: Sequence[Sample], probability: float, seed: int) -> Tensor:
+    """Replace each text [B,L,E] by the empty prompt's [1,L,E] with this probability, addressed by (epoch, index)."""
+    if probability == 0:
+        return text
+    dropped = rng.uniform_batch(seed, "caption", list(samples)) < probability
+    return torch.where(dropped.to(text.device)[:, None, None], empty.to(text), text)
+
+
+def train_pairs(
+    cache: PairCache,
+    predict_policy: Predict,
+    predict_reference: Predict,
+    *,
+    schedule: Schedule,
+    prediction_type: str,
+    loss: Callable[[Tensor], Tensor],
+    beta: float,
+    parameters: Sequence[Parameter],
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+    accelerator: "Accelerator",
+    batch_size: int,
+    seed: int,
+    max_steps: int,
+    accumulation: int = 1,
+    caption_dropout: float = 0.0,
+    max_grad_norm: float | None = 1.0,
+    progress: Progress | None = None,
+    max_skipped_in_row: int = 5,
+    check_start: bool = True,
+) -> Iterator[StepRecord]:
+    """Train on pairs with any loss of the Diffusion-DPO margin; yields after each optimizer step.
+
+    One policy call and one reference call per piece of a step, on 2b rows, winners first. The margin (eq. 14 without
+    beta T omega) is in units of squared error summed over dims; `objectives.beta_per_squared_error` converts a
+    published beta to it. Log, average and save between the yields: the record's `progress` goes into the checkpoint.
+
+    Args:
+        loss: margin [b] -> loss [b], with beta already bound.
+        beta: the same beta, here only to report margins as logits.
+        batch_size: pairs per optimizer step, over all processes and pieces.
+        accumulation: pieces per process that a step is cut into.
+        caption_dropout: probability of training a pair under the empty prompt (0.2 in the authors' code).
+        max_grad_norm: clip the total gradient norm; None leaves it.
+        progress: where to go on; None starts a fresh run.
+        check_start: stop a fresh run whose policy is not exactly its reference before the first update.
+
+    Metrics: implicit_accuracy; winner_error_gap and loser_error_gap (policy minus reference, mean over dims);
+    margin_p05, margin_p50, margin_p95 (beta times margin); grad_norm (before clipping), lr, samples, skipped.
+
+    Raises:
+        RuntimeError: the first margins are not exactly 0 (see `check_start`).
+        ValueError, NonFiniteError: as `steps.run_steps`.
+    """
+    dims: list[int] = []
+
+    def micro_batch(samples: list[Sample]) -> dict[str, Tensor]:
+        latents, text = cache.batch([index for _, index in samples])
+        latents, text = latents.to(accelerator.device), text.to(accelerator.device)
+        text = drop_captions(text, cache.empty_text, samples, caption_dropout, seed)
+        noised = noised_lists(latents, text, samples, schedule, prediction_type, seed)
+        dims[:] = [latents[0, 0].numel()]
+        with accelerator.autocast():
+            with torch.no_grad():
+                reference = denoising_errors(predict_reference, noised)
+            policy = denoising_errors(predict_policy, noised)
+        margin = diffusion_dpo_margin(policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1])
+        gap = policy.detach() - reference
+        return {"loss": loss(margin), "margin": margin, "winner_gap": gap[:, 0], "loser_gap": gap[:, 1]}
+
+    def summarise(columns: dict[str, Tensor]) -> dict[str, float]:
+        logits = beta * columns["margin"]
+        low, middle, high = logits.quantile(logits.new_tensor([0.05, 0.5, 0.95])).tolist()
+        return {
+            "implicit_accuracy": float(implicit_accuracy(columns["margin"]).mean()),
+            "winner_error_gap": float(columns["winner_gap"].mean() / dims[0]),
+            "loser_error_gap": float(columns["loser_gap"].mean() / dims[0]),
+            "margin_p05": low,
+            "margin_p50": middle,
+            "margin_p95": high,
+        }
+
+    return run_steps(
+        micro_batch,
+        summarise,
+        n=len(cache),
+        parameters=parameters,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        accelerator=accelerator,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        seed=seed,
+        max_steps=max_steps,
+        max_grad_norm=max_grad_norm,
+        progress=progress or Progress(),
+        max_skipped_in_row=max_skipped_in_row,
+        check_first=_require_zero_margin if check_start else None,
+    )
+
+
+def _require_zero_margin(columns: dict[str, Tensor]) -> None:
+    """At the start policy and reference are one function, so any margin is a difference that nobody meant."""
+    margin = columns["margin"]
+    # A margin that is not finite is the business of the step, which is then skipped.
+    largest = float(torch.where(margin.isfinite(), margin, 0).abs().max())
+    if largest != 0:
+        raise RuntimeError(
+            f"before the first update the policy already differs from its reference: |margin| is {largest:g}, not 0. "
+            "Usual causes: dropout is active in one of them; they run in different precision; the adapter does not "
+            "start at zero, or the policy was loaded with weights that the reference lacks. If that is meant, pass "
+            "check_start=False"
+        )

@@ -1,0 +1,157 @@
+"""A toy to train on: a small network in place of the UNet, pairs in memory in place of the cache."""
+
+import copy
+import os
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from diffusion_align import rng
+from diffusion_align.objectives import logistic
+from diffusion_align.schedule import Schedule
+from diffusion_align.train import ema as ema_module
+from diffusion_align.train import offline
+from diffusion_align.train.ema import Ema
+from diffusion_align.train.optimizer import lr_schedule
+
+SHAPE = (2, 4, 4)
+TEXT = (3, 5)
+BETA = 0.5
+SD_CONFIG = {
+    "_class_name": "DDPMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+SCHEDULE = Schedule.from_config(SD_CONFIG)
+
+
+class MemoryPairs:
+    """What the loop asks of a cache. Winners are a little darker than losers, so there is something to learn."""
+
+    def __init__(self, count=10):
+        self.latents = rng.normal((count, 2, *SHAPE), 0, "toy latents")
+        self.latents[:, 0] -= 0.5
+        self.text = rng.normal((count, *TEXT), 0, "toy text")
+        self.empty_text = rng.normal((1, *TEXT), 0, "toy empty")
+
+    def __len__(self):
+        return len(self.latents)
+
+    def batch(self, indices):
+        rows = torch.as_tensor(indices)
+        return self.latents[rows], self.text[rows]
+
+
+class Network(nn.Module):
+    """A frozen or trainable base, with an adapter that starts at zero, in the shape of a UNet's call."""
+
+    def __init__(self):
+        super().__init__()
+        dims, width = 2 * 4 * 4, TEXT[1]
+        self.base = nn.Parameter(rng.normal((dims, dims + width + 1), 1, "base") / dims**0.5)
+        self.down = nn.Parameter(rng.normal((4, dims + width + 1), 1, "down") / dims**0.5)
+        self.up = nn.Parameter(torch.zeros(dims, 4))
+        self.adapter = True
+
+    def forward(self, x, t, text):
+        inputs = torch.cat([x.flatten(1), text.mean(1), t[:, None] / 1000], 1)
+        out = inputs @ self.base.T
+        if self.adapter:
+            out = out + inputs @ self.down.T @ self.up.T
+        return torch.tanh(out).view_as(x)
+
+
+@dataclass
+class Run:
+    """All that a script would hold."""
+
+    network: Network
+    parameters: dict
+    reference: object
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: object
+    ema: Ema | None
+    settings: dict
+
+    def steps(self, progress=None, **changes):
+        """Records of the loop; the average is updated as a script would."""
+        arguments = self.settings | {"predict_policy": self.network} | changes
+        records = offline.train_pairs(
+            arguments.pop("cache"),
+            arguments.pop("predict_policy"),
+            self.reference,
+            parameters=list(self.parameters.values()),
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            progress=progress,
+            **arguments,
+        )
+        for record in records:
+            if self.ema is not None and record.updated:
+                self.ema.update(self.parameters)
+            yield record
+
+    def weights(self):
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+
+def make_run(mode="lora", ema=False, optimizer="adamw", warmup=2, total=20, **settings):
+    """A run at its start: `mode` "lora" trains the adapter, "full" the base against a frozen copy."""
+    network = Network()
+    names = ["down", "up"] if mode == "lora" else ["base"]
+    network.requires_grad_(False)
+    parameters = {name: getattr(network, name).requires_grad_(True) for name in names}
+    frozen = copy.deepcopy(network).requires_grad_(False)
+    frozen.adapter = False
+    made = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer](list(parameters.values()), lr=0.02)
+    defaults = {
+        "cache": MemoryPairs(),
+        "schedule": SCHEDULE,
+        "prediction_type": "epsilon",
+        "loss": partial(logistic, beta=BETA),
+        "beta": BETA,
+        "accelerator": Accelerator(cpu=True),
+        "batch_size": 4,
+        "seed": 3,
+        "max_steps": 12,
+    }
+    return Run(
+        network,
+        parameters,
+        frozen,
+        made,
+        lr_schedule(made, "cosine", warmup=warmup, total=total),
+        ema_module.start_ema(parameters, 0.9) if ema else None,
+        defaults | settings,
+    )
+
+
+def in_processes(count, work, port):
+    """Run `work(rank)` in forked processes joined by gloo; True when all of them ended well."""
+    children = []
+    for rank in range(count):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                _join(rank, count, port)
+                work(rank)
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    return all(os.waitpid(child, 0)[1] == 0 for child in children)
+
+
+def _join(rank, count, port):
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    names = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"})
