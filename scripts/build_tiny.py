@@ -118,7 +118,7 @@ def build_pairs(work: Path, model: Path, reward: Path, out: Path, size: argparse
 
 def measure(work: Path, model: Path, size: argparse.Namespace) -> None:
     """The base model on held-out prompts: the room that alignment has."""
-    prompts = sample_captions(size.measure_prompts, size.seed + 5, split="held-out", unique=True)
+    prompts = sample_captions(size.measure_prompts, size.seed + 5, split="held-out")
     own = own_pictures(work, "held-out-pictures", model, prompts, 1, seed=size.seed + 2)
     marks = marks_of(own, prompts)
     accuracy = {name: marks[name].nanmean().item() for name in ATTRIBUTES}

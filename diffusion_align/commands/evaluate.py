@@ -63,6 +63,7 @@ def evaluate(options: Evaluate) -> int:
         "fingerprint": gate.fingerprint(),
         "trained_weights": weights_digest(run),
         "prompts": o.prompts,
+        "distinct_prompts": len(set(prompts)),
         "seed": o.seed,
         "sampler": f"DPM-Solver++ 2M, {o.steps} steps, trailing",
         "guidance": o.guidance,
@@ -101,9 +102,12 @@ def evaluate(options: Evaluate) -> int:
 
 
 def evaluation_prompts(source: str, n: int) -> list[str]:
-    """The first n prompts of a file, or n captions of the embedded world that no training set names."""
+    """The first n prompts of a file, or n captions of the embedded world whose combination no training caption names.
+
+    Those are drawn as the training captions are, so short ones come more than once, each time from another noise.
+    """
     if source == HELD_OUT:
-        return sample_captions(n, HELD_OUT_SEED, split="held-out", unique=True)
+        return sample_captions(n, HELD_OUT_SEED, split="held-out")
     return read_prompts(source)[:n]
 
 

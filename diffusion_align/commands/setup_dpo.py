@@ -56,7 +56,8 @@ def identity_of(
     o: TrainDpo, data_and_model: dict[str, Any], *, beta: float, batch: int, learning_rate: float, steps: int
 ) -> dict[str, Any]:
     """What a resumed run must share with the saved one. How a batch is cut into pieces and processes may change."""
-    same = """mode rank network_alpha lora_targets loss_type label_smoothing seed lr_scheduler lr_warmup_steps adam_beta1
+    same = """mode rank network_alpha lora_targets loss_type label_smoothing seed lr_scheduler lr_warmup_steps
+    adam_beta1
         adam_beta2 adam_weight_decay adam_epsilon max_grad_norm use_8bit_adam proportion_empty_prompts""".split()
     identity = {
         **data_and_model,

@@ -1,7 +1,7 @@
 """Base against tuned, prompt by prompt: paired differences and win rates, each with an interval and its n.
 
-Pairs count as independent draws, so give one picture per prompt, or treat the intervals of several per prompt as too
-narrow.
+Pictures of one prompt are not independent draws, so intervals of differences resample prompts, not pictures, where
+`groups` says which pictures share one.
 """
 
 from __future__ import annotations
@@ -79,35 +79,61 @@ def wilson(successes: float, n: int, level: float = 0.95) -> tuple[float, float]
 
 
 def bootstrap_mean(
-    values: Tensor, *, seed: int = 0, resamples: int = 10_000, level: float = 0.95
+    values: Tensor,
+    *,
+    groups: Tensor | None = None,
+    seed: int = 0,
+    resamples: int = 10_000,
+    level: float = 0.95,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of `values` [n], the same for the same seed.
+
+    With `groups` [n] whole groups are drawn (Davison & Hinkley 1997, Bootstrap Methods, sec. 3.8): equal numbers share
+    one.
 
     Raises ValueError below 2000 resamples, whose ends would still be noise. Fewer than two values give (nan, nan).
     """
     if resamples < 2000:
         raise ValueError(f"{resamples} resamples are too few for the ends of an interval: use 2000 or more")
-    n = len(values)
+    sums, counts = _totals(values, groups)
+    n = len(sums)
     if n < 2:
         return math.nan, math.nan
-    values = values.double()
     source = generator(seed, "bootstrap")
     means = []
     for start in range(0, resamples, rows := max(1, _ELEMENTS // n)):
         drawn = torch.randint(n, (min(rows, resamples - start), n), generator=source)
-        means.append(values[drawn].mean(1))
+        means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = torch.quantile(torch.cat(means), tails).tolist()
     return low, high
 
 
-def normal_mean(values: Tensor, level: float = 0.95) -> tuple[float, float]:
-    """The interval of the mean of `values` [n] by the normal approximation; fewer than two values give (nan, nan)."""
-    if len(values) < 2:
+def normal_mean(values: Tensor, level: float = 0.95, groups: Tensor | None = None) -> tuple[float, float]:
+    """The interval of the mean of `values` [n] by the normal approximation, `groups` [n] as in `bootstrap_mean`.
+
+    Fewer than two groups give (nan, nan).
+    """
+    sums, counts = _totals(values, groups)
+    n = len(sums)
+    if n < 2:
         return math.nan, math.nan
-    values = values.double()
-    half = NormalDist().inv_cdf((1 + level) / 2) * values.std().item() / math.sqrt(len(values))
-    return values.mean().item() - half, values.mean().item() + half
+    mean = sums.sum().item() / counts.sum().item()
+    spread = math.sqrt((sums - mean * counts).square().sum().item() * n / (n - 1)) / counts.sum().item()
+    half = NormalDist().inv_cdf((1 + level) / 2) * spread
+    return mean - half, mean + half
+
+
+def _totals(values: Tensor, groups: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sum and count of each group, in the order in which groups first appear; without groups each value is its own."""
+    if groups is None:
+        return values.double(), torch.ones(len(values), dtype=torch.float64)
+    if groups.shape != values.shape:
+        raise ValueError(f"expected one group for each value, not {list(groups.shape)} for {list(values.shape)}")
+    place = {group: i for i, group in enumerate(dict.fromkeys(groups.tolist()))}
+    index = torch.tensor([place[group] for group in groups.tolist()], dtype=torch.int64)
+    sums = torch.zeros(len(place), dtype=torch.float64).index_add_(0, index, values.double())
+    return sums, torch.bincount(index, minlength=len(place)).double()
 
 
 def _applicable(base: Tensor, tuned: Tensor) -> Tensor:
@@ -121,12 +147,19 @@ def _applicable(base: Tensor, tuned: Tensor) -> Tensor:
 
 
 def compare_metric(
-    base: Tensor, tuned: Tensor, *, seed: int = 0, resamples: int = 10_000, level: float = 0.95, tie: float = 0.0
+    base: Tensor,
+    tuned: Tensor,
+    *,
+    groups: Tensor | None = None,
+    seed: int = 0,
+    resamples: int = 10_000,
+    level: float = 0.95,
+    tie: float = 0.0,
 ) -> Comparison:
     """Compare two vectors [N] of one metric, pair by pair; pairs that are NaN on both sides are left out.
 
-    `tie` is the largest difference that still counts as a tie. Raises ValueError when shapes differ or only one side
-    is NaN.
+    `groups` [N] numbers the prompts: pictures of one prompt are drawn together by the bootstrap. `tie` is the largest
+    difference that still counts as a tie. Raises ValueError when shapes differ or only one side is NaN.
     """
     keep = _applicable(base, tuned)
     base, tuned = base[keep].double(), tuned[keep].double()
@@ -134,8 +167,9 @@ def compare_metric(
     wins, losses = int((gain > tie).sum()), int((gain < -tie).sum())
     ties = n - wins - losses
     won = wins + ties / 2
-    low, high = bootstrap_mean(gain, seed=seed, resamples=resamples, level=level)
-    normal_low, normal_high = normal_mean(gain, level)
+    same = None if groups is None else groups[keep]
+    low, high = bootstrap_mean(gain, groups=same, seed=seed, resamples=resamples, level=level)
+    normal_low, normal_high = normal_mean(gain, level, same)
     win_low, win_high = wilson(won, n, level)
     return Comparison(
         n=n,
@@ -160,6 +194,7 @@ def compare(
     base: Mapping[str, Tensor],
     tuned: Mapping[str, Tensor],
     *,
+    groups: Tensor | None = None,
     seed: int = 0,
     resamples: int = 10_000,
     level: float = 0.95,
@@ -167,7 +202,8 @@ def compare(
     """`compare_metric` for every metric of two results of `score`. Raises ValueError when the metrics differ."""
     if base.keys() != tuned.keys():
         raise ValueError(f"base and tuned were not scored alike: {sorted(base.keys() ^ tuned.keys())}")
-    return {name: compare_metric(base[name], tuned[name], seed=seed, resamples=resamples, level=level) for name in base}
+    settings = {"seed": seed, "resamples": resamples}
+    return {name: compare_metric(base[name], tuned[name], groups=groups, level=level, **settings) for name in base}
 
 
 def reward_gap(

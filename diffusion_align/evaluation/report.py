@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..rng import permutation
@@ -119,7 +120,9 @@ def summarise(
     for name, values in (*base.items(), *tuned.items()):
         if tuple(values.shape) != (len(prompts),):
             raise ValueError(f"{name} is {list(values.shape)}: expected one score for each of {len(prompts)} prompts")
-    comparisons = compare(base, tuned, seed=seed, resamples=resamples)
+    distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    groups = torch.tensor([distinct[prompt] for prompt in prompts])
+    comparisons = compare(base, tuned, groups=groups, seed=seed, resamples=resamples)
     rewards = [name for name in base if "/" not in name]
     judges = [name for name in base if name.endswith("/all")]
     gaps = {r: {j: asdict(reward_gap(base[r], tuned[r], base[j], tuned[j])) for j in judges} for r in rewards}

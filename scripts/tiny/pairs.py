@@ -16,7 +16,7 @@ from diffusion_align.rng import normal_batch
 from diffusion_align.samplers import sample, step_table
 from diffusion_align.shapes import ATTRIBUTES, judge
 
-STEPS, GUIDANCE = 10, 3.0
+STEPS, GUIDANCE = 10, 1.0  # without guidance, so that what a model learnt of the prompt shows
 SHARD = 64  # prompts sampled between two saves
 
 

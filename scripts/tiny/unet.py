@@ -64,7 +64,13 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 
 
 def train_unet(
-    folder: Path, tokenizer: CLIPTokenizer, captions: list[str], latents: Tensor, *, seed: int, steps: tuple[int, int, int]
+    folder: Path,
+    tokenizer: CLIPTokenizer,
+    captions: list[str],
+    latents: Tensor,
+    *,
+    seed: int,
+    steps: tuple[int, int, int],
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     """`latents [N,4,16,16]` are scaled to unit variance; row i shows captions[i]. `steps` of the three phases.
 

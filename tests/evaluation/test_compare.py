@@ -152,3 +152,17 @@ def test_a_reward_that_never_moves_has_no_gain_in_deviations():
     same = torch.ones(4)
     gap = reward_gap(same, same, torch.tensor([0.0, 1, 0, 1]), torch.tensor([0.0, 1, 0, 1]))
     assert math.isnan(gap.reward_gain) and math.isnan(gap.agreement) and gap.told_apart == 0 and gap.table[1][1] == 4
+
+
+def test_pictures_of_one_prompt_are_drawn_together():
+    """Four copies of each of 25 values say no more than the 25: the interval is that of 25, not of 100."""
+    few = torch.randn(25, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    copies, groups = few.repeat_interleave(4), torch.arange(25).repeat_interleave(4)
+    assert bootstrap_mean(copies, groups=groups) == pytest.approx(bootstrap_mean(few), abs=1e-12)
+    assert normal_mean(copies, groups=groups) == pytest.approx(normal_mean(few), abs=1e-12)
+    wide, narrow = bootstrap_mean(copies, groups=groups), bootstrap_mean(copies)
+    assert 1.7 < (wide[1] - wide[0]) / (narrow[1] - narrow[0]) < 2.3  # sqrt(4)
+    # Each its own group: nothing changes.
+    assert bootstrap_mean(few, groups=torch.arange(25)) == bootstrap_mean(few)
+    with pytest.raises(ValueError, match="one group for each value"):
+        bootstrap_mean(few, groups=torch.arange(24))
