@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     start = time.monotonic()
     train = f"train dpo --preset tiny --seed {args.seed} --overwrite_output_dir --output_dir".split()
-    evaluate = f"evaluate --num_prompts {args.num_prompts}".split()
+    evaluate = f"evaluate --steps 10 --guidance 1 --num_prompts {args.num_prompts}".split()
     for verb in ([*train, str(run)], [*evaluate, str(run)]):
         print("$ diffusion-align", " ".join(verb), flush=True)
         code = command(verb)
