@@ -1,4 +1,5 @@
-"""What ships: small enough, loadable by the plain libraries, imperfect as meant, and with labels that mean something."""
+"""What ships: small enough, loadable by the plain libraries, imperfect as meant, and with labels that mean
+something."""
 
 import warnings
 from pathlib import Path
@@ -61,7 +62,8 @@ def test_pairs_are_of_training_prompts_and_labelled_by_the_reward(pairs):
     some = pairs[::8]
     assert not any(held_out(parse(pair.prompt)) for pair in pairs)
     prompts = [pair.prompt for pair in some]
-    winners, losers = (torch.stack([load_picture(getattr(p, side).read(), 64) for p in some]) for side in ("winner", "loser"))
+    winners = torch.stack([load_picture(pair.winner.read(), 64) for pair in some])
+    losers = torch.stack([load_picture(pair.loser.read(), 64) for pair in some])
     reward = clip_scorer("tiny", device="cpu")
     # The file's pictures are compressed, so a close call may turn.
     assert (reward(winners, prompts) > reward(losers, prompts)).float().mean() >= 0.95

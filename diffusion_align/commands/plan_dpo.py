@@ -17,7 +17,8 @@ def read_training_pairs(o: TrainDpo) -> tuple[list[Pair], Counts]:
     split = o.dataset_split_name or "train"
     name = present_pairs(o.train_data_dir or o.dataset_name or "")
     path = pairs_on_disk(name)
-    return read_pairs(path if path is not None else fetch_pairs(name, split, o.cache_dir), split=split)
+    found = path if path is not None else fetch_pairs(name, split, o.cache_dir)
+    return read_pairs(found, split=split, max_bad_fraction=o.max_bad_fraction)
 
 
 def dry_run(o: TrainDpo) -> int:

@@ -73,6 +73,7 @@ def train_dpo(options: TrainDpo) -> int:
             resolution=resolution,
             seed=o.seed,
             known_bad=counts.bad_rows,
+            max_bad_fraction=o.max_bad_fraction,
             progress=accelerator.is_main_process,
         )
 

@@ -241,11 +241,16 @@ def _encode_pairs(
                     facts["kept"].append(i)
                     facts["pairs"].append([*found, prompt_index[pairs[i].prompt]])
                 else:
-                    reasons = zip(("winner", "loser"), found, strict=True)
-                    reason = "; ".join(f"{side} {why}" for side, why in reasons if isinstance(why, str))
+                    sides = [(_name("winner", pairs[i].winner), found[0]), (_name("loser", pairs[i].loser), found[1])]
+                    reason = "; ".join(f"{name} {why}" for name, why in sides if isinstance(why, str))
                     facts["bad"].append([pairs[i].id, reason])
             reach(chunk.stop)
     return torch.cat(latents), facts
+
+
+def _name(side: str, picture: Picture) -> str:
+    """Which picture of a row: its side, and its file where it has one of its own."""
+    return f"{side} ({picture})" if isinstance(picture, Path) else side
 
 
 def _read(picture: Picture) -> bytes | str:

@@ -29,6 +29,7 @@ class TrainDpo:
     dataset_config_name: str | None = option(None, "data", "configuration of a data set on the hub", unused="the data set's default is read")
     dataset_split_name: str | None = option(None, "data", "split of a data set (default: train)", aliases=("split",))
     max_train_samples: int | None = option(None, "data", "use only the first N pairs", at_least=1)
+    max_bad_fraction: float = option(0.01, "data", "share of broken rows that is left out and listed; with more the run stops", at_least=0, at_most=1)
     resolution: int | None = option(None, "data", "side of the pictures in pixels (default: the model's own)", at_least=8)
     proportion_empty_prompts: float = option(0.0, "data", "share of prompts replaced by the empty one", at_least=0, at_most=1)
     vae_encode_batch_size: int = option(8, "data", "pictures encoded at a time", at_least=1, unused="the cache encodes as many at a time as are new among 16 pairs, in chunks of 16")
