@@ -87,8 +87,9 @@ def _blobs(picture: np.ndarray) -> tuple[list[tuple[str, np.ndarray]], str | Non
     for colour in COLOURS:
         # An opening with a 3x3 square removes the one- or two-pixel rims that smooth edges leave in a third colour.
         mask = index == _NAMES.index(colour)
-        labels, n = ndimage.label(ndimage.binary_opening(mask, structure=_SQUARE))
-        for k in range(1, n + 1):
+        labels = np.zeros(mask.shape, dtype=np.int32)
+        ndimage.label(ndimage.binary_opening(mask, structure=_SQUARE), output=labels)
+        for k in range(1, labels.max() + 1):
             # The opening also eats thin arms; what it left is grown back into the colour by three pixels.
             blob = ndimage.binary_dilation(labels == k, structure=_SQUARE, iterations=3) & mask
             if blob.sum() >= _MIN_AREA:

@@ -80,7 +80,7 @@ def render(caption: Caption, seed: int | np.random.Generator) -> Image.Image:
     placed = _place(caption, rng)
     while placed is None:
         placed = _place(caption, rng)
-    canvas = Image.new("RGB", (PIXELS * OVERSAMPLE,) * 2, PALETTE[caption.background])
+    canvas = Image.new("RGB", (PIXELS * OVERSAMPLE, PIXELS * OVERSAMPLE), PALETTE[caption.background])
     draw = ImageDraw.Draw(canvas)
     for thing, (x, y, diameter) in zip(caption.things, placed, strict=True):
         draw_thing(draw, thing.shape, PALETTE[thing.colour], x, y, diameter)
