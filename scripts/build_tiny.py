@@ -140,6 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vae-steps", type=int, default=3000)
     parser.add_argument("--decoder-steps", type=int, default=2000)
     parser.add_argument("--unet-steps", type=int, nargs=3, default=(6000, 3000, 2600), help="of its three phases")
+    parser.add_argument("--reconstructions", type=int, default=512, help="held-out pictures to judge the decoder by")
     parser.add_argument("--reward-steps", type=int, default=1000)
     parser.add_argument(
         "--pictures", type=int, default=32000, help="rendered for the denoiser; a quarter for the others"

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import traceback
 from dataclasses import dataclass
 from functools import partial
 
@@ -142,6 +143,8 @@ def in_processes(count, work, port):
                 _join(rank, count, port)
                 work(rank)
                 code = 0
+            except BaseException:
+                traceback.print_exc()  # the child ends without unwinding, so nobody else would tell
             finally:
                 os._exit(code)
         children.append(child)
@@ -151,7 +154,15 @@ def in_processes(count, work, port):
 def _join(rank, count, port):
     from accelerate.state import AcceleratorState, GradientState
 
+    torch.set_num_threads(1)  # the parent's pool of threads does not live on in a fork, and waiting for it hangs
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    names = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    names = {
+        "RANK": rank,
+        "WORLD_SIZE": count,
+        "LOCAL_RANK": rank,
+        "LOCAL_WORLD_SIZE": count,
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": 1,
+    }
     os.environ.update({name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"})

@@ -127,6 +127,27 @@ def test_an_interrupted_run_goes_on_as_if_it_never_stopped(toys, finished, monke
     assert (run / "samples/step-00000006.png").read_bytes() == (finished / "samples/step-00000006.png").read_bytes()
 
 
+def test_an_average_is_exported_and_survives_an_interruption(toys, finished, tmp_path, monkeypatch):
+    ema = ("--use_ema", "--ema_decay", "0.9")
+    assert train(toys, tmp_path / "whole", *ema) == 0
+    AcceleratorState._reset_state(True)
+    run, append = tmp_path / "cut", record.append
+
+    def ctrl_c(path, row):
+        append(path, row)
+        if row["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "append", ctrl_c)
+        assert train(toys, run, *ema) == 130
+    AcceleratorState._reset_state(True)
+    assert train(toys, run, *ema, "--resume_from_checkpoint", "latest") == 0
+    assert weights_of(run) == weights_of(tmp_path / "whole") != weights_of(finished)
+    rows = [(folder / "metrics.jsonl").read_bytes() for folder in (run, tmp_path / "whole", finished)]
+    assert rows[0] == rows[1] == rows[2]  # the average looks on; it does not steer
+
+
 def test_what_may_not_be_resumed(toys, finished, tmp_path, capsys):
     assert train(toys, finished) == 1
     assert "holds a run already (metrics.jsonl)" in capsys.readouterr().err

@@ -57,8 +57,8 @@ def identity_of(
 ) -> dict[str, Any]:
     """What a resumed run must share with the saved one. How a batch is cut into pieces and processes may change."""
     same = """mode rank network_alpha lora_targets loss_type label_smoothing seed lr_scheduler lr_warmup_steps
-    adam_beta1
-        adam_beta2 adam_weight_decay adam_epsilon max_grad_norm use_8bit_adam proportion_empty_prompts""".split()
+        adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm use_8bit_adam use_ema ema_decay
+        proportion_empty_prompts""".split()
     identity = {
         **data_and_model,
         "beta": beta,

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from diffusion_align.objectives import beta_per_squared_error
 from diffusion_align.options import TrainDpo, to_yaml
 from diffusion_align.train import Progress, checkpoint, record, train_pairs
 from diffusion_align.train.checkpoint import CheckpointError
+from diffusion_align.train.ema import start_ema
 from diffusion_align.train.state import pack, restore
 
 KEEP_ALL = sys.maxsize
@@ -101,14 +103,15 @@ def train_dpo(options: TrainDpo) -> int:
         run_folder.claim(run, to_yaml(o, "train dpo"), step=step, overwrite=o.overwrite_output_dir)
         with accelerator.autocast():  # before the checkpoint's weights are put in: now the policy is the base
             base = grids.base_pictures(gate, prompts, run / run_folder.SAMPLES / "base", **look)
-    progress = restore(resumed, named, optimizer, scheduler) if resumed else Progress()
+    ema = start_ema(named, o.ema_decay) if o.use_ema else None
+    progress = restore(resumed, named, optimizer, scheduler, ema) if resumed else Progress()
     if resumed:
         accelerator.print(f"resumed at step {progress.step} of {steps}")
     accelerator.wait_for_everyone()
 
     def save(progress: Progress) -> None:
         if accelerator.is_main_process:
-            tensors, state = pack(named, optimizer, scheduler, progress)
+            tensors, state = pack(named, optimizer, scheduler, progress, ema)
             state["identity"] = identity
             keep = o.checkpoints_total_limit or KEEP_ALL
             try:
@@ -153,6 +156,8 @@ def train_dpo(options: TrainDpo) -> int:
     )
     with bar, Interruptible() as interrupt:
         for row in records:
+            if ema is not None and row.updated:
+                ema.update(named)
             if accelerator.is_main_process:
                 record.append(run / run_folder.METRICS, row.row())
             bar.set_postfix(loss=f"{row.loss:.4f}", accuracy=f"{row.metrics['implicit_accuracy']:.2f}", refresh=False)
@@ -164,9 +169,11 @@ def train_dpo(options: TrainDpo) -> int:
                 raise KeyboardInterrupt(f"step {row.step} is saved; go on with: {run_folder.resume_line(run)}")
             if o.run_validation and row.step % o.validation_steps == 0 and row.step < steps:
                 draw(row.step)
-    draw(steps)
+    with ema.applied(named) if ema is not None else nullcontext():
+        draw(steps)
+        if accelerator.is_main_process:
+            written = (save_lora if o.mode == "lora" else save_unet)(gate.unet, run)
     if accelerator.is_main_process:
-        written = (save_lora if o.mode == "lora" else save_unet)(gate.unet, run)
         print(f"trained weights: {written}\nnext: diffusion-align evaluate {run}")
     accelerator.wait_for_everyone()
     return 0

@@ -63,6 +63,8 @@ class TrainDpo:
     adam_weight_decay: float = option(1e-2, "train", "AdamW's weight decay", at_least=0)
     adam_epsilon: float = option(1e-8, "train", "AdamW's epsilon", above=0)
     max_grad_norm: float = option(1.0, "train", "gradients are clipped to this norm", above=0)
+    use_ema: bool = option(False, "train", "keep a running average of the weights, and export it")
+    ema_decay: float = option(0.999, "train", "decay of that average; less in the first steps", at_least=0, below=1)
     use_8bit_adam: bool = option(False, "train", "AdamW in 8 bits; needs the extra [8bit]")
 
     device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
