@@ -11,7 +11,10 @@ from typing import Any
 
 from diffusion_align.models.hub import asset
 
-LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+# models.adapters.TARGETS again: a plan is made without importing diffusers, and a test holds the two equal.
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_REST = "proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut time_emb_proj".split()
+LORA_LAYERS = {"attention": _ATTENTION, "wide": (*_ATTENTION, *_REST)}
 # Stable Diffusion 1.x, where nothing is on this disk to be read; SDXL has the same latents at twice the side.
 STABLE_DIFFUSION = {"channels": 4, "factor": 8, "resolution": 512}
 STABLE_DIFFUSION_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -35,12 +38,10 @@ class ModelFacts:
     def full_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.unet_shapes.values())
 
-    def lora_parameters(self, rank: int) -> int:
-        """rank x (in + out) for each attention projection."""
-        ends = tuple(f".{layer}.weight" for layer in LORA_LAYERS)
-        return sum(
-            rank * (s[0] + s[1]) for name, s in self.unet_shapes.items() if name.endswith(ends) and ".attn" in name
-        )
+    def lora_parameters(self, rank: int, targets: str) -> int:
+        """rank x (in + out) for each layer that gets a LoRA; `in` of a convolution counts its kernel's places."""
+        ends = tuple(f".{layer}.weight" for layer in LORA_LAYERS[targets])
+        return sum(rank * (s[0] + math.prod(s[1:])) for name, s in self.unet_shapes.items() if name.endswith(ends))
 
 
 def read_model_facts(name: str) -> ModelFacts:

@@ -68,5 +68,5 @@ def _trained(o: TrainDpo, facts: ModelFacts) -> str:
     what = "the whole UNet" if o.mode == "full" else f"LoRA of rank {o.rank}, alpha {o.network_alpha or o.rank:g}"
     if not facts.unet_shapes:
         return f"{what}: number of parameters unknown"
-    number = facts.full_parameters() if o.mode == "full" else facts.lora_parameters(o.rank)
+    number = facts.full_parameters() if o.mode == "full" else facts.lora_parameters(o.rank, o.lora_targets)
     return f"{what}: {number:,} of {facts.full_parameters():,} parameters"
