@@ -279,7 +279,7 @@ def test_what_evaluate_and_generate_need(toys, tmp_path, capsys):
     assert "has no trained weights yet" in capsys.readouterr().err
 
 
-def test_dry_run_says_what_will_happen_and_is_a_config(toys, tmp_path, capsys, monkeypatch):
+def test_dry_run_says_what_will_happen_and_is_a_config(toys, finished, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     run = tmp_path / "run"
     assert train(toys, run, "--dry-run", "--scale_lr", "--gradient_accumulation_steps=3", "--num_train_epochs=7") == 0
