@@ -2,6 +2,7 @@
 
 from .branch import branch
 from .kernel import step_gaussian
+from .one_pass import step_gradient
 from .rollout import replay, rollout, sample
 from .tables import StepTable, solver_table, step_table
 from .threshold import dynamic_threshold
@@ -17,5 +18,6 @@ __all__ = [
     "sample",
     "solver_table",
     "step_gaussian",
+    "step_gradient",
     "step_table",
 ]

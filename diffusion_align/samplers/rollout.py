@@ -22,6 +22,13 @@ from .tables import StepTable
 
 Generators = torch.Generator | Sequence[torch.Generator]
 HISTORIES = ("recompute", "frozen")
+Measure = Callable[[int, Gaussian, Tensor], Tensor]
+"""`(k, step, next state [B,...]) -> [B]`: a number of one reverse step."""
+
+
+def log_prob(k: int, step: Gaussian, x: Tensor) -> Tensor:
+    """The measure that a run is scored by unless another is asked for: log-density of the next state, [B] nats."""
+    return step.log_prob(x)
 
 
 def predict(denoiser: Denoiser, table: StepTable, k: int, x: Tensor) -> Tensor:
@@ -133,8 +140,13 @@ def scored_predictions(trajectory: Trajectory[StepTable], history_from: str) -> 
     return sorted({*scored, *behind})
 
 
-def path_log_prob(trajectory: Trajectory[StepTable], clean: Mapping[int, Tensor], history_from: str) -> Tensor:
-    """Log-probs [T,B] in nats of the stored states, from the clean predictions: the solver's algebra, no network."""
+def path_log_prob(
+    trajectory: Trajectory[StepTable], clean: Mapping[int, Tensor], history_from: str, measure: Measure = log_prob
+) -> Tensor:
+    """Log-probs [T,B] in nats of the stored states, from the clean predictions: the solver's algebra, no network.
+
+    Another `measure` gives other numbers of the steps; 0 at deterministic ones in any case.
+    """
     table, states = trajectory.table, trajectory.states
     past = clean if history_from == "recompute" or trajectory.clean is None else trajectory.clean
     any_clean = next(iter(clean.values()))
@@ -142,7 +154,7 @@ def path_log_prob(trajectory: Trajectory[StepTable], clean: Mapping[int, Tensor]
     for k in range(len(table)):
         if table.stochastic[k]:
             step = Gaussian(*step_gaussian(table, k, widen(states[k]), clean[k], *earlier(table, k, past)))
-            rows.append(step.log_prob(widen(states[k + 1])))
+            rows.append(measure(k, step, widen(states[k + 1])))
         else:
             rows.append(any_clean.new_zeros(states.shape[1]))
     return torch.stack(rows)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..prediction import Denoiser
+from ..tensors import widen
 from ..trajectory import Trajectory
-from .rollout import path_log_prob, predict, scored_predictions
+from .rollout import Measure, log_prob, path_log_prob, predict, scored_predictions
 from .tables import StepTable
 
 
@@ -38,6 +39,8 @@ def path_gradient(
     loss: Callable[[Tensor], Tensor],
     *,
     history: str = "recompute",
+    measure: Measure = log_prob,
+    known: Tensor | None = None,
     tolerance: float = 1e-4,
 ) -> Tensor:
     """Add the gradient of `loss(replay(denoiser, trajectory))` to the `.grad` of the denoiser's parameters.
@@ -47,6 +50,11 @@ def path_gradient(
     scored step, in order, and once backward; predictions of the two passes may differ by `tolerance` relative to their
     norm, for kernels that are not deterministic.
 
+    `measure(k, step, next_state) -> [B]` replaces the log-prob by another number of a step, such as its fused log-ratio
+    to a reference, which has no cancellation. `known` [T,B,...] are the clean predictions of the denoiser as it is now
+    (`trajectory.clean`, as long as nothing was updated since the run): then there is no first pass, and the check
+    that the passes agree is the check that the importance ratio is 1 before the first update.
+
     Returns the loss, detached. Raises ValueError when the loss is not a scalar or does not depend on the log-probs,
     when nothing in the denoiser requires a gradient, and as listed in `scored_predictions`; RuntimeError when the
     passes disagree (steps before that one have then already left their gradient).
@@ -54,9 +62,9 @@ def path_gradient(
     needed = scored_predictions(trajectory, history)
     table, states = trajectory.table, trajectory.states
     with torch.no_grad():
-        first = {k: predict(denoiser, table, k, states[k]) for k in needed}
-    leaves = {k: clean.detach().requires_grad_() for k, clean in first.items()}
-    value = loss(path_log_prob(trajectory, leaves, history))
+        first = {k: predict(denoiser, table, k, states[k]) if known is None else widen(known[k]) for k in needed}
+    leaves = {k: clean.detach().clone().requires_grad_() for k, clean in first.items()}
+    value = loss(path_log_prob(trajectory, leaves, history, measure))
     if value.ndim != 0:
         raise ValueError(f"the loss must be a scalar, got {list(value.shape)}: reduce it over steps and batch")
     if not value.requires_grad:

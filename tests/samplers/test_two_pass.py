@@ -3,46 +3,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers_samplers import SD15, noise
+from helpers_samplers import noise
+from helpers_two_pass import SCHEDULE, STEPS, gradients, setting, textbook_log_prob, toy
 
-from diffusion_align.models.analytic import ToyDenoiser
+from diffusion_align.gaussian import Gaussian
 from diffusion_align.objectives import logistic
 from diffusion_align.rng import generator
-from diffusion_align.samplers import path_gradient, replay, rollout, step_table
-from diffusion_align.schedule import Schedule
-
-SCHEDULE = Schedule.from_config(SD15)
-PAIRS, STEPS = 3, 7
-
-
-def toy(seed):
-    return ToyDenoiser(6, torch.Generator().manual_seed(seed)).double()
-
-
-def bind(network, scale):
-    """The plain network, or with classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) in one call."""
-    if scale is None:
-        return network
-
-    def guided(x, t):
-        classes = torch.tensor([0, 1]).repeat_interleave(len(x))
-        empty, prompted = network(x.repeat(2, 1), t.repeat(2), classes).chunk(2)
-        return empty + scale * (prompted - empty)
-
-    return guided
-
-
-def setting(order=2, scale=None, **options):
-    """A run of an old policy, the log-probs of a reference, and the network to train, near the old one."""
-    table = step_table(SCHEDULE, STEPS, order=order, **options)
-    old, ref, policy = toy(0), toy(1), toy(0)
-    with torch.no_grad():
-        for p in policy.parameters():
-            p += 0.02 * noise(*p.shape, seed=9)
-    run = rollout(bind(old, scale), table, noise(2 * PAIRS, 6), generator(0, "run"))
-    with torch.no_grad():
-        reference = replay(bind(ref, scale), run)
-    return policy, bind(policy, scale), run, reference
+from diffusion_align.samplers import path_gradient, replay, rollout, step_gaussian, step_table
 
 
 def dpo_over_paths(run, reference):
@@ -72,27 +39,6 @@ def squared_pair_residual(run, reference):
         return (ratio[:, None] - ratio[None] - 0.3).square().sum()
 
     return loss
-
-
-def textbook_log_prob(denoise, run):
-    """Full autograd, written out from the table's numbers and torch's Normal: nothing of the package but the table."""
-    table, rows, clean = run.table, [], []
-    for k in range(STEPS):
-        clean.append(denoise(run.states[k], table.timesteps[k].expand(2 * PAIRS)))
-        mean = table.cx[k] * run.states[k] + table.c[k, 0] * clean[k]
-        if k > 0:
-            mean = mean + table.c[k, 1] * clean[k - 1]
-        if table.std[k] > 0:
-            rows.append(torch.distributions.Normal(mean, table.std[k]).log_prob(run.states[k + 1]).sum(1))
-        else:
-            rows.append(torch.zeros(2 * PAIRS, dtype=torch.float64))
-    return torch.stack(rows)
-
-
-def gradients(network):
-    return torch.cat(
-        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in network.parameters()]
-    )
 
 
 @pytest.mark.parametrize("make_loss", [dpo_over_paths, clipped_ratios, squared_pair_residual])
@@ -238,3 +184,43 @@ def test_refusals():
     network.requires_grad_(False)
     with pytest.raises(ValueError, match="nothing in the denoiser requires a gradient"):
         path_gradient(denoise, run, loss)
+
+
+def log_ratio_to(denoise, run):
+    """The fused log-ratio of a step to another denoiser's, as a measure."""
+    other = [denoise(x, t.expand(len(x))).detach() for x, t in zip(run.states[:-1], run.table.timesteps, strict=True)]
+
+    def measure(k, step, x):
+        mean, std = step_gaussian(run.table, k, run.states[k], other[k], *other[max(k - 1, 0) : k])
+        return step.log_ratio(Gaussian(mean, std), x)
+
+    return measure
+
+
+def test_another_measure_of_a_step_takes_the_place_of_the_log_prob():
+    network, denoise, run, reference = setting(2)
+    path_gradient(denoise, run, lambda log_prob: (log_prob - reference).sum(0).square().sum())
+    expected = gradients(network)
+    network.zero_grad()
+    path_gradient(denoise, run, lambda ratio: ratio.sum(0).square().sum(), measure=log_ratio_to(toy(1), run))
+    torch.testing.assert_close(gradients(network), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_known_predictions_save_the_first_pass(order):
+    network, denoise, run, reference = setting(order)
+    loss = squared_pair_residual(run, reference)
+    now = rollout(denoise, run.table, run.states[0], generator(0, "again"))
+    path_gradient(denoise, now, loss)
+    expected = gradients(network)
+    network.zero_grad()
+    calls = []
+    path_gradient(lambda x, t: calls.append(0) or denoise(x, t), now, loss, known=now.clean)
+    assert torch.equal(gradients(network), expected) and len(calls) == STEPS - 1
+
+
+def test_known_predictions_of_other_weights_are_refused():
+    """The check that the importance ratio is 1: the run's own predictions are no longer those of the policy."""
+    network, denoise, run, reference = setting(2)
+    with pytest.raises(RuntimeError, match="differ at step 0"):
+        path_gradient(denoise, run, squared_pair_residual(run, reference), known=run.clean)
