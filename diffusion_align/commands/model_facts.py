@@ -15,16 +15,20 @@ from diffusion_align.models.hub import asset
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _REST = "proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut time_emb_proj".split()
 LORA_LAYERS = {"attention": _ATTENTION, "wide": (*_ATTENTION, *_REST)}
-# Stable Diffusion 1.x, where nothing is on this disk to be read; SDXL has the same latents at twice the side.
-STABLE_DIFFUSION = {"channels": 4, "factor": 8, "resolution": 512}
-STABLE_DIFFUSION_SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+# What is assumed of a model that is not on this disk. SDXL has Stable Diffusion's betas and latents at twice the side.
+STABLE_DIFFUSION, SDXL = "Stable Diffusion 1.5", "SDXL"
+RESOLUTION = {STABLE_DIFFUSION: 512, SDXL: 1024}
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SDXL_OF_512 = ("stabilityai/sdxl-turbo",)
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Latents are [channels, resolution / factor, resolution / factor]; `known` says whether a folder was read."""
+    """Latents are [channels, resolution / factor, resolution / factor]; `known` says whether a folder was read, and
+    `family` whose figures these are: "SDXL" or "Stable Diffusion 1.5", which also stands for its relatives."""
 
     known: bool
+    family: str
     channels: int
     factor: int
     resolution: int
@@ -45,17 +49,22 @@ class ModelFacts:
 
 
 def read_model_facts(name: str) -> ModelFacts:
-    """The facts of a model folder; those of Stable Diffusion 1.x, with `known` False, where there is no folder."""
+    """The facts of a model folder; those of the family that the name tells, with `known` False, where there is none."""
     try:
         folder = asset("tiny") if name == "tiny" else Path(name).expanduser()
         unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
         vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
         scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        family = SDXL if unet.get("addition_embed_type") == "text_time" else STABLE_DIFFUSION
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         side = unet["sample_size"] * factor
-        return ModelFacts(True, vae.get("latent_channels", 4), factor, side, scheduler, _shapes(folder / "unet"))
+        channels, shapes = vae.get("latent_channels", 4), _shapes(folder / "unet")
+        return ModelFacts(True, family, channels, factor, side, scheduler, shapes)
     except (OSError, ValueError, KeyError, TypeError):
-        return ModelFacts(False, **STABLE_DIFFUSION, scheduler=STABLE_DIFFUSION_SCHEDULE, unet_shapes={})
+        # SDXL's descendants carry its letters, wherever in the name: stable-diffusion-xl-base-1.0, RealVisXL_V4.0.
+        family = SDXL if "xl" in name.rpartition("/")[2].lower() else STABLE_DIFFUSION
+        resolution = 512 if name in SDXL_OF_512 else RESOLUTION[family]
+        return ModelFacts(False, family, 4, 8, resolution, SCHEDULE, {})
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:

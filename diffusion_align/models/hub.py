@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 # Repositories that were deleted or renamed, and where their weights are now (huggingface/diffusers issues 9428, 12874).
 MOVED = {
@@ -20,6 +22,8 @@ COMPONENTS = {
     "text_encoder": "CLIPTextModel",
     "tokenizer": "CLIPTokenizer",
 }
+WEIGHT_FILES = ("*.safetensors", "*.bin")
+SECOND_ENCODER = {"text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": "CLIPTokenizer"}
 
 
 def asset(name: str) -> Path:
@@ -32,11 +36,11 @@ def asset(name: str) -> Path:
 
 
 def locate(name_or_path: str | os.PathLike[str], *, revision: str | None = None, variant: str | None = None) -> Path:
-    """A local folder in Stable Diffusion format, downloaded from the hub if the name is a hub id.
+    """A local folder in Stable Diffusion or SDXL format, downloaded from the hub if the name is a hub id.
 
     Raises:
         FileNotFoundError: no such folder, no such repository, or the hub cannot be reached and nothing is cached.
-        ValueError: the folder is not a Stable Diffusion 1.x/2.x pipeline.
+        ValueError: the folder is not a Stable Diffusion 1.x/2.x or SDXL pipeline.
     """
     name = os.fspath(name_or_path)
     if name == "tiny":
@@ -67,8 +71,8 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
         raise FileNotFoundError(f"model {name} could not be fetched ({type(error).__name__}): {cure}") from error
 
 
-def checked(folder: Path) -> Path:
-    """The folder itself, if its parts are those of Stable Diffusion 1.x/2.x."""
+def read_index(folder: Path) -> dict[str, Any]:
+    """model_index.json: which class each part of a pipeline has, and settings. An SDXL format names text_encoder_2."""
     index_file = folder / "model_index.json"
     if not index_file.exists():
         raise FileNotFoundError(
@@ -76,18 +80,26 @@ def checked(folder: Path) -> Path:
             "(a single .safetensors checkpoint must be converted first)"
         )
     try:
-        index = json.loads(index_file.read_text())
+        return json.loads(index_file.read_text())
     except ValueError as error:
         raise ValueError(f"{index_file} is not JSON ({error}): fetch the model again") from error
-    if "text_encoder_2" in index:
+
+
+def checked(folder: Path) -> Path:
+    """The folder itself, if its parts are those of Stable Diffusion 1.x/2.x, or of SDXL."""
+    index = read_index(folder)
+    sdxl = "text_encoder_2" in index
+    classes = {part: (index.get(part) or [None, None])[1] for part in COMPONENTS | SECOND_ENCODER}
+    if sdxl and classes["unet"] and not classes["text_encoder"]:
         raise ValueError(
-            f"{folder} is an SDXL-format model, which is not supported yet: use a Stable Diffusion 1.x or 2.x one"
+            f"{folder} has no first text encoder: an SDXL refiner, which is not supported; use the base model"
         )
-    for part, expected in COMPONENTS.items():
-        found = (index.get(part) or [None, None])[1]
+    family, parts = ("SDXL", COMPONENTS | SECOND_ENCODER) if sdxl else ("Stable Diffusion 1.x/2.x", COMPONENTS)
+    for part, expected in parts.items():
+        found = classes[part]
         if found is None or found.removesuffix("Fast") != expected:
             raise ValueError(
-                f"{index_file} names {found} as its {part}; Stable Diffusion 1.x/2.x has a {expected} there"
+                f"{folder / 'model_index.json'} names {found} as its {part}; {family} has a {expected} there"
             )
         if not (folder / part).is_dir():
             raise FileNotFoundError(
@@ -95,10 +107,28 @@ def checked(folder: Path) -> Path:
             )
     if not (folder / "scheduler" / "scheduler_config.json").exists():
         raise FileNotFoundError(f"{folder / 'scheduler' / 'scheduler_config.json'} is missing: fetch the model again")
-    words = folder / "tokenizer"
-    if not (words / "tokenizer.json").exists() and not all((words / f).exists() for f in ("vocab.json", "merges.txt")):
-        # transformers would make a tokenizer of two words out of an empty folder.
-        raise FileNotFoundError(
-            f"{words} has neither tokenizer.json nor vocab.json and merges.txt: fetch the model again"
-        )
+    for words in (folder / part for part in parts if part.startswith("tokenizer")):
+        if not (words / "tokenizer.json").exists() and not all(
+            (words / file).exists() for file in ("vocab.json", "merges.txt")
+        ):
+            # transformers would make a tokenizer of two words out of an empty folder.
+            raise FileNotFoundError(
+                f"{words} has neither tokenizer.json nor vocab.json and merges.txt: fetch the model again"
+            )
     return folder
+
+
+def folder_digest(folder: Path) -> str:
+    """Identifies everything in a pipeline's folder that decides what it makes of a prompt or a picture."""
+    digest, index = hashlib.sha256(), read_index(folder)
+    parts = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
+    if "text_encoder_2" in index:
+        digest.update(f"zeros {index.get('force_zeros_for_empty_prompt')}\n".encode())  # what the empty prompt is
+        parts += SECOND_ENCODER
+    for part in parts:
+        for path in sorted((folder / part).rglob("*")):
+            if path.is_file() and (path.suffix == ".json" or any(path.match(kind) for kind in WEIGHT_FILES)):
+                digest.update(f"{part}/{path.name} {path.stat().st_size}\n".encode())
+                with path.open("rb") as file:  # all of it: a sample would miss a merge into a few layers
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

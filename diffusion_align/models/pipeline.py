@@ -1,36 +1,37 @@
-"""The gate: a Stable-Diffusion-format folder in, and out come text and picture encoders and denoisers as plain
-functions.
+"""The gate: a model whose text and picture encoders and denoisers are plain functions, whichever family it is of.
 
 Between floors pictures are float32 `[B,3,H,W]` in [0, 1], and latents are float32 and already times the VAE's scaling
-factor.
+factor. Text is one tensor `[B,L,E]`; `conditioning` tells what else SDXL puts into it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..prediction import Denoiser, to_clean
 from ..schedule import Schedule
+from .conditioning import pack, unpack, with_sizes_of
 from .guidance import guided
-from .hub import locate
-
-WEIGHT_FILES = ("*.safetensors", "*.bin")
+from .hub import folder_digest
+from .text import SecondEncoder, last_states, penultimate_states
 
 
 @dataclass(eq=False)
 class TextToImage:
-    """A text-to-image model. `source` is where it came from; `dtype` the precision of its frozen weights."""
+    """A text-to-image model. `source` is where it came from; `dtype` the precision of its frozen weights.
+
+    With a `second` encoder it is of SDXL's format, else of Stable Diffusion 1.x/2.x's.
+    """
 
     unet: UNet2DConditionModel
     vae: Any  # an AutoencoderKL; its annotations ask for tensor subclasses that do not exist at run time
@@ -41,6 +42,7 @@ class TextToImage:
     source: str
     device: torch.device
     dtype: torch.dtype
+    second: SecondEncoder | None = None
 
     @property
     def prediction_type(self) -> str:
@@ -50,11 +52,11 @@ class TextToImage:
     @property
     def resolution(self) -> int:
         """Pixels on a side of the model's own pictures, e.g. 512."""
-        return int(_config(self.unet, "sample_size")) * self._factor
+        return int(_config(self.unet)["sample_size"]) * self._factor
 
     @property
     def _factor(self) -> int:
-        return 2 ** (len(_config(self.vae, "block_out_channels")) - 1)
+        return 2 ** (len(_config(self.vae)["block_out_channels"]) - 1)
 
     def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
         """(C,h,w) of the latents of square pictures. Raises ValueError for a size the VAE cannot halve often enough."""
@@ -62,16 +64,27 @@ class TextToImage:
         if pixels <= 0 or pixels % self._factor:
             raise ValueError(f"resolution {pixels} is not a positive multiple of {self._factor}, the VAE's reduction")
         side = pixels // self._factor
-        return int(_config(self.unet, "in_channels")), side, side
+        return int(_config(self.unet)["in_channels"]), side, side
 
     @torch.no_grad()
-    def encode_text(self, prompts: list[str], chunk: int = 64) -> Tensor:
-        """The text encoder's last hidden states, `[B,L,E]` float32, padded to the tokenizer's length as in training."""
+    def encode_text(self, prompts: list[str], chunk: int = 64, *, sizes: Sequence[int] | None = None) -> Tensor:
+        """What the network reads of prompts, `[B,L,E]` float32.
+
+        For Stable Diffusion the text encoder's last hidden states; for SDXL see `conditioning`. `sizes` are SDXL's
+        original height, width, crop top, left, target height, width; by default those of each picture at hand. The
+        empty prompt is SDXL's zeros, if its model_index.json says so: diffusers' pipeline without a negative prompt.
+
+        Raises:
+            ValueError: sizes for a model that takes none, or that are no sizes.
+        """
         if not prompts:
             return self.empty_text[:0]
-        tokens = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        parts = [self.text_encoder(part.to(self.device)).last_hidden_state.float() for part in tokens.split(chunk)]
-        return torch.cat(parts)
+        if self.second is None:
+            if sizes is not None:
+                raise ValueError(f"{self.source} is not told the size of pictures: leave out sizes")
+            return last_states(self.tokenizer, self.text_encoder, prompts, chunk)
+        hidden, pooled = penultimate_states(self.tokenizer, self.text_encoder, self.second, prompts, chunk)
+        return pack(hidden, pooled, sizes)
 
     @cached_property
     def empty_text(self) -> Tensor:
@@ -96,40 +109,67 @@ class TextToImage:
         if len(images) and not 0 <= float(images.min()) <= float(images.max()) <= 1:
             raise ValueError(f"pictures are in [0, 1], not {float(images.min()):.3g} .. {float(images.max()):.3g}")
         parts = []
+        shift, scale = self._latent_scale()
         for i in range(0, len(images), chunk):
             pixels = images[i : i + chunk].to(self.device, self.vae.dtype) * 2 - 1
-            posterior = self.vae.encode(pixels, return_dict=False)[0]
+            with self._vae_precision():
+                posterior = self.vae.encode(pixels, return_dict=False)[0]
             z = posterior.mean.float()
             if noise is not None:
                 z = z + posterior.std.float() * noise[i : i + chunk].to(z)
             parts.append(z)
-        return (torch.cat(parts) - self._shift) * float(_config(self.vae, "scaling_factor"))
+        return (torch.cat(parts) - shift) * scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor, chunk: int = 16) -> Tensor:
         """Pictures `[B,3,H,W]` float32 in [0, 1] of latents `[B,C,h,w]`."""
-        z = latents.to(self.device) / float(_config(self.vae, "scaling_factor")) + self._shift
-        parts = [self.vae.decode(part.to(self.vae.dtype), return_dict=False)[0].float() for part in z.split(chunk)]
+        shift, scale = self._latent_scale()
+        z = latents.to(self.device) / scale + shift
+        with self._vae_precision():
+            parts = [self.vae.decode(part.to(self.vae.dtype), return_dict=False)[0].float() for part in z.split(chunk)]
         return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
-    @property
-    def _shift(self) -> float:
-        return float(self.vae.config.get("shift_factor") or 0.0)
+    def _latent_scale(self) -> tuple[Any, Any]:
+        """(shift, scale): latents are (z - shift) scale of the VAE's z. Per channel where an SDXL VAE names means and
+        deviations, as in diffusers' pipeline, which asks no other family for them."""
+        config, scale = _config(self.vae), float(_config(self.vae)["scaling_factor"])
+        means, stds = config.get("latents_mean"), config.get("latents_std")
+        if self.second is None or means is None or stds is None:
+            return float(config.get("shift_factor") or 0.0), scale
+        per_channel = torch.tensor([means, stds], device=self.device)[..., None, None]
+        return per_channel[0], scale / per_channel[1]
+
+    def _vae_precision(self) -> AbstractContextManager[Any]:
+        """SDXL's own VAE overflows in float16: its weights are then kept in float32 (`load_pipeline`), and autocast
+        must not undo that."""
+        kind = self.device.type
+        half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        fragile = self.second is not None and _config(self.vae)["force_upcast"]
+        return torch.autocast(kind, enabled=False) if half and fragile else nullcontext()
 
     def predict(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """The network's output `[B,C,h,w]`, float32, at states `x`, times `t [B]` and text `[B,L,E]`;
         differentiable."""
-        x, text = x.to(self.device, self.dtype), text.to(self.device, self.dtype)
-        return self.unet(x, t.to(self.device, torch.float32), text, return_dict=False)[0].float()
+        x, t, text = x.to(self.device, self.dtype), t.to(self.device, torch.float32), text.to(self.device)
+        if self.second is None:
+            return self.unet(x, t, text.to(self.dtype), return_dict=False)[0].float()
+        height, width = (side * self._factor for side in x.shape[2:])
+        hidden, pooled, sizes = unpack(text, self.second.pooled_width, height, width)
+        # The sizes stay in float32: bfloat16 would round 1000 pixels to a multiple of 4.
+        added = {"text_embeds": pooled.to(self.dtype), "time_ids": sizes}
+        return self.unet(x, t, hidden.to(self.dtype), added_cond_kwargs=added, return_dict=False)[0].float()
 
     def denoiser(self, text: Tensor, guidance: float = 1.0, negative: Tensor | None = None) -> Denoiser:
         """Bind a prompt: the clean prediction `(x [B,...], t [B]) -> x0 [B,...]` in float32, with classifier-free
         guidance.
 
-        `negative` is [B,L,E] or [1,L,E], by default the empty prompt. At guidance 1 it is not computed.
+        `negative` is [B,L,E] or [1,L,E], by default the empty prompt; its sizes are the text's unless it names some. At
+        guidance 1 it is not computed.
         """
         text = text.to(self.device)
         without = self.empty_text if negative is None else negative
+        if self.second is not None:
+            without = with_sizes_of(text, without)
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             output = guided(self.predict, x, t, text, without, guidance)
@@ -145,85 +185,9 @@ class TextToImage:
 
     @cached_property
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-            for path in sorted((self.folder / part).rglob("*")):
-                if path.is_file() and (path.suffix == ".json" or any(path.match(kind) for kind in WEIGHT_FILES)):
-                    digest.update(f"{part}/{path.name} {path.stat().st_size}\n".encode())
-                    with path.open("rb") as file:  # all of it: a sample would miss a merge into a few layers
-                        digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
+        return folder_digest(self.folder)
 
 
-def load_pipeline(
-    name_or_path: str | os.PathLike[str],
-    *,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
-    revision: str | None = None,
-    variant: str | None = None,
-) -> TextToImage:
-    """Load a Stable Diffusion 1.x or 2.x format model: a folder, a hub id, or "tiny", the embedded one.
-
-    All parts come in `dtype` whatever precision they are stored in, in eval mode, without gradients. `device` is CUDA
-    if there is one, else the CPU.
-
-    Raises:
-        FileNotFoundError: nothing there, or a part of it missing.
-        ValueError: not a Stable Diffusion 1.x/2.x model, or a damaged part.
-    """
-    folder = locate(name_or_path, revision=revision, variant=variant)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    scheduler = _part(folder / "scheduler", lambda p: json.loads((p / "scheduler_config.json").read_text()))
-    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-    networks: dict[str, Any] = {
-        name: _part(folder / name, partial(_whole, kind, dtype, variant)) for name, kind in kinds.items()
-    }
-    taken, given = networks["unet"].config["in_channels"], networks["vae"].config["latent_channels"]
-    if taken != given:
-        raise ValueError(
-            f"{folder / 'unet'} takes {taken} channels and the VAE makes {given}: "
-            "an inpainting or depth model, which is not supported; use its text-to-image base"
-        )
-    for network in networks.values():
-        network.to(where).eval().requires_grad_(False)
-    return TextToImage(
-        **networks,
-        tokenizer=_part(folder / "tokenizer", CLIPTokenizer.from_pretrained),
-        schedule=Schedule.from_config(scheduler),
-        folder=folder,
-        source=os.fspath(name_or_path),
-        device=where,
-        dtype=dtype,
-    )
-
-
-def _whole(kind: Any, dtype: torch.dtype, variant: str | None, folder: Path) -> Any:
-    """A network with all its weights from the file: the loaders fill gaps at random, or with nothing, and only warn."""
-    with torch.random.fork_rng(devices=[]):
-        network, info = kind.from_pretrained(
-            folder, torch_dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True
-        )
-    if gaps := sorted(info["missing_keys"]):
-        raise ValueError(f"{len(gaps)} weights are missing, the first is {gaps[0]}")
-    return network
-
-
-def _part(folder: Path, load: Any) -> Any:
-    """Load one component; whatever goes wrong is told in one line that names its folder."""
-    try:
-        return load(folder)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{folder} is incomplete: {_first_line(error)}; fetch the model again") from error
-    except Exception as error:  # damaged weights raise a dozen kinds, from safetensors, torch, json and the loaders
-        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
-        raise kind(f"{folder} could not be loaded: {_first_line(error)}; fetch the model again") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def _config(network: Any, key: str) -> Any:
-    """A network's setting; accelerate's and torch's wrappers for several devices have it under `module`."""
-    return getattr(network, "module", network).config[key]
+def _config(network: Any) -> Any:
+    """A network's settings; accelerate's and torch's wrappers for several devices have them under `module`."""
+    return getattr(network, "module", network).config

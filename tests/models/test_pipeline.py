@@ -139,14 +139,6 @@ def test_what_is_no_model_is_told_in_one_line(tiny_folder, tmp_path):
         load_pipeline(broken)
     one_line(error, str(broken / "unet"))
 
-    index = json.loads((tiny_folder / "model_index.json").read_text())
-    index["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
-    (tmp_path / "xl").mkdir()
-    (tmp_path / "xl" / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError) as error:
-        load_pipeline(tmp_path / "xl")
-    one_line(error, "SDXL", "not supported")
-
 
 def test_moved_and_unreachable_hub_ids_name_the_cure(monkeypatch):
     with pytest.raises(FileNotFoundError) as error:

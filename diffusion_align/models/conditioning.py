@@ -1,0 +1,65 @@
+"""All that an SDXL-format network is told of a prompt, as one tensor.
+
+Beside hidden states, SDXL's UNet takes a pooled embedding and six numbers of size (Podell et al. 2023, arXiv
+2307.01952, section 2.2). They travel as two more rows of the text, because everything above handles text as one
+`[B,L,E]`: caches store it, caption dropout replaces it, loops repeat it, guidance stacks it. So a dropped caption drops
+its pooled embedding too, and none of them has to know which model it drives.
+
+    rows 0 .. L-3   hidden states of the two text encoders, side by side
+    row  L-2        pooled embedding of the second encoder, then zeros
+    row  L-1        original height, width; crop top, left; target height, width; in pixels; then zeros
+
+A last row of zeros stands for the size of the picture at hand, not cropped. Zero is nobody's size, and exact in every
+precision a cache may have. It is the usual case, and it leaves nobody to tell the encoder which resolution comes later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SIZES = 6
+
+
+def pack(hidden: Tensor, pooled: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+    """Hidden states [B,T,E], pooled embeddings [B,P] and the six sizes of all B prompts -> text [B,T+2,E].
+
+    Raises ValueError for sizes that are not two positive heights and widths around a crop, or rows too narrow for all.
+    """
+    width = hidden.shape[-1]
+    if max(pooled.shape[-1], SIZES) > width:
+        raise ValueError(f"hidden states {width} wide have no room for a pooled embedding of {pooled.shape[-1]}")
+    known = list(sizes or [0] * SIZES)
+    if sizes is not None and (len(known) != SIZES or min(known) < 0 or 0 in (*known[:2], *known[4:])):
+        raise ValueError(f"sizes are original height, width, crop top, left, target height, width; not {known}")
+    ids = hidden.new_tensor(known).expand(len(hidden), -1)
+    rows = [F.pad(row, (0, width - row.shape[-1]))[:, None] for row in (pooled.to(hidden), ids)]
+    return torch.cat([hidden, *rows], 1)
+
+
+def unpack(text: Tensor, pooled_width: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Text [B,T+2,E] -> hidden states [B,T,E], pooled embeddings [B,P] and sizes [B,6] float32.
+
+    Texts without sizes get those of the picture at hand, `height` x `width` pixels.
+    """
+    sizes = text[:, -1, :SIZES].float()
+    here = sizes.new_tensor([height, width, 0, 0, height, width])
+    sizes = torch.where(_given(sizes), sizes, here)
+    return text[:, :-2], text[:, -2, :pooled_width], sizes
+
+
+def with_sizes_of(text: Tensor, negative: Tensor) -> Tensor:
+    """The negative [1 or B,L,E], for each text [B,L,E], with the text's sizes wherever it has none of its own.
+
+    Guidance is to push away from another prompt, not from another size; diffusers' pipelines default to the same.
+    """
+    negative = negative.to(text).expand_as(text)
+    sizes = torch.where(_given(negative[:, -1]), negative[:, -1], text[:, -1])
+    return torch.cat([negative[:, :-1], sizes[:, None]], 1)
+
+
+def _given(sizes: Tensor) -> Tensor:
+    return sizes.any(-1, keepdim=True)
