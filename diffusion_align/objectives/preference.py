@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..tensors import require_same_shape, widen
+from .checks import require_positive
 
 CONVENTIONS = ("salesforce", "diffusers", "sum")
 
@@ -42,17 +43,12 @@ def beta_per_squared_error(beta: float, dims: int, convention: str) -> float:
 
     So 5000 in the first is 2500 in the second. This is the only place where that 1/2 lives.
     """
-    _require_positive(beta)
+    require_positive(beta=beta)
     if dims < 1:
         raise ValueError(f"dims must be at least 1, got {dims}")
     if convention not in CONVENTIONS:
         raise ValueError(f"unknown convention {convention!r}: expected one of {', '.join(CONVENTIONS)}")
     return {"salesforce": beta / (2 * dims), "diffusers": beta / dims, "sum": beta}[convention]
-
-
-def _require_positive(beta: float) -> None:
-    if not (beta > 0 and math.isfinite(beta)):
-        raise ValueError(f"beta must be positive and finite, got {beta}")
 
 
 def _require_flip_rate(q: float) -> None:
@@ -66,7 +62,7 @@ def logistic(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tenso
     With `label_smoothing` q it is cDPO, -(1-q) log sigmoid(z) - q log sigmoid(-z), least at z = log((1-q)/q)
     (E. Mitchell 2023, "A note on DPO with noisy preferences"). Raises ValueError for beta <= 0 or q outside [0, 0.5).
     """
-    _require_positive(beta)
+    require_positive(beta=beta)
     _require_flip_rate(label_smoothing)
     logit = beta * widen(margin)
     # log sigmoid(-z) = log sigmoid(z) - z turns the two terms into one that does not overflow.
@@ -81,7 +77,7 @@ def robust(margin: Tensor, beta: float, flip: float) -> Tensor:
 
     It has no lower bound: at large z it falls like -flip z / (1 - 2 flip). Raises ValueError as `logistic`.
     """
-    _require_positive(beta)
+    require_positive(beta=beta)
     _require_flip_rate(flip)
     logit = beta * widen(margin)
     return -F.logsigmoid(logit) - flip / (1 - 2 * flip) * logit
@@ -89,7 +85,7 @@ def robust(margin: Tensor, beta: float, flip: float) -> Tensor:
 
 def hinge(margin: Tensor, beta: float) -> Tensor:
     """max(0, 1 - beta margin), elementwise (SLiC, Zhao et al. 2023, arXiv 2305.10425; with a reference, 2309.06657)."""
-    _require_positive(beta)
+    require_positive(beta=beta)
     return torch.relu(1 - beta * widen(margin))
 
 
@@ -98,7 +94,7 @@ def ipo(margin: Tensor, beta: float) -> Tensor:
 
     The target 1/(2 beta) has the margin's unit, so a beta tuned on per-dim means is not one for sums.
     """
-    _require_positive(beta)
+    require_positive(beta=beta)
     return (widen(margin) - 1 / (2 * beta)).square()
 
 

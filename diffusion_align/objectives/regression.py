@@ -1,0 +1,87 @@
+"""PRDP: regress the difference of two runs' log-ratios on the difference of their rewards.
+
+The target is the optimum of "reward minus beta KL", whose log-ratio is r / beta - log Z. Z depends on nothing but the
+starting noise, so it drops out of a pair that **shares x_T**, and the loss is 0 at that optimum alone. It does not drop
+out of pairs across starting noises: their minimum lies elsewhere, unless a run forgets where it began.
+
+Everything is in nats summed over dims and steps, where beta is the weight of that KL. The paper's printed code averages
+over the T steps (and its constants suggest over the D dims too). Its loss is ours, with its constants converted:
+
+    mean over T and D, with beta and clip   =   1 / (T D)^2  x  sum, with beta / (T D) and clip D
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..tensors import require_same_shape, widen
+from .checks import require_positive
+
+
+def prdp(log_ratio: Tensor, log_ratio_old: Tensor, reward: Tensor, beta: float, clip: float | None) -> Tensor:
+    """PRDP's loss of each group, [G]: the mean over ordered pairs of its runs with r_i > r_j of max(l_ij, lc_ij).
+
+        l_ij = (R_i - R_j - (r_i - r_j) / beta)^2,   R_i = sum over steps of log_ratio[i]
+
+    and lc_ij the same with each step's log-ratio held to log_ratio_old +- clip. Deng et al. 2024, arXiv 2402.08714,
+    eq. 10-21. `log_ratio` and `log_ratio_old` [G,K,T] in nats, of the policy and of the policy that made the runs, each
+    over the frozen reference; `reward` [G,K]. Only `log_ratio` takes a gradient. A step that has moved beyond the clip
+    towards its target has none; one that has moved away is pulled back.
+
+    Ties are dropped, and a group without a preference gives 0. With clip None, a group without ties costs O(K): its
+    loss is twice the unbiased variance of R - r / beta. Raises ValueError for shapes that do not fit, K < 2, beta <= 0
+    or clip <= 0.
+    """
+    require_positive(beta=beta)
+    _require_groups(log_ratio, log_ratio_old)
+    if reward.shape != log_ratio.shape[:2] or reward.shape[1] < 2:
+        shapes = f"{list(reward.shape)} for {list(log_ratio.shape)}"
+        raise ValueError(f"expected rewards [G,K], K >= 2, for log-ratios [G,K,T], got {shapes}")
+    log_ratio, reward = widen(log_ratio), widen(reward.detach())
+    # Centred first: r / beta is in the thousands at published betas, and float32 would lose the log-ratios beside it.
+    target = ((reward - reward.mean(1, keepdim=True)) / beta).to(log_ratio)
+    residual = log_ratio.sum(2) - target
+    if clip is not None:
+        held = _held(log_ratio, log_ratio_old, clip).sum(2) - target
+        return _mean_over_pairs(_pairs(residual).maximum(_pairs(held)), reward)
+
+    untied = (reward.sort(1).values.diff(dim=1) != 0).all(1)
+    centred = residual[untied] - residual[untied].mean(1, keepdim=True)
+    variance = centred.square().sum(1) / (reward.shape[1] - 1)
+    loss = residual.new_zeros(len(residual)).masked_scatter(untied, 2 * variance)
+    return loss.masked_scatter(~untied, _mean_over_pairs(_pairs(residual[~untied]), reward[~untied]))
+
+
+@torch.no_grad()
+def prdp_clip_fraction(log_ratio: Tensor, log_ratio_old: Tensor, clip: float) -> Tensor:
+    """The share of each group's steps, [G], whose log-ratio is further than `clip` from the old one; to be logged.
+
+    Such a step has a gradient only in the pairs where l_ij > lc_ij. Inputs [G,K,T] and errors as in `prdp`.
+    """
+    _require_groups(log_ratio, log_ratio_old)
+    held = _held(widen(log_ratio), log_ratio_old, clip)
+    return (held != widen(log_ratio)).to(held.dtype).mean((1, 2))
+
+
+def _require_groups(log_ratio: Tensor, log_ratio_old: Tensor) -> None:
+    require_same_shape(log_ratio=log_ratio, log_ratio_old=log_ratio_old)
+    if log_ratio.ndim != 3:
+        raise ValueError(f"log-ratios must be [G,K,T], groups of runs of steps, got {list(log_ratio.shape)}")
+
+
+def _held(log_ratio: Tensor, log_ratio_old: Tensor, clip: float) -> Tensor:
+    require_positive(clip=clip)
+    old = log_ratio_old.detach().to(log_ratio)
+    return log_ratio.clamp(old - clip, old + clip)
+
+
+def _pairs(residual: Tensor) -> Tensor:
+    """[G,K] -> [G,K,K], the squared difference of each pair."""
+    return (residual[:, :, None] - residual[:, None, :]).square()
+
+
+def _mean_over_pairs(loss: Tensor, reward: Tensor) -> Tensor:
+    """[G,K,K] -> [G], over the pairs with r_i > r_j; 0 without one."""
+    preferred = (reward[:, :, None] > reward[:, None, :]).to(loss)
+    return (loss * preferred).sum((1, 2)) / preferred.sum((1, 2)).clamp(min=1)
