@@ -12,8 +12,8 @@ PROG = "diffusion-align"
 MEMORY_CURE = "halve --train_batch_size and double --gradient_accumulation_steps, or add --gradient_checkpointing"
 OTHER_VERBS = {
     "presets ls": "list the presets",
-    "presets show": "print a preset, with the unit and the source of each number: presets show NAME",
-    "presets cp": "copy a preset, to edit and use with --config: presets cp NAME [FILE]",
+    "presets show": "print a preset, with the unit and the source of each number: presets show METHOD/NAME",
+    "presets cp": "copy a preset, to edit and use with --config: presets cp METHOD/NAME [FILE]",
     "doctor": "versions, devices and what is missing",
 }
 
@@ -77,34 +77,15 @@ def _run_verb(words: str, argv: list[str]) -> int:
     verb = VERBS[words]
     parser = build_parser(verb.options, f"{PROG} {words}", verb.about, verb.positional)
     if {"-h", "--help"} & set(argv):
-        presets = f"\npresets: {', '.join(preset_names())}" if words.startswith("train") else ""
-        print(parser.format_help() + presets)
+        names = preset_names(words)
+        print(parser.format_help() + (f"\npresets: {', '.join(names)}" if names else ""))
         return 0
     parsed = parse(parser, verb.options, argv, words, verb.positional)
     resolved = resolve(verb.options, words, preset=parsed.preset, config=parsed.config, settings=parsed.settings)
     verb.check(resolved.options)
     for note in [*resolved.notes(), *verb.notes(resolved.options, resolved.origins)]:
         _complain(note, "note")
-    if words == "train dpo":
-        if parsed.dry_run:
-            from diffusion_align.commands.plan_dpo import dry_run
-
-            return dry_run(resolved.options)
-        from diffusion_align.commands.train_dpo import train_dpo
-
-        return train_dpo(resolved.options)
-    if parsed.dry_run:
-        from diffusion_align.options import to_yaml
-
-        print(to_yaml(resolved.options, words), end="")
-        return 0
-    if words == "sample":
-        from diffusion_align.commands.sample import sample
-
-        return sample(resolved.options)
-    from diffusion_align.commands.evaluate import evaluate
-
-    return evaluate(resolved.options)
+    return verb.dry_run(resolved.options) if parsed.dry_run else verb.start(resolved.options)
 
 
 def split_verb(argv: list[str]) -> tuple[str, list[str]]:

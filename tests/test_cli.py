@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from diffusion_align import cli
-from diffusion_align.options import preset_names, preset_path
+from diffusion_align.options import all_presets, preset_names, preset_path
 
 HEAVY = ("torch", "diffusers", "transformers", "numpy", "PIL", "open_clip", "scipy")
 # What must answer at once: help at every level, the presets, and mistakes of every kind.
@@ -125,17 +125,19 @@ def test_overview_names_every_verb(capsys):
 
 def test_train_help_names_the_presets(capsys):
     cli.main(["train", "dpo", "--help"])
-    assert "presets: " + ", ".join(preset_names()) in capsys.readouterr().out
+    assert "presets: " + ", ".join(preset_names("train dpo")) in capsys.readouterr().out
 
 
 def test_presets_ls_show_cp(capsys, tmp_path):
     assert cli.main(["presets", "ls"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == preset_names()
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == all_presets()
     assert cli.main(["presets", "show", "sd15-full"]) == 0
-    assert capsys.readouterr().out == preset_path("sd15-full").read_text()
+    assert capsys.readouterr().out == preset_path("sd15-full", "train dpo").read_text()
     assert cli.main(["presets", "cp", "tiny", str(tmp_path)]) == 0
-    assert (tmp_path / "tiny.yaml").read_text() == preset_path("tiny").read_text()
+    assert (tmp_path / "tiny.yaml").read_text() == preset_path("tiny", "train dpo").read_text()
     capsys.readouterr()
+    assert cli.main(["presets", "show", "dpo/tiny"]) == 0
+    assert capsys.readouterr().out == preset_path("tiny", "train dpo").read_text()
     assert cli.main(["presets", "cp", "tiny", str(tmp_path)]) == 2
     assert "exists; give another name" in capsys.readouterr().err
 

@@ -41,7 +41,7 @@ def plan_dpo(o: TrainDpo) -> list[str]:
         o.max_train_steps,
         pairs,
     )
-    assumed = "" if facts.known else " (not on this disk: figures are those of Stable Diffusion 1.5)"
+    assumed = "" if facts.known else f" (not on this disk: figures are those of {facts.family})"
     return [
         f"model            {name}{assumed}",
         f"pairs            {said}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from diffusion_align.options import UsageError, preset_names, preset_path, read_yaml
+from diffusion_align.options import UsageError, all_presets, preset_path, read_yaml
 
 
 def presets(word: str, argv: list[str]) -> int:
@@ -15,16 +15,15 @@ def presets(word: str, argv: list[str]) -> int:
         raise UsageError(f"presets {word} takes no flag, got {bad[0]}")
     if word == "ls":
         _expect(argv, 0, 0, "presets ls")
-        width = max(map(len, preset_names()))
-        for name in preset_names():
-            content = read_yaml(preset_path(name))
-            print(f"{name:{width}}  {content['verb']:10}  {content['about']}")
+        width = max(map(len, all_presets()))
+        for name in all_presets():
+            print(f"{name:{width}}  {read_yaml(_path(name))['about']}")
     elif word == "show":
-        _expect(argv, 1, 1, "presets show NAME")
-        print(preset_path(argv[0]).read_text(encoding="utf-8"), end="")
+        _expect(argv, 1, 1, "presets show METHOD/NAME")
+        print(_path(argv[0]).read_text(encoding="utf-8"), end="")
     else:
-        _expect(argv, 1, 2, "presets cp NAME [FILE]")
-        source = preset_path(argv[0])
+        _expect(argv, 1, 2, "presets cp METHOD/NAME [FILE]")
+        source = _path(argv[0])
         target = Path(argv[1] if len(argv) == 2 else source.name)
         target = target / source.name if target.is_dir() else target
         if target.exists():
@@ -32,6 +31,12 @@ def presets(word: str, argv: list[str]) -> int:
         shutil.copyfile(source, target)
         print(f"{target}: edit it and use it with --config {target}")
     return 0
+
+
+def _path(name: str) -> Path:
+    """A preset's file from METHOD/NAME; a bare name is one of Diffusion-DPO's."""
+    method, _, bare = name.rpartition("/")
+    return preset_path(bare, f"train {method or 'dpo'}")
 
 
 def _expect(argv: list[str], least: int, most: int, usage: str) -> None:

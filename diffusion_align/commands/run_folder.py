@@ -63,6 +63,6 @@ def claim(run: Path, config: str, *, step: int, overwrite: bool) -> None:
     os.replace(partial, run / CONFIG)
 
 
-def resume_line(run: Path) -> str:
+def resume_line(run: Path, verb: str) -> str:
     """What to type to go on."""
-    return f"diffusion-align train dpo --config {run / CONFIG} --resume_from_checkpoint latest"
+    return f"diffusion-align {verb} --config {run / CONFIG} --resume_from_checkpoint latest"

@@ -3,25 +3,41 @@
 Nothing here imports torch, and nothing below the command imports this: options end in the command that read them.
 """
 
-from .files import preset_names, preset_path, read_yaml, to_yaml
+from .annotate import Annotate
+from .files import all_presets, preset_names, preset_path, read_yaml, to_yaml
 from .names import UsageError, nearest, unknown
 from .parse import Parsed, build_parser, parse
 from .resolve import Resolved, resolve
 from .sample import Evaluate, Sample
 from .schema import Option, by_any_name, options_of
+from .synth import Synth
+from .train_common import TrainCommon, TrainOffline
 from .train_dpo import TrainDpo
+from .train_online import TrainD3po, TrainDdpo, TrainOnline, TrainPrdp, TrainSpo
+from .train_rankdpo import TrainRankdpo
 from .verbs import VERBS, Verb
 
 __all__ = [
     "VERBS",
+    "Annotate",
     "Evaluate",
     "Option",
     "Parsed",
     "Resolved",
     "Sample",
+    "Synth",
     "TrainDpo",
+    "TrainCommon",
+    "TrainD3po",
+    "TrainDdpo",
+    "TrainOffline",
+    "TrainOnline",
+    "TrainPrdp",
+    "TrainRankdpo",
+    "TrainSpo",
     "UsageError",
     "Verb",
+    "all_presets",
     "build_parser",
     "by_any_name",
     "nearest",

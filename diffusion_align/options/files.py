@@ -28,17 +28,24 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def preset_names() -> list[str]:
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+def preset_names(verb: str) -> list[str]:
+    """The names of a verb's presets; they lie in a folder named by the verb's last word."""
+    return sorted(path.stem for path in (PRESETS / verb.split()[-1]).glob("*.yaml"))
 
 
-def preset_path(name: str) -> Path:
-    if name not in preset_names():
-        raise unknown("preset", name, preset_names(), otherwise=f"there are {', '.join(preset_names())}")
-    return PRESETS / f"{name}.yaml"
+def all_presets() -> list[str]:
+    """Every preset as method/name."""
+    return sorted(f"{path.parent.name}/{path.stem}" for path in PRESETS.glob("*/*.yaml"))
 
 
-def config_path(name: str) -> Path:
+def preset_path(name: str, verb: str) -> Path:
+    names = preset_names(verb)
+    if name not in names:
+        raise unknown("preset", name, names, otherwise=f"there are {', '.join(names)}" if names else "it has none")
+    return PRESETS / verb.split()[-1] / f"{name}.yaml"
+
+
+def config_path(name: str, verb: str) -> Path:
     """A configuration file, or the `config.yaml` of a run folder or of a folder inside one, such as a checkpoint."""
     path = Path(name)
     if path.is_dir():
@@ -48,7 +55,7 @@ def config_path(name: str) -> Path:
             raise UsageError(f"--config {name}: the folder holds no config.yaml")
         return found
     if not path.is_file():
-        near = ", a preset has this name: use --preset" if name in preset_names() else ""
+        near = ", a preset has this name: use --preset" if name in preset_names(verb) else ""
         raise UsageError(f"--config {name}: no such file{near}")
     return path
 

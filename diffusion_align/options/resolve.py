@@ -49,9 +49,9 @@ def resolve(
     layers: list[tuple[str, list[tuple[str, Any]]]] = []
     if preset is not None:
         origin = f"preset {preset}"
-        layers.append((origin, settings_of(read_yaml(preset_path(preset)), options_class, verb, origin)))
+        layers.append((origin, settings_of(read_yaml(preset_path(preset, verb)), options_class, verb, origin)))
     if config is not None:
-        path = config_path(config)
+        path = config_path(config, verb)
         layers.append((str(path), settings_of(read_yaml(path), options_class, verb, str(path))))
     layers.append(("command line", settings or []))
 

@@ -1,7 +1,4 @@
-"""The options of `train dpo`: names and defaults of the scripts that people know (diffusers' DPO script first).
-
-Where a default differs from that script, the help says so. Numbers from papers live in presets, with unit and source.
-"""
+"""The options of `train dpo`, beside those of every offline method."""
 
 # ruff: noqa: E501  (a table: one option a line)
 from __future__ import annotations
@@ -11,102 +8,27 @@ from dataclasses import dataclass
 
 from .names import UsageError
 from .schema import option
-
-CACHED = "pictures are encoded once, centre-cropped and unflipped, before training"
-NO_UPLOAD = "nothing is uploaded; the run folder is what to upload"
+from .train_common import TrainOffline, check_offline
 
 
 @dataclass(frozen=True)
-class TrainDpo:
+class TrainDpo(TrainOffline):
     # fmt: off
-    pretrained_model_name_or_path: str | None = option(None, "model", "folder or hub id in diffusers format, or tiny (the embedded model)", aliases=("model",))
-    revision: str | None = option(None, "model", "branch, tag or commit on the hub")
-    variant: str | None = option(None, "model", "variant of the weights' files, such as fp16")
-    pretrained_vae_model_name_or_path: str | None = option(None, "model", "another VAE", unused="the model's own VAE is used; give a model folder that holds the other one")
-
-    train_data_dir: str | None = option(None, "data", "pairs on disk: a folder or a file", aliases=("data",), replaces="dataset_name")
-    dataset_name: str | None = option(None, "data", "pairs by name: a path, a data set on the hub, or tiny", replaces="train_data_dir")
-    dataset_config_name: str | None = option(None, "data", "configuration of a data set on the hub", unused="the data set's default is read")
-    dataset_split_name: str | None = option(None, "data", "split of a data set (default: train)", aliases=("split",))
-    max_train_samples: int | None = option(None, "data", "use only the first N pairs", at_least=1)
-    max_bad_fraction: float = option(0.01, "data", "share of broken rows that is left out and listed; with more the run stops", at_least=0, at_most=1)
-    resolution: int | None = option(None, "data", "side of the pictures in pixels (default: the model's own)", at_least=8)
-    proportion_empty_prompts: float = option(0.0, "data", "share of prompts replaced by the empty one", at_least=0, at_most=1)
-    vae_encode_batch_size: int = option(8, "data", "pictures encoded at a time", at_least=1, unused="the cache encodes as many at a time as are new among 16 pairs, in chunks of 16")
-    cache_dir: str | None = option(None, "data", "where downloads and encoded pictures are kept (default: the hub's own place, and output_dir/cache)")
-    random_crop: bool = option(False, "data", "crop at random", unused=CACHED)
-    no_hflip: bool = option(False, "data", "do not flip pictures", unused=CACHED)
-    dataloader_num_workers: int = option(0, "data", "processes that load data", at_least=0, unused="batches come from the cache; there is nothing to load")
-
-    mode: str = option("lora", "adapter", "train a LoRA, or the full UNet", choices=("lora", "full"))
-    rank: int = option(4, "adapter", "rank of the LoRA", aliases=("network_dim",), at_least=1)
-    network_alpha: float | None = option(None, "adapter", "strength of the LoRA: its output is scaled by alpha / rank (default: the rank)", aliases=("lora_alpha",), above=0)
-    lora_targets: str = option("attention", "adapter", "layers that get a LoRA: attention (its projections), or wide (also feed-forward layers and convolutions)", choices=("attention", "wide"))
-
     beta_dpo: float = option(2500.0, "train", "pull towards the reference, in the unit of beta_convention", aliases=("beta",), above=0)
     beta_convention: str = option("diffusers", "train", "unit of beta_dpo: diffusers (mean over dims), salesforce (mean over dims and a hidden 1/2, so 5000 there is 2500 here) or sum (over dims)", choices=("diffusers", "salesforce", "sum"))
     loss_type: str = option("sigmoid", "train", "objective on the margin", choices=("sigmoid", "ipo", "hinge", "robust"))
     label_smoothing: float = option(0.0, "train", "assumed share of flipped labels, for sigmoid and robust", at_least=0, below=0.5)
-    seed: int = option(0, "train", "every draw is keyed by it", at_least=0)
-    train_batch_size: int = option(4, "train", "pairs per device and step of accumulation", at_least=1)
-    gradient_accumulation_steps: int = option(1, "train", "batches summed into one step", at_least=1)
-    num_train_epochs: int = option(1, "train", "passes over the pairs, where max_train_steps is not given", at_least=1)
-    max_train_steps: int | None = option(None, "train", "steps of the optimizer; overrides num_train_epochs", at_least=1)
-    learning_rate: float = option(5e-4, "train", "learning rate after warm-up", aliases=("lr", "unet_lr"), above=0)
-    scale_lr: bool = option(False, "train", "multiply the learning rate by the effective batch size")
-    lr_scheduler: str = option("constant", "train", "course of the learning rate", choices=("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"))
-    lr_warmup_steps: int = option(500, "train", "steps of warm-up (constant has none)", at_least=0)
-    lr_num_cycles: int = option(1, "train", "restarts of cosine_with_restarts", at_least=1)
-    lr_power: float = option(1.0, "train", "power of polynomial", above=0)
-    adam_beta1: float = option(0.9, "train", "AdamW's beta 1", at_least=0, below=1)
-    adam_beta2: float = option(0.999, "train", "AdamW's beta 2", at_least=0, below=1)
-    adam_weight_decay: float = option(1e-2, "train", "AdamW's weight decay", at_least=0)
-    adam_epsilon: float = option(1e-8, "train", "AdamW's epsilon", above=0)
-    max_grad_norm: float = option(1.0, "train", "gradients are clipped to this norm", above=0)
-    use_ema: bool = option(False, "train", "keep a running average of the weights, and export it")
-    ema_decay: float = option(0.999, "train", "decay of that average; less in the first steps", at_least=0, below=1)
-    use_8bit_adam: bool = option(False, "train", "AdamW in 8 bits; needs the extra [8bit]")
-
-    device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
-    mixed_precision: str = option("no", "machine", "precision of the network", choices=("no", "fp16", "bf16"))
-    allow_tf32: bool = option(False, "machine", "TF32 products on NVIDIA GPUs")
-    gradient_checkpointing: bool = option(False, "machine", "less memory, slower")
-    enable_xformers_memory_efficient_attention: bool = option(False, "machine", "attention by xformers, on CUDA; torch's own is as fast")
-    local_rank: int = option(-1, "machine", "set by old launchers", saved=False, unused="the rank is read from the environment")
-    prior_generation_precision: str | None = option(None, "machine", "a leftover of DreamBooth scripts", choices=("no", "fp32", "fp16", "bf16"), unused="no prior is generated")
-
-    output_dir: str = option("runs/dpo", "output", "the run folder")
-    overwrite_output_dir: bool = option(False, "output", "delete the records of an earlier run in output_dir", saved=False)
-    checkpointing_steps: int = option(500, "output", "steps between checkpoints", at_least=1)
-    checkpoints_total_limit: int | None = option(None, "output", "newest checkpoints to keep (default: all)", at_least=1)
-    resume_from_checkpoint: str | None = option(None, "output", "latest, a checkpoint's path, or auto (latest if there is one)", aliases=("resume",), saved=False)
-    report_to: str | None = option(None, "output", "tracker", unused="metrics go to metrics.jsonl in output_dir")
-    tracker_name: str | None = option(None, "output", "project name in a tracker", aliases=("tracker_project_name",), unused="metrics go to metrics.jsonl in output_dir")
-    logging_dir: str | None = option(None, "output", "folder of a tracker", unused="metrics go to metrics.jsonl in output_dir")
-
-    run_validation: bool = option(False, "validation", "draw sample grids during training, not only at the end")
-    validation_steps: int = option(200, "validation", "steps between sample grids", at_least=1)
-    validation_prompts: tuple[str, ...] = option((), "validation", "prompt of the sample grids; may be repeated (default: the first of the data)", aliases=("validation_prompt",))
-    validation_guidance: float = option(7.5, "validation", "guidance of the sample grids", at_least=0)
-    validation_sampling_steps: int = option(25, "validation", "sampler steps of the sample grids", at_least=1)
-
-    push_to_hub: bool = option(False, "hub", "upload the result", unused=NO_UPLOAD)
-    hub_model_id: str | None = option(None, "hub", "repository to upload to", unused=NO_UPLOAD)
-    hub_token: str | None = option(None, "hub", "token to upload with", saved=False, unused=NO_UPLOAD)
     # fmt: on
 
 
 def notes_train_dpo(options: TrainDpo, given: Collection[str]) -> list[str]:
     """One line for each value that is not taken as a person may think. `given` are the options that somebody set."""
-    notes = []
     if "beta_dpo" in given and "beta_convention" not in given:
-        notes.append(
+        return [
             f"beta_dpo {options.beta_dpo:g} is read in the unit of diffusers' script (mean over dims, no 1/2); "
             "a number from the paper's code needs --beta_convention salesforce"
-        )
-    if options.mixed_precision == "fp16":
-        notes.append("mixed_precision fp16 is trained in bf16: fp16 needs loss scaling, which hides bad gradients")
-    return notes
+        ]
+    return []
 
 
 def check_train_dpo(options: TrainDpo) -> None:
@@ -115,15 +37,8 @@ def check_train_dpo(options: TrainDpo) -> None:
     Raises:
         UsageError: options that contradict each other, or something needed that is missing.
     """
-    if options.pretrained_model_name_or_path is None:
-        raise UsageError("which model? --pretrained_model_name_or_path FOLDER, a hub id, or tiny")
-    if options.train_data_dir is None and options.dataset_name is None:
-        raise UsageError("which pairs? --train_data_dir PATH or --dataset_name NAME")
-    if options.train_data_dir is not None and options.dataset_name is not None:
-        raise UsageError("two sources of pairs: give --train_data_dir or --dataset_name, not both")
+    check_offline(options)
     if options.label_smoothing and options.loss_type not in ("sigmoid", "robust"):
         raise UsageError(
             f"train.label_smoothing has no meaning for loss_type {options.loss_type}; use sigmoid or robust"
         )
-    if options.resume_from_checkpoint is not None and options.overwrite_output_dir:
-        raise UsageError("--overwrite_output_dir deletes what --resume_from_checkpoint wants to continue")

@@ -4,24 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
+from .annotate import Annotate, check_annotate
 from .sample import Evaluate, Sample, check_evaluate, check_sample
+from .synth import Synth, check_synth
+from .train_common import no_notes
 from .train_dpo import TrainDpo, check_train_dpo, notes_train_dpo
-
-
-def _no_notes(options: Any, given: Collection[str]) -> list[str]:
-    return []
+from .train_online import TrainD3po, TrainDdpo, TrainPrdp, TrainSpo, check_online, check_spo
+from .train_rankdpo import TrainRankdpo, check_train_rankdpo, notes_train_rankdpo
 
 
 @dataclass(frozen=True)
 class Verb:
+    """`run` and `plan` are "module:function" in `diffusion_align.commands`, imported only when they are called."""
+
     words: str
     options: type
     check: Callable[[Any], None]
     about: str
+    run: str
+    plan: str = ""  # what --dry-run calls; without one it prints the options
     positional: str = ""
-    notes: Callable[[Any, Collection[str]], list[str]] = _no_notes
+    notes: Callable[[Any, Collection[str]], list[str]] = no_notes
+
+    def start(self, options: Any) -> int:
+        return _function(self.run)(options)
+
+    def dry_run(self, options: Any) -> int:
+        if self.plan:
+            return _function(self.plan)(options)
+        from .files import to_yaml
+
+        print(to_yaml(options, self.words), end="")
+        return 0
+
+
+def _function(where: str) -> Callable[[Any], int]:
+    module, _, name = where.partition(":")
+    return getattr(import_module(f"diffusion_align.commands.{module}"), name)
 
 
 VERBS = {
@@ -32,9 +54,81 @@ VERBS = {
             TrainDpo,
             check_train_dpo,
             "Diffusion-DPO: learn from pairs of pictures, one preferred.",
+            run="train_dpo:train_dpo",
+            plan="plan_dpo:dry_run",
             notes=notes_train_dpo,
         ),
-        Verb("sample", Sample, check_sample, "Draw pictures from a model, or from the result of a run."),
-        Verb("evaluate", Evaluate, check_evaluate, "Compare a run with its base: same prompts and seeds.", "run"),
+        Verb(
+            "train rankdpo",
+            TrainRankdpo,
+            check_train_rankdpo,
+            "RankDPO: learn from rankings of several pictures, by how much each pair matters to the ranking.",
+            run="train_rankdpo:train_rankdpo",
+            plan="plan_rankdpo:dry_run",
+            notes=notes_train_rankdpo,
+        ),
+        Verb(
+            "train d3po",
+            TrainD3po,
+            check_online,
+            "D3PO: learn from pairs of the model's own runs, the better one by a reward.",
+            run="train_online:train_d3po",
+            plan="plan_online:dry_run",
+        ),
+        Verb(
+            "train spo",
+            TrainSpo,
+            check_spo,
+            "SPO: learn at each step from continuations of one state, compared by a step-aware preference model.",
+            run="train_online:train_spo",
+            plan="plan_online:dry_run",
+        ),
+        Verb(
+            "train prdp",
+            TrainPrdp,
+            check_online,
+            "PRDP: regress differences of log-ratios on differences of rewards.",
+            run="train_online:train_prdp",
+            plan="plan_online:dry_run",
+        ),
+        Verb(
+            "train ddpo",
+            TrainDdpo,
+            check_online,
+            "DDPO, GRPO, DPOK: policy gradients with a clipped surrogate; a baseline.",
+            run="train_online:train_ddpo",
+            plan="plan_online:dry_run",
+        ),
+        Verb(
+            "data synth",
+            Synth,
+            check_synth,
+            "Draw pictures and let rewards rank them: rankings and pairs to train on.",
+            run="synth:synth",
+            plan="synth:dry_run",
+        ),
+        Verb(
+            "sample",
+            Sample,
+            check_sample,
+            "Draw pictures from a model, or from the result of a run.",
+            run="sample:sample",
+        ),
+        Verb(
+            "evaluate",
+            Evaluate,
+            check_evaluate,
+            "Compare a run with its base: same prompts and seeds.",
+            run="evaluate:evaluate",
+            positional="run",
+        ),
+        Verb(
+            "data annotate",
+            Annotate,
+            check_annotate,
+            "Choose between pictures that sample drew, in a page on this machine: human feedback.",
+            run="annotate:annotate",
+            positional="folder",
+        ),
     )
 }

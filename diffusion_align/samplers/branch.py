@@ -32,11 +32,13 @@ def branch(
     children: int,
     generator: Generators,
     previous: Tensor | None = None,
+    clean: Tensor | None = None,
 ) -> Branch:
     """Draw `children` next states from each state of `x` [B,...] at step `k` (Liang et al. 2024, arXiv 2406.04314).
 
     `previous` [B,...] is the clean prediction of the step before, needed at order 2 (the `clean` of the step taken
-    there). Children are drawn one after another, so the first ones do not depend on how many follow; with a list of B
+    there). `clean` [B,...] is the clean prediction at `x`, where it is known already: the denoiser is then not called.
+    Children are drawn one after another, so the first ones do not depend on how many follow; with a list of B
     generators they do not depend on batch mates either. They have the dtype of `x`. Raises ValueError at a
     deterministic step, where all children would be the same, or for fewer than one child.
     """
@@ -44,7 +46,8 @@ def branch(
         raise ValueError(f"step {k} is deterministic: its children would all be the same")
     if children < 1:
         raise ValueError(f"expected at least one child, got {children}")
-    clean = predict(denoiser, table, k, x)
+    if clean is None:
+        clean = predict(denoiser, table, k, x)
     step = Gaussian(*step_gaussian(table, k, widen(x), clean, previous))
     drawn = [step.sample(draw_noise(generator, x)).to(x.dtype) for _ in range(children)]
     return Branch(torch.stack(drawn), step, clean)

@@ -1,0 +1,125 @@
+"""`data annotate`: a person chooses between pictures in a page on this machine; out come files to train on."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import threading
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+
+from diffusion_align.commands.annotate_record import Row, comparisons, key_of, read, relevance, standing
+from diffusion_align.commands.annotate_server import Server
+from diffusion_align.commands.annotate_session import Session
+from diffusion_align.commands.annotate_tasks import Picture, by_prompt, make_questions, picture_bytes, read_pictures
+from diffusion_align.commands.interrupt import Interruptible
+from diffusion_align.data import write_pairs_parquet
+from diffusion_align.data.readers import DataError
+from diffusion_align.data.shards import write_bytes
+from diffusion_align.options import Annotate
+
+CHOICES, PAIRS, RANKINGS = "choices.jsonl", "pairs.parquet", "rankings.jsonl"
+
+
+def annotate(options: Annotate) -> int:
+    """Serve the page until it is stopped, then export; or only export. See `Annotate` for what can be asked."""
+    o = options
+    assert o.folder is not None  # the options' own check says so
+    folder = Path(o.folder)
+    pictures = read_pictures(folder)
+    rows, torn = read(folder / CHOICES, pictures)
+    if torn:
+        print(f"{folder / CHOICES}: {torn} torn lines (a write was cut off) are left out")
+    if not o.export:
+        session = start_session(folder, pictures, rows, mode=o.mode, seed=o.seed)
+        serve(session, pictures, o.port)
+        rows = session.rows
+    elif not rows:
+        raise DataError(f"{folder / CHOICES}: holds no choice to export; start without --export to make some")
+    kept = standing(rows)
+    written = export(folder, pictures, kept) if kept or (folder / PAIRS).exists() else ""
+    print(summary(folder, kept) + written)
+    return 0
+
+
+def start_session(folder: Path, pictures: list[Picture], rows: list[Row], *, mode: str, seed: int) -> Session:
+    """A session on a folder; its file of choices is opened once, so that a folder that takes none is refused now.
+
+    Raises:
+        DataError: no prompt has two pictures, or nothing can be written.
+    """
+    questions = make_questions(pictures, mode, seed)
+    if not questions:
+        raise DataError(
+            f"{folder}: no prompt has two pictures to choose between; draw them with --num_images_per_prompt 2 or more"
+        )
+    alone = sum(len(group) == 1 for group in by_prompt(pictures).values())
+    if alone:
+        print(f"{alone} prompts have one picture and are left out")
+    try:
+        (folder / CHOICES).open("ab").close()
+    except OSError as error:
+        raise DataError(
+            f"{folder / CHOICES}: cannot be written ({error.strerror}); copy the folder elsewhere"
+        ) from error
+    name = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+    return Session(folder / CHOICES, questions, rows, seed, name)
+
+
+def serve(session: Session, pictures: list[Picture], port: int | None) -> None:
+    """Print the address and serve until the page's button, Ctrl-C or SIGTERM.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    try:
+        server = Server(session, pictures, port or 0)
+    except OSError as error:
+        raise OSError(f"port {port} of 127.0.0.1 is not free ({error.strerror}); leave --port out") from error
+    with server, Interruptible() as interrupt:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
+        thread.start()
+        print(f"{session.decided()} of {len(session.questions)} questions are decided; every choice is stored at once")
+        print(f"open {server.address}  (Stop on the page, or Ctrl-C here, ends)", flush=True)
+        while not (server.stopped.wait(0.1) or interrupt.asked):
+            pass
+        server.shutdown()
+        thread.join()
+
+
+def summary(folder: Path, rows: list[Row]) -> str:
+    """How many choices, ties and skips stand, and where."""
+    said = [row["choice"] for row in {key_of(row): row for row in rows}.values()]
+    ties, skips = said.count("tie"), said.count("skip")
+    return f"choices {len(said) - ties - skips}, ties {ties}, skips {skips} in {folder / CHOICES}"
+
+
+def export(folder: Path, pictures: list[Picture], rows: list[Row]) -> str:
+    """Write pairs.parquet (Pick-a-Pic's layout) and rankings.jsonl from the choices that stand; says what was written.
+
+    A file that held choices since taken back is written again, empty if need be: both say what choices.jsonl says.
+    """
+    by_file = {picture.file: picture for picture in pictures}
+    answers = {key_of(row): row for row in rows}
+    by_number: dict[int, list[tuple[str, str, float]]] = {}
+    for key in sorted(answers, key=lambda key: (key[1], key)):
+        by_number.setdefault(key[1], []).extend(comparisons(answers[key]))
+    pairs = [pair for compared in by_number.values() for pair in compared]
+    content = cache(lambda file: picture_bytes(by_file[file]))
+    write_pairs_parquet(
+        folder / PAIRS,
+        [by_file[first].prompt for first, _, _ in pairs],
+        [content(first) for first, _, _ in pairs],
+        [content(second) for _, second, _ in pairs],
+        [label for _, _, label in pairs],
+    )
+    lists = []
+    for number, group in by_prompt(pictures).items():
+        shares = relevance(by_number.get(number, []))
+        if shares is not None:
+            files = [picture.file for picture in group if picture.file in shares]
+            lists.append({"prompt": group[0].prompt, "images": files, "relevance": [shares[file] for file in files]})
+    write_bytes(folder / RANKINGS, "".join(json.dumps(entry) + "\n" for entry in lists).encode())
+    ties = sum(label == 0.5 for _, _, label in pairs)
+    return f"; pairs {len(pairs)}, of them ties {ties}, in {folder / PAIRS}; lists {len(lists)} in {folder / RANKINGS}"

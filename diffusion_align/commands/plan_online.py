@@ -1,0 +1,122 @@
+"""What an online run would do, in numbers a person can check before it starts. Loads no model."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from diffusion_align.commands.model_facts import read_model_facts
+from diffusion_align.commands.plan import describe_rate
+from diffusion_align.commands.sources import present_model, read_prompts
+from diffusion_align.objectives import stepwise_range
+from diffusion_align.options import TrainD3po, TrainOnline, TrainPrdp, TrainSpo, to_yaml
+from diffusion_align.shapes import sample_captions
+
+TINY_PROMPTS, TINY_SEED = 4000, 7  # of the training split; no seed of build_tiny's or of evaluate's
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How long an online run is. `pictures_per_prompt` are those in the network together."""
+
+    prompts_per_round: int
+    prompts_per_step: int
+    pictures_per_prompt: int
+    steps_per_round: int
+    steps: int
+
+    @property
+    def pictures_per_step(self) -> int:
+        return self.prompts_per_step * self.pictures_per_prompt
+
+
+def training_prompts(o: TrainOnline) -> list[str]:
+    """The prompts that the options name; Raises ValueError for a file without one."""
+    if o.prompts == "tiny":
+        return sample_captions(o.num_prompts or TINY_PROMPTS, TINY_SEED)
+    return read_prompts(o.prompts or "")[: o.num_prompts]
+
+
+def rounds_of(o: TrainOnline, processes: int) -> Rounds:
+    """Raises ValueError where a step's prompts cannot be shared out."""
+    per_step = o.prompts_per_step or o.prompts_per_round
+    if per_step % processes:
+        raise ValueError(f"{per_step} prompts a step cannot be shared out to {processes} processes")
+    per_round = o.passes * (o.prompts_per_round // per_step)
+    steps = o.max_train_steps or o.num_rounds * per_round
+    pictures = o.children if isinstance(o, TrainSpo) else o.group_size
+    return Rounds(o.prompts_per_round, per_step, pictures, per_round, per_round * math.ceil(steps / per_round))
+
+
+def describe_rounds(plan: Rounds) -> list[str]:
+    rounds = plan.steps // plan.steps_per_round
+    return [
+        f"rounds           {rounds}, of {plan.prompts_per_round} prompts x {plan.pictures_per_prompt} pictures",
+        f"steps            {plan.steps}, {plan.steps_per_round} a round, of {plan.prompts_per_step} prompts",
+    ]
+
+
+def evaluations(o: TrainOnline) -> dict[str, int]:
+    """Network evaluations a prompt and round, a guided one counting twice; those of SPO if every pair is kept."""
+    guided = 1 if o.guidance == 1 else 2
+    scored = o.learn_steps or o.steps - 1  # the last step has no density
+    second = o.solver == "dpmpp" and o.order == 2
+    if isinstance(o, TrainSpo):
+        ahead = guided * (o.start + 1 + (o.steps - o.start - 1) * o.children)
+        pairs = guided * (scored - o.start) * (2 if second else 1) * (2 if o.segment > 1 else 1)
+        return {"rollout": ahead, "policy with gradient": pairs * o.passes, "reference": pairs * o.passes}
+    runs = guided * o.group_size
+    first = runs * scored * (o.passes - 1 if fresh(o) else o.passes) if isinstance(o, TrainPrdp) else 0
+    found = {"rollout": runs * o.steps, "policy with gradient": runs * scored * o.passes}
+    return {**found, **({"without": first} if first else {}), "reference": runs * scored}
+
+
+def fresh(o: TrainOnline) -> bool:
+    """Whether a round's runs are learnt from once only, before any update: the rollout is then PRDP's first pass."""
+    return o.passes == 1 and o.prompts_per_step in (None, o.prompts_per_round)
+
+
+def plan_online(o: TrainOnline) -> list[str]:
+    """The plan: rounds, evaluations, learning rate, D, constants in nats, what the loss can reach."""
+    name = present_model(o.pretrained_model_name_or_path or "")
+    facts = read_model_facts(name)
+    dims = math.prod(facts.latent_shape(o.resolution))
+    plan = rounds_of(o, int(os.environ.get("WORLD_SIZE", "1")))
+    solver = f"{o.solver} order {o.order}" if o.solver == "dpmpp" else o.solver
+    assumed = "" if facts.known else f" (not on this disk: figures are those of {facts.family})"
+    return [
+        f"model            {name}{assumed}",
+        f"prompts          {len(training_prompts(o))} of {o.prompts}",
+        f"sampler          {solver}, eta {o.eta:g}, {o.steps} steps",
+        *describe_rounds(plan),
+        f"evaluations      a prompt and round: {' + '.join(f'{n} {word}' for word, n in evaluations(o).items())}",
+        describe_rate(o.learning_rate, o.scale_lr, plan.pictures_per_step),
+        f"latent dims D    {dims}",
+        *_constants(o, dims),
+    ]
+
+
+def _constants(o: Any, dims: int) -> list[str]:
+    unit = dims if o.log_ratio_unit == "mean" else 1
+    if isinstance(o, TrainD3po | TrainSpo):
+        low, high = stepwise_range(o.beta, o.clip)
+        nats = "none" if o.clip is None else f"{math.log1p(-o.clip) * unit:.4g} .. {math.log1p(o.clip) * unit:.4g} nats"
+        return [
+            f"beta             {o.beta:g} on {o.log_ratio_unit} log-ratios = {o.beta / unit:.4g} per nat of a step",
+            f"clamp            {nats} a step",
+            f"loss             starts at log 2 = 0.6931, reaches [{low:.4f}, {high:.4f}]",
+        ]
+    if isinstance(o, TrainPrdp):
+        over = unit * (o.learn_steps or o.steps - 1 if o.log_ratio_unit == "mean" else 1)
+        clip = "none" if o.clip is None else f"{o.clip * unit:.4g} nats a step"
+        return [f"beta             {o.beta / over:.4g} per nat of a run", f"clip             {clip}"]
+    return [f"clip             {o.clip * unit:.4g} nats a step", f"kl_weight        {o.kl_weight:g} per nat of a step"]
+
+
+def dry_run(o: TrainOnline) -> int:
+    """Print the resolved configuration and, as comments under it, the plan: the output is a file for --config."""
+    verb = {"TrainD3po": "d3po", "TrainSpo": "spo", "TrainPrdp": "prdp", "TrainDdpo": "ddpo"}[type(o).__name__]
+    print(to_yaml(o, f"train {verb}") + "\n" + "\n".join(f"# {line}" for line in plan_online(o)))
+    return 0

@@ -1,0 +1,220 @@
+"""A training run around any method's loop: folder, devices, model, reference, checkpoints, sample grids, trackers.
+
+A verb's command reads its data, opens a session, builds its loop, and hands the loop's records to `follow`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn import Parameter
+from tqdm import tqdm
+
+from diffusion_align.commands import grids, run_folder
+from diffusion_align.commands.interrupt import Interruptible
+from diffusion_align.commands.sources import present_model
+from diffusion_align.commands.tracking import start_trackers, tracker_names
+from diffusion_align.options import TrainCommon, to_yaml
+from diffusion_align.train import Progress, StepRecord, checkpoint, record
+from diffusion_align.train.checkpoint import Checkpoint, CheckpointError
+from diffusion_align.train.ema import Ema, start_ema
+from diffusion_align.train.state import pack, restore
+from diffusion_align.train.update import first_progress
+
+if TYPE_CHECKING:
+    from diffusion_align.models import TextToImage
+    from diffusion_align.models.guidance import Predict
+
+KEEP_ALL = sys.maxsize
+logger = logging.getLogger(__name__)
+
+
+def claim_early(o: TrainCommon) -> Checkpoint | None:
+    """Refuse what can be refused before the seconds that importing diffusers takes; the checkpoint to go on from."""
+    if o.cache_dir and "huggingface_hub" not in sys.modules:
+        os.environ["HF_HUB_CACHE"] = o.cache_dir  # read once, when the hub's client is imported
+    tracker_names(o.report_to)
+    run = Path(o.output_dir)
+    run_folder.require_free(run, resuming=o.resume_from_checkpoint is not None, overwrite=o.overwrite_output_dir)
+    return run_folder.find_checkpoint(run, o.resume_from_checkpoint)
+
+
+@dataclass(eq=False)
+class Session:
+    """What a run has beside its data and its loss. `named` are the trained weights, in the optimizer's order."""
+
+    options: Any
+    verb: str
+    run: Path
+    resumed: Checkpoint | None
+    accelerator: Accelerator
+    gate: TextToImage
+    reference: Predict
+    named: dict[str, Parameter]
+    ema: Ema | None
+    optimizer: torch.optim.Optimizer = field(init=False)
+    scheduler: torch.optim.lr_scheduler.LRScheduler = field(init=False)
+    identity: dict[str, Any] = field(init=False)
+    prompts: list[str] = field(init=False)
+    base: Tensor = field(init=False)
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        return list(self.named.values())
+
+    def start(
+        self,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        identity: dict[str, Any],
+        prompts: Iterable[str],
+    ) -> Progress:
+        """Claim the run folder, draw the base's pictures, and restore a checkpoint; where the loop is to begin."""
+        o, resumed = self.options, self.resumed
+        self.optimizer, self.scheduler, self.identity = optimizer, scheduler, identity
+        if resumed is not None:
+            checkpoint.require_same_identity(resumed.state["identity"], identity)
+        self.prompts = grids.grid_prompts(o.validation_prompts, prompts)
+        self.base = torch.empty(0)
+        if self.accelerator.is_main_process:
+            step = resumed.step if resumed else 0
+            run_folder.claim(self.run, to_yaml(o, self.verb), step=step, overwrite=o.overwrite_output_dir)
+            with self.accelerator.autocast():  # before the checkpoint's weights are put in: now the policy is the base
+                folder = self.run / run_folder.SAMPLES / "base"
+                self.base = grids.base_pictures(self.gate, self.prompts, folder, **self._look)
+        progress = first_progress(o.mixed_precision)
+        if resumed is not None:
+            progress = restore(resumed, self.named, optimizer, scheduler, self.ema)
+        self.accelerator.wait_for_everyone()
+        return progress
+
+    @property
+    def _look(self) -> dict[str, Any]:
+        o = self.options
+        return {"seed": o.seed, "steps": o.validation_sampling_steps, "guidance": o.validation_guidance}
+
+    def follow(self, records: Iterable[StepRecord], progress: Progress, steps: int, shown: Sequence[str]) -> int:
+        """Run the loop to its end: metrics, checkpoints, grids, and at last the trained weights.
+
+        `shown` are the metrics on the progress bar. A checkpoint that is due is written at the next record from which
+        a run can go on exactly.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is saved; it says the command that goes on.
+        """
+        o, accelerator = self.options, self.accelerator
+        if progress.step:
+            accelerator.print(f"resumed at step {progress.step} of {steps}")
+        config = dataclasses.asdict(o)
+        names = tracker_names(o.report_to)
+        report = start_trackers(accelerator, names, o.tracker_name or "diffusion_align", self.run, config)
+        bar = tqdm(
+            total=steps,
+            initial=progress.step,
+            desc=self.verb,
+            unit="step",
+            disable=not accelerator.is_main_process,
+            mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file gets a line now and then
+        )
+        due = False
+        with bar, Interruptible() as interrupt:
+            for row in records:
+                if self.ema is not None and row.updated:
+                    self.ema.update(self.named)
+                if accelerator.is_main_process:
+                    record.append(self.run / run_folder.METRICS, row.row())
+                    report(row.row())
+                figures = {name: f"{row.metrics[name]:.2f}" for name in shown if name in row.metrics}
+                bar.set_postfix({"loss": f"{row.loss:.4f}", **figures}, refresh=False)
+                bar.update()
+                stop = _anywhere(interrupt.asked, accelerator)
+                due = due or stop or row.step % o.checkpointing_steps == 0 or row.step >= steps
+                if due and row.resumable:
+                    self.save(row.progress)
+                    due = False
+                    if stop:
+                        go_on = run_folder.resume_line(self.run, self.verb)
+                        raise KeyboardInterrupt(f"step {row.step} is saved; go on with: {go_on}")
+                if o.run_validation and row.step % o.validation_steps == 0 and row.step < steps:
+                    self.draw(row.step)
+        if names:
+            accelerator.end_training()
+        return self.export(steps)
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint; a full disk now is no reason to lose the run."""
+        if self.accelerator.is_main_process:
+            tensors, state = pack(self.named, self.optimizer, self.scheduler, progress, self.ema)
+            state["identity"] = self.identity
+            keep = self.options.checkpoints_total_limit or KEEP_ALL
+            try:
+                checkpoint.save(self.run / run_folder.CHECKPOINTS, progress.step, tensors, state, keep=keep)
+            except CheckpointError as error:
+                logger.warning("%s", error)
+        self.accelerator.wait_for_everyone()
+
+    def draw(self, step: int) -> None:
+        """The sample grid of this step, beside the base's pictures."""
+        if self.accelerator.is_main_process:
+            with self.accelerator.autocast():
+                path = self.run / run_folder.SAMPLES / f"step-{step:08d}.png"
+                grids.write_grid(self.gate, self.prompts, self.base, path, **self._look)
+        self.accelerator.wait_for_everyone()
+
+    def export(self, steps: int) -> int:
+        """The last grid and the trained weights, averaged if an average was kept."""
+        from diffusion_align.models import save_lora, save_unet
+
+        with self.ema.applied(self.named) if self.ema is not None else nullcontext():
+            self.draw(steps)
+            if self.accelerator.is_main_process:
+                written = (save_lora if self.options.mode == "lora" else save_unet)(self.gate.unet, self.run)
+                print(f"trained weights: {written}\nnext: diffusion-align evaluate {self.run}")
+        self.accelerator.wait_for_everyone()
+        return 0
+
+
+def open_session(o: TrainCommon, verb: str, resumed: Checkpoint | None) -> Session:
+    """Load the model, add what is trained, and set the frozen reference beside it."""
+    from diffusion_align.models import add_lora, load_pipeline, reference, set_attention, trainable
+    from diffusion_align.models.adapters import TARGETS
+
+    if o.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("mixed_precision fp16 needs a CUDA GPU and there is none here; take bf16 or no")
+    accelerator = Accelerator(mixed_precision=o.mixed_precision, cpu=o.device == "cpu", project_dir=log_folder(o))
+    if o.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    name = present_model(o.pretrained_model_name_or_path or "")
+    gate = load_pipeline(name, device=accelerator.device, revision=o.revision, variant=o.variant)
+    xformers = o.enable_xformers_memory_efficient_attention
+    set_attention(gate.unet, xformers=xformers, gradient_checkpointing=o.gradient_checkpointing)
+    if o.mode == "lora":
+        add_lora(gate.unet, o.rank, o.network_alpha, TARGETS[o.lora_targets], seed=o.seed)
+    trainable(gate.unet, o.mode)
+    named = {key: value for key, value in gate.unet.named_parameters() if value.requires_grad}
+    ema = start_ema(named, o.ema_decay) if o.use_ema else None
+    return Session(o, verb, Path(o.output_dir), resumed, accelerator, gate, reference(gate, o.mode), named, ema)
+
+
+def log_folder(o: TrainCommon) -> str:
+    """Where trackers that write files put them; a relative --logging_dir lies in the run folder, as people expect."""
+    return str(Path(o.output_dir) / (o.logging_dir or "logs"))
+
+
+def _anywhere(asked: bool, accelerator: Accelerator) -> bool:
+    """Whether any process was asked to stop: all must agree on it, or the others would wait for ever."""
+    if accelerator.num_processes == 1:
+        return asked
+    total = accelerator.reduce(torch.tensor(float(asked), device=accelerator.device), "sum")
+    return float(total) > 0  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,77 @@
+"""Trackers that people watch their runs with, through accelerate: tensorboard, wandb, and whatever else it knows.
+
+`metrics.jsonl` is the record; a tracker is a view of it. So nothing that a tracker does, from a missing package at the
+start to a lost connection in the middle, may cost a run more than its curve there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusion_align.options import UsageError, unknown
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Row = dict[str, Any]
+logger = logging.getLogger(__name__)
+
+
+def tracker_names(report_to: str | None) -> list[str]:
+    """The trackers that `--report_to` names: one, several with commas between, `all` that are installed, or `none`.
+
+    Raises:
+        UsageError: accelerate does not know it (with the nearest name), or its package is not installed.
+    """
+    wanted = [word.strip() for word in (report_to or "none").split(",") if word.strip()]
+    if not wanted or wanted == ["none"]:
+        return []
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    here = [str(name) for name in get_available_trackers()]
+    if wanted == ["all"]:
+        return here
+    known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
+    for name in wanted:
+        if name not in known:
+            raise unknown("tracker", name, known, otherwise=f"there are {', '.join(known)}, all and none")
+        if name not in here:
+            cure = "pip install 'diffusion_align[track]'" if name == "tensorboard" else f"pip install {name}"
+            raise UsageError(f"output.report_to {name}: its package is not installed; {cure}, or leave the option out")
+    return wanted
+
+
+def start_trackers(
+    accelerator: Accelerator, names: list[str], project: str, run: Path, config: Row
+) -> Callable[[Row], None]:
+    """Start the trackers and return what reports one row of metrics to them. On every process, one of which reports."""
+    if not names:
+        return lambda row: None
+    # Trackers take flat values only.
+    flat = {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in config.items()}
+    lost: set[str] = set()
+    started = []
+    for name in names:
+        try:
+            accelerator.log_with = [name]  # pyright: ignore[reportAttributeAccessIssue]
+            accelerator.init_trackers(project, config=flat, init_kwargs={"wandb": {"name": run.name}})
+            started += accelerator.trackers
+        except Exception as error:  # every tracker raises errors of its own
+            logger.warning("tracker %s could not start and is left out: %s", name, " ".join(str(error).split()))
+    accelerator.trackers = started
+
+    def report(row: Row) -> None:
+        values = {key: value for key, value in row.items() if key != "step"}
+        for tracker in started:
+            if tracker.name in lost:
+                continue
+            try:
+                tracker.log(values, step=row["step"])
+            except Exception as error:
+                lost.add(tracker.name)
+                logger.warning("tracker %s failed and is left out: %s", tracker.name, " ".join(str(error).split()))
+
+    return report

@@ -1,0 +1,177 @@
+"""`train d3po|spo|prdp|ddpo`: prompts, a model and a reward in, a run folder out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from diffusion_align.commands.plan_online import describe_rounds, fresh, rounds_of, training_prompts
+from diffusion_align.commands.score import decoded, reward_by_name
+from diffusion_align.commands.session import Session, claim_early, open_session
+from diffusion_align.commands.setup import make_optimizer, optimizer_identity
+from diffusion_align.data.readers import digest
+from diffusion_align.options import TrainCommon, TrainD3po, TrainDdpo, TrainOnline, TrainPrdp, TrainSpo
+from diffusion_align.samplers import StepTable, step_table
+from diffusion_align.train.branches import Comparisons, StepScore, resample
+from diffusion_align.train.online import d3po_method, policy_gradient_method, prdp_method, spo_method
+from diffusion_align.train.rounds import Method, run_rounds
+from diffusion_align.train.runs import Bind, Runs, Score, binder, draw_runs
+from diffusion_align.train.steps import Sample
+
+
+class Rollout:
+    """What all online methods are built from: the table, policy and reference waiting for prompts, and the prompts."""
+
+    def __init__(self, session: Session, prompts: list[str]):
+        o: TrainOnline = session.options
+        gate, accelerator = session.gate, session.accelerator
+        self.session, self.options, self.prompts = session, o, prompts
+        self.shape = gate.latent_shape(o.resolution)
+        self.dims = math.prod(self.shape)
+        self.table: StepTable = step_table(
+            gate.schedule, o.steps, solver=o.solver, order=o.order if o.solver == "dpmpp" else 1, eta=o.eta,
+            spacing=o.spacing,
+        )  # fmt: skip
+
+        def in_precision(predict: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Bind:
+            def run(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+                with accelerator.autocast():
+                    return predict(x, t, text)
+
+            return binder(run, gate.schedule, gate.prediction_type, gate.empty_text, o.guidance)
+
+        self.policy, self.reference = in_precision(gate.predict), in_precision(session.reference)
+        self.per_dim = getattr(o, "log_ratio_unit", "mean") == "mean"
+
+    def draw(self, score: Score, renewed: bool = False) -> Callable[[list[Sample]], Runs]:
+        """samples -> runs of their prompts, scored; with a `renewed` reference against the policy that drew them."""
+        o = self.options
+        reference = None if renewed else self.reference
+
+        def runs(samples: list[Sample]) -> Runs:
+            prompts, text = self.texts(samples)
+            return draw_runs(
+                self.policy, reference, self.table, text, prompts, samples, score,
+                group=o.group_size, share_noise=o.share_initial_noise, shape=self.shape, seed=o.seed,
+                learn_steps=o.learn_steps,
+            )  # fmt: skip
+
+        return runs
+
+    def texts(self, samples: list[Sample]) -> tuple[list[str], Tensor]:
+        prompts = [self.prompts[index] for _, index in samples]
+        return prompts, self.session.gate.encode_text(prompts)
+
+    def picture_reward(self) -> Score:
+        o, gate = self.options, self.session.gate
+        return decoded(gate, reward_by_name(o.reward, device=gate.device, seed=o.seed), o.sample_chunk)
+
+
+def train_d3po(o: TrainD3po) -> int:
+    def method(r: Rollout) -> Method[Any]:
+        return d3po_method(
+            r.draw(r.picture_reward(), o.reference == "round"),
+            r.policy,
+            r.dims,
+            beta=o.beta,
+            clip=o.clip,
+            per_dim=r.per_dim,
+        )
+
+    return train_online(o, "train d3po", method, shown=("reward_mean", "implicit_accuracy"))
+
+
+def train_prdp(o: TrainPrdp) -> int:
+    def method(r: Rollout) -> Method[Any]:
+        return prdp_method(
+            r.draw(r.picture_reward()), r.policy, r.dims, beta=o.beta, clip=o.clip, mean=r.per_dim, fresh=fresh(o)
+        )
+
+    return train_online(o, "train prdp", method, shown=("reward_mean", "kl"))
+
+
+def train_ddpo(o: TrainDdpo) -> int:
+    def method(r: Rollout) -> Method[Any]:
+        return policy_gradient_method(
+            r.draw(r.picture_reward()), r.policy, r.dims,
+            clip=o.clip, std=o.advantage_std, kl_weight=o.kl_weight, per_dim=r.per_dim,
+        )  # fmt: skip
+
+    return train_online(o, "train ddpo", method, shown=("reward_mean", "kl"))
+
+
+def train_spo(o: TrainSpo) -> int:
+    def method(r: Rollout) -> Method[Any]:
+        score = step_score(r)
+
+        def branches(samples: list[Sample]) -> Comparisons:
+            prompts, text = r.texts(samples)
+            return resample(
+                r.policy, r.table, text, prompts, samples, score,
+                children=o.children, start=o.start, threshold=o.threshold, segment=o.segment,
+                shape=r.shape, seed=o.seed,
+            )  # fmt: skip
+
+        return spo_method(
+            branches, r.policy, r.reference, r.table, r.dims,
+            beta=o.beta, clip=o.clip, per_dim=r.per_dim, at_once=o.sample_chunk,
+        )  # fmt: skip
+
+    return train_online(o, "train spo", method, shown=("score_mean", "kept"))
+
+
+def step_score(r: Rollout) -> StepScore:
+    """The preference model of SPO: step-aware where one is given, else the plain reward whatever the step."""
+    o = r.options
+    assert isinstance(o, TrainSpo)
+    if o.preference_model is None:
+        plain = r.picture_reward()
+        return lambda clean, prompts, t: plain(clean, prompts)
+    raise ValueError("no step-aware preference model can be loaded yet")
+
+
+def train_online(o: TrainOnline, verb: str, method: Callable[[Rollout], Method[Any]], shown: tuple[str, ...]) -> int:
+    """Open the session, build the method on its rollouts, and follow its rounds to the end."""
+    resumed = claim_early(o)
+    prompts = training_prompts(o)
+    session = open_session(o, verb, resumed)
+    rollout = Rollout(session, prompts)
+    plan = rounds_of(o, session.accelerator.num_processes)
+    session.accelerator.print("\n".join(describe_rounds(plan)))
+    rate = o.learning_rate * (plan.pictures_per_step if o.scale_lr else 1)
+    optimizer, scheduler = make_optimizer(o, session.parameters, rate, plan.steps)
+    progress = session.start(optimizer, scheduler, online_identity(o, rollout, rate, plan.steps), prompts)
+    records = run_rounds(
+        method(rollout),
+        n=len(prompts),
+        prompts_per_round=o.prompts_per_round,
+        prompts_per_step=plan.prompts_per_step,
+        prompts_per_chunk=max(1, o.sample_chunk // plan.pictures_per_prompt),
+        passes=o.passes,
+        parameters=session.parameters,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        accelerator=session.accelerator,
+        seed=o.seed,
+        max_steps=plan.steps,
+        max_grad_norm=o.max_grad_norm,
+        progress=progress,
+    )
+    return session.follow(records, progress, plan.steps, shown)
+
+
+def online_identity(o: TrainOnline, rollout: Rollout, rate: float, steps: int) -> dict[str, Any]:
+    """What a resumed run must share with the saved one: all that decides what is drawn and what is learnt of it."""
+    own = {field.name for field in dataclasses.fields(o)} - {field.name for field in dataclasses.fields(TrainCommon)}
+    later = {"num_rounds", "sample_chunk"}
+    return {
+        "model": rollout.session.gate.fingerprint(),
+        "prompts": digest("\n".join(rollout.prompts).encode()),
+        "resolution": list(rollout.shape),
+        **{name: getattr(o, name) for name in sorted(own - later)},
+        **optimizer_identity(o, learning_rate=rate, steps=steps),
+    }

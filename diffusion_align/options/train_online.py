@@ -1,0 +1,120 @@
+"""The options of the online methods: prompts, rollouts and rewards, and the constants of each objective.
+
+Defaults are the papers' where there is one, in the papers' units: log-ratios averaged over the latent's dims.
+"""
+
+# ruff: noqa: E501  (a table: one option a line)
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .names import UsageError
+from .schema import option
+from .train_common import TrainCommon, check_train
+
+UNITS = "unit of beta and clip: mean (log-ratios averaged over dims, as published) or nats (summed)"
+
+
+@dataclass(frozen=True)
+class TrainOnline(TrainCommon):
+    # fmt: off
+    prompts: str | None = option(None, "data", "file with one prompt a line, or tiny (captions of the embedded world's training split)", aliases=("prompts_file",))
+    num_prompts: int | None = option(None, "data", "use the first N prompts (default: all; of tiny, 4000)", at_least=1)
+
+    solver: str = option("ddim", "rollout", "sampler of the runs: ddim, or dpmpp (SDE-DPM-Solver++)", choices=("dpmpp", "ddim"))
+    order: int = option(2, "rollout", "order of dpmpp", at_least=1, at_most=2)
+    eta: float = option(1.0, "rollout", "noise dial; log-probs need some", above=0)
+    steps: int = option(20, "rollout", "steps of a run", aliases=("num_inference_steps",), at_least=2)
+    spacing: str = option("trailing", "rollout", "where the steps lie", choices=("trailing", "leading", "linspace", "karras", "lu", "exponential", "ays"))
+    guidance: float = option(5.0, "rollout", "classifier-free guidance in rollout, log-probs and training alike; 1 is none", aliases=("guidance_scale",), at_least=0)
+    prompts_per_round: int = option(16, "rollout", "prompts of a round, over all devices: drawn with one policy", at_least=1)
+    group_size: int = option(2, "rollout", "pictures of each prompt", at_least=2)
+    learn_steps: int | None = option(None, "rollout", "learn from the first N steps of a run only (default: all with a density); not for spo", at_least=1)
+    sample_chunk: int = option(16, "rollout", "pictures in the network at a time, in rollout and training; memory follows it", at_least=1)
+    share_initial_noise: bool = option(True, "rollout", "the pictures of a prompt start from the same noise")
+
+    reward: str = option("tiny", "reward", "tiny (the embedded one), an open_clip name, judge (reads the embedded world) or random (a control)")
+
+    prompts_per_step: int | None = option(None, "train", "prompts of an optimizer step, over all devices (default: those of a round)", at_least=1)
+    passes: int = option(1, "train", "times that a round's pictures are learnt from", aliases=("num_inner_epochs",), at_least=1)
+    num_rounds: int = option(100, "train", "rounds, where max_train_steps is not given", at_least=1)
+    # fmt: on
+
+
+@dataclass(frozen=True)
+class TrainD3po(TrainOnline):
+    # fmt: off
+    output_dir: str = option("runs/d3po", "output", "the run folder")
+    beta: float = option(0.1, "train", "scale of the log-ratios, in log_ratio_unit", above=0)
+    clip: float | None = option(0.1, "train", "each ratio is clamped to 1 -+ this, in log_ratio_unit; none: no clamp", above=0, below=1)
+    log_ratio_unit: str = option("mean", "train", UNITS, choices=("mean", "nats"))
+    reference: str = option("frozen", "train", "what log-ratios are against: frozen (the base model) or round (the policy at the start of each round, as in the paper's runs with people)", choices=("frozen", "round"))
+    # fmt: on
+
+
+@dataclass(frozen=True)
+class TrainSpo(TrainOnline):
+    # fmt: off
+    output_dir: str = option("runs/spo", "output", "the run folder")
+    beta: float = option(10.0, "train", "scale of the log-ratios, in log_ratio_unit", above=0)
+    clip: float | None = option(0.1, "train", "each ratio is clamped to 1 -+ this, in log_ratio_unit; none: no clamp", above=0, below=1)
+    log_ratio_unit: str = option("mean", "train", UNITS, choices=("mean", "nats"))
+    children: int = option(4, "rollout", "continuations compared at each step; K of the paper", at_least=2)
+    start: int = option(4, "rollout", "first step at which continuations are compared", at_least=0)
+    threshold: float = option(0.3, "rollout", "a pair is kept where the softmax of its scores differs by more", at_least=0, below=1)
+    segment: int = option(1, "rollout", "steps between comparisons; above 1 it is the paper's MSPO for SDXL, which has 4", at_least=1)
+    preference_model: str | None = option(None, "reward", "folder of a step-aware preference model (reward train-spm); default: the reward, on the predicted picture at every step")
+    # fmt: on
+
+
+@dataclass(frozen=True)
+class TrainPrdp(TrainOnline):
+    # fmt: off
+    output_dir: str = option("runs/prdp", "output", "the run folder")
+    beta: float = option(3e-5, "train", "weight of the KL beside the reward, in log_ratio_unit", above=0)
+    clip: float | None = option(1e-4, "train", "how far a step's log-ratio may move from the policy that drew it, in log_ratio_unit; none: any", above=0)
+    log_ratio_unit: str = option("mean", "train", "unit of beta and clip: mean (over dims, and for beta over steps, as in the paper's code) or nats (summed over both)", choices=("mean", "nats"))
+    # fmt: on
+
+
+@dataclass(frozen=True)
+class TrainDdpo(TrainOnline):
+    # fmt: off
+    output_dir: str = option("runs/ddpo", "output", "the run folder")
+    clip: float = option(1e-4, "train", "the ratio to the policy that drew a run is clipped to 1 -+ this, in log_ratio_unit", above=0, below=1)
+    advantage_std: str = option("group", "train", "rewards are centred in their group and divided by the standard deviation of: group (GRPO), global, or none", choices=("group", "global", "none"))
+    kl_weight: float = option(0.0, "train", "weight of the nats to the reference, a step (DPOK, GRPO)", at_least=0)
+    log_ratio_unit: str = option("mean", "train", "unit of clip: mean (over dims, as published) or nats (summed)", choices=("mean", "nats"))
+    # fmt: on
+
+
+def check_online(options: TrainOnline) -> None:
+    """What no single option can know.
+
+    Raises:
+        UsageError: no prompts, or numbers that cannot be cut as asked.
+    """
+    o = options
+    check_train(o)
+    if o.prompts is None:
+        raise UsageError("which prompts? --prompts FILE with one a line, or tiny")
+    if o.solver == "ddim" and o.eta > 1:
+        raise UsageError(f"rollout.eta of ddim is at most 1, not {o.eta:g}")
+    per_step = o.prompts_per_step or o.prompts_per_round
+    if o.prompts_per_round % per_step:
+        raise UsageError(
+            f"rollout.prompts_per_round {o.prompts_per_round} is not a multiple of train.prompts_per_step {per_step}"
+        )
+    if o.learn_steps is not None and o.learn_steps >= o.steps:
+        raise UsageError(f"rollout.learn_steps {o.learn_steps} must be fewer than rollout.steps {o.steps}")
+    if o.sample_chunk < o.group_size:
+        raise UsageError(
+            f"rollout.sample_chunk {o.sample_chunk} must hold the {o.group_size} pictures of a prompt (group_size)"
+        )
+
+
+def check_spo(options: TrainSpo) -> None:
+    """`check_online`, and steps left to compare at."""
+    check_online(options)
+    if options.start >= options.steps - 1:
+        raise UsageError(f"rollout.start {options.start} leaves none of {options.steps} steps to compare at")

@@ -1,0 +1,162 @@
+"""SPO's step-wise resampler (Liang et al. 2024, arXiv 2406.04314): pairs of continuations of one state.
+
+From step `start` on, K children are drawn from the same Gaussian; each is scored by its own clean prediction, one step
+later; the best and the worst make a pair if they are far enough apart; and a child drawn at random is the next parent,
+whose prediction is known already. With segments longer than one step (MSPO, for SDXL) each child first goes on by
+itself, the comparison is made at the segment's end, and every transition of the winner's and of the loser's segment is
+a pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusion_align import rng
+from diffusion_align.gaussian import Gaussian
+from diffusion_align.objectives import best_and_worst, clear_win
+from diffusion_align.prediction import Denoiser
+from diffusion_align.samplers import StepTable, branch, step_gaussian
+from diffusion_align.samplers.rollout import draw_noise, predict
+from diffusion_align.tensors import widen
+from diffusion_align.train.runs import Bind
+from diffusion_align.train.steps import Sample
+
+StepScore = Callable[[Tensor, list[str], Tensor], Tensor]
+"""`(clean predictions [B,...], prompts, timesteps [B]) -> [B]`: logits of a preference model; 0: a finished picture."""
+
+
+@dataclass(frozen=True, eq=False)
+class Comparisons:
+    """M pairs of transitions, any prompts and steps together.
+
+    parent, child: [2,M,...] states before and after the step, the winner's and the loser's; before: [2,M,...] the
+    states before the parents, for a second-order step's history. k: [M] steps. text: [M,L,E]. gap: [M] winner's score
+    minus loser's. shared: whether each pair has one parent, as all have in segments of one step. score: [S,B] mean
+    scores of the children of every comparison that was made, kept or not. final: [B,...] where the chains ended.
+    """
+
+    before: Tensor
+    parent: Tensor
+    child: Tensor
+    k: Tensor
+    text: Tensor
+    gap: Tensor
+    shared: bool
+    score: Tensor
+    final: Tensor
+
+    def __len__(self) -> int:
+        return len(self.k)
+
+    @property
+    def dims(self) -> int:
+        """D, the latent dims."""
+        return self.final[0].numel()
+
+
+@torch.no_grad()
+def resample(
+    policy: Bind,
+    table: StepTable,
+    text: Tensor,
+    prompts: list[str],
+    samples: Sequence[Sample],
+    score: StepScore,
+    *,
+    children: int,
+    start: int,
+    threshold: float,
+    shape: Sequence[int],
+    seed: int,
+    segment: int = 1,
+) -> Comparisons:
+    """Walk one chain a prompt and compare at the end of each segment; text [B,L,E], samples [B] are the addresses.
+
+    Network evaluations a prompt: start + 1 + (n - start - 1) K, with n the steps of the table.
+
+    Raises ValueError for fewer than 2 children, or a start from which no step has a density.
+    """
+    last = max((k for k in range(len(table)) if table.stochastic[k]), default=-1)
+    if children < 2 or segment < 1 or start > last:
+        raise ValueError(f"SPO compares 2 or more children from step {start} on: {children} of a table of {len(table)}")
+    sources = [rng.generator(seed, "run", *sample) for sample in samples]
+    walk = _Walk(policy(text), policy(text.repeat(children, 1, 1)), table, sources, children)
+    x = rng.normal_batch(shape, seed, "x_T", list(samples)).to(text.device)
+    clean, previous, before = predict(walk.one, table, 0, x), None, x
+    rows = torch.arange(len(samples), device=text.device)
+    found: list[list[Tensor]] = []
+    scores: list[Tensor] = []
+    k = 0
+    while k < len(table):
+        if not start <= k <= last:
+            after = walk.step(k, x, clean, previous, 1)
+            before, x, previous = x, after, clean
+            k += 1
+            clean = predict(walk.one, table, k, x) if k < len(table) else clean
+            continue
+        states, cleans = walk.segment(k, min(segment, last + 1 - k), before, x, clean, previous)
+        length = len(states) - 2  # states[0] is the one before the parents
+        time = table.timesteps[k + length] if k + length < len(table) else torch.zeros(())
+        values = score(cleans[-1].flatten(0, 1), prompts * children, time.to(x).expand(children * len(x)))
+        values = values.view(children, -1).T.to(x.device)  # [B,K]
+        win, lose, decided = best_and_worst(values)
+        kept = decided & clear_win(values[rows, win], values[rows, lose], threshold)
+        sides, gap = torch.stack([win, lose]), values[rows, win] - values[rows, lose]
+        for i in range(length):
+            three = [states[i + j][sides, rows][:, kept] for j in range(3)]
+            found.append([*three, torch.full_like(rows, k + i)[kept], text[kept], gap[kept]])
+        scores.append(values.mean(1))
+        child = torch.stack([torch.randint(children, (), generator=source) for source in sources]).to(x.device)
+        before, x = (state[child, rows] for state in states[-2:])
+        previous, clean = cleans[-2][child, rows], cleans[-1][child, rows]
+        k += length
+    states, places = ([torch.cat(part, dim) for part in parts] for parts, dim in _columns(found))
+    return Comparisons(*states, *places, shared=segment == 1, score=torch.stack(scores), final=x)
+
+
+def _columns(found: list[list[Tensor]]) -> list[tuple[list[tuple[Tensor, ...]], int]]:
+    """The states of all pairs, which lie along dim 1, and what goes with them, along dim 0."""
+    columns = list(zip(*found, strict=True))
+    return [(columns[:3], 1), (columns[3:], 0)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Walk:
+    """Ordinary steps, of one state a prompt or of K; and a segment, K ways on from one state."""
+
+    one: Denoiser
+    several: Denoiser
+    table: StepTable
+    sources: list[torch.Generator]
+    children: int
+
+    def step(self, k: int, x: Tensor, clean: Tensor, previous: Tensor | None, times: int) -> Tensor:
+        """The next states [times B,...]; each prompt's source is drawn from `times` times, in turn."""
+        mean, std = step_gaussian(self.table, k, widen(x), clean, previous)
+        if not self.table.stochastic[k]:
+            return mean.to(x.dtype)
+        noise = torch.cat([draw_noise(self.sources, part) for part in x.chunk(times)])
+        return Gaussian(mean, std).sample(noise).to(x.dtype)
+
+    def segment(
+        self, k: int, length: int, before: Tensor, x: Tensor, clean: Tensor, previous: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """States [K,B,...] from the one before the parents to the segment's end, and clean predictions from the
+        parents to there. Behind the last step they are the finished pictures themselves."""
+        drawn = branch(self.one, self.table, k, x, self.children, self.sources, previous, clean).children
+        states = [before.expand_as(drawn), x.expand_as(drawn), drawn]
+        cleans = [clean.expand_as(drawn), self.ahead(k + 1, drawn)]
+        for i in range(k + 1, k + length):
+            flat = [part.flatten(0, 1) for part in (states[-1], cleans[-1], cleans[-2])]
+            states.append(self.step(i, *flat, times=self.children).view_as(drawn))
+            cleans.append(self.ahead(i + 1, states[-1]))
+        return states, cleans
+
+    def ahead(self, k: int, states: Tensor) -> Tensor:
+        if k == len(self.table):
+            return states
+        return predict(self.several, self.table, k, states.flatten(0, 1)).view_as(states)

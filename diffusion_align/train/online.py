@@ -1,0 +1,167 @@
+"""The online methods, each as what `rounds.run_rounds` asks of one: collect, count, learn, summarise, check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from diffusion_align.objectives import implicit_accuracy
+from diffusion_align.samplers import StepTable
+from diffusion_align.train.branch_loss import learn_spo
+from diffusion_align.train.branches import Comparisons
+from diffusion_align.train.path_losses import decided, learn_prdp
+from diffusion_align.train.rounds import Columns, Method
+from diffusion_align.train.runs import Bind, Runs
+from diffusion_align.train.step_losses import advantages, learn_d3po, learn_policy_gradient, pairs_of
+from diffusion_align.train.steps import Sample
+
+ALL_TIED = (
+    "all pictures of every prompt had one reward, or it failed; draw more a prompt (--group_size), look at the reward"
+)
+Draw = Callable[[list[Sample]], Runs]
+
+
+def d3po_method(draw: Draw, policy: Bind, dims: int, *, beta: float, clip: float | None, per_dim: bool) -> Method[Runs]:
+    """D3PO (Yang et al. 2023, arXiv 2311.13231) on all pairs of a prompt's runs. Constants as in `objectives.d3po`."""
+    learn = partial(learn_d3po, policy=policy, beta=beta, clip=clip, per_dim=per_dim)
+    return Method(
+        collect=draw,
+        items=lambda runs: len(pairs_of(runs)[0]),
+        learn=lambda runs, factor: learn(runs, factor=factor),
+        facts=facts_of,
+        summarise=partial(summarise, dims=dims),
+        check_start=partial(require_start, dims=dims),
+        nothing=ALL_TIED,
+    )
+
+
+def policy_gradient_method(
+    draw: Draw, policy: Bind, dims: int, *, clip: float, std: str, kl_weight: float, per_dim: bool
+) -> Method[Runs]:
+    """DDPO, GRPO and DPOK: the clipped surrogate with advantages in the group, and a KL to the reference."""
+    learn = partial(learn_policy_gradient, policy=policy, clip=clip, std=std, kl_weight=kl_weight, per_dim=per_dim)
+    return Method(
+        collect=draw,
+        items=lambda runs: runs.reward.numel() if bool(advantages(runs.reward, std).any()) else 0,
+        learn=lambda runs, factor: learn(runs, factor=factor),
+        facts=facts_of,
+        summarise=partial(summarise, dims=dims),
+        check_start=partial(require_start, dims=dims),
+        nothing=ALL_TIED,
+    )
+
+
+def prdp_method(
+    draw: Draw, policy: Bind, dims: int, *, beta: float, clip: float | None, mean: bool, fresh: bool
+) -> Method[Runs]:
+    """PRDP (Deng et al. 2024, arXiv 2402.08714). `fresh`: each round's data are used for one step only, so the runs'
+    own predictions are those of the policy and spare a pass."""
+    learn = partial(learn_prdp, policy=policy, beta=beta, clip=clip, mean=mean, fresh=fresh)
+    return Method(
+        collect=draw,
+        items=lambda runs: int(decided(runs).sum()),
+        learn=lambda runs, factor: learn(runs, factor=factor),
+        facts=facts_of,
+        summarise=partial(summarise, dims=dims),
+        check_start=partial(require_start, dims=dims),
+        nothing=ALL_TIED,
+    )
+
+
+def spo_method(
+    branch: Callable[[list[Sample]], Comparisons],
+    policy: Bind,
+    reference: Bind,
+    table: StepTable,
+    dims: int,
+    *,
+    beta: float,
+    clip: float | None,
+    per_dim: bool,
+    at_once: int,
+) -> Method[Comparisons]:
+    """SPO (Liang et al. 2024, arXiv 2406.04314)."""
+    learn = partial(learn_spo, policy=policy, reference=reference, table=table, beta=beta, clip=clip, per_dim=per_dim)
+    return Method(
+        collect=branch,
+        items=len,
+        learn=lambda pairs, factor: learn(pairs, factor=factor, at_once=at_once),
+        facts=lambda pairs: {"score": pairs.score, "compared": torch.ones(pairs.score.numel())},
+        summarise=partial(summarise, dims=dims),
+        check_start=partial(require_start, dims=dims),
+        nothing="no two children of a state were far enough apart; lower --threshold, or look at the reward",
+    )
+
+
+def facts_of(runs: Runs) -> Columns:
+    """What a round's pictures are like, whether learnt from or not.
+
+    reward, one a picture (nan where it failed); spread, the rewards' standard deviation in each group; diversity, the
+    root mean square distance between two final latents of a group, over dims.
+    """
+    ends = runs.trajectory.states[-1].flatten(1).unflatten(0, runs.reward.shape)  # [G,K,D]
+    size = runs.reward.shape[1]
+    apart = 2 * ends.var(1, correction=0).mean(1) * size / (size - 1)
+    return {"reward": runs.reward, "spread": runs.reward.std(1, correction=0), "diversity": apart.sqrt()}
+
+
+def summarise(columns: Columns, facts: Columns, *, dims: int) -> dict[str, float]:
+    """Metrics of a step. All log-ratios are in nats, summed over dims and, for runs, over steps."""
+    metrics: dict[str, float] = {"dims": float(dims)}
+    if "reward" in facts:
+        known = facts["reward"][~facts["reward"].isnan()]
+        metrics |= {
+            "reward_mean": float(known.mean()),
+            "reward_spread": float(facts["spread"].nanmean()),
+            "reward_failed": float(len(facts["reward"]) - len(known)),
+            "diversity": float(facts["diversity"].mean()),
+        }
+    if "score" in facts:
+        metrics |= {"score_mean": float(facts["score"].mean()), "kept": _share(columns, facts)}
+    if not columns:
+        return metrics
+    ratios = {name: v for name, v in columns.items() if name.startswith("log_ratio")}
+    for name, values in ratios.items():
+        low, middle, high = values.quantile(values.new_tensor([0.05, 0.5, 0.95])).tolist()
+        metrics |= {f"{name}_p05": low, f"{name}_p50": middle, f"{name}_p95": high}
+    if "log_ratio_w" in columns:
+        metrics["implicit_accuracy"] = float(implicit_accuracy(columns["log_ratio_w"] - columns["log_ratio_l"]).mean())
+    for name, values in columns.items():
+        if name.startswith(("kl", "clamped", "drift", "gap")):
+            metrics[name] = float(values.mean())
+    return metrics
+
+
+def _share(columns: Columns, facts: Columns) -> float:
+    """Of the comparisons that were made, the share that was kept as pairs."""
+    kept = len(next(iter(columns.values()))) if columns else 0
+    return kept / max(1, len(facts["compared"]))
+
+
+def require_start(columns: Columns, *, dims: int) -> None:
+    """Stop a fresh run whose policy is not what drew the runs, or not its reference, before the first update.
+
+    A ratio of 1 may miss by rounding where kernels differ with gradients on; a log-ratio to the reference may not miss
+    at all, as both are one function: a little is allowed for the same reason.
+    """
+    drift = float(columns.get("drift", torch.zeros(1)).max())
+    if not drift / dims <= 1e-4:
+        raise RuntimeError(
+            "before the first update the importance ratio is not 1: a step's log-ratio to the policy that drew it is "
+            f"{drift:g} nats over {dims} dims. Usual causes: dropout, other batches in training than in rollout, half "
+            "precision; train in float32 or bfloat16"
+        )
+    apart = max(_largest(v) for name, v in columns.items() if name.startswith("log_ratio"))
+    if not apart / dims <= 1e-4:
+        raise RuntimeError(
+            f"before the first update the policy already differs from its reference: |log-ratio| is {apart:g} nats "
+            f"over {dims} dims, not 0. Usual causes: dropout is active; they run in different precision; the policy "
+            "was loaded with weights that the reference lacks"
+        )
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.abs().max())

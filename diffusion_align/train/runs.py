@@ -1,0 +1,139 @@
+"""Runs of the sampler for online training: drawn by address, scored, and set beside the reference, in chunks.
+
+A chunk holds whole groups: the K runs of a prompt are rows g K .. g K + K - 1. It is also what is learnt from in one
+piece, so that the network sees the same batches in both and the importance ratio is 1 to the bit.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from diffusion_align import rng
+from diffusion_align.gaussian import Gaussian
+from diffusion_align.models.guidance import Predict, guided
+from diffusion_align.prediction import Denoiser, to_clean
+from diffusion_align.samplers import StepTable, rollout, step_gaussian
+from diffusion_align.samplers.rollout import earlier, predict
+from diffusion_align.schedule import Schedule
+from diffusion_align.tensors import widen
+from diffusion_align.train.steps import Sample
+from diffusion_align.trajectory import Trajectory
+
+Bind = Callable[[Tensor], Denoiser]
+"""`text [B,L,E] -> denoiser`: a model with its guidance, waiting for a prompt."""
+
+Score = Callable[[Tensor, list[str]], Tensor]
+"""`(final latents [B,...], prompts) -> [B]`: decode and reward, composed by the script."""
+
+
+class RewardError(ValueError):
+    """A reward did not answer with one number for each picture."""
+
+
+def binder(predict: Predict, schedule: Schedule, prediction_type: str, empty_text: Tensor, guidance: float) -> Bind:
+    """A network as `Bind`: classifier-free guidance in one batched call, alike in rollout, log-probs and training."""
+
+    def bind(text: Tensor) -> Denoiser:
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            output = guided(predict, x, t, text, empty_text, guidance)
+            return to_clean(output, x, schedule.alpha(t), schedule.sigma(t), prediction_type)
+
+        return denoise
+
+    return bind
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """A chunk of G groups of K runs, B = G K rows.
+
+    reference: [T,B,...] the reference's clean predictions along the runs. reward: [G,K]; nan where a reward failed.
+    """
+
+    trajectory: Trajectory[StepTable]
+    text: Tensor
+    reference: Tensor
+    reward: Tensor
+    prompts: list[str]
+
+    @property
+    def dims(self) -> int:
+        """D, the latent dims of a run."""
+        return self.trajectory.states[0, 0].numel()
+
+    def gaussian(self, k: int, clean: Tensor) -> Gaussian:
+        """The Gaussian of step k along the runs, from stored predictions [T,B,...] of any model."""
+        table, x = self.trajectory.table, widen(self.trajectory.states[k])
+        return Gaussian(*step_gaussian(table, k, x, clean[k], *earlier(table, k, clean)))
+
+
+@torch.no_grad()
+def draw_runs(
+    policy: Bind,
+    reference: Bind | None,
+    table: StepTable,
+    text: Tensor,
+    prompts: list[str],
+    samples: Sequence[Sample],
+    score: Score,
+    *,
+    group: int,
+    share_noise: bool,
+    shape: Sequence[int],
+    seed: int,
+    learn_steps: int | None = None,
+) -> Runs:
+    """Run the policy `group` times for each prompt, evaluate the reference along the runs and score where they end.
+
+    The noise of a run is at the address (seed, "run", epoch, prompt, k), its start at (seed, "x_T", epoch, prompt, k)
+    or, shared by the group as D3PO has it and PRDP's optimum needs it, without the k. text [G,L,E]; samples [G].
+    `learn_steps` keeps only the first so many steps for learning: the others are walked, but neither scored nor asked
+    of the reference. Without a reference it is the policy that ran: renewed every round, it costs nothing.
+    """
+    device = text.device
+    rows = [(*sample, k) for sample in samples for k in range(group)]
+    starts = [row[:2] if share_noise else row for row in rows]
+    x_T = rng.normal_batch(shape, seed, "x_T", starts).to(device)
+    text = text.repeat_interleave(group, 0)
+    run = rollout(policy(text), table, x_T, [rng.generator(seed, "run", *row) for row in rows])
+    if learn_steps is not None:
+        run = replace(run, table=_first_steps(table, learn_steps))
+    assert run.clean is not None  # rollouts keep them
+    other = run.clean if reference is None else _along(reference(text), run)
+    reward = checked(score, run.states[-1], [prompt for prompt in prompts for _ in range(group)])
+    return Runs(run, text, other, reward.view(-1, group), prompts)
+
+
+def _first_steps(table: StepTable, count: int) -> StepTable:
+    """The table as if only its first steps had a density: composition is decided there, the rest is detail."""
+    return replace(table, stochastic=table.stochastic & (torch.arange(len(table)) < count))
+
+
+def _along(denoiser: Denoiser, run: Trajectory[StepTable]) -> Tensor:
+    """Clean predictions [T,B,...] at the states of a run; zeros at its end, where no step has a density."""
+    table = run.table
+    found = [predict(denoiser, table, k, run.states[k]) for k in range(len(table)) if table.stochastic[k]]
+    return torch.stack(found + [torch.zeros_like(found[0])] * (len(table) - len(found)))
+
+
+def checked(score: Score, latents: Tensor, prompts: list[str]) -> Tensor:
+    """[B] float32 scores on the CPU; what is not finite becomes nan and is left out by whoever selects.
+
+    Raises RewardError, in one line, when the reward raises, answers with another shape, or has no finite number at all.
+    """
+    try:
+        values = score(latents, prompts)
+    except Exception as error:
+        raise RewardError(f"the reward failed: {type(error).__name__}: {error}") from error
+    if not isinstance(values, Tensor) or tuple(values.shape) != (len(prompts),):
+        found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise RewardError(
+            f"the reward returned {found} for {len(prompts)} pictures: expected [{len(prompts)}], one number each"
+        )
+    values = values.detach().float().cpu()
+    values = torch.where(values.isfinite(), values, torch.nan)
+    if len(values) and bool(values.isnan().all()):
+        raise RewardError(f"the reward returned no finite number for any of {len(prompts)} pictures")
+    return values

@@ -1,0 +1,114 @@
+"""Methods whose loss is a sum over steps: D3PO on pairs of runs; policy gradients (DDPO, GRPO, DPOK) on single runs.
+
+Both walk the runs once, a step's Gaussian at a time (`samplers.step_gradient`): each picture is evaluated once a step,
+however many pairs it is in.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diffusion_align.gaussian import Gaussian
+from diffusion_align.objectives import clamped, d3po, group_advantage, ordered_pairs, ppo_clip
+from diffusion_align.samplers import step_gradient
+from diffusion_align.tensors import widen
+from diffusion_align.train.runs import Bind, Runs
+
+Columns = dict[str, Tensor]
+
+
+def pairs_of(runs: Runs) -> tuple[Tensor, Tensor]:
+    """Rows of winners and losers [M] among the runs: every pair of a group with a preference. A nan reward has none."""
+    group, winner, loser = ordered_pairs(runs.reward)
+    size = runs.reward.shape[1]
+    return group * size + winner, group * size + loser
+
+
+class _Walk:
+    """Per-run sums over the steps of a walk, [B] each, and what is asked of each step on the way."""
+
+    def __init__(self, runs: Runs):
+        self.runs = runs
+        zeros = torch.zeros(runs.text.shape[0], device=runs.text.device)
+        self.log_ratio, self.kl, self.drift, self.clamped = (zeros.clone() for _ in range(4))
+        self.steps = int(runs.trajectory.table.stochastic.sum())
+
+    def note(self, k: int, step: Gaussian) -> tuple[Tensor, Tensor, Gaussian]:
+        """Log-ratio of the stored next state [B] to the reference, to the policy that ran, and the reference's step."""
+        runs, after = self.runs, widen(self.runs.trajectory.states[k + 1])
+        reference = runs.gaussian(k, runs.reference)
+        assert runs.trajectory.clean is not None  # rollouts keep them
+        behaviour = runs.gaussian(k, runs.trajectory.clean)
+        ratio, drift = step.log_ratio(reference, after), step.log_ratio(behaviour, after)
+        self.log_ratio += ratio.detach()
+        self.kl += step.kl(reference).detach()
+        self.drift = torch.maximum(self.drift, drift.detach().abs())
+        return ratio, drift, reference
+
+
+def learn_d3po(
+    runs: Runs, policy: Bind, factor: float, *, beta: float, clip: float | None, per_dim: bool = True
+) -> Columns:
+    """Add the gradient of factor x the sum over pairs of D3PO's loss, averaged over steps; columns of the M pairs.
+
+    `per_dim`: beta and clip belong to log-ratios averaged over the dims, as published; else to nats. Columns: loss;
+    log_ratio_w, log_ratio_l and kl_w, kl_l, sums over the run in nats; clamped_w, clamped_l, shares of the steps;
+    drift, the largest |log-ratio| of a step in nats to the policy that ran.
+    """
+    winner, loser = (rows.to(runs.text.device) for rows in pairs_of(runs))
+    walk = _Walk(runs)
+    unit = runs.dims if per_dim else 1
+    losses = torch.zeros(len(winner), device=winner.device)
+
+    def loss(k: int, step: Gaussian) -> Tensor:
+        ratio = walk.note(k, step)[0] / unit
+        walk.clamped += clamped(ratio, clip) / walk.steps
+        of_pairs = d3po(ratio[winner], ratio[loser], beta, clip) / walk.steps
+        losses.add_(of_pairs.detach())
+        return factor * of_pairs.sum()
+
+    step_gradient(policy(runs.text), runs.trajectory, loss)
+    both = {"log_ratio": walk.log_ratio, "kl": walk.kl, "clamped": walk.clamped}
+    sides = {f"{name}_{side}": v[rows] for name, v in both.items() for side, rows in (("w", winner), ("l", loser))}
+    return {"loss": losses, **sides, "drift": torch.maximum(walk.drift[winner], walk.drift[loser])}
+
+
+def learn_policy_gradient(
+    runs: Runs,
+    policy: Bind,
+    factor: float,
+    *,
+    clip: float,
+    std: str = "group",
+    kl_weight: float = 0.0,
+    max_advantage: float = 5.0,
+    per_dim: bool = True,
+) -> Columns:
+    """Add the gradient of factor x the sum over runs of PPO's clipped surrogate, averaged over steps; columns of runs.
+
+    DDPO and GRPO with their advantages within the group, DPOK with a `kl_weight` on the nats to the reference, which
+    is the exact divergence of the steps' Gaussians. A group in which a reward failed has no advantage. Columns as
+    `learn_d3po`, without sides.
+    """
+    advantage = advantages(runs.reward, std).flatten().clamp(-max_advantage, max_advantage).to(runs.text.device)
+    walk = _Walk(runs)
+    unit = runs.dims if per_dim else 1
+    losses = torch.zeros_like(walk.kl)
+
+    def loss(k: int, step: Gaussian) -> Tensor:
+        _, drift, reference = walk.note(k, step)
+        walk.clamped += clamped(drift / unit, clip) / walk.steps
+        of_runs = ppo_clip(drift / unit, advantage.to(drift), clip) + kl_weight * step.kl(reference)
+        losses.add_(of_runs.detach() / walk.steps)
+        return factor * of_runs.sum() / walk.steps
+
+    step_gradient(policy(runs.text), runs.trajectory, loss)
+    return {
+        "loss": losses, "log_ratio": walk.log_ratio, "kl": walk.kl, "clamped": walk.clamped, "drift": walk.drift
+    }  # fmt: skip
+
+
+def advantages(reward: Tensor, std: str) -> Tensor:
+    """`group_advantage` where a reward may have failed: all of its group then count for nothing."""
+    return group_advantage(torch.where(reward.isnan().any(1, keepdim=True), 0.0, reward), std)

@@ -1,0 +1,14 @@
+"""`diffusion-align train ddpo`, for `accelerate launch scripts/finetune_ddpo.py --flags`."""
+
+import sys
+from collections.abc import Sequence
+
+from diffusion_align.cli import main as command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command(["train", "ddpo", *(sys.argv[1:] if argv is None else argv)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""All methods on the same base, the same held-out prompts and one machine: a row per method and seed, and the table.
+
+    python scripts/shootout.py                                  # everything; hours on two CPU cores
+    python scripts/shootout.py --methods d3po prdp --seeds 0    # some rows
+    python scripts/shootout.py --table                          # the table of the rows there are
+
+A row that is there is not run again, and a training that was cut off goes on, so it can be spread over many sittings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+# What is asked of each row beside its preset `tiny`.
+ROWS = {
+    "dpo": "train dpo --preset tiny",
+    "rankdpo": "train rankdpo --preset tiny",
+    "d3po": "train d3po --preset tiny",
+    "spo": "train spo --preset tiny",
+    "prdp": "train prdp --preset tiny",
+    "ddpo": "train ddpo --preset tiny",
+    # The paper's usual sampler, at twice the steps: what the fast one has to match.
+    "d3po-ddim20": "train d3po --preset tiny --solver ddim --steps 20",
+    "prdp-ddim20": "train prdp --preset tiny --solver ddim --steps 20",
+    # Controls, which must not gain.
+    "d3po-random": "train d3po --preset tiny --reward random",
+    "prdp-random": "train prdp --preset tiny --reward random",
+}
+EVALUATION = "--steps 10 --guidance 1 --seed 0 --num_prompts"
+
+
+def run_row(name: str, seed: int, out: Path, num_prompts: int, more: list[str]) -> dict:
+    """Train and evaluate one row, and write what came of it."""
+    from diffusion_align.cli import main as command
+
+    run = out / f"{name}-{seed}"
+    train = [
+        *ROWS[name].split(),
+        "--seed",
+        str(seed),
+        "--output_dir",
+        str(run),
+        "--resume_from_checkpoint",
+        "auto",
+        *more,
+    ]
+    start = time.monotonic()
+    if not list(run.glob("pytorch_lora_weights.safetensors")) and (code := command(train)):
+        raise SystemExit(code)
+    minutes = (time.monotonic() - start) / 60
+    if code := command(["evaluate", str(run), *EVALUATION.split(), str(num_prompts)]):
+        raise SystemExit(code)
+    report = json.loads((run / "report.json").read_text())
+    judge, reward = report["metrics"]["judge/all"], report["metrics"]["reward"]
+    row = {
+        "row": name,
+        "seed": seed,
+        "n": judge["n"],
+        "judge": [judge["base"], judge["tuned"], judge["difference"], judge["low"], judge["high"]],
+        "reward": [reward["base"], reward["tuned"], reward["difference"]],
+        "diversity": [diversity(run, side) for side in ("base", "tuned")],
+        "kl": last_kl(run),
+        "evaluations": network_evaluations(train),
+        "minutes": minutes,
+    }
+    (out / f"{name}-{seed}.json").write_text(json.dumps(row) + "\n")
+    return row
+
+
+def diversity(run: Path, side: str) -> float:
+    """Mean distance, root mean square over pixels, of two pictures of one prompt; held-out prompts repeat."""
+    from diffusion_align.evaluation import read_picture
+
+    folder = max((run / "evaluation").iterdir(), key=lambda path: path.stat().st_mtime) / side
+    prompts = json.loads((folder / "pictures.json").read_text())["prompts"]
+    where: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        where.setdefault(prompt, []).append(i)
+    apart = []
+    for rows in where.values():
+        pictures = [read_picture(folder, i).flatten() for i in rows[:4]]
+        apart += [(a - b).square().mean().sqrt() for i, a in enumerate(pictures) for b in pictures[:i]]
+    return float(torch.stack(apart).mean())
+
+
+def last_kl(run: Path) -> float | None:
+    """Nats of a run to the reference (of a step, for SPO), mean over the last five steps; None where none is logged."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-5:]
+    known = [row.get("kl", row.get("kl_w")) for row in rows]
+    return None if None in known else sum(known) / len(known)
+
+
+def network_evaluations(argv: list[str]) -> int:
+    """Of the whole training, from its options: rollout, policy, reference; a gradient counts as one more."""
+    from diffusion_align.commands.plan_online import evaluations, rounds_of
+    from diffusion_align.options import VERBS, TrainOnline, build_parser, parse, resolve
+
+    words = " ".join(argv[:2])
+    verb = VERBS[words]
+    parsed = parse(build_parser(verb.options, words, ""), verb.options, argv[2:], words)
+    o = resolve(verb.options, words, preset=parsed.preset, settings=parsed.settings).options
+    if isinstance(o, TrainOnline):
+        plan = rounds_of(o, 1)
+        return sum(evaluations(o).values()) * o.prompts_per_round * (plan.steps // plan.steps_per_round)
+    pictures = 2 if words == "train dpo" else 4
+    return (o.max_train_steps or 0) * o.train_batch_size * o.gradient_accumulation_steps * pictures * 2
+
+
+def table(out: Path) -> str:
+    """The rows there are, in the order of ROWS, as Markdown."""
+    names = "method, seed, judge (base), tuned, difference, 95 % interval, reward, diversity, KL, evaluations, minutes"
+    lines = ["| " + names.replace(", ", " | ") + " |", "|" + "---|" * 11]
+    found = [json.loads(path.read_text()) for path in out.glob("*.json")]
+    for row in sorted(found, key=lambda r: (list(ROWS).index(r["row"]), r["seed"])):
+        base, tuned, difference, low, high = (100 * v for v in row["judge"])
+        before, after = row["diversity"]
+        kl = "" if row["kl"] is None else f"{row['kl']:.1f}"
+        cells = [
+            row["row"],
+            str(row["seed"]),
+            f"{base:.1f} %",
+            f"{tuned:.1f} %",
+            f"{difference:+.1f}",
+            f"{low:+.1f} to {high:+.1f}",
+            f"{row['reward'][2]:+.3f}",
+            f"{before:.3f} to {after:.3f}",
+            kl,
+            f"{row['evaluations']:,}",
+            f"{row['minutes']:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("runs/shootout"))
+    parser.add_argument("--num_prompts", type=int, default=500, help="held-out prompts to measure on")
+    parser.add_argument("--table", action="store_true", help="print the table and stop")
+    args, more = parser.parse_known_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.table:
+        for seed in args.seeds:
+            for name in args.methods:
+                if not (args.out / f"{name}-{seed}.json").exists():
+                    run_row(name, seed, args.out, args.num_prompts, more)
+    print(table(args.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""A toy for the online methods: a small network with an adapter, a reward one can compute by hand, runs in memory."""
+
+import copy
+
+import torch
+from accelerate import Accelerator
+from helpers_train import SCHEDULE, SHAPE, TEXT, Network
+
+from diffusion_align import rng
+from diffusion_align.samplers import step_table
+from diffusion_align.train.branches import resample
+from diffusion_align.train.online import d3po_method, policy_gradient_method, prdp_method, spo_method
+from diffusion_align.train.rounds import run_rounds
+from diffusion_align.train.runs import binder, draw_runs
+
+PROMPTS = [f"prompt {i}" for i in range(6)]
+TEXTS = rng.normal((6, *TEXT), 0, "online text")
+EMPTY = torch.zeros(1, *TEXT)
+
+
+def darkness(latents, prompts):
+    """The reward: how dark the end of a run is."""
+    return -latents.flatten(1).mean(1)
+
+
+class Counted:
+    """A network that counts the rows it is given, with and without gradients."""
+
+    def __init__(self, network):
+        self.network, self.plain, self.grad = network, 0, 0
+
+    def __call__(self, x, t, text):
+        if torch.is_grad_enabled():
+            self.grad += len(x)
+        else:
+            self.plain += len(x)
+        return self.network(x, t, text)
+
+
+class Toy:
+    """Policy, reference and settings; `method(name)` is what a round asks, `rounds(method)` the loop."""
+
+    def __init__(self, *, guidance=3.0, order=1, steps=6, group=2, share=True, double=False, reward=darkness, seed=0):
+        self.network = Network()
+        self.network.requires_grad_(False)
+        self.network.up.requires_grad_(True)
+        self.network.down.requires_grad_(True)
+        if double:
+            self.network.double()
+        frozen = copy.deepcopy(self.network).requires_grad_(False)
+        frozen.adapter = False
+        self.policy_calls, self.reference_calls = Counted(self.network), Counted(frozen)
+        self.dtype = torch.float64 if double else torch.float32
+        empty = EMPTY.to(self.dtype)
+        self.policy = binder(self.policy_calls, SCHEDULE, "epsilon", empty, guidance)
+        self.reference = binder(self.reference_calls, SCHEDULE, "epsilon", empty, guidance)
+        self.table = step_table(SCHEDULE, steps, solver="dpmpp", order=order, eta=1.0)
+        self.group, self.share, self.reward, self.seed = group, share, reward, seed
+        self.parameters = [self.network.up, self.network.down]
+        self.optimizer = torch.optim.SGD(self.parameters, lr=1.0)
+        self.dims = 32
+
+    def texts(self, samples):
+        rows = [index for _, index in samples]
+        return [PROMPTS[i] for i in rows], TEXTS[rows].to(self.dtype)
+
+    def draw(self, samples):
+        prompts, text = self.texts(samples)
+        return draw_runs(
+            self.policy, self.reference, self.table, text, prompts, samples, self.reward,
+            group=self.group, share_noise=self.share, shape=SHAPE, seed=self.seed,
+        )  # fmt: skip
+
+    def branch(self, samples, children=3, start=2, threshold=0.0, segment=1):
+        prompts, text = self.texts(samples)
+        return resample(
+            self.policy, self.table, text, prompts, samples, lambda x, p, t: 20 * self.reward(x, p),
+            children=children, start=start, threshold=threshold, shape=SHAPE, seed=self.seed, segment=segment,
+        )  # fmt: skip
+
+    def method(self, name, **more):
+        if name == "d3po":
+            settings = {"beta": 5.0, "clip": 0.1, "per_dim": True} | more
+            return d3po_method(self.draw, self.policy, self.dims, **settings)
+        if name == "prdp":
+            settings = {"beta": 0.05, "clip": None, "mean": False, "fresh": True} | more
+            return prdp_method(self.draw, self.policy, self.dims, **settings)
+        if name == "ddpo":
+            settings = {"clip": 0.1, "std": "group", "kl_weight": 0.0, "per_dim": True} | more
+            return policy_gradient_method(self.draw, self.policy, self.dims, **settings)
+        settings = {"beta": 10.0, "clip": 0.1, "per_dim": True, "at_once": 5} | more
+        return spo_method(self.branch, self.policy, self.reference, self.table, self.dims, **settings)
+
+    def rounds(self, method, *, progress=None, accelerator=None, **more):
+        from diffusion_align.train.update import Progress
+
+        settings = {
+            "n": len(PROMPTS), "prompts_per_round": 4, "prompts_per_step": 4, "prompts_per_chunk": 2, "passes": 1,
+            "lr_scheduler": None, "seed": self.seed, "max_steps": 3, "max_grad_norm": None,
+        } | more  # fmt: skip
+        return run_rounds(
+            method, parameters=self.parameters, optimizer=self.optimizer, progress=progress or Progress(),
+            accelerator=accelerator or Accelerator(cpu=True), **settings,
+        )  # fmt: skip
+
+    def weights(self):
+        return [p.detach().clone() for p in self.parameters]
+
+    def move(self, size=0.05):
+        """The policy a little away from its reference."""
+        with torch.no_grad():
+            for i, p in enumerate(self.parameters):
+                p += size * rng.normal(p.shape, 9, "move", i).to(p)
+
+
+METHODS = ("d3po", "prdp", "ddpo", "spo")

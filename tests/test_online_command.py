@@ -1,0 +1,188 @@
+"""The online verbs end to end at toy size: a run folder, an interruption, a plan, and bad input in one line."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from helpers_sdxl import make_tiny_sdxl_folder
+from helpers_tiny import make_tiny_folder
+from test_scripts import LORA, weights_of
+
+from diffusion_align import cli
+from diffusion_align.commands import score as score_module
+from diffusion_align.options import VERBS, options_of, resolve
+from diffusion_align.shapes import sample_captions
+from diffusion_align.train import record
+
+ONLINE = ("d3po", "spo", "prdp", "ddpo")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    """A random model of 64-pixel pictures and six prompts of the embedded world."""
+    folder = tmp_path_factory.mktemp("online")
+    model = make_tiny_folder(folder / "model")
+    config = json.loads((model / "unet" / "config.json").read_text())
+    (model / "unet" / "config.json").write_text(json.dumps(config | {"sample_size": 16}))
+    (folder / "prompts.txt").write_text("\n".join(sample_captions(6, 0, unique=True)))
+    return folder
+
+
+def argv(toys, name, run, *more, model="model"):
+    flags = f"""train {name} --model {toys / model} --prompts {toys / "prompts.txt"} --output_dir {run} --device cpu
+        --reward random --solver dpmpp --order 2 --steps 4 --guidance 2 --prompts_per_round 2 --sample_chunk 4
+        --num_rounds 3 --learning_rate 1e-3 --checkpointing_steps 1 --validation_sampling_steps 2
+        --validation_prompt circle""".split()
+    own = {"spo": ["--start", "1", "--threshold", "0"], "prdp": ["--passes", "2"]}.get(name, [])
+    return [*flags, *own, *more]
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_a_run_that_is_interrupted_goes_on_as_if_it_never_stopped(toys, name, tmp_path, monkeypatch, capsys):
+    """Ctrl-C in round 2, in PRDP's case between its two passes: the round is finished first."""
+    whole, cut, append = tmp_path / "whole", tmp_path / "cut", record.append
+    assert cli.main(argv(toys, name, whole)) == 0
+    rows = record.read(whole / "metrics.jsonl")
+    passes = 2 if name == "prdp" else 1
+    assert [row["step"] for row in rows] == list(range(1, 3 * passes + 1))
+    assert all(row["dims"] == 4 * 16 * 16 and row["items"] > 0 for row in rows)
+    AcceleratorState._reset_state(True)
+    pipe = StableDiffusionPipeline.from_pretrained(toys / "model", safety_checker=None)
+    pipe.load_lora_weights(whole)
+
+    def ctrl_c(path, row):
+        append(path, row)
+        if row["step"] == passes + 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "append", ctrl_c)
+        assert cli.main(argv(toys, name, cut)) == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"step {2 * passes} is saved; go on with: diffusion-align train {name} --config" in said
+    AcceleratorState._reset_state(True)
+    assert cli.main(said.partition("go on with: diffusion-align ")[2].split()) == 0
+    assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert weights_of(cut) == weights_of(whole)
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_every_online_method_runs_on_an_sdxl_format_folder(name, tmp_path):
+    make_tiny_sdxl_folder(tmp_path / "xl")
+    (tmp_path / "prompts.txt").write_text("a small red circle\na large blue square\n")
+    assert cli.main(argv(tmp_path, name, tmp_path / "run", "--num_rounds", "1", model="xl")) == 0
+    pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "xl")
+    pipe.load_lora_weights(tmp_path / "run")
+    assert (tmp_path / "run" / LORA).exists()
+
+
+def test_full_training_runs_too(toys, tmp_path):
+    assert cli.main(argv(toys, "d3po", tmp_path / "run", "--mode", "full", "--num_rounds", "1")) == 0
+    assert (tmp_path / "run" / "unet").is_dir()
+    assert record.read(tmp_path / "run" / "metrics.jsonl")[0]["log_ratio_w_p50"] == 0
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_dry_run_says_what_will_happen_and_is_a_config(toys, name, tmp_path, capsys):
+    assert cli.main(argv(toys, name, tmp_path / "run", "--dry-run")) == 0
+    said = capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    assert "# rounds           3, of 2 prompts" in said and "# latent dims D    1024" in said
+    (tmp_path / "plan.yaml").write_text(said)
+    assert cli.main(["train", name, "--config", str(tmp_path / "plan.yaml"), "--dry-run"]) == 0
+    assert capsys.readouterr().out == said
+    assert {"d3po": "[0.6832, 0.7032]", "spo": "[0.1261, 2.1328]", "prdp": "nats a step", "ddpo": "0.1024 nats"}[
+        name
+    ] in said
+
+
+def test_the_plans_evaluations_are_those_of_the_issue(toys, tmp_path, capsys):
+    """D3PO, two guided pictures, n steps: 4n rollout, 4n with gradient, 4n reference; the last step needs no score."""
+    cli.main(argv(toys, "d3po", tmp_path / "run", "--steps", "20", "--dry-run"))
+    assert "80 rollout + 76 policy with gradient + 76 reference" in capsys.readouterr().out
+    cli.main(argv(toys, "prdp", tmp_path / "run", "--steps", "20", "--dry-run"))
+    assert "80 rollout + 152 policy with gradient + 152 without + 76 reference" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--prompts", "{toys}/empty.txt"), "empty.txt: holds no prompt; give one a line"),
+        (("--prompts", "{toys}/nowhere.txt"), "nowhere.txt"),
+        (("--group_size", "1"), "rollout.group_size must be a whole number at least 2, not '1'"),
+        (("--sample_chunk", "1"), "must hold the 2 pictures of a prompt"),
+        (("--prompts_per_step", "3"), "is not a multiple of"),
+        (("--reward", "no/such/reward"), "neither a folder nor"),
+        (("--solver", "ddim", "--eta", "2"), "eta of ddim is at most 1"),
+    ],
+)
+def test_bad_input_is_one_line(toys, tmp_path, capsys, more, message):
+    (toys / "empty.txt").write_text("\n \n")
+    code = cli.main(argv(toys, "d3po", tmp_path / "run", *(word.format(toys=toys) for word in more)))
+    said = capsys.readouterr().err.strip().splitlines()
+    assert code != 0 and message in said[-1] and "Traceback" not in "".join(said)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda images, prompts: torch.full((len(prompts),), torch.nan), "no finite number for any of 4 pictures"),
+        (lambda images, prompts: torch.ones(1), "the reward returned [1] for 4 pictures"),
+        (lambda images, prompts: 1 / 0, "the reward failed: ZeroDivisionError"),
+        (lambda images, prompts: torch.zeros(len(prompts)), "5 steps in a row had nothing to learn from: all pictures"),
+    ],
+)
+def test_bad_rewards_are_one_line_and_nothing_done_is_lost(toys, tmp_path, capsys, monkeypatch, reward, message):
+    calls = []
+
+    def good_at_first(name, *, device, seed):
+        def score(images, prompts):
+            calls.append(0)
+            good = torch.arange(len(prompts)).float()
+            return good if len(calls) == 1 else reward(images, prompts)
+
+        return score
+
+    monkeypatch.setattr("diffusion_align.commands.train_online.reward_by_name", good_at_first)
+    assert cli.main(argv(toys, "d3po", tmp_path / "run", "--num_rounds", "9")) == 1
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert (tmp_path / "run" / "checkpoints" / "step-00000001").is_dir()
+
+
+def test_a_threshold_that_filters_everything_is_an_end_with_a_reason(toys, tmp_path, capsys):
+    assert cli.main(argv(toys, "spo", tmp_path / "run", "--threshold", "0.99", "--num_rounds", "9")) == 1
+    assert "lower --threshold" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_the_random_reward_is_the_same_for_the_same_picture():
+    reward = score_module.random_reward(3)
+    images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    first = reward(images, ["a"] * 3)
+    assert torch.equal(first[[2, 0]], reward(images[[2, 0]], ["b"] * 2)) and len(set(first.tolist())) == 3
+    assert not torch.equal(first, score_module.random_reward(4)(images, ["a"] * 3))
+
+
+def test_options_that_decide_what_is_drawn_are_part_of_a_runs_identity(toys, tmp_path, capsys):
+    assert cli.main(argv(toys, "d3po", tmp_path / "run", "--num_rounds", "1")) == 0
+    for more in (("--beta", "9"), ("--group_size", "3"), ("--reward", "judge"), ("--eta", "0.5")):
+        AcceleratorState._reset_state(True)
+        assert cli.main(argv(toys, "d3po", tmp_path / "run", "--resume", "latest", *more)) == 1
+        assert more[0].removeprefix("--") in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_presets_need_only_prompts():
+    for name in ONLINE:
+        record_of = VERBS[f"train {name}"]
+        options = resolve(record_of.options, record_of.words, preset="tiny", settings=[]).options
+        record_of.check(options)
+        assert options.prompts == "tiny" and "beta" in options_of(record_of.options) or name == "ddpo"

@@ -1,0 +1,153 @@
+"""SPO's resampler and its loss: who is compared with whom, at which step, and by what."""
+
+import pytest
+import torch
+from helpers_online import TEXTS, Toy
+from scipy import stats
+
+from diffusion_align.samplers.kernel import step_gaussian
+from diffusion_align.train.branch_loss import learn_spo
+
+SAMPLES = [(0, i) for i in range(5)]
+
+
+def gradients(toy):
+    found = torch.cat([p.grad.flatten() for p in toy.parameters])
+    for p in toy.parameters:
+        p.grad = None
+    return found
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_pairs_share_parent_and_step_and_win_by_the_score_one_step_later(order):
+    """T23, T24: the children at step k are scored by their clean predictions at the timestep of step k + 1."""
+    toy, seen = Toy(order=order), []
+
+    def score(clean, prompts, t):
+        values = 20 * toy.reward(clean, prompts)
+        seen.append((clean.view(3, 5, 2, 4, 4), list(prompts), t, values.view(3, 5)))
+        return values
+
+    toy_branch, pairs = Toy(order=order), None
+    prompts, text = toy_branch.texts(SAMPLES)
+    from diffusion_align.train.branches import resample
+
+    pairs = resample(
+        toy_branch.policy, toy_branch.table, text, prompts, SAMPLES, score,
+        children=3, start=2, threshold=0.0, shape=(2, 4, 4), seed=0,
+    )  # fmt: skip
+    assert pairs.shared and torch.equal(pairs.parent[0], pairs.parent[1])
+    assert pairs.k.tolist() == [2] * 5 + [3] * 5 + [4] * 5 and len(seen) == 3
+    steps = toy_branch.table.timesteps
+    for i, (clean, asked, t, values) in enumerate(seen):
+        assert asked == prompts * 3 and torch.equal(t, steps[3 + i].float().expand(15))
+        rows = pairs.k == 2 + i
+        best, worst = values.max(0).values, values.min(0).values
+        torch.testing.assert_close(pairs.gap[rows], best - worst)
+        # The winner's own clean prediction is the one that scored best.
+        x = pairs.child[0, rows]
+        again = toy_branch.policy(text)(x, t[:5])
+        wanted = clean[values.argmax(0), torch.arange(5)]
+        torch.testing.assert_close(again, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_next_parent_is_a_child_of_the_last_and_any_child_as_likely():
+    """Chi-square over which of the three children goes on; the winner would raise the score, the loser lower it."""
+    counts = torch.zeros(3)
+    toy = Toy(steps=4, guidance=1.0)
+    for epoch in range(60):
+        samples = [(epoch, i) for i in range(6)]
+        pairs = toy.branch(samples, children=3, start=0)
+        by_step = [pairs.k == k for k in range(3)]
+        for k in range(2):
+            win, lose = pairs.child[0, by_step[k]], pairs.child[1, by_step[k]]
+            parent = pairs.parent[0, by_step[k + 1]]
+            is_win, is_lose = ((side == parent).flatten(1).all(1) for side in (win, lose))
+            counts += torch.stack([is_win.sum(), is_lose.sum(), (~is_win & ~is_lose).sum()])
+    assert counts.sum() == 720 and stats.chisquare(counts.tolist()).pvalue > 1e-3
+
+
+def test_a_pair_is_kept_iff_its_softmax_gap_passes():
+    toy = Toy()
+    everything, some = toy.branch(SAMPLES, threshold=0.0), toy.branch(SAMPLES, threshold=0.3)
+    kept = torch.tanh(everything.gap / 2) > 0.3
+    assert 0 < kept.sum() < len(kept) and torch.equal(some.gap, everything.gap[kept])
+    assert torch.equal(some.parent, everything.parent[:, kept]) and torch.equal(some.k, everything.k[kept])
+    assert some.score.shape == everything.score.shape == (3, 5)
+    assert len(toy.branch(SAMPLES, threshold=1 - 1e-12)) == 0
+
+
+@pytest.mark.parametrize("segment", [1, 2])
+@pytest.mark.parametrize("order", [1, 2])
+def test_spo_is_its_definition(order, segment):
+    """eq. 5 with the clamp, by torch's Normal and plain autograd, pair by pair, history through the network too."""
+    toy = Toy(double=True, order=order)
+    pairs = toy.branch(SAMPLES[:2], start=2, segment=segment)
+    toy.move()
+    expected = 0.0
+    for m in range(len(pairs)):
+        k, q = int(pairs.k[m]), []
+        for side in range(2):
+            ratio = 0.0
+            for sign, bind in ((1, toy.policy), (-1, toy.reference)):
+                denoise = bind(pairs.text[m : m + 1])
+                x, before = pairs.parent[side, m : m + 1], pairs.before[side, m : m + 1]
+                history = [denoise(x, toy.table.timesteps[k : k + 1])]
+                if int(toy.table.order[k]) > 1:
+                    history.append(denoise(before, toy.table.timesteps[k - 1 : k]))
+                mean, std = step_gaussian(toy.table, k, x, *history)
+                log_prob = torch.distributions.Normal(mean, std[0]).log_prob(pairs.child[side, m : m + 1])
+                ratio = ratio + sign * log_prob.mean()
+            q.append(ratio.exp().clamp(0.9, 1.1).log())
+        expected = expected - torch.nn.functional.logsigmoid(10.0 * (q[0] - q[1]))
+    (0.5 * expected).backward()
+    wanted = gradients(toy)
+    columns = learn_spo(pairs, toy.policy, toy.reference, toy.table, 0.5, beta=10.0, clip=0.1, at_once=3)
+    assert columns["loss"].sum().item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(gradients(toy), wanted, rtol=1e-5, atol=1e-8)
+
+
+def test_the_identity_of_one_parent():
+    """METHODS-CORE 4.4: q_w - q_l = sum (mu_theta - mu_ref)(y_w - y_l) / std^2, linear in the policy's mean."""
+    toy = Toy(double=True)
+    pairs = toy.branch(SAMPLES)
+    toy.move()
+    columns = learn_spo(pairs, toy.policy, toy.reference, toy.table, 1.0, beta=1.0, clip=None)
+    means = []
+    with torch.no_grad():
+        for bind in (toy.policy, toy.reference):
+            t = toy.table.timesteps[pairs.k]
+            means.append(step_gaussian(toy.table, pairs.k, pairs.parent[0], bind(pairs.text)(pairs.parent[0], t))[0])
+    std = toy.table.std[pairs.k]
+    apart = ((means[0] - means[1]) * (pairs.child[0] - pairs.child[1])).flatten(1).sum(1) / std**2
+    torch.testing.assert_close(columns["log_ratio_w"] - columns["log_ratio_l"], apart, rtol=1e-6, atol=1e-9)
+
+
+def test_segments_go_on_by_themselves_and_all_their_transitions_count():
+    """Steps 1 .. 4 of 6 in segments of 2: two comparisons, four transitions; parents are shared where one starts."""
+    toy = Toy()
+    pairs = toy.branch(SAMPLES, start=1, segment=2)
+    assert pairs.k.tolist() == [1] * 5 + [2] * 5 + [3] * 5 + [4] * 5 and pairs.score.shape == (2, 5)
+    same = (pairs.parent[0] == pairs.parent[1]).flatten(1).all(1)
+    assert torch.equal(same, (pairs.k == 1) | (pairs.k == 3)) and not pairs.shared
+    # Within a segment a side's child is its next parent, and its parent the state before.
+    assert torch.equal(pairs.child[:, :5], pairs.parent[:, 5:10])
+    assert torch.equal(pairs.before[:, 5:10], pairs.parent[:, :5])
+    assert torch.equal(pairs.gap[:5], pairs.gap[5:10])
+    # The last segment may be shorter: it closes where the steps with a density end.
+    assert toy.branch(SAMPLES, start=2, segment=2).k.tolist() == [2] * 5 + [3] * 5 + [4] * 5
+
+
+def test_chains_do_not_depend_on_their_batch_mates():
+    toy = Toy()
+    together, alone = toy.branch(SAMPLES), toy.branch(SAMPLES[3:4])
+    rows = (together.text == TEXTS[3]).flatten(1).all(1)
+    torch.testing.assert_close(together.child[:, rows], alone.child, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together.final[3:4], alone.final, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(ValueError, match="2 or more children from step 2 on: 1"):
+        Toy().branch(SAMPLES, children=1)
+    with pytest.raises(ValueError, match="from step 5 on"):
+        Toy().branch(SAMPLES, start=5)

@@ -1,0 +1,269 @@
+"""The online methods on a toy: counts of network calls, exact gradients, the start, and what they learn."""
+
+import math
+
+import pytest
+import torch
+from helpers_online import METHODS, PROMPTS, Toy, darkness
+from helpers_train import SHAPE
+
+from diffusion_align.samplers.kernel import step_gaussian
+from diffusion_align.train.online import require_start
+from diffusion_align.train.path_losses import learn_prdp
+from diffusion_align.train.runs import draw_runs
+from diffusion_align.train.step_losses import learn_d3po, learn_policy_gradient, pairs_of
+
+SAMPLES = [(0, 1), (0, 4)]
+
+
+def gradients(toy):
+    found = torch.cat([p.grad.flatten() for p in toy.parameters])
+    for p in toy.parameters:
+        p.grad = None
+    return found
+
+
+def by_hand(toy, runs):
+    """log pi_theta(step) of every stored step [T,B] with torch's Normal, by plain autograd, and the reference's."""
+
+    def of(bind):
+        denoise, rows, history = bind(runs.text), [], []
+        for k in range(len(toy.table)):
+            x = runs.trajectory.states[k]
+            history.insert(0, denoise(x, toy.table.timesteps[k].expand(len(x))))
+            mean, std = step_gaussian(toy.table, k, x, *history[: int(toy.table.order[k])])
+            if toy.table.stochastic[k]:
+                normal = torch.distributions.Normal(mean, std[0])
+                rows.append(normal.log_prob(runs.trajectory.states[k + 1]).flatten(1).sum(1))
+        return torch.stack(rows)
+
+    with torch.no_grad():
+        reference = of(toy.reference)
+    return of(toy.policy), reference
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_d3po_is_its_definition_over_all_pairs(order, guidance):
+    """Yang et al., eq. 14 with the code's clamp, written out: loops over pairs and steps, sums by Normal."""
+    toy = Toy(double=True, order=order, guidance=guidance, group=3)
+    toy.move()
+    runs = toy.draw(SAMPLES)
+    now, reference = by_hand(toy, runs)
+    expected, count = 0.0, 0
+    for g in range(2):
+        for i in range(3):
+            for j in range(3):
+                if runs.reward[g, i] > runs.reward[g, j]:
+                    count += 1
+                    q = ((now - reference) / 32).exp().clamp(0.9, 1.1).log()
+                    logit = 5.0 * (q[:, 3 * g + i] - q[:, 3 * g + j])
+                    expected = expected - torch.nn.functional.logsigmoid(logit).mean()
+    (0.25 * expected).backward()
+    wanted = gradients(toy)
+    columns = learn_d3po(runs, toy.policy, 0.25, beta=5.0, clip=0.1)
+    assert len(columns["loss"]) == count == 6
+    assert columns["loss"].sum().item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(gradients(toy), wanted, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("mean", "clip"), [(False, None), (False, 0.5), (True, 1e-2)])
+@pytest.mark.parametrize("order", [1, 2])
+def test_prdp_is_its_definition(order, mean, clip):
+    """Deng et al., App. G, in the unit of their code (`mean`) and in nats, after the policy has moved off the runs."""
+    toy = Toy(double=True, order=order, group=3)
+    toy.move()
+    runs = toy.draw(SAMPLES)
+    toy.move(0.02)
+    with torch.no_grad():
+        old = runs.trajectory.log_prob[toy.table.stochastic]
+    now, reference = by_hand(toy, runs)
+    unit = 32 if mean else 1
+    rho, rho_old = (now - reference) / unit, (old - reference) / unit
+    held = rho if clip is None else torch.minimum(torch.maximum(rho, rho_old - clip), rho_old + clip)
+    R, Rc = (v.mean(0) if mean else v.sum(0) for v in (rho, held))
+    expected = 0.0
+    for g in range(2):
+        pairs = []
+        for i in range(3):
+            for j in range(3):
+                gap = runs.reward[g, i].double() - runs.reward[g, j].double()
+                if gap > 0:
+                    a, b = 3 * g + i, 3 * g + j
+                    pairs.append(torch.maximum((R[a] - R[b] - gap / 0.05) ** 2, (Rc[a] - Rc[b] - gap / 0.05) ** 2))
+        expected = expected + torch.stack(pairs).mean()
+    expected.backward()
+    wanted = gradients(toy)
+    columns = learn_prdp(runs, toy.policy, 1.0, beta=0.05, clip=clip, mean=mean)
+    assert columns["loss"].sum().item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(gradients(toy), wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_policy_gradient_is_its_definition(order):
+    toy = Toy(double=True, order=order, group=4)
+    toy.move()
+    runs = toy.draw(SAMPLES)
+    toy.move(0.02)
+    old = runs.trajectory.log_prob[toy.table.stochastic]
+    now, reference = by_hand(toy, runs)
+    reward = runs.reward.double()
+    advantage = ((reward - reward.mean(1, True)) / (reward.std(1, correction=0, keepdim=True) + 1e-6)).flatten()
+    ratio = ((now - old) / 32).exp()
+    surrogate = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.99, 1.01)).mean(0).sum()
+    surrogate.backward()
+    wanted = gradients(toy)
+    columns = learn_policy_gradient(runs, toy.policy, 1.0, clip=0.01)
+    assert columns["loss"].sum().item() == pytest.approx(surrogate.item(), rel=1e-5, abs=1e-6)
+    torch.testing.assert_close(gradients(toy), wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+
+
+def test_a_kl_weight_pulls_towards_the_reference():
+    """Monte Carlo is not needed: the gradient of the exact KL of each step's Gaussians, by hand."""
+    toy = Toy(double=True, group=2, reward=lambda x, p: torch.arange(len(x)) % 2 * 0.0)
+    toy.move()
+    runs = toy.draw(SAMPLES)
+    expected = 0.0
+    for k in range(len(toy.table) - 1):
+        x, t = runs.trajectory.states[k], toy.table.timesteps[k].expand(4)
+        apart = toy.table.c[k, 0] * (toy.policy(runs.text)(x, t) - toy.reference(runs.text)(x, t).detach())
+        expected = expected + 0.3 * (apart.flatten(1).square().sum(1) / (2 * toy.table.std[k] ** 2)).sum() / 5
+    expected.backward()
+    wanted = gradients(toy)
+    learn_policy_gradient(runs, toy.policy, 1.0, clip=0.01, kl_weight=0.3)
+    torch.testing.assert_close(gradients(toy), wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("guided", [1, 2])
+@pytest.mark.parametrize("order", [1, 2])
+def test_network_evaluations_of_a_round(order, guided):
+    """n steps of which the last has no density; group K. D3PO: K g n rollout, K g (n-1) with gradient, as many of the
+    reference, whatever the number of pairs. PRDP: the same while its data are fresh, else as many again without."""
+    n, group = 6, 3
+    run, learn = group * guided * n, group * guided * (n - 1)
+    for name, more, without in (("d3po", {}, 0), ("prdp", {}, 0), ("prdp", {"fresh": False}, learn), ("ddpo", {}, 0)):
+        toy = Toy(order=order, guidance=float(3 if guided == 2 else 1), group=group)
+        method = toy.method(name, **more)
+        runs = method.collect(SAMPLES[:1])
+        assert (toy.policy_calls.plain, toy.policy_calls.grad, toy.reference_calls.plain) == (run, 0, learn)
+        method.learn(runs, 1.0)
+        assert (toy.policy_calls.plain, toy.policy_calls.grad) == (run + without, learn), name
+        assert (toy.reference_calls.plain, toy.reference_calls.grad) == (learn, 0)
+
+
+@pytest.mark.parametrize(("order", "of_a_pair"), [(1, 1), (2, 2)])
+def test_network_evaluations_of_spo(order, of_a_pair):
+    """A prompt: start + 1 + (n - start - 1) K. A guided pair: 2 policy and 2 reference, half of the authors' code; at
+    order 2 another of each, for the state before."""
+    n, start, children = 6, 2, 3
+    toy = Toy(order=order)
+    pairs = toy.branch(SAMPLES[:1], children, start)
+    assert toy.policy_calls.plain == 2 * (start + 1 + (n - start - 1) * children) and toy.reference_calls.plain == 0
+    toy.method("spo").learn(pairs, 1.0)
+    assert len(pairs) == n - 1 - start
+    assert toy.policy_calls.grad == toy.reference_calls.plain == 2 * len(pairs) * of_a_pair
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_start_is_exact(name, order):
+    """Before the first update every ratio is 1 and every margin 0, to the bit, and the loss says so."""
+    toy = Toy(order=order)
+    record = next(toy.rounds(toy.method(name)))
+    assert record.metrics.get("kl", record.metrics.get("kl_w")) == 0
+    assert all(value == 0 for key, value in record.metrics.items() if key.startswith(("log_ratio", "drift")))
+    if name in ("d3po", "spo"):
+        assert record.loss == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_policy_that_is_not_its_reference_is_refused_at_the_start(name):
+    toy = Toy()
+    toy.move(0.5)
+    before = toy.weights()
+    with pytest.raises(RuntimeError, match="before the first update.*differs from its reference"):
+        next(toy.rounds(toy.method(name)))
+    assert all(torch.equal(a, b) for a, b in zip(before, toy.weights(), strict=True))
+
+
+def test_a_ratio_that_is_not_one_is_refused_at_the_start():
+    columns = {"drift": torch.tensor([0.0, 2.0]), "log_ratio": torch.zeros(2)}
+    require_start(columns, dims=10**6)
+    with pytest.raises(RuntimeError, match="importance ratio is not 1"):
+        require_start(columns, dims=32)
+    with pytest.raises(RuntimeError, match="importance ratio is not 1"):
+        require_start({"drift": torch.tensor([float("nan")]), "log_ratio": torch.zeros(1)}, dims=32)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("order", [1, 2])
+def test_each_method_raises_the_reward(name, order):
+    """On prompts and noise it was not trained on."""
+    toy = Toy(order=order, group=4)
+    toy.optimizer = torch.optim.Adam(toy.parameters, lr=0.02)
+    held_out = [(99, i) for i in range(len(PROMPTS))]
+    before = toy.draw(held_out).reward.mean()
+    more = {"beta": 0.01} if name == "prdp" else {}
+    for record in toy.rounds(toy.method(name, **more), max_steps=15):
+        assert record.updated
+    gain = toy.draw(held_out).reward.mean() - before
+    assert gain > 0.02
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_only_the_first_steps_are_learnt_from_where_asked(order):
+    """The same states and reward; the gradient is that of the loss over those steps, and the others cost nothing."""
+    toy = Toy(order=order, double=True)
+    prompts, text = toy.texts(SAMPLES)
+    toy.move()
+    settings = {"group": 2, "share_noise": True, "shape": SHAPE, "seed": 0}
+    arguments = (toy.policy, toy.reference, toy.table, text, prompts, SAMPLES, darkness)
+    whole, first = draw_runs(*arguments, **settings), draw_runs(*arguments, **settings, learn_steps=3)
+    assert torch.equal(whole.trajectory.states, first.trajectory.states) and torch.equal(whole.reward, first.reward)
+    assert toy.reference_calls.plain == 2 * 4 * (5 + 3)
+    columns = learn_d3po(first, toy.policy, 1.0, beta=1.0, clip=None)
+    assert toy.policy_calls.grad == 2 * 4 * 3
+    found = gradients(toy)
+    now, reference = by_hand(toy, whole)
+    winner, loser = pairs_of(whole)
+    q = ((now - reference) / 32)[:3]
+    expected = -torch.nn.functional.logsigmoid(q[:, winner] - q[:, loser]).mean(0).sum()
+    expected.backward()
+    torch.testing.assert_close(found, gradients(toy), rtol=1e-6, atol=1e-9)
+    assert columns["loss"].sum().item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_reference_that_is_renewed_every_round_is_the_policy_that_ran():
+    """It asks for no evaluation, and log-ratios to it are those to the behaviour."""
+    toy = Toy(order=2)
+    toy.move()
+    prompts, text = toy.texts(SAMPLES)
+    runs = draw_runs(
+        toy.policy, None, toy.table, text, prompts, SAMPLES, darkness, group=2, share_noise=True, shape=SHAPE, seed=0
+    )
+    assert toy.reference_calls.plain == 0 and torch.equal(runs.reference, runs.trajectory.clean)
+    assert bool((learn_d3po(runs, toy.policy, 1.0, beta=1.0, clip=None)["log_ratio_w"] == 0).all())
+    toy.move()
+    columns = learn_d3po(runs, toy.policy, 1.0, beta=1.0, clip=None)
+    assert bool((columns["log_ratio_w"] != 0).all())
+
+
+def test_pairs_share_their_start_or_not_and_runs_have_addresses():
+    shared, apart = Toy().draw(SAMPLES), Toy(share=False).draw(SAMPLES)
+    assert torch.equal(shared.trajectory.states[0, 0], shared.trajectory.states[0, 1])
+    assert not torch.equal(apart.trajectory.states[0, 0], apart.trajectory.states[0, 1])
+    alone = Toy().draw(SAMPLES[1:])
+    torch.testing.assert_close(alone.trajectory.states, shared.trajectory.states[:, 2:], rtol=1e-5, atol=1e-5)
+    assert shared.trajectory.states.shape == (7, 4, *SHAPE)
+
+
+def test_a_failed_reward_takes_its_picture_out_of_pairs_only():
+    def sometimes(latents, prompts):
+        values = darkness(latents, prompts)
+        values[0] = float("inf")
+        return values
+
+    runs = Toy(group=3, reward=sometimes).draw(SAMPLES)
+    winner, loser = pairs_of(runs)
+    assert len(winner) == 1 + 3 and 0 not in torch.cat([winner, loser])
+    assert bool((runs.reward.flatten()[winner] > runs.reward.flatten()[loser]).all())

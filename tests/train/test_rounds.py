@@ -1,0 +1,122 @@
+"""The engine of online rounds: stream, passes, resume, processes, and steps with nothing in them."""
+
+import pytest
+import torch
+from helpers_online import METHODS, Toy, darkness
+from helpers_train import in_processes
+
+from diffusion_align.train.rounds import NothingToLearn
+from diffusion_align.train.runs import RewardError
+from diffusion_align.train.update import Progress
+
+
+def test_rounds_steps_and_passes():
+    toy = Toy()
+    records = list(toy.rounds(toy.method("d3po"), prompts_per_step=2, passes=2, max_steps=8))
+    assert [r.step for r in records] == list(range(1, 9))
+    assert [r.resumable for r in records] == [False, False, False, True] * 2
+    assert [r.progress.samples for r in records] == [0, 0, 0, 4, 4, 4, 4, 8]
+    # The second pass meets a policy that has moved off the runs.
+    assert records[0].metrics["drift"] == 0 and records[2].metrics["drift"] > 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_stopping_between_rounds_changes_nothing(name):
+    whole = Toy()
+    rows = list(whole.rounds(whole.method(name), max_steps=4))
+    cut = Toy()
+    first = list(cut.rounds(cut.method(name), max_steps=2))
+    second = list(cut.rounds(cut.method(name), progress=first[-1].progress, max_steps=4))
+    assert [r.row() for r in first + second] == [r.row() for r in rows]
+    assert all(torch.equal(a, b) for a, b in zip(whole.weights(), cut.weights(), strict=True))
+
+
+def test_chunks_change_only_the_rounding():
+    ends = []
+    for chunk in (1, 2, 4):
+        toy = Toy(double=True)
+        list(toy.rounds(toy.method("prdp"), prompts_per_chunk=chunk))
+        ends.append(torch.cat([w.flatten() for w in toy.weights()]))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(ends[0], ends[2], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_are_one(name, tmp_path):
+    one = Toy(double=True)
+    rows = list(one.rounds(one.method(name), prompts_per_chunk=1))
+
+    def work(rank):
+        from accelerate import Accelerator
+
+        toy = Toy(double=True)
+        records = list(toy.rounds(toy.method(name), prompts_per_chunk=1, accelerator=Accelerator(cpu=True)))
+        torch.save({"weights": toy.weights(), "rows": [r.row() for r in records]}, tmp_path / f"{rank}.pt")
+
+    assert in_processes(2, work, 29641 + METHODS.index(name))
+    for rank in (0, 1):
+        there = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for a, b in zip(one.weights(), there["weights"], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        for a, b in zip(rows, there["rows"], strict=True):
+            assert b == pytest.approx(a.row(), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_ties_everywhere_are_counted_skips_and_then_an_end(name):
+    toy = Toy(reward=lambda latents, prompts: torch.ones(len(prompts)))
+    before, records = toy.weights(), []
+    with pytest.raises(NothingToLearn, match="3 steps in a row had nothing to learn"):
+        for record in toy.rounds(toy.method(name), max_steps=9, max_skipped_in_row=3):
+            records.append(record)
+    assert [r.metrics["skipped"] for r in records] == [1, 2, 3] and not any(r.updated for r in records)
+    assert all(torch.equal(a, b) for a, b in zip(before, toy.weights(), strict=True))
+
+
+def test_one_empty_round_is_passed_over():
+    calls = []
+
+    def tied_at_first(latents, prompts):
+        calls.append(0)
+        return torch.zeros(len(prompts)) if len(calls) <= 2 else darkness(latents, prompts)
+
+    toy = Toy(reward=tied_at_first)
+    records = list(toy.rounds(toy.method("d3po"), max_steps=3))
+    assert [r.updated for r in records] == [False, True, True] and [r.metrics["items"] for r in records] == [0, 4, 4]
+    # The check of the start waits for the first update.
+    assert records[1].metrics["log_ratio_w_p50"] == 0
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda x, p: torch.full((len(p),), float("nan")), "no finite number for any of 4 pictures"),
+        (lambda x, p: torch.tensor(1.0), r"returned \[\] for 4 pictures: expected \[4\]"),
+        (lambda x, p: torch.ones(3), r"returned \[3\] for 4 pictures"),
+        (lambda x, p: [1.0] * len(p), "returned list for 4 pictures"),
+        (lambda x, p: 1 / 0, "the reward failed: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_rewards_that_are_none(reward, message):
+    toy = Toy(reward=reward)
+    with pytest.raises(RewardError, match=message):
+        next(toy.rounds(toy.method("prdp")))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n": 0}, "no prompts"),
+        ({"prompts_per_step": 3}, "4 prompts a round must be a multiple of 3"),
+        ({"passes": 0}, "must be positive"),
+    ],
+)
+def test_settings_that_do_not_fit(settings, message):
+    toy = Toy()
+    with pytest.raises(ValueError, match=message):
+        next(toy.rounds(toy.method("d3po"), **settings))
+
+
+def test_progress_of_a_finished_run_does_nothing():
+    toy = Toy()
+    assert list(toy.rounds(toy.method("d3po"), progress=Progress(step=3, samples=12))) == []
