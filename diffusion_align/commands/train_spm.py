@@ -1,0 +1,180 @@
+"""`reward train-spm`: pairs, a base model and a CLIP reward in, a step-aware preference model out."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion_align import rng
+from diffusion_align.commands.interrupt import Interruptible
+from diffusion_align.commands.plan import describe_steps, steps_of
+from diffusion_align.commands.run_folder import CONFIG, METRICS
+from diffusion_align.commands.sources import fetch_pairs, pairs_on_disk, present_model, present_pairs
+from diffusion_align.data import Counts, Pair, PairCache, build_cache, read_pairs
+from diffusion_align.options import to_yaml
+from diffusion_align.options.train_spm import TrainSpm
+from diffusion_align.rewards.step_aware import WEIGHTS, save_step_aware, start_step_aware, step_aware_scorer
+from diffusion_align.train import record
+from diffusion_align.train.optimizer import adamw, lr_schedule
+from diffusion_align.train.step_aware import TIMESTEPS, accuracy_by_noise, train_step_aware
+
+VERB = "reward train-spm"
+ACCURACY = "accuracy.json"
+EXAMPLES = 64  # pairs whose latents and pictures fit the patches of a model that reads latents
+
+
+def train_spm(options: TrainSpm) -> int:
+    """Train a step-aware preference model; its folder also gets accuracy.json, metrics.jsonl and config.yaml.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the model as it is then is saved.
+    """
+    o, home = options, Path(options.output_dir)
+    if (home / WEIGHTS).exists() and not o.overwrite_output_dir:
+        raise ValueError(f"{home} holds a model already: --overwrite_output_dir replaces it, or give --output_dir")
+    if o.cache_dir and "huggingface_hub" not in sys.modules:
+        os.environ["HF_HUB_CACHE"] = o.cache_dir  # read once, when the hub's client is imported
+    pairs, counts = _read(o)
+    training, held = hold_out(pairs[: o.max_train_samples], o.held_out, o.seed)
+
+    from diffusion_align.models import load_pipeline  # seconds, so after everything that can be refused
+
+    accelerator = Accelerator(mixed_precision=o.mixed_precision, cpu=o.device == "cpu")
+    accelerator.print(f"pairs: {counts}; {len(training)} to train on, {len(held)} held out")
+    name = present_model(o.pretrained_model_name_or_path or "")
+    gate = load_pipeline(name, device=accelerator.device, revision=o.revision, variant=o.variant)
+    resolution, main = o.resolution or gate.resolution, accelerator.is_main_process
+
+    def cached(pairs: Sequence[Pair]) -> tuple[PairCache, list[str]]:
+        folder = Path(o.cache_dir) / "encoded" if o.cache_dir else home / "cache"
+        with accelerator.main_process_first():
+            cache = build_cache(
+                gate,  # pyright: ignore[reportArgumentType]  (a cached property is a property)
+                pairs,
+                folder,
+                resolution=resolution,
+                seed=o.seed,
+                max_bad_fraction=o.max_bad_fraction,
+                progress=main,
+            )
+        return cache, [pairs[place].prompt for place in cache.kept]
+
+    cache, prompts = cached(training)
+    aside = cached(held) if held else None
+    latents, examples, decode = None, None, gate.decode
+    if o.inputs == "latents":
+        latents, decode = gate.latent_shape(resolution), as_they_are
+        known = cache.batch(range(min(EXAMPLES, len(cache))))[0].flatten(0, 1)
+        examples = known, gate.decode(known).cpu()
+    # Alike on every process, as every draw has an address.
+    model = start_step_aware(o.reward, device=accelerator.device, latents=latents, examples=examples, seed=o.seed)
+
+    def predict_clean(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        return gate.denoiser(text, o.guidance)(x, t)
+
+    def accuracy() -> dict[int, float]:
+        times = [t for t in TIMESTEPS if t < gate.schedule.num_timesteps]
+        if aside is None:
+            return {}
+        return accuracy_by_noise(
+            *aside, step_aware_scorer(model), predict_clean, decode,
+            schedule=gate.schedule, timesteps=times, seed=o.seed, device=gate.device,
+        )  # fmt: skip
+
+    plan = steps_of(
+        o.train_batch_size, accelerator.num_processes, o.gradient_accumulation_steps, o.num_train_epochs,
+        o.max_train_steps, len(cache),
+    )  # fmt: skip
+    accelerator.print("\n".join(describe_steps(plan)))
+    steps = plan.steps or 0  # known, as the pairs are
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = adamw(parameters, o.learning_rate, weight_decay=o.adam_weight_decay)
+    records = train_step_aware(
+        cache,
+        prompts,
+        model,
+        predict_clean,
+        decode,
+        schedule=gate.schedule,
+        parameters=parameters,
+        optimizer=optimizer,
+        lr_scheduler=lr_schedule(optimizer, o.lr_scheduler, warmup=o.lr_warmup_steps, total=steps),
+        accelerator=accelerator,
+        batch_size=plan.batch,
+        seed=o.seed,
+        max_steps=steps,
+        accumulation=o.gradient_accumulation_steps,
+        max_grad_norm=o.max_grad_norm,
+    )
+    before = accuracy() if main else {}
+    if main:
+        home.mkdir(parents=True, exist_ok=True)
+        (home / CONFIG).write_text(to_yaml(o, VERB), encoding="utf-8")
+        (home / METRICS).unlink(missing_ok=True)
+    step, asked = 0, False
+    bar = tqdm(records, total=steps, desc=VERB, unit="step", disable=not main, mininterval=1)
+    with Interruptible() as interrupt:
+        for row in bar:
+            step = row.step
+            if main:
+                record.append(home / METRICS, row.row())
+            bar.set_postfix(loss=f"{row.loss:.4f}", accuracy=f"{row.metrics['accuracy']:.2f}", refresh=False)
+            if interrupt.asked and accelerator.num_processes == 1:
+                asked = True
+                break
+    if main:
+        after = accuracy()
+        report = {"steps": step, "guidance": o.guidance, "held_out": len(aside[1]) if aside else 0}
+        report |= {"before": before, "after": after}
+        (home / ACCURACY).write_text(json.dumps(report, indent=2) + "\n")
+        save_step_aware(model, home)
+        print("\n".join([*accuracy_table(before, after), f"model: {home}"]))
+    accelerator.wait_for_everyone()
+    if asked:
+        raise KeyboardInterrupt(f"the model as it was after step {step} is in {home}")
+    return 0
+
+
+def as_they_are(latents: Tensor) -> Tensor:
+    """The decoder of a model that reads latents: none."""
+    return latents
+
+
+def hold_out(pairs: Sequence[Pair], count: int, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to train on, and at least `count` others; all pairs of a prompt are on one side, each side in its order.
+
+    Raises:
+        ValueError: nothing would be left to train on.
+    """
+    sizes = Counter(pair.prompt for pair in pairs)
+    prompts, held, total = list(sizes), set(), 0
+    for place in rng.permutation(len(prompts), seed, "held out").tolist():
+        if total >= count:
+            break
+        held.add(prompts[place])
+        total += sizes[prompts[place]]
+    training = [pair for pair in pairs if pair.prompt not in held]
+    if not training:
+        raise ValueError(f"held_out {count} leaves none of {len(pairs)} pairs to train on")
+    return training, [pair for pair in pairs if pair.prompt in held]
+
+
+def accuracy_table(before: dict[int, float], after: dict[int, float]) -> list[str]:
+    """Lines for a terminal; none where no pair was held out."""
+    rows = [f"{t:8d} {before[t]:8.3f} {after[t]:8.3f} {after[t] - before[t]:+8.3f}" for t in before]
+    return [f"{'timestep':>8} {'before':>8} {'after':>8} {'change':>8}", *rows] if rows else []
+
+
+def _read(o: TrainSpm) -> tuple[list[Pair], Counts]:
+    split = o.dataset_split_name or "train"
+    name = present_pairs(o.train_data_dir or o.dataset_name or "")
+    path = pairs_on_disk(name) or fetch_pairs(name, split, o.cache_dir)
+    return read_pairs(path, split=split, max_bad_fraction=o.max_bad_fraction)

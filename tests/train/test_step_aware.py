@@ -1,0 +1,311 @@
+"""Training the step-aware preference model: its loss by hand, its noise by address, and what it learns."""
+
+import json
+import math
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from helpers_train import SCHEDULE, SHAPE, MemoryPairs
+
+from diffusion_align import rng
+from diffusion_align.train.step_aware import (
+    accuracy_by_noise,
+    predicted_pairs,
+    preference_loss,
+    prompt_weights,
+    train_step_aware,
+)
+from diffusion_align.train.steps import samples_at
+
+SEED = 3
+PROMPTS = ["a", "b", "a", "c", "a", "b", "d", "e", "f", "g"]  # 3 pairs of a, 2 of b, 1 of each other
+
+
+def tensor(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+class Scorer(torch.nn.Module):
+    """A linear score of what it sees, with a slope in t."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(rng.normal(SHAPE, 5, "scorer"))
+        self.slope = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, seen, prompts, t):
+        return (seen * self.weight).flatten(1).sum(1) * (1 + self.slope * t / 1000)
+
+
+def shrunk(x, t, text):
+    """A base that predicts half of what it is given, and reads the text a little."""
+    return x / 2 + text.mean((1, 2))[:, None, None, None]
+
+
+def start(lr=0.01, **changes):
+    scorer = Scorer()
+    settings = {
+        "schedule": SCHEDULE, "lr_scheduler": None, "accelerator": Accelerator(cpu=True), "batch_size": 4,
+        "seed": SEED, "max_steps": 6, "optimizer": torch.optim.SGD(scorer.parameters(), lr=lr),
+    }  # fmt: skip
+    settings |= changes
+    records = train_step_aware(
+        MemoryPairs(), PROMPTS, settings.pop("model", scorer), settings.pop("predict", shrunk),
+        settings.pop("decode", torch.tanh), parameters=list(scorer.parameters()), **settings,
+    )  # fmt: skip
+    return scorer, records
+
+
+def test_loss_by_hand():
+    """Scores 2 and 0.5, so softplus(-1.5) = 0.201413 where the first is preferred, 1.701413 where the second, and for a
+    tie the mean, 0.951413, minus log 2: 0.258266. Label 0.9: 0.9 * 0.201413 + 0.1 * 1.701413 - 0.325083 = 0.026330."""
+    found = preference_loss(tensor(2, 2, 2, 2), tensor(0.5, 0.5, 0.5, 0.5), tensor(1, 0, 0.5, 0.9))
+    assert found.tolist() == pytest.approx([0.201413, 1.701413, 0.258266, 0.026330], abs=1e-6)
+    with pytest.raises(ValueError, match="shapes must be equal"):
+        preference_loss(tensor(1, 2), tensor(1, 2), tensor(1))
+
+
+def test_loss_and_gradient_are_torchs_cross_entropy_of_the_softmax():
+    scores = (3 * rng.normal((2, 7), 0, "scores", dtype=torch.float64)).requires_grad_()
+    label = tensor(1, 0, 0.5, 1, 0.2, 0.7, 0)
+    expected = F.cross_entropy(scores.T, torch.stack([label, 1 - label], 1), reduction="none")
+    entropy = torch.distributions.Bernoulli(label).entropy()
+    found = preference_loss(scores[0], scores[1], label)
+    assert torch.allclose(found, expected - entropy, rtol=1e-9, atol=1e-9)
+    (a,), (b,) = (torch.autograd.grad(loss.sum(), scores, retain_graph=True) for loss in (found, expected))
+    assert torch.allclose(a, b, rtol=1e-9) and a.abs().min() > 1e-4
+
+
+def test_every_label_has_least_loss_0_where_the_softmax_says_it():
+    label = tensor(0.5, 0.2, 0.9)
+    gap = torch.logit(label).requires_grad_()
+    loss = preference_loss(gap, torch.zeros_like(gap), label)
+    assert loss.abs().max() < 1e-12 and torch.autograd.grad(loss.sum(), gap)[0].abs().max() < 1e-12
+    assert (preference_loss(gap.detach() + 0.1, torch.zeros(3).double(), label) > 0).all()
+    far = preference_loss(tensor(1e4, -1e4), tensor(0, 0), tensor(1, 1))
+    assert far.tolist() == [0, 1e4]
+
+
+def test_a_pair_is_noised_alike_and_predicted_in_one_call_without_gradient():
+    latents, text = MemoryPairs().batch([0, 4, 7])
+    t, noise, calls = torch.tensor([0, 300, 999]), rng.normal((3, *SHAPE), 9, "noise"), []
+
+    def predict(x, t, text):
+        calls.append((x, t, text))
+        assert not torch.is_grad_enabled()
+        return x
+
+    clean, times = predicted_pairs(predict, latents, text, t, noise, SCHEDULE)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    abar = torch.cumprod(1 - betas, 0)[t].float().view(3, 1, 1, 1)
+    expected = [abar.sqrt() * latents[:, side] + (1 - abar).sqrt() * noise for side in (0, 1)]
+    assert len(calls) == 1
+    assert torch.allclose(clean, torch.cat(expected), atol=1e-6)
+    assert times.tolist() == [0, 300, 999] * 2 and torch.equal(calls[0][2], torch.cat([text, text]))
+
+
+def test_every_prompt_weighs_the_same():
+    weights = prompt_weights(PROMPTS)
+    assert weights[:4].tolist() == pytest.approx([1 / 3, 1 / 2, 1 / 3, 1])
+    per_prompt = Counter()
+    for prompt, weight in zip(PROMPTS, weights.tolist(), strict=True):
+        per_prompt[prompt] += weight
+    assert all(total == pytest.approx(1) for total in per_prompt.values())
+
+
+def by_hand(step, scorer, labels=None, batch=4):
+    """The loss of a step as the paper has it: weights 1/#pairs that sum to 1 over the batch, one t and noise a pair."""
+    rows = samples_at(batch * (step - 1), batch, 10, SEED)
+    total, share = 0.0, sum(1 / PROMPTS.count(PROMPTS[index]) for _, index in rows)
+    for address in rows:
+        (latents,), (text,) = MemoryPairs().batch([address[1]])
+        t = rng.integers_batch(0, 1000, SEED, "timestep", [address])
+        alpha, sigma = SCHEDULE.alpha(t).float(), SCHEDULE.sigma(t).float()
+        x = alpha * latents + sigma * rng.normal(SHAPE, SEED, "noise", *address)
+        scores = scorer(torch.tanh(shrunk(x, t, text.expand(2, -1, -1))), None, t.repeat(2))
+        label = 1.0 if labels is None else float(labels[address[1]])
+        logs = F.log_softmax(scores, 0)
+        loss = -(label * logs[0] + (1 - label) * logs[1]) - (math.log(2) if label == 0.5 else 0)
+        total += float(loss.detach()) / PROMPTS.count(PROMPTS[address[1]]) / share
+    return total
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_the_loss_of_a_step_is_the_papers_whatever_its_pieces(accumulation):
+    labels = tensor(1, 0, 1, 0.5, 1, 1, 0, 1, 0.5, 1)
+    untouched = Scorer()
+    scorer, records = start(accumulation=accumulation, labels=labels, max_steps=3)
+    records = list(records)
+    assert records[0].loss == pytest.approx(by_hand(1, untouched, labels), abs=1e-5)
+    assert records[0].loss != pytest.approx(records[1].loss, abs=1e-3)
+    other, more = start(labels=labels, max_steps=3)
+    assert [r.loss for r in records] == pytest.approx([r.loss for r in more], rel=1e-5)
+    assert torch.allclose(scorer.weight, other.weight, rtol=1e-4) and not torch.equal(scorer.weight, untouched.weight)
+
+
+def test_a_resumed_run_goes_on_exactly():
+    scorer, records = start(max_steps=6)
+    whole = list(records)
+    half, records = start(max_steps=3)
+    progress = list(records)[-1].progress
+    weights = [weight.detach().clone() for weight in half.parameters()]
+    again = Scorer()
+    for new, old in zip(again.parameters(), weights, strict=True):
+        new.data.copy_(old)
+    rest = train_step_aware(
+        MemoryPairs(), PROMPTS, again, shrunk, torch.tanh, schedule=SCHEDULE, parameters=list(again.parameters()),
+        optimizer=torch.optim.SGD(again.parameters(), lr=0.01), lr_scheduler=None, accelerator=Accelerator(cpu=True),
+        batch_size=4, seed=SEED, max_steps=6, progress=progress,
+    )  # fmt: skip
+    assert [r.loss for r in rest] == [r.loss for r in whole[3:]]
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), scorer.parameters(), strict=True))
+
+
+def test_training_learns_to_rank():
+    """Winners are a little darker. Their noise is shared, so what is linear ranks alike at every noise level."""
+    scorer, records = start(lr=0.5, max_steps=60, batch_size=10, decode=lambda x: x)
+
+    def accuracy(model):
+        settings = {"schedule": SCHEDULE, "timesteps": [0, 500, 999], "seed": 1}
+        return accuracy_by_noise(MemoryPairs(), PROMPTS, model, shrunk, lambda x: x, **settings)
+
+    at_start = accuracy(Scorer())
+    records = list(records)
+    assert set(at_start.values()) == {at_start[0]} and at_start[0] < 0.8
+    assert accuracy(scorer) == {0: 1.0, 500: 1.0, 999: 1.0}
+    assert records[-1].loss < records[0].loss and records[-1].metrics["accuracy"] == 1.0
+    assert records[-1].metrics["margin"] > records[0].metrics["margin"]
+
+
+def test_accuracy_by_hand():
+    """Of five pairs: right, wrong, a tie in the score (half), labelled the other way and so right, a tied label."""
+    cache = MemoryPairs(5)
+    margins, rows = tensor(1, -1, 0, -2, 3), iter([[0, 1], [2, 3], [4]])
+
+    def score(seen, prompts, t):
+        gap = margins[next(rows)]
+        assert prompts[: len(gap)] == prompts[len(gap) :] and t.tolist() == [251] * 2 * len(gap)
+        return torch.cat([gap + 7, torch.full_like(gap, 7)])
+
+    settings = {"schedule": SCHEDULE, "timesteps": [251], "seed": 0, "batch_size": 2}
+    labels = tensor(1, 1, 1, 0, 0.5)
+    found = accuracy_by_noise(cache, PROMPTS[:5], score, shrunk, torch.tanh, labels=labels, **settings)
+    assert found == {251: pytest.approx(2.5 / 4)}
+
+
+def test_accuracy_is_measured_on_the_same_noise_in_any_batches():
+    seen = []
+
+    def record(size):
+        def score(x, prompts, t):
+            seen.append(x)
+            return x.flatten(1).sum(1)
+
+        accuracy_by_noise(
+            MemoryPairs(), PROMPTS, score, lambda x, t, text: x, lambda x: x,
+            schedule=SCHEDULE, timesteps=[500, 900], seed=0, batch_size=size,
+        )  # fmt: skip
+        batches = [part.chunk(2) for part in seen]
+        seen.clear()
+        return [torch.cat([pair[side] for pair in batches]) for side in (0, 1)]
+
+    for whole, cut in zip(record(10), record(3), strict=True):
+        assert torch.equal(whole, cut)
+
+
+def test_prompts_and_labels_must_be_one_a_pair():
+    with pytest.raises(ValueError, match="10 pairs have 10 prompts and 3 labels"):
+        start(labels=tensor(1, 1, 1))
+    with pytest.raises(ValueError, match="10 pairs have 1 prompts"):
+        accuracy_by_noise(MemoryPairs(), ["a"], Scorer(), shrunk, torch.tanh, schedule=SCHEDULE, seed=0)
+
+
+@pytest.mark.parametrize("inputs", ["pictures", "latents"])
+def test_the_command_trains_the_embedded_reward(tmp_path, capsys, inputs):
+    """Pairs, cache, base, reward, loop, folder: a few steps, then the folder scores what the base predicts."""
+    from diffusion_align.commands.train_spm import train_spm
+    from diffusion_align.options.train_spm import TrainSpm, check_train_spm
+    from diffusion_align.rewards.step_aware import latent_scorer, load_step_aware, start_step_aware
+
+    options = TrainSpm(
+        pretrained_model_name_or_path="tiny", dataset_name="tiny", max_train_samples=20, held_out=4, device="cpu",
+        inputs=inputs, guidance=1.0, train_batch_size=4, max_train_steps=2, lr_warmup_steps=1, learning_rate=1e-4,
+        output_dir=str(tmp_path / "spm"),
+    )  # fmt: skip
+    check_train_spm(options)
+    assert train_spm(options) == 0
+    report = json.loads((tmp_path / "spm" / "accuracy.json").read_text())
+    assert report["steps"] == 2 and report["held_out"] == 4
+    assert list(report["before"]) == list(report["after"]) == ["0", "251", "501", "701", "951"]
+    said = capsys.readouterr().out
+    assert "16 to train on, 4 held out" in said and "timestep" in said
+    assert len((tmp_path / "spm" / "metrics.jsonl").read_text().splitlines()) == 2
+    model = load_step_aware(tmp_path / "spm", device="cpu")
+    shape = (4, 16, 16) if inputs == "latents" else None
+    assert model.latents == shape
+    base = start_step_aware("tiny", device="cpu", latents=shape).state_dict()
+    moved = [name for name, weight in model.state_dict().items() if not torch.equal(weight, base[name])]
+    assert {"clip.logit_scale", "clip.token_embedding.weight", "clip.visual.proj", "time.final.weight"} <= set(moved)
+    score = latent_scorer(tmp_path / "spm", decode=lambda z: F.interpolate(z[:, :3], size=64), device="cpu")
+    assert score(torch.zeros(2, 4, 16, 16), ["a red circle"] * 2, torch.tensor([5, 500])).shape == (2,)
+    with pytest.raises(ValueError, match="holds a model already"):
+        train_spm(options)
+
+
+def test_an_interrupted_command_leaves_the_model_as_it_is(tmp_path, monkeypatch):
+    from diffusion_align.commands import train_spm as command
+    from diffusion_align.options.train_spm import TrainSpm
+    from diffusion_align.rewards.step_aware import load_step_aware
+
+    class Asked(command.Interruptible):
+        def __enter__(self):
+            self.asked = True
+            return self
+
+    monkeypatch.setattr(command, "Interruptible", Asked)
+    options = TrainSpm(
+        pretrained_model_name_or_path="tiny", dataset_name="tiny", max_train_samples=4, held_out=0, device="cpu",
+        train_batch_size=2, max_train_steps=50, output_dir=str(tmp_path),
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt, match="after step 1 is in"):
+        command.train_spm(options)
+    assert (
+        load_step_aware(tmp_path, device="cpu") and json.loads((tmp_path / "accuracy.json").read_text())["steps"] == 1
+    )
+
+
+def test_whole_prompts_are_held_out():
+    from diffusion_align.commands.train_spm import accuracy_table, hold_out
+    from diffusion_align.data import Pair
+
+    pairs = [Pair(str(i), prompt, b"", b"") for i, prompt in enumerate(PROMPTS)]
+    training, held = hold_out(pairs, 3, seed=0)
+    assert len(held) >= 3 and sorted(map(int, (p.id for p in training + held))) == list(range(10))
+    assert not {p.prompt for p in training} & {p.prompt for p in held}
+    assert [p.id for p in held] == sorted((p.id for p in held), key=int) and hold_out(pairs, 3, seed=0)[1] == held
+    assert any(hold_out(pairs, 3, seed=seed)[1] != held for seed in range(1, 5))
+    assert hold_out(pairs, 0, seed=0) == (pairs, [])
+    with pytest.raises(ValueError, match="leaves none"):
+        hold_out(pairs, 10, seed=0)
+    assert accuracy_table({0: 0.5}, {0: 0.75})[1].split() == ["0", "0.500", "0.750", "+0.250"]
+    assert accuracy_table({}, {}) == []
+
+
+def test_options_that_cannot_be_meant_are_refused():
+    from diffusion_align.options import UsageError
+    from diffusion_align.options.train_spm import TrainSpm, check_train_spm
+
+    good = {"pretrained_model_name_or_path": "tiny", "dataset_name": "tiny"}
+    check_train_spm(TrainSpm(**good))
+    for bad, message in (
+        ({"dataset_name": None}, "which pairs"),
+        ({"pretrained_model_name_or_path": None}, "which model"),
+        ({"train_data_dir": "x"}, "two sources"),
+        ({"max_train_samples": 100, "held_out": 100}, "leaves none"),
+        ({"mixed_precision": "fp16", "device": "cpu"}, "needs a GPU"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            check_train_spm(TrainSpm(**(good | bad)))
