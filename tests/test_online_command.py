@@ -15,6 +15,7 @@ from test_scripts import LORA, weights_of
 from diffusion_align import cli
 from diffusion_align.commands import score as score_module
 from diffusion_align.options import VERBS, options_of, resolve
+from diffusion_align.rewards.step_aware import save_step_aware, start_step_aware
 from diffusion_align.shapes import sample_captions
 from diffusion_align.train import record
 
@@ -120,6 +121,7 @@ def test_the_plans_evaluations_are_those_of_the_issue(toys, tmp_path, capsys):
         (("--prompts", "{toys}/empty.txt"), "empty.txt: holds no prompt; give one a line"),
         (("--prompts", "{toys}/nowhere.txt"), "nowhere.txt"),
         (("--group_size", "1"), "rollout.group_size must be a whole number at least 2, not '1'"),
+        (("--reward", "none"), "which reward? --reward NAME"),
         (("--sample_chunk", "1"), "must hold the 2 pictures of a prompt"),
         (("--prompts_per_step", "3"), "is not a multiple of"),
         (("--reward", "no/such/reward"), "neither a folder nor"),
@@ -174,7 +176,15 @@ def test_the_random_reward_is_the_same_for_the_same_picture():
 
 def test_options_that_decide_what_is_drawn_are_part_of_a_runs_identity(toys, tmp_path, capsys):
     assert cli.main(argv(toys, "d3po", tmp_path / "run", "--num_rounds", "1")) == 0
-    for more in (("--beta", "9"), ("--group_size", "3"), ("--reward", "judge"), ("--eta", "0.5")):
+    other = tmp_path / "other.txt"
+    other.write_text("a small red circle on a gray background\n")
+    for more in (
+        ("--prompts", str(other)),
+        ("--beta", "9"),
+        ("--group_size", "3"),
+        ("--reward", "judge"),
+        ("--eta", "0.5"),
+    ):
         AcceleratorState._reset_state(True)
         assert cli.main(argv(toys, "d3po", tmp_path / "run", "--resume", "latest", *more)) == 1
         assert more[0].removeprefix("--") in capsys.readouterr().err.splitlines()[-1]
@@ -186,3 +196,16 @@ def test_presets_need_only_prompts():
         options = resolve(record_of.options, record_of.words, preset="tiny", settings=[]).options
         record_of.check(options)
         assert options.prompts == "tiny" and "beta" in options_of(record_of.options) or name == "ddpo"
+
+
+def test_spo_is_guided_by_a_step_aware_model(toys, tmp_path):
+    """At its start such a model scores as the plain reward times its logit scale, so it chooses the same children."""
+    save_step_aware(start_step_aware("tiny", device="cpu"), tmp_path / "spm")
+    for run, more in (("aware", ("--preference_model", str(tmp_path / "spm"))), ("plain", ("--reward", "tiny"))):
+        assert cli.main(argv(toys, "spo", tmp_path / run, "--num_rounds", "1", *more)) == 0
+        AcceleratorState._reset_state(True)
+    aware, plain = (record.read(tmp_path / run / "metrics.jsonl")[0] for run in ("aware", "plain"))
+    scale = aware["score_mean"] / plain["score_mean"]
+    assert scale > 1 and aware["items"] == plain["items"]
+    assert aware["gap"] == pytest.approx(scale * plain["gap"], rel=0.05)
+    assert aware["grad_norm"] == pytest.approx(plain["grad_norm"], rel=0.05)

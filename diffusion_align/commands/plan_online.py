@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusion_align.commands.model_facts import read_model_facts
 from diffusion_align.commands.plan import describe_rate
+from diffusion_align.commands.score import require_reward
 from diffusion_align.commands.sources import present_model, read_prompts
 from diffusion_align.objectives import stepwise_range
 from diffusion_align.options import TrainD3po, TrainOnline, TrainPrdp, TrainSpo, to_yaml
@@ -65,12 +66,13 @@ def evaluations(o: TrainOnline) -> dict[str, int]:
     second = o.solver == "dpmpp" and o.order == 2
     if isinstance(o, TrainSpo):
         ahead = guided * (o.start + 1 + (o.steps - o.start - 1) * o.children)
-        pairs = guided * (scored - o.start) * (2 if second else 1) * (2 if o.segment > 1 else 1)
+        pairs = guided * (o.steps - 1 - o.start) * (2 if second else 1) * (2 if o.segment > 1 else 1)
         return {"rollout": ahead, "policy with gradient": pairs * o.passes, "reference": pairs * o.passes}
     runs = guided * o.group_size
     first = runs * scored * (o.passes - 1 if fresh(o) else o.passes) if isinstance(o, TrainPrdp) else 0
     found = {"rollout": runs * o.steps, "policy with gradient": runs * scored * o.passes}
-    return {**found, **({"without": first} if first else {}), "reference": runs * scored}
+    renewed = isinstance(o, TrainD3po) and o.reference == "round"  # it is then the policy that ran
+    return {**found, **({"without": first} if first else {}), "reference": 0 if renewed else runs * scored}
 
 
 def fresh(o: TrainOnline) -> bool:
@@ -80,6 +82,7 @@ def fresh(o: TrainOnline) -> bool:
 
 def plan_online(o: TrainOnline) -> list[str]:
     """The plan: rounds, evaluations, learning rate, D, constants in nats, what the loss can reach."""
+    require_reward(o.reward)
     name = present_model(o.pretrained_model_name_or_path or "")
     facts = read_model_facts(name)
     dims = math.prod(facts.latent_shape(o.resolution))

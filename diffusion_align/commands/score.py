@@ -10,10 +10,17 @@ from torch import Tensor
 
 from diffusion_align import rng
 from diffusion_align.rewards import Reward, clip_scorer
+from diffusion_align.rewards.clip import resolve_source
 from diffusion_align.shapes import ATTRIBUTES, judge
 
 if TYPE_CHECKING:
     from diffusion_align.models import TextToImage
+
+
+def require_reward(name: str | None) -> None:
+    """Raise ValueError for a name that `reward_by_name` cannot know; loads nothing."""
+    if name not in (None, "judge", "random"):
+        resolve_source(name)
 
 
 def reward_by_name(name: str, *, device: torch.device, seed: int) -> Reward:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from diffusion_align.commands.plan_online import describe_rounds, fresh, rounds_of, training_prompts
-from diffusion_align.commands.score import decoded, reward_by_name
+from diffusion_align.commands.score import decoded, require_reward, reward_by_name
 from diffusion_align.commands.session import Session, claim_early, open_session
 from diffusion_align.commands.setup import make_optimizer, optimizer_identity
 from diffusion_align.data.readers import digest
 from diffusion_align.options import TrainCommon, TrainD3po, TrainDdpo, TrainOnline, TrainPrdp, TrainSpo
+from diffusion_align.rewards.step_aware import WEIGHTS, latent_scorer
 from diffusion_align.samplers import StepTable, step_table
 from diffusion_align.train.branches import Comparisons, StepScore, resample
 from diffusion_align.train.online import d3po_method, policy_gradient_method, prdp_method, spo_method
@@ -68,7 +70,7 @@ class Rollout:
 
     def picture_reward(self) -> Score:
         o, gate = self.options, self.session.gate
-        return decoded(gate, reward_by_name(o.reward, device=gate.device, seed=o.seed), o.sample_chunk)
+        return decoded(gate, reward_by_name(o.reward or "", device=gate.device, seed=o.seed), o.sample_chunk)
 
 
 def train_d3po(o: TrainD3po) -> int:
@@ -131,13 +133,15 @@ def step_score(r: Rollout) -> StepScore:
     if o.preference_model is None:
         plain = r.picture_reward()
         return lambda clean, prompts, t: plain(clean, prompts)
-    raise ValueError("no step-aware preference model can be loaded yet")
+    gate = r.session.gate
+    return latent_scorer(o.preference_model, decode=gate.decode, device=gate.device, chunk=o.sample_chunk)
 
 
 def train_online(o: TrainOnline, verb: str, method: Callable[[Rollout], Method[Any]], shown: tuple[str, ...]) -> int:
     """Open the session, build the method on its rollouts, and follow its rounds to the end."""
     resumed = claim_early(o)
     prompts = training_prompts(o)
+    require_reward(o.reward)
     session = open_session(o, verb, resumed)
     rollout = Rollout(session, prompts)
     plan = rounds_of(o, session.accelerator.num_processes)
@@ -167,11 +171,18 @@ def train_online(o: TrainOnline, verb: str, method: Callable[[Rollout], Method[A
 def online_identity(o: TrainOnline, rollout: Rollout, rate: float, steps: int) -> dict[str, Any]:
     """What a resumed run must share with the saved one: all that decides what is drawn and what is learnt of it."""
     own = {field.name for field in dataclasses.fields(o)} - {field.name for field in dataclasses.fields(TrainCommon)}
-    later = {"num_rounds", "sample_chunk"}
+    # The files behind these two count, not their names; the others may change.
+    apart = {"prompts", "preference_model", "num_rounds", "sample_chunk"}
     return {
         "model": rollout.session.gate.fingerprint(),
         "prompts": digest("\n".join(rollout.prompts).encode()),
+        "preference_model": _weights(getattr(o, "preference_model", None)),
         "resolution": list(rollout.shape),
-        **{name: getattr(o, name) for name in sorted(own - later)},
+        **{name: getattr(o, name) for name in sorted(own - apart)},
         **optimizer_identity(o, learning_rate=rate, steps=steps),
     }
+
+
+def _weights(folder: str | None) -> str | None:
+    """A preference model by the content of its weights."""
+    return None if folder is None else digest((Path(folder) / WEIGHTS).read_bytes())

@@ -15,6 +15,7 @@ from .train_common import TrainCommon, TrainOffline
 from .train_dpo import TrainDpo
 from .train_online import TrainD3po, TrainDdpo, TrainOnline, TrainPrdp, TrainSpo
 from .train_rankdpo import TrainRankdpo
+from .train_spm import TrainSpm
 from .verbs import VERBS, Verb
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "TrainOnline",
     "TrainPrdp",
     "TrainRankdpo",
+    "TrainSpm",
     "TrainSpo",
     "UsageError",
     "Verb",

@@ -6,6 +6,7 @@ Defaults are the papers' where there is one, in the papers' units: log-ratios av
 # ruff: noqa: E501  (a table: one option a line)
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from .names import UsageError
@@ -33,10 +34,11 @@ class TrainOnline(TrainCommon):
     sample_chunk: int = option(16, "rollout", "pictures in the network at a time, in rollout and training; memory follows it", at_least=1)
     share_initial_noise: bool = option(True, "rollout", "the pictures of a prompt start from the same noise")
 
-    reward: str = option("tiny", "reward", "tiny (the embedded one), an open_clip name, judge (reads the embedded world) or random (a control)")
+    reward: str | None = option(None, "reward", "tiny (the embedded one), an open_clip name, judge (reads the embedded world) or random (a control)")
 
     prompts_per_step: int | None = option(None, "train", "prompts of an optimizer step, over all devices (default: those of a round)", at_least=1)
     passes: int = option(1, "train", "times that a round's pictures are learnt from", aliases=("num_inner_epochs",), at_least=1)
+    checkpointing_steps: int = option(50, "output", "steps between checkpoints; each is written at the end of a round", at_least=1)
     num_rounds: int = option(100, "train", "rounds, where max_train_steps is not given", at_least=1)
     # fmt: on
 
@@ -82,7 +84,7 @@ class TrainDdpo(TrainOnline):
     # fmt: off
     output_dir: str = option("runs/ddpo", "output", "the run folder")
     clip: float = option(1e-4, "train", "the ratio to the policy that drew a run is clipped to 1 -+ this, in log_ratio_unit", above=0, below=1)
-    advantage_std: str = option("group", "train", "rewards are centred in their group and divided by the standard deviation of: group (GRPO), global, or none", choices=("group", "global", "none"))
+    advantage_std: str = option("group", "train", "rewards are centred in their group and divided by the group's standard deviation (GRPO), or by none", choices=("group", "none"))
     kl_weight: float = option(0.0, "train", "weight of the nats to the reference, a step (DPOK, GRPO)", at_least=0)
     log_ratio_unit: str = option("mean", "train", "unit of clip: mean (over dims, as published) or nats (summed)", choices=("mean", "nats"))
     # fmt: on
@@ -100,6 +102,8 @@ def check_online(options: TrainOnline) -> None:
         raise UsageError("which prompts? --prompts FILE with one a line, or tiny")
     if o.solver == "ddim" and o.eta > 1:
         raise UsageError(f"rollout.eta of ddim is at most 1, not {o.eta:g}")
+    if o.reward is None and getattr(o, "preference_model", None) is None:
+        raise UsageError("which reward? --reward NAME: tiny, an open_clip name with its weights, judge or random")
     per_step = o.prompts_per_step or o.prompts_per_round
     if o.prompts_per_round % per_step:
         raise UsageError(
@@ -107,14 +111,26 @@ def check_online(options: TrainOnline) -> None:
         )
     if o.learn_steps is not None and o.learn_steps >= o.steps:
         raise UsageError(f"rollout.learn_steps {o.learn_steps} must be fewer than rollout.steps {o.steps}")
-    if o.sample_chunk < o.group_size:
+    pictures, name = (o.children, "children") if isinstance(o, TrainSpo) else (o.group_size, "group_size")
+    if o.sample_chunk < pictures:
         raise UsageError(
-            f"rollout.sample_chunk {o.sample_chunk} must hold the {o.group_size} pictures of a prompt (group_size)"
+            f"rollout.sample_chunk {o.sample_chunk} must hold the {pictures} pictures of a prompt ({name})"
         )
 
 
 def check_spo(options: TrainSpo) -> None:
     """`check_online`, and steps left to compare at."""
     check_online(options)
+    if options.learn_steps is not None:
+        raise UsageError("rollout.learn_steps is not for spo, which learns where it compares: --start")
     if options.start >= options.steps - 1:
         raise UsageError(f"rollout.start {options.start} leaves none of {options.steps} steps to compare at")
+
+
+def notes_spo(options: TrainSpo, given: Collection[str]) -> list[str]:
+    """One line for what another online method would heed."""
+    return [
+        f"{name} has no effect: spo compares the children of one state"
+        for name in ("group_size", "share_initial_noise")
+        if name in given
+    ]

@@ -12,8 +12,9 @@ from .sample import Evaluate, Sample, check_evaluate, check_sample
 from .synth import Synth, check_synth
 from .train_common import no_notes
 from .train_dpo import TrainDpo, check_train_dpo, notes_train_dpo
-from .train_online import TrainD3po, TrainDdpo, TrainPrdp, TrainSpo, check_online, check_spo
+from .train_online import TrainD3po, TrainDdpo, TrainPrdp, TrainSpo, check_online, check_spo, notes_spo
 from .train_rankdpo import TrainRankdpo, check_train_rankdpo, notes_train_rankdpo
+from .train_spm import TrainSpm, check_train_spm
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ VERBS = {
             "SPO: learn at each step from continuations of one state, compared by a step-aware preference model.",
             run="train_online:train_spo",
             plan="plan_online:dry_run",
+            notes=notes_spo,
         ),
         Verb(
             "train prdp",
@@ -106,6 +108,13 @@ VERBS = {
             "Draw pictures and let rewards rank them: rankings and pairs to train on.",
             run="synth:synth",
             plan="synth:dry_run",
+        ),
+        Verb(
+            "reward train-spm",
+            TrainSpm,
+            check_train_spm,
+            "Step-aware preference model of SPO: a CLIP reward that knows the noise level.",
+            run="train_spm:train_spm",
         ),
         Verb(
             "sample",

@@ -35,8 +35,9 @@ class Comparisons:
 
     parent, child: [2,M,...] states before and after the step, the winner's and the loser's; before: [2,M,...] the
     states before the parents, for a second-order step's history. k: [M] steps. text: [M,L,E]. gap: [M] winner's score
-    minus loser's. shared: whether each pair has one parent, as all have in segments of one step. score: [S,B] mean
-    scores of the children of every comparison that was made, kept or not. final: [B,...] where the chains ended.
+    minus loser's. shared: whether each pair has one parent, as all have in segments of one step. score, kept: [S,B]
+    of every comparison that was made, the children's mean score and whether it made pairs. final: [B,...] ends of the
+    chains.
     """
 
     before: Tensor
@@ -47,6 +48,7 @@ class Comparisons:
     gap: Tensor
     shared: bool
     score: Tensor
+    kept: Tensor
     final: Tensor
 
     def __len__(self) -> int:
@@ -90,6 +92,7 @@ def resample(
     rows = torch.arange(len(samples), device=text.device)
     found: list[list[Tensor]] = []
     scores: list[Tensor] = []
+    passed: list[Tensor] = []
     k = 0
     while k < len(table):
         if not start <= k <= last:
@@ -109,13 +112,16 @@ def resample(
         for i in range(length):
             three = [states[i + j][sides, rows][:, kept] for j in range(3)]
             found.append([*three, torch.full_like(rows, k + i)[kept], text[kept], gap[kept]])
-        scores.append(values.mean(1))
+        scores.append(values.nanmean(1))
+        passed.append(kept)
         child = torch.stack([torch.randint(children, (), generator=source) for source in sources]).to(x.device)
         before, x = (state[child, rows] for state in states[-2:])
         previous, clean = cleans[-2][child, rows], cleans[-1][child, rows]
         k += length
     states, places = ([torch.cat(part, dim) for part in parts] for parts, dim in _columns(found))
-    return Comparisons(*states, *places, shared=segment == 1, score=torch.stack(scores), final=x)
+    return Comparisons(
+        *states, *places, shared=segment == 1, score=torch.stack(scores), kept=torch.stack(passed), final=x
+    )
 
 
 def _columns(found: list[list[Tensor]]) -> list[tuple[list[tuple[Tensor, ...]], int]]:

@@ -12,10 +12,10 @@ from diffusion_align.objectives import implicit_accuracy
 from diffusion_align.samplers import StepTable
 from diffusion_align.train.branch_loss import learn_spo
 from diffusion_align.train.branches import Comparisons
-from diffusion_align.train.path_losses import decided, learn_prdp
+from diffusion_align.train.path_losses import learn_prdp
 from diffusion_align.train.rounds import Columns, Method
-from diffusion_align.train.runs import Bind, Runs
-from diffusion_align.train.step_losses import advantages, learn_d3po, learn_policy_gradient, pairs_of
+from diffusion_align.train.runs import Bind, Runs, decided
+from diffusion_align.train.step_losses import learn_d3po, learn_policy_gradient, pairs_of
 from diffusion_align.train.steps import Sample
 
 ALL_TIED = (
@@ -45,7 +45,7 @@ def policy_gradient_method(
     learn = partial(learn_policy_gradient, policy=policy, clip=clip, std=std, kl_weight=kl_weight, per_dim=per_dim)
     return Method(
         collect=draw,
-        items=lambda runs: runs.reward.numel() if bool(advantages(runs.reward, std).any()) else 0,
+        items=lambda runs: int(decided(runs).sum()) * runs.reward.shape[1],
         learn=lambda runs, factor: learn(runs, factor=factor),
         facts=facts_of,
         summarise=partial(summarise, dims=dims),
@@ -89,7 +89,7 @@ def spo_method(
         collect=branch,
         items=len,
         learn=lambda pairs, factor: learn(pairs, factor=factor, at_once=at_once),
-        facts=lambda pairs: {"score": pairs.score, "compared": torch.ones(pairs.score.numel())},
+        facts=lambda pairs: {"score": pairs.score, "kept": pairs.kept.float()},
         summarise=partial(summarise, dims=dims),
         check_start=partial(require_start, dims=dims),
         nothing="no two children of a state were far enough apart; lower --threshold, or look at the reward",
@@ -120,7 +120,7 @@ def summarise(columns: Columns, facts: Columns, *, dims: int) -> dict[str, float
             "diversity": float(facts["diversity"].mean()),
         }
     if "score" in facts:
-        metrics |= {"score_mean": float(facts["score"].mean()), "kept": _share(columns, facts)}
+        metrics |= {"score_mean": float(facts["score"].nanmean()), "kept": float(facts["kept"].mean())}
     if not columns:
         return metrics
     ratios = {name: v for name, v in columns.items() if name.startswith("log_ratio")}
@@ -133,12 +133,6 @@ def summarise(columns: Columns, facts: Columns, *, dims: int) -> dict[str, float
         if name.startswith(("kl", "clamped", "drift", "gap")):
             metrics[name] = float(values.mean())
     return metrics
-
-
-def _share(columns: Columns, facts: Columns) -> float:
-    """Of the comparisons that were made, the share that was kept as pairs."""
-    kept = len(next(iter(columns.values()))) if columns else 0
-    return kept / max(1, len(facts["compared"]))
 
 
 def require_start(columns: Columns, *, dims: int) -> None:

@@ -9,14 +9,9 @@ from diffusion_align.gaussian import Gaussian
 from diffusion_align.objectives import prdp, prdp_clip_fraction
 from diffusion_align.samplers import path_gradient
 from diffusion_align.tensors import widen
-from diffusion_align.train.runs import Bind, Runs
+from diffusion_align.train.runs import Bind, Runs, decided
 
 Columns = dict[str, Tensor]
-
-
-def decided(runs: Runs) -> Tensor:
-    """[G] bool: the groups with a preference. One in which a reward failed has none, as a nan is equal to nothing."""
-    return runs.reward.amax(1) > runs.reward.amin(1)
 
 
 def learn_prdp(

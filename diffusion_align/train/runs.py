@@ -69,6 +69,11 @@ class Runs:
         return Gaussian(*step_gaussian(table, k, x, clean[k], *earlier(table, k, clean)))
 
 
+def decided(runs: Runs) -> Tensor:
+    """[G] bool: the groups with a preference. One in which a reward failed has none, as a nan is equal to nothing."""
+    return runs.reward.amax(1) > runs.reward.amin(1)
+
+
 @torch.no_grad()
 def draw_runs(
     policy: Bind,

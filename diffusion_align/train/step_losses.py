@@ -13,7 +13,7 @@ from diffusion_align.gaussian import Gaussian
 from diffusion_align.objectives import clamped, d3po, group_advantage, ordered_pairs, ppo_clip
 from diffusion_align.samplers import step_gradient
 from diffusion_align.tensors import widen
-from diffusion_align.train.runs import Bind, Runs
+from diffusion_align.train.runs import Bind, Runs, decided
 
 Columns = dict[str, Tensor]
 
@@ -88,10 +88,11 @@ def learn_policy_gradient(
     """Add the gradient of factor x the sum over runs of PPO's clipped surrogate, averaged over steps; columns of runs.
 
     DDPO and GRPO with their advantages within the group, DPOK with a `kl_weight` on the nats to the reference, which
-    is the exact divergence of the steps' Gaussians. A group in which a reward failed has no advantage. Columns as
-    `learn_d3po`, without sides.
+    is the exact divergence of the steps' Gaussians. Only decided groups count, so that it does not matter which chunk a
+    group is in. Columns as `learn_d3po`, without sides, of the runs of those groups.
     """
     advantage = advantages(runs.reward, std).flatten().clamp(-max_advantage, max_advantage).to(runs.text.device)
+    counts = decided(runs).repeat_interleave(runs.reward.shape[1]).to(runs.text.device)
     walk = _Walk(runs)
     unit = runs.dims if per_dim else 1
     losses = torch.zeros_like(walk.kl)
@@ -101,12 +102,13 @@ def learn_policy_gradient(
         walk.clamped += clamped(drift / unit, clip) / walk.steps
         of_runs = ppo_clip(drift / unit, advantage.to(drift), clip) + kl_weight * step.kl(reference)
         losses.add_(of_runs.detach() / walk.steps)
-        return factor * of_runs.sum() / walk.steps
+        return factor * of_runs[counts].sum() / walk.steps
 
     step_gradient(policy(runs.text), runs.trajectory, loss)
-    return {
+    columns = {
         "loss": losses, "log_ratio": walk.log_ratio, "kl": walk.kl, "clamped": walk.clamped, "drift": walk.drift
     }  # fmt: skip
+    return {name: values[counts] for name, values in columns.items()}
 
 
 def advantages(reward: Tensor, std: str) -> Tensor:

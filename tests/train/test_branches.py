@@ -74,6 +74,7 @@ def test_a_pair_is_kept_iff_its_softmax_gap_passes():
     assert 0 < kept.sum() < len(kept) and torch.equal(some.gap, everything.gap[kept])
     assert torch.equal(some.parent, everything.parent[:, kept]) and torch.equal(some.k, everything.k[kept])
     assert some.score.shape == everything.score.shape == (3, 5)
+    assert torch.equal(some.kept.flatten(), kept) and bool(everything.kept.all())
     assert len(toy.branch(SAMPLES, threshold=1 - 1e-12)) == 0
 
 
@@ -151,3 +152,17 @@ def test_what_cannot_be_compared_is_refused():
         Toy().branch(SAMPLES, children=1)
     with pytest.raises(ValueError, match="from step 5 on"):
         Toy().branch(SAMPLES, start=5)
+
+
+def test_a_failed_score_takes_its_comparison_out_only():
+    toy, calls = Toy(), []
+
+    def sometimes(latents, prompts):
+        values = Toy().reward(latents, prompts)
+        calls.append(0)
+        values[0] = float("nan") if len(calls) == 1 else values[0]
+        return values
+
+    toy.reward = sometimes
+    pairs = toy.branch(SAMPLES)
+    assert len(pairs) == 14 and not bool(pairs.kept[0, 0]) and not bool(pairs.score.isnan().any())
