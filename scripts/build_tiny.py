@@ -1,6 +1,6 @@
-"""Rebuild the embedded world from nothing: autoencoder, denoiser, reward, preference pairs; an hour on two CPU cores.
+"""Rebuild the embedded world from nothing: autoencoder, denoiser, reward, preferences; an hour on two CPU cores.
 
-    python scripts/build_tiny.py                    # writes assets/tiny, assets/tiny_clip, assets/tiny_pairs.parquet
+    python scripts/build_tiny.py                    # writes assets/tiny, tiny_clip, tiny_pairs and tiny_rankings
     python scripts/build_tiny.py --out /tmp/assets  # elsewhere
 
 Cut off, it goes on where it was: each stage keeps its state under --work. What it made and how good it is stands in
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
-from tiny.pairs import marks_of, own_pictures, picture_bytes
+from tiny.pairs import marks_of, own_pictures, picture_bytes, write_rankings
 from tiny.pictures import rendered
 from tiny.reward import save_clip, train_clip
 from tiny.tokenizer import build_tokenizer
@@ -89,7 +89,9 @@ def build_reward(work: Path, model: Path, out: Path, size: argparse.Namespace) -
 
 
 def build_pairs(work: Path, model: Path, reward: Path, out: Path, size: argparse.Namespace) -> None:
-    if out.exists():
+    """Pairs, and rankings of all four pictures that each pair is the best and the worst of."""
+    rankings = out.with_name("tiny_rankings.parquet")
+    if out.exists() and rankings.exists():
         return
     # New prompts of the training split: the reward has not seen these pictures.
     prompts = sample_captions(size.pair_prompts, size.seed + 4, unique=True)
@@ -97,6 +99,9 @@ def build_pairs(work: Path, model: Path, reward: Path, out: Path, size: argparse
     scorer = clip_scorer(str(reward), device="cpu")
     repeated = [prompt for prompt in prompts for _ in range(4)]
     scores = scorer(own.flatten(0, 1).float() / 255, repeated).view(-1, 4)
+    write_rankings(rankings, prompts, own, scores)
+    if out.exists():  # made before there were rankings
+        return
     marks = marks_of(own, prompts)
     best, worst, rows = scores.argmax(1), scores.argmin(1), torch.arange(len(prompts))
     margin = marks["share"][rows, best] - marks["share"][rows, worst]

@@ -8,6 +8,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from tiny.fit import fit
 
+from diffusion_align.data import read_pairs, read_rankings
+from diffusion_align.data.layouts import read_bytes
 from diffusion_align.rng import generator
 from diffusion_align.shapes import ATTRIBUTES
 
@@ -34,6 +36,22 @@ def test_every_stage_at_toy_size_and_again(tmp_path, monkeypatch):
     assert (tmp_path / "assets" / "tiny_clip" / "open_clip_model.safetensors").exists()
     facts = json.loads((tmp_path / "assets" / "tiny" / "build.json").read_text())
     assert facts["pair_prompts"] == 2 and facts["seed"] == 0
+    # Each pair is the best and the worst of its prompt's ranking, to the byte.
+    pairs, _ = read_pairs(tmp_path / "assets" / "tiny_pairs.parquet")
+    rankings, _ = read_rankings(tmp_path / "assets" / "tiny_rankings.parquet")
+    for pair, ranking in zip(pairs, rankings, strict=True):
+        said, phi = ranking.scores[0], ranking.relevance
+        assert len(ranking.pictures) == 4 and pair.prompt == ranking.prompt
+        assert phi == pytest.approx([sum(mine > other for other in said) / 3 for mine in said])
+        best, worst = (read_bytes(ranking.pictures[phi.index(end)]) for end in (max(phi), min(phi)))
+        assert (read_bytes(pair.winner), read_bytes(pair.loser)) == (best, worst)
+    # Rankings alone are made again without touching the pairs.
+    before = (tmp_path / "assets" / "tiny_rankings.parquet").read_bytes()
+    (tmp_path / "assets" / "tiny_rankings.parquet").unlink()
+    untouched = (tmp_path / "assets" / "tiny_pairs.parquet").stat().st_mtime_ns
+    build_tiny.main(arguments)
+    assert (tmp_path / "assets" / "tiny_rankings.parquet").read_bytes() == before
+    assert (tmp_path / "assets" / "tiny_pairs.parquet").stat().st_mtime_ns == untouched
 
 
 def test_training_goes_on_as_if_it_had_not_been_cut_off(tmp_path):

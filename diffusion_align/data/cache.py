@@ -6,6 +6,9 @@
                    bad_rows.jsonl            the rows left out, with reasons
                    manifest.json             what the cache depends on; written last
 
+Rankings are kept alike, in rankings-00000 and so on, with K pictures in place of two. How good a picture is does not
+stand here: the same picture files under other labels share a cache.
+
 The key names the model, the resolution, the data and the seed, so a changed input gets another folder and an old
 cache is never mistaken for a new one. A shard counts once its JSON is there, which is written after its tensors: an
 interrupted build goes on after the last whole shard. Pictures are recognised by their bytes, whatever file or row
@@ -27,12 +30,13 @@ from tqdm import tqdm
 
 from diffusion_align import rng
 from diffusion_align.data.images import ImageError, load_picture
-from diffusion_align.data.pairs import Pair, Picture, check_bad_fraction, fingerprint
-from diffusion_align.data.readers import BadRow, DataError, ParquetCell, digest
+from diffusion_align.data.layouts import Pair, Picture, Ranking, read_bytes
+from diffusion_align.data.pairs import check_bad_fraction, fingerprint
+from diffusion_align.data.readers import BadRow, DataError, digest
 from diffusion_align.data.shards import Shards, make_shard, write_bytes
 
 FORMAT = 1
-# Pairs whose bytes are in memory together; the largest batch for the VAE is twice that.
+# Lists whose bytes are in memory together; the largest batch for the VAE is K times that.
 _CHUNK = 16
 
 
@@ -48,11 +52,12 @@ class Encoders(Protocol):
 
 
 class PairCache:
-    """Encoded pairs on disk, read by index.
+    """Encoded pairs, or rankings, on disk, read by index.
 
     Attributes:
         identity: what the encodings depend on (model, resolution, data, seed, precision).
         kept: [len] places of the pairs in the list that the cache was built from; broken pairs are missing.
+        lengths: [len] how many pictures each has: 2, or a ranking's K.
         pictures: how many different pictures were encoded.
         bad: how many rows were left out; they are listed in bad_rows.jsonl.
         empty_text: [1,L,E] float32, the encoding of the empty prompt.
@@ -64,26 +69,33 @@ class PairCache:
         self.identity: dict[str, Any] = manifest["identity"]
         self.bad: int = manifest["bad"]
         self.kept: list[int] = []
-        self._pairs: list[list[int]] = []
+        self._lists: list[list[int]] = []
         self._picture: list[tuple[str, int]] = []
         self._prompts_per_shard: int = self.identity["shards"][1]
         self._shards = Shards(folder)
         for name in manifest["pair_shards"]:
             facts = json.loads((folder / f"{name}.json").read_text())
             self.kept += facts["kept"]
-            self._pairs += facts["pairs"]
+            self._lists += facts["pairs"]
             self._picture += [(name, row) for row in range(len(facts["digests"]))]
         self.pictures = len(self._picture)
+        self.lengths = [len(pictures) for *pictures, _ in self._lists]
         self.empty_text = self._shards.row("empty", 0).to(torch.float32)[None]
 
     def __len__(self) -> int:
-        return len(self._pairs)
+        return len(self._lists)
 
     def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-        """Pairs by index -> latents [B,2,C,h,w] float32, winner first, and text [B,L,E] float32, both on the CPU."""
-        rows = [self._pairs[int(index)] for index in indices]
-        latents = [torch.stack([self._latent(winner), self._latent(loser)]) for winner, loser, _ in rows]
-        return torch.stack(latents), torch.stack([self._text(prompt) for _, _, prompt in rows])
+        """Pairs by index -> latents [B,2,C,h,w] float32, winner first, and text [B,L,E] float32, both on the CPU.
+
+        Rankings -> [B,K,C,h,w], in the order of their relevance [K]; ValueError unless all B have one length K.
+        """
+        sizes = sorted({self.lengths[int(index)] for index in indices})
+        if len(sizes) > 1:
+            raise ValueError(f"one batch holds lists of one length, not of {' and '.join(map(str, sizes))} pictures")
+        rows = [self._lists[int(index)] for index in indices]
+        latents = [torch.stack([self._latent(picture) for picture in pictures]) for *pictures, _ in rows]
+        return torch.stack(latents), torch.stack([self._text(prompt) for *_, prompt in rows])
 
     def _latent(self, picture: int) -> Tensor:
         return self._shards.row(*self._picture[picture]).to(torch.float32)
@@ -95,7 +107,7 @@ class PairCache:
 
 def build_cache(
     gate: Encoders,
-    pairs: Sequence[Pair],
+    pairs: Sequence[Pair] | Sequence[Ranking],
     folder: str | os.PathLike[str],
     *,
     resolution: int,
@@ -107,7 +119,7 @@ def build_cache(
     prompts_per_shard: int = 1024,
     progress: bool = True,
 ) -> PairCache:
-    """Encode pairs to disk, or open what is already there.
+    """Encode pairs, or rankings, to disk, or open what is already there.
 
     The VAE's posterior is sampled once, with noise addressed by (seed, "vae", picture index). With several processes,
     run it on one while the others wait; then the same call opens the finished cache everywhere.
@@ -122,6 +134,7 @@ def build_cache(
     """
     if not pairs:
         raise DataError("there are no pairs to encode")
+    kind = "ranking" if isinstance(pairs[0], Ranking) else "pair"
     identity = {
         "format": FORMAT,
         "model": gate.fingerprint(),
@@ -151,10 +164,10 @@ def build_cache(
     pictures = 0
     prompt_index = {prompt: index for index, prompt in enumerate(prompts)}
     encode = partial(_encode_pairs, gate, seen=seen, prompt_index=prompt_index, resolution=resolution, seed=seed)
-    with _progress(len(pairs), "pair", progress) as reach:
+    with _progress(len(pairs), kind, progress) as reach:
         for first in range(0, len(pairs), pairs_per_shard):
             part = range(first, min(first + pairs_per_shard, len(pairs)))
-            names.append(f"pairs-{first // pairs_per_shard:05d}")
+            names.append(f"{kind}s-{first // pairs_per_shard:05d}")
 
             def make(part: range = part, pictures: int = pictures) -> tuple[Tensor, dict[str, Any]]:
                 latents, facts = encode(pairs, part, first_picture=pictures, reach=reach)
@@ -168,7 +181,9 @@ def build_cache(
             bad += [BadRow(row, reason) for row, reason in facts["bad"]]
             _list_bad_rows(home / "bad_rows.jsonl", bad, len(pairs) + len(known_bad), max_bad_fraction)
     if not kept:
-        raise DataError(f"{home / 'bad_rows.jsonl'}: no pair has two good pictures")
+        raise DataError(
+            f"{home / 'bad_rows.jsonl'}: no {kind} has {'two' if kind == 'pair' else 'all its'} good pictures"
+        )
     manifest = {"identity": identity, "bad": len(bad), "pair_shards": names}
     write_bytes(home / "manifest.json", json.dumps(manifest, indent=1).encode())
     return PairCache(home)
@@ -197,7 +212,7 @@ def _encode_prompts(gate: Encoders, prompts: list[str], dtype: torch.dtype) -> t
 
 def _encode_pairs(
     gate: Encoders,
-    pairs: Sequence[Pair],
+    pairs: Sequence[Pair] | Sequence[Ranking],
     part: range,
     *,
     seen: dict[str, int | str],
@@ -215,8 +230,8 @@ def _encode_pairs(
     with ThreadPoolExecutor(4) as pool:
         for start in range(part.start, part.stop, _CHUNK):
             chunk = range(start, min(start + _CHUNK, part.stop))
-            data = {i: (_read(pairs[i].winner), _read(pairs[i].loser)) for i in chunk}
-            names = {i: [digest(d) if isinstance(d, bytes) else d for d in both] for i, both in data.items()}
+            data = {i: [_read(picture) for picture in pairs[i].pictures] for i in chunk}
+            names = {i: [digest(d) if isinstance(d, bytes) else d for d in row] for i, row in data.items()}
             new = {
                 name: d
                 for i in chunk
@@ -237,15 +252,20 @@ def _encode_pairs(
                 latents.append(gate.encode_images(torch.stack(good), noise).cpu())
             for i in chunk:
                 found = [known.get(name, name) for name in names[i]]  # an unread picture's name is its reason
-                if isinstance(found[0], int) and isinstance(found[1], int):
+                if all(isinstance(index, int) for index in found):
                     facts["kept"].append(i)
                     facts["pairs"].append([*found, prompt_index[pairs[i].prompt]])
                 else:
-                    sides = [(_name("winner", pairs[i].winner), found[0]), (_name("loser", pairs[i].loser), found[1])]
-                    reason = "; ".join(f"{name} {why}" for name, why in sides if isinstance(why, str))
-                    facts["bad"].append([pairs[i].id, reason])
+                    sides = zip(_sides(pairs[i]), pairs[i].pictures, found, strict=True)
+                    reasons = [f"{_name(side, picture)} {why}" for side, picture, why in sides if isinstance(why, str)]
+                    facts["bad"].append([pairs[i].id, "; ".join(reasons)])
             reach(chunk.stop)
     return torch.cat(latents), facts
+
+
+def _sides(entry: Pair | Ranking) -> Sequence[str]:
+    """What the pictures of a row are called."""
+    return ("winner", "loser") if isinstance(entry, Pair) else [f"picture {i}" for i in range(len(entry.pictures))]
 
 
 def _name(side: str, picture: Picture) -> str:
@@ -256,9 +276,7 @@ def _name(side: str, picture: Picture) -> str:
 def _read(picture: Picture) -> bytes | str:
     """The bytes of a picture, or the reason why there are none, in words that no digest can equal."""
     try:
-        if isinstance(picture, bytes):
-            return picture
-        return picture.read() if isinstance(picture, ParquetCell) else picture.read_bytes()
+        return read_bytes(picture)
     except (DataError, OSError) as error:
         return f"cannot be read ({error})"
 

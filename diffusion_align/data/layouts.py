@@ -1,4 +1,4 @@
-"""The layouts that preference pairs come in, each read row by row into pairs and bad rows. No picture is read."""
+"""Pairs and rankings, where their pictures lie, and the layouts of pairs, read row by row. No picture is read."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,40 @@ from typing import Any
 from diffusion_align.data import readers
 from diffusion_align.data.readers import BadRow, DataError, ParquetCell
 
-Picture = bytes | Path | ParquetCell
+
+@dataclass(frozen=True, slots=True)
+class ParquetItem:
+    """One of the `of` pictures that a parquet cell lists; it stays in its file until it is asked for."""
+
+    file: Path
+    row: int
+    column: str
+    item: int
+    of: int
+
+    def read(self) -> bytes:
+        """The picture's bytes, also from a {bytes, path} struct; DataError when there are none, or another number."""
+        values = readers._cell(str(self.file), self.row, self.column)
+        where = f"{self.file.name} row {self.row}: {self.column}"
+        if not isinstance(values, list) or len(values) != self.of:
+            found = len(values) if isinstance(values, list) else type(values).__name__
+            raise DataError(f"{where} holds {found}, not the {self.of} pictures that the row ranks")
+        value = values[self.item]
+        if isinstance(value, dict):
+            value = value.get("bytes")
+        if not isinstance(value, bytes):
+            raise DataError(f"{where} holds no picture bytes at place {self.item}")
+        return value
+
+
+Picture = bytes | Path | ParquetCell | ParquetItem
+
+
+def read_bytes(picture: Picture) -> bytes:
+    """A picture's bytes, wherever they are; DataError or OSError when they cannot be had."""
+    if isinstance(picture, bytes):
+        return picture
+    return picture.read_bytes() if isinstance(picture, Path) else picture.read()
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +53,25 @@ class Pair:
     winner: Picture
     loser: Picture
     weight: float = 1.0
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """[winner, loser]: a pair is a list of two."""
+        return self.winner, self.loser
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """K >= 2 pictures of one prompt and how good each is: `relevance` [K] in [0, 1], higher is better, not all equal.
+
+    `id` is file:row; `scores` [M][K] are what M scorers said, where that was kept.
+    """
+
+    id: str
+    prompt: str
+    pictures: tuple[Picture, ...]
+    relevance: tuple[float, ...]
+    scores: tuple[tuple[float, ...], ...] = ()
 
 
 def read_parquet(file: Path, pairs: list[Pair], bad: list[BadRow]) -> int:
@@ -55,15 +107,22 @@ def _cells(file: Path, row: int, winner: str, loser: str) -> tuple[ParquetCell, 
 
 
 def _append(pairs: list[Pair], bad: list[BadRow], where: str, prompt: Any, pictures: tuple[Picture, Picture]) -> None:
+    fault = prompt_fault(prompt)
+    if fault is None:
+        pairs.append(Pair(where, prompt, *pictures))
+    else:
+        bad.append(BadRow(where, fault))
+
+
+def prompt_fault(prompt: Any) -> str | None:
+    """Why this cannot be a prompt; None when it can."""
     if not isinstance(prompt, str):
-        bad.append(BadRow(where, f"the prompt is {type(prompt).__name__}, not text"))
-        return
+        return f"the prompt is {type(prompt).__name__}, not text"
     try:
         prompt.encode()
     except UnicodeEncodeError:
-        bad.append(BadRow(where, "the prompt holds a lone surrogate, which is no text in UTF-8"))
-        return
-    pairs.append(Pair(where, prompt, *pictures))
+        return "the prompt holds a lone surrogate, which is no text in UTF-8"
+    return None
 
 
 def read_jsonl(file: Path, pairs: list[Pair], bad: list[BadRow]) -> int:
@@ -90,13 +149,18 @@ def read_jsonl(file: Path, pairs: list[Pair], bad: list[BadRow]) -> int:
 
 
 def _picture_path(root: Path, row: Mapping[str, Any], side: str) -> Path | str:
-    """The picture of one side, or the reason why there is none. A path that leaves the root stops the reading."""
+    """The picture of one side, or the reason why there is none."""
     name = row.get(f"{side}_file_name", row.get(side))
     if name is None:
         keys = ", ".join(map(repr, list(row)[:8]))
         return f"is no pair: {side!r} (or '{side}_file_name') is missing; it has {keys}"
+    return find_picture(root, name, side)
+
+
+def find_picture(root: Path, name: Any, what: str) -> Path | str:
+    """The file that `what` names under a root, or why there is none. A path that leaves the root stops the reading."""
     if not isinstance(name, str) or not name:
-        return f"{side!r} is {type(name).__name__}, not a file name"
+        return f"{what!r} is {type(name).__name__}, not a file name"
     try:
         path = readers.inside(root, name)
         if path.is_file():

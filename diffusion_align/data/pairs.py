@@ -14,16 +14,25 @@ cache is built.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffusion_align.data import readers
-from diffusion_align.data.layouts import Pair, Picture, read_jsonl, read_parquet
+from diffusion_align.data.layouts import (
+    Pair,
+    ParquetItem,
+    Picture,
+    Ranking,
+    read_bytes,
+    read_jsonl,
+    read_parquet,
+)
 from diffusion_align.data.readers import BadRow, DataError
 
 __all__ = ["Counts", "Pair", "Picture", "check_bad_fraction", "fingerprint", "read_pairs", "write_pairs_parquet"]
@@ -44,9 +53,10 @@ class Counts:
     ties: int
     broken: int
     bad_rows: tuple[BadRow, ...] = ()
+    what: str = "pairs"
 
     def __str__(self) -> str:
-        return f"{self.rows} rows: {self.used} pairs, {self.ties} ties dropped, {self.broken} broken"
+        return f"{self.rows} rows: {self.used} {self.what}, {self.ties} ties dropped, {self.broken} broken"
 
 
 def read_pairs(
@@ -63,34 +73,37 @@ def read_pairs(
         than
             `max_bad_fraction` of the rows broken. The message is one line with the file, the row or key, and the cure.
     """
-    source = Path(path)
-    if source.is_dir():
-        reader, files = _files_of(source, split)
-    elif source.suffix == ".parquet" and source.is_file():
-        reader, files = read_parquet, [source]
-    elif source.suffix in (".jsonl", ".ndjson") and source.is_file():
-        reader, files = read_jsonl, [source]
-    elif source.exists():
-        raise DataError(
-            f"{source}: a {source.suffix or 'file without suffix'} is not a layout known here; give {_LAYOUTS}"
-        )
-    else:
-        raise DataError(f"{source}: no such file or folder; give {_LAYOUTS}")
-
     pairs: list[Pair] = []
     bad: list[BadRow] = []
     ties = 0
-    for file in files:
-        ties += reader(file, pairs, bad)
-    counts = Counts(len(pairs) + ties + len(bad), len(pairs), ties, len(bad), tuple(bad))
+    for file in find_files(Path(path), split, _LAYOUTS):
+        ties += (read_parquet if file.suffix == ".parquet" else read_jsonl)(file, pairs, bad)
+    return pairs, tally(path, len(pairs), ties, bad, max_bad_fraction, "pairs", "label_0 == 0.5")
+
+
+def tally(
+    source: str | os.PathLike[str],
+    used: int,
+    ties: int,
+    bad: Sequence[BadRow],
+    max_bad_fraction: float,
+    what: str,
+    tie: str,
+) -> Counts:
+    """The counts of what was read; DataError when nothing can be learnt from it, or too much of it is broken.
+
+    `what` names the rows, in the plural; `tie` says how a tie is known.
+    """
+    counts = Counts(used + ties + len(bad), used, ties, len(bad), tuple(bad), what)
     if counts.rows == 0:
         raise DataError(f"{source}: holds no rows; is this the right file?")
     if ties and ties == counts.rows:
-        raise DataError(f"{source}: all {ties} rows are ties (label_0 == 0.5); there is no preference to learn from")
+        raise DataError(f"{source}: all {ties} rows are ties ({tie}); there is no preference to learn from")
     check_bad_fraction(str(source), bad, counts.rows, max_bad_fraction)
-    if not pairs:
-        raise DataError(f"{source}: no pair is left ({counts}); the first bad row: {bad[0].row} {bad[0].reason}")
-    return pairs, counts
+    if not used:
+        one = what.removesuffix("s")
+        raise DataError(f"{source}: no {one} is left ({counts}); the first bad row: {bad[0].row} {bad[0].reason}")
+    return counts
 
 
 def check_bad_fraction(source: str, bad: Sequence[BadRow], rows: int, max_bad_fraction: float) -> None:
@@ -102,29 +115,46 @@ def check_bad_fraction(source: str, bad: Sequence[BadRow], rows: int, max_bad_fr
         )
 
 
-def _files_of(folder: Path, split: str) -> tuple[Callable[[Path, list[Pair], list[BadRow]], int], list[Path]]:
+def find_files(source: Path, split: str, layouts: str) -> list[Path]:
+    """The files that hold the data at `source`, a file or a folder: one list of files, or parquet files of one split.
+
+    Raises DataError, which says what `layouts` are known, when there are none or it is not clear which.
+    """
+    if source.is_dir():
+        return _files_of(source, split, layouts)
+    if source.suffix in (".parquet", ".jsonl", ".ndjson") and source.is_file():
+        return [source]
+    if source.exists():
+        raise DataError(
+            f"{source}: a {source.suffix or 'file without suffix'} is not a layout known here; give {layouts}"
+        )
+    raise DataError(f"{source}: no such file or folder; give {layouts}")
+
+
+def _files_of(folder: Path, split: str, layouts: str) -> list[Path]:
     metadata = folder / "metadata.jsonl"
     parquet = sorted(folder.rglob("*.parquet"))
     if metadata.is_file() and parquet:
         raise DataError(f"{folder}: holds both metadata.jsonl and {parquet[0].name}; name the file that is meant")
     if metadata.is_file():
-        return read_jsonl, [metadata]
+        return [metadata]
     if not parquet:
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-        raise DataError(f"{folder}: holds no preference pairs known here (found {found}); give {_LAYOUTS}")
+        raise DataError(f"{folder}: holds no preference data known here (found {found}); give {layouts}")
     names = {file: file.name.split("-")[0].split(".")[0].split("_")[0] for file in parquet}
     if any(name in _SPLITS for name in names.values()):
         chosen = [file for file in parquet if names[file] == split]
         if not chosen:
             raise DataError(f"{folder}: holds no split {split!r}, only {', '.join(sorted(set(names.values())))}")
-        return read_parquet, chosen
-    return read_parquet, parquet
+        return chosen
+    return parquet
 
 
-def fingerprint(pairs: Sequence[Pair]) -> str:
-    """A name for the content of some pairs, in order: prompts, pictures and weights, but not ids or places.
+def fingerprint(lists: Sequence[Pair | Ranking]) -> str:
+    """A name for the content of some lists, in order: prompts, pictures and a pair's weight, but not ids or places.
 
-    Pictures in memory count in full; files count by `readers.file_digest`.
+    A ranking's relevance does not count, but with a parquet file's pictures its whole content does. Pictures in memory
+    count in full; files count by `readers.file_digest`.
     """
     file_digest = cache(readers.file_digest)
 
@@ -133,11 +163,12 @@ def fingerprint(pairs: Sequence[Pair]) -> str:
             return readers.digest(picture)
         if isinstance(picture, Path):
             return file_digest(picture) if picture.is_file() else "absent"
-        return f"{file_digest(picture.file)}:{picture.row}:{picture.column}"
+        cell = f"{file_digest(picture.file)}:{picture.row}:{picture.column}"
+        return f"{cell}:{picture.item}" if isinstance(picture, ParquetItem) else cell
 
     state = hashlib.blake2b(digest_size=16)
-    for pair in pairs:
-        row = [pair.prompt, name(pair.winner), name(pair.loser), pair.weight]
+    for entry in lists:
+        row = [entry.prompt, *map(name, entry.pictures), *([entry.weight] if isinstance(entry, Pair) else [])]
         state.update(json.dumps(row).encode() + b"\n")
     return state.hexdigest()
 
@@ -145,8 +176,8 @@ def fingerprint(pairs: Sequence[Pair]) -> str:
 def write_pairs_parquet(
     path: str | os.PathLike[str],
     captions: Sequence[str],
-    pictures_0: Sequence[bytes],
-    pictures_1: Sequence[bytes],
+    pictures_0: Sequence[Picture],
+    pictures_1: Sequence[Picture],
     label_0: Sequence[float],
     extra: Mapping[str, Sequence[float]] | None = None,
     rows_per_group: int = 256,
@@ -155,26 +186,40 @@ def write_pairs_parquet(
     columns.
 
     The picture columns take any bytes that Pillow reads, in spite of their name. `label_0` is 1 (the first picture
-    won), 0 (the second) or 0.5 (tie). The file appears whole or not at all.
+    won), 0 (the second) or 0.5 (tie). The file appears whole or not at all. Pictures given by their place are read a
+    row group at a time, so a set of any size can be written.
     """
-    columns: dict[str, pa.Array] = {
-        "caption": pa.array(list(captions), pa.string()),
-        "jpg_0": pa.array(list(pictures_0), pa.binary()),
-        "jpg_1": pa.array(list(pictures_1), pa.binary()),
-        "label_0": pa.array([float(label) for label in label_0], pa.float64()),
-        "label_1": pa.array([1.0 - label for label in label_0], pa.float64()),
+    columns: dict[str, tuple[pa.DataType, Sequence[Any]]] = {
+        "caption": (pa.string(), captions),
+        "jpg_0": (pa.binary(), pictures_0),
+        "jpg_1": (pa.binary(), pictures_1),
+        "label_0": (pa.float64(), [float(label) for label in label_0]),
+        "label_1": (pa.float64(), [1.0 - label for label in label_0]),
     }
     for name, values in (extra or {}).items():
         if name in columns:
             raise ValueError(f"extra column {name!r} is one of the layout's own")
-        columns[name] = pa.array([float(value) for value in values], pa.float64())
-    lengths = {name: len(column) for name, column in columns.items()}
+        columns[name] = pa.float64(), [float(value) for value in values]
+    lengths = {name: len(values) for name, (_, values) in columns.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"columns differ in length: {lengths}")
-    wrong = sorted(set(columns["label_0"].to_pylist()) - {0.0, 0.5, 1.0})
+    wrong = sorted(set(columns["label_0"][1]) - {0.0, 0.5, 1.0})
     if wrong:
         raise ValueError(f"label_0 must be 1, 0 or 0.5, not {wrong[0]}")
+
+    def group(start: int) -> dict[str, list[Any]]:
+        part = {name: list(values[start : start + rows_per_group]) for name, (_, values) in columns.items()}
+        return part | {name: [read_bytes(picture) for picture in part[name]] for name in ("jpg_0", "jpg_1")}
+
+    schema = pa.schema({name: kind for name, (kind, _) in columns.items()})
+    write_groups(path, schema, (group(start) for start in range(0, len(captions), rows_per_group)))
+
+
+def write_groups(path: str | os.PathLike[str], schema: pa.Schema, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Write a parquet file, a row group for each mapping of columns; it appears whole or not at all."""
     target = Path(path)
     staged = target.with_name(f".tmp-{target.name}")
-    pq.write_table(pa.table(columns), staged, row_group_size=rows_per_group)
+    with pq.ParquetWriter(staged, schema) as writer:
+        for columns in groups:
+            writer.write_table(pa.table(dict(columns), schema=schema))
     os.replace(staged, target)

@@ -37,10 +37,11 @@ def gain_weights(relevance: Tensor, discount: str = "ln") -> Tensor:
 def rank_dpo(scores: Tensor, relevance: Tensor, beta: float, *, pair_norm: str = "sum", discount: str = "ln") -> Tensor:
     """RankDPO's loss of each list of K pictures of one prompt, [B].
 
-        - sum over pairs with i preferred to j of Delta_ij log sigmoid(-beta (s_i - s_j))
+        - sum over pairs with i preferred to j of Delta_ij log sigmoid(beta (score_i - score_j))
 
-    Karthik et al. 2024, arXiv 2410.18013, eq. 7. `scores` s [B,K] are gaps of denoising errors, policy minus reference,
-    one timestep per list: **lower is better**. Lists of log-ratios enter as `-log_ratio`. beta is in the unit 1/score.
+    Karthik et al. 2024, arXiv 2410.18013, eq. 7. `scores` [B,K] are **minus** the paper's s, the gaps of denoising
+    errors, policy minus reference, at one timestep per list; log-ratios enter as they are: higher is better, as
+    everywhere. beta is in the unit 1/score.
     `relevance` phi [B,K], higher is better; it takes no gradient, and i is preferred to j when phi_i > phi_j.
 
     `pair_norm`: "sum" (the paper), "sum_weights" (a mean weighted by Delta) or "num_pairs" (over the pairs with a
@@ -51,8 +52,8 @@ def rank_dpo(scores: Tensor, relevance: Tensor, beta: float, *, pair_norm: str =
         raise ValueError(f"unknown pair_norm {pair_norm!r}: expected one of {', '.join(PAIR_NORMS)}")
     require_same_shape(scores=scores, relevance=relevance)
     weights = gain_weights(relevance, discount) * (relevance[:, :, None] > relevance[:, None, :])
-    # [b,i,j] is the margin by which i, to be preferred, stands below j.
-    loss = (weights * logistic(scores[:, None, :] - scores[:, :, None], beta)).sum((1, 2))
+    # [b,i,j] is the margin by which i, to be preferred, stands above j.
+    loss = (weights * logistic(scores[:, :, None] - scores[:, None, :], beta)).sum((1, 2))
     if pair_norm == "sum":
         return loss
     total = (weights if pair_norm == "sum_weights" else weights.sign()).sum((1, 2))

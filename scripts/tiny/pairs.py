@@ -1,4 +1,4 @@
-"""Pictures of the base model itself, what the judge says of them, and their bytes for a table of pairs."""
+"""Pictures of the base model itself, what the judge says of them, and their bytes for tables of pairs and rankings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusion_align.data import Ranking, write_rankings_parquet
 from diffusion_align.models import load_pipeline
+from diffusion_align.objectives import win_counts
 from diffusion_align.rng import normal_batch
 from diffusion_align.samplers import sample, step_table
 from diffusion_align.shapes import ATTRIBUTES, judge
@@ -56,3 +58,17 @@ def picture_bytes(picture: Tensor) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, "WEBP", quality=92, method=6)
     return buffer.getvalue()
+
+
+def write_rankings(out: Path, prompts: list[str], pictures: Tensor, scores: Tensor) -> None:
+    """All K pictures `[P,K,3,64,64]` of each prompt, ranked by one scorer `[P,K]`: relevance is its share of wins."""
+    relevance = win_counts(scores[None].double())
+    rows = zip(prompts, pictures, relevance.tolist(), scores.tolist(), strict=True)
+    write_rankings_parquet(
+        out,
+        (
+            Ranking(str(number), prompt, tuple(map(picture_bytes, own)), tuple(phi), (tuple(said),))
+            for number, (prompt, own, phi, said) in enumerate(rows)
+        ),
+        rows_per_group=256,
+    )

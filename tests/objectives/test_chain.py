@@ -110,7 +110,7 @@ def loss_rank_dpo(logits):
     for start in range(STATES):
         relevance = win_counts(REWARD[PER_START[start, :, 2]][lists][None])
         chance = START[start] * path_weights()[start][lists].prod(1)
-        total = total + (chance * rank_dpo(-path_ratios(logits)[start].sum(1)[lists], relevance, 0.5)).sum()
+        total = total + (chance * rank_dpo(path_ratios(logits)[start].sum(1)[lists], relevance, 0.5)).sum()
     return total
 
 

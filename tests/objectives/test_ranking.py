@@ -5,9 +5,15 @@ import pytest
 import torch
 from helpers_objectives import draw, gradient, tensor
 
-from diffusion_align.objectives import gain_weights, logistic, rank_dpo
+from diffusion_align import objectives
+from diffusion_align.objectives import gain_weights, logistic
 
 FOUR = tensor(1, 2 / 3, 1 / 3, 0)[None]
+
+
+def rank_dpo(errors, *arguments, **options):
+    """The tests speak of the paper's s, gaps of errors; the objective takes scores, which are minus those."""
+    return objectives.rank_dpo(-errors, *arguments, **options)
 
 
 def brute_force(scores, relevance, beta, log=math.log):
@@ -105,6 +111,14 @@ def test_gradient_against_the_closed_form():
                     expected -= 0.7 * weights[b, i, j] * torch.sigmoid(-push)
             assert slope[b, i].item() == pytest.approx(float(expected), abs=1e-12)
     assert slope.sum(1).abs().max() < 1e-12
+
+
+def test_a_higher_score_is_better():
+    """The contract of the name: the loss falls when the more relevant picture's score rises."""
+    right, wrong = (objectives.rank_dpo(tensor(*s)[None], tensor(1, 0)[None], 2.0) for s in ((0.5, -0.3), (-0.3, 0.5)))
+    # One pair with relevance 1 and 0: weight (2^1 - 2^0) (1/ln 2 - 1/ln 3) = 0.532.
+    assert right.item() == pytest.approx(0.53246 * math.log1p(math.exp(-1.6)), rel=1e-4)
+    assert wrong.item() == pytest.approx(0.53246 * math.log1p(math.exp(1.6)), rel=1e-4)
 
 
 def test_at_the_reference_the_best_error_is_pushed_down_and_the_worst_up():

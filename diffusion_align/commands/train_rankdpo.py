@@ -1,0 +1,90 @@
+"""`train rankdpo`: rankings and a model in, a run folder out. Builds, wires and loops; what computes lies below."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from diffusion_align.commands.plan import steps_of
+from diffusion_align.commands.plan_rankdpo import describe_prompts, read_training_rankings
+from diffusion_align.commands.session import claim_early, open_session
+from diffusion_align.commands.setup import make_optimizer, optimizer_identity
+from diffusion_align.data import build_cache
+from diffusion_align.data.readers import digest
+from diffusion_align.objectives import beta_per_squared_error, gain_weights, rank_dpo
+from diffusion_align.options import TrainRankdpo
+from diffusion_align.train import train_rankings
+
+
+def train_rankdpo(options: TrainRankdpo) -> int:
+    """Train with RankDPO; see `TrainRankdpo` for what can be asked, and `Session.follow` for an interruption."""
+    o = options
+    resumed = claim_early(o)
+    rankings, counts = read_training_rankings(o)
+    rankings = rankings[: o.max_train_samples]
+    session = open_session(o, "train rankdpo", resumed)
+    gate, accelerator = session.gate, session.accelerator
+    accelerator.print(f"rankings: {counts}")
+    resolution = o.resolution or gate.resolution
+    with accelerator.main_process_first():
+        cache = build_cache(
+            gate,  # pyright: ignore[reportArgumentType]  (a cached property is a property)
+            rankings,
+            Path(o.cache_dir) / "encoded" if o.cache_dir else session.run / "cache",
+            resolution=resolution,
+            seed=o.seed,
+            known_bad=counts.bad_rows,
+            max_bad_fraction=o.max_bad_fraction,
+            progress=accelerator.is_main_process,
+        )
+    relevance = [rankings[place].relevance for place in cache.kept]
+    beta = beta_per_squared_error(o.beta_dpo, math.prod(gate.latent_shape(resolution)), o.beta_convention)
+    pieces = (o.train_batch_size, accelerator.num_processes, o.gradient_accumulation_steps)
+    plan = steps_of(*pieces, o.num_train_epochs, o.max_train_steps, len(cache))
+    batch, steps = plan.batch, plan.steps or 0  # known, as the rankings are
+    accelerator.print("\n".join(describe_prompts(plan)))
+    rate = o.learning_rate * (batch if o.scale_lr else 1)
+    optimizer, scheduler = make_optimizer(o, session.parameters, rate, steps)
+    identity = {
+        **cache.identity,
+        **identity_of(o, relevance, beta=beta, batch=batch),
+        **optimizer_identity(o, learning_rate=rate, steps=steps),
+    }
+    progress = session.start(optimizer, scheduler, identity, (ranking.prompt for ranking in rankings))
+    records = train_rankings(
+        cache,
+        relevance,
+        gate.predict,
+        session.reference,
+        schedule=gate.schedule,
+        prediction_type=gate.prediction_type,
+        loss=partial(rank_dpo, beta=beta, pair_norm=o.pair_norm, discount=o.discount),
+        pair_weights=partial(gain_weights, discount=o.discount),
+        beta=beta,
+        parameters=session.parameters,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        accelerator=accelerator,
+        batch_size=batch,
+        seed=o.seed,
+        max_steps=steps,
+        shared_noise=o.shared_noise,
+        one_graph=o.one_picture_at_a_time,
+        accumulation=o.gradient_accumulation_steps,
+        caption_dropout=o.proportion_empty_prompts,
+        max_grad_norm=o.max_grad_norm,
+        progress=progress,
+    )
+    return session.follow(records, progress, steps, shown=("implicit_accuracy",))
+
+
+def identity_of(o: TrainRankdpo, relevance: Sequence[Sequence[float]], *, beta: float, batch: int) -> dict[str, Any]:
+    """What a resumed run must share with the saved one, beside pictures, model and optimizer. How a batch is cut into
+    pieces, processes and pictures may change."""
+    same = ("pair_norm", "discount", "shared_noise", "proportion_empty_prompts")
+    labels = digest(json.dumps(relevance).encode())  # the cache does not know them
+    return {"beta": beta, "batch": batch, "relevance": labels, **{name: getattr(o, name) for name in same}}

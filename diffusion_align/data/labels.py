@@ -1,0 +1,105 @@
+"""From what scorers said of pictures to relevance, and to figures that say how much of it to believe.
+
+Scores are [M,P,K]: M scorers, P prompts, K pictures of each; NaN where a scorer failed. Higher is better.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_align import rng
+from diffusion_align.data.layouts import Ranking
+from diffusion_align.data.pairs import write_pairs_parquet
+from diffusion_align.objectives import win_counts
+
+
+def relevances(scores: Tensor) -> Iterator[tuple[list[int], list[float]]]:
+    """For each prompt, the places of the pictures that every scorer answered for, and their relevance.
+
+    It is the share of comparisons won (Karthik et al. 2024, arXiv 2410.18013, alg. 1), over those pictures alone; where
+    fewer than two are left it is empty. Without scorers (M = 0) the places themselves are ranked, for labels by chance.
+    """
+    for number in range(scores.shape[1]):
+        said = scores[:, number]
+        places = said.isfinite().all(0).nonzero()[:, 0].tolist()
+        if len(places) < 2:
+            yield places, []
+        elif len(said):
+            yield places, win_counts(said[:, None, places])[0].tolist()
+        else:
+            yield places, [1 - place / (len(places) - 1) for place in places]
+
+
+def dealt(relevance: list[float], seed: int, prompt: str) -> list[float]:
+    """The same relevances in an order that knows nothing of the pictures, drawn at (seed, "random labels", prompt)."""
+    return [relevance[place] for place in rng.permutation(len(relevance), seed, "random labels", prompt).tolist()]
+
+
+def write_best_and_worst(path: str | os.PathLike[str], rankings: Sequence[Ranking], seed: int) -> None:
+    """The most and the least relevant picture of each prompt as a pair, in Pick-a-Pic's layout."""
+    # Which side won is drawn, so that a reader which ignores the label cannot look right.
+    best_first = rng.integers_batch(0, 2, seed, "side", [ranking.prompt for ranking in rankings]).tolist()
+    sides = []
+    for ranking, best_comes_first in zip(rankings, best_first, strict=True):
+        phi = ranking.relevance
+        ends = phi.index(max(phi)), phi.index(min(phi))
+        sides.append(ends if best_comes_first else ends[::-1])
+    chosen = list(zip(rankings, sides, strict=True))
+    left, right = ([ranking.pictures[places[side]] for ranking, places in chosen] for side in (0, 1))
+    extra = {f"relevance_{side}": [ranking.relevance[places[side]] for ranking, places in chosen] for side in (0, 1)}
+    write_pairs_parquet(path, [ranking.prompt for ranking in rankings], left, right, best_first, extra)
+
+
+def decided(rankings: Sequence[Ranking]) -> float:
+    """The share of pairs of pictures of one prompt of which one is more relevant."""
+    lists = [torch.tensor(ranking.relevance) for ranking in rankings]
+    told = sum(int((phi[:, None] > phi).sum()) for phi in lists)
+    return told / sum(len(phi) * (len(phi) - 1) // 2 for phi in lists)
+
+
+def scorer_figures(scores: Tensor, names: list[str]) -> dict[str, Any]:
+    """For each scorer: pictures without a number, mean and deviation, and the share of pairs that it tells apart."""
+    _, decided = _orders(scores)
+    figures = {}
+    for name, said, told in zip(names, scores, decided, strict=True):
+        good = said[said.isfinite()]
+        pairs = _pairs(said.isfinite()).sum()
+        figures[name] = {
+            "failed": int((~said.isfinite()).sum()),
+            "mean": float(good.mean()),
+            "std": float(good.std(correction=0)),
+            "decides": _share(told.sum(), pairs),
+        }
+    return figures
+
+
+def agreement(scores: Tensor, names: list[str]) -> dict[str, Any]:
+    """For every two scorers, how many pairs of pictures of one prompt both decide, and in what share they agree."""
+    signs, decided = _orders(scores)
+    figures = {}
+    for a in range(len(names)):
+        for b in range(a + 1, len(names)):
+            both = decided[a] & decided[b]
+            agree = both & (signs[a] == signs[b])
+            figures[f"{names[a]} / {names[b]}"] = {"pairs": int(both.sum()), "agree": _share(agree.sum(), both.sum())}
+    return figures
+
+
+def _orders(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each pair of pictures of a prompt, [M,P,pairs]: the sign of the difference, and whether there is one."""
+    i, j = torch.triu_indices(scores.shape[2], scores.shape[2], 1)
+    signs = (scores[..., i] - scores[..., j]).sign()
+    return signs, signs.abs() == 1
+
+
+def _pairs(finite: Tensor) -> Tensor:
+    """[P,K] -> [P,pairs]: whether both have a number."""
+    i, j = torch.triu_indices(finite.shape[1], finite.shape[1], 1)
+    return finite[:, i] & finite[:, j]
+
+
+def _share(part: Tensor, whole: Tensor) -> float | None:
+    return float(part / whole) if whole else None

@@ -1,0 +1,75 @@
+"""The options of `data synth`."""
+
+# ruff: noqa: E501  (a table: one option a line)
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .names import UsageError
+from .schema import option
+
+
+@dataclass(frozen=True)
+class Synth:
+    # fmt: off
+    models: tuple[str, ...] = option((), "model", "model to draw with: folder or hub id in diffusers format, tiny, or a run folder (its base with what was trained); may be repeated", aliases=("model",))
+
+    prompts: str | None = option(None, "data", "file with one prompt a line, or tiny (captions of the embedded world's training split)", aliases=("prompts_file",))
+    num_prompts: int | None = option(None, "data", "use the first N prompts (default: all; of tiny, 800)", at_least=1)
+    pictures: int = option(4, "data", "pictures of each prompt, over all models, which take turns", aliases=("num_images_per_prompt",), at_least=2)
+
+    rewards: tuple[str, ...] = option((), "reward", "scorer: tiny (the embedded one), an open_clip name, judge (reads the embedded world) or random; may be repeated", aliases=("reward",))
+    random_labels: bool = option(False, "reward", "a control: the relevances of each prompt's pictures are dealt out at random; files are named random_*")
+
+    steps: int = option(25, "sampler", "steps", aliases=("num_inference_steps",), at_least=1)
+    guidance: float = option(7.5, "sampler", "classifier-free guidance; 1 is none", aliases=("guidance_scale",), at_least=0)
+    seed: int = option(0, "sampler", "picture i of a model is keyed by (seed, prompt, the model's place among --models, i)", at_least=0)
+    solver: str = option("dpmpp", "sampler", "DPM-Solver++ or DDIM", choices=("dpmpp", "ddim"))
+    order: int = option(2, "sampler", "order of DPM-Solver++", at_least=1, at_most=3)
+    eta: float = option(0.0, "sampler", "0: deterministic, 1: the stochastic solver", at_least=0)
+    spacing: str = option("trailing", "sampler", "where the steps lie", choices=("trailing", "leading", "linspace", "karras", "lu", "exponential", "ays"))
+    resolution: int | None = option(None, "sampler", "side of the pictures in pixels (default: each model's own)", at_least=8)
+
+    shard: str | None = option(None, "machine", "K/N: draw and score a share of the prompts, K from 0 to N - 1; all shards write into one folder, and the last one to end writes the tables", saved=False)
+    batch_size: int = option(16, "machine", "pictures at a time", at_least=1)
+    device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
+    mixed_precision: str = option("no", "machine", "precision of the network", choices=("no", "fp16", "bf16"))
+    out: str = option("synth", "output", "folder for pictures, scores, rankings.parquet, pairs.parquet and report.json", aliases=("output_dir",))
+    # fmt: on
+
+
+def shard_of(options: Synth) -> tuple[int, int]:
+    """(K, N) of `--shard K/N`; the whole is 0 of 1.
+
+    Raises:
+        UsageError: it is not of that form.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", options.shard or "0/1")
+    if found is None or int(found[1]) >= int(found[2]):
+        raise UsageError(f"machine.shard must be K/N with K from 0 to N - 1, such as 0/4, not {options.shard!r}")
+    return int(found[1]), int(found[2])
+
+
+def check_synth(options: Synth) -> None:
+    """What no single option can know.
+
+    Raises:
+        UsageError: no models, prompts or rewards, or options that contradict each other.
+    """
+    o = options
+    if not o.models:
+        raise UsageError("which models? --models NAME (may be repeated): a folder, a hub id, a run folder, or tiny")
+    if o.prompts is None:
+        raise UsageError("which prompts? --prompts FILE with one a line, or tiny")
+    if not o.rewards and not o.random_labels:
+        raise UsageError("which rewards? --rewards NAME (may be repeated), or --random_labels for a control")
+    if len(set(o.rewards)) < len(o.rewards) or len(set(o.models)) < len(o.models):
+        raise UsageError("a model or a reward is named twice")
+    if o.pictures < len(o.models):
+        raise UsageError(f"data.pictures {o.pictures} leaves none for some of {len(o.models)} models")
+    if o.order == 3 and o.eta > 0:
+        raise UsageError("sampler.order 3 is for sampler.eta 0 only")
+    if o.solver == "ddim" and o.eta > 1:
+        raise UsageError(f"sampler.eta of ddim is at most 1, not {o.eta:g}")
+    shard_of(o)

@@ -1,0 +1,56 @@
+"""The options of `train rankdpo`, beside those of every offline method.
+
+The paper reports neither its learning rate nor its beta: the defaults are those of `train dpo`.
+"""
+
+# ruff: noqa: E501  (a table: one option a line)
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from .names import UsageError
+from .schema import option
+from .train_common import TrainOffline, check_train
+
+
+@dataclass(frozen=True)
+class TrainRankdpo(TrainOffline):
+    # fmt: off
+    output_dir: str = option("runs/rankdpo", "output", "the run folder")
+    train_data_dir: str | None = option(None, "data", "rankings on disk (or pairs, as rankings of two): a folder or a file", aliases=("data",), replaces="dataset_name")
+    dataset_name: str | None = option(None, "data", "rankings by name: a path, a data set on the hub, or tiny", replaces="train_data_dir")
+    max_train_samples: int | None = option(None, "data", "use only the first N rankings", at_least=1)
+
+    train_batch_size: int = option(4, "train", "prompts per device and step of accumulation, with all their pictures", at_least=1)
+    num_train_epochs: int = option(1, "train", "passes over the rankings, where max_train_steps is not given", at_least=1)
+    beta_dpo: float = option(2500.0, "train", "pull towards the reference, in the unit of beta_convention", aliases=("beta",), above=0)
+    beta_convention: str = option("diffusers", "train", "unit of beta_dpo: diffusers (mean over dims), salesforce (mean over dims and a hidden 1/2, so 5000 there is 2500 here) or sum (over dims)", choices=("diffusers", "salesforce", "sum"))
+    pair_norm: str = option("sum", "train", "the pairs of a prompt are added up (sum, the paper), averaged by weight (sum_weights) or divided by their number (num_pairs)", choices=("sum", "sum_weights", "num_pairs"))
+    discount: str = option("ln", "train", "logarithm of the rank discount, which the paper does not name; log2 makes all weights 0.69 times as large", choices=("ln", "log2"))
+    shared_noise: bool = option(False, "train", "one noise for all pictures of a prompt, as in train dpo; the paper draws one for each")
+    one_picture_at_a_time: bool = option(False, "machine", "keep the network's activations for one picture of each prompt at a time; the same gradient in a K-th of the memory, with half as many evaluations again")
+    # fmt: on
+
+
+def notes_train_rankdpo(options: TrainRankdpo, given: Collection[str]) -> list[str]:
+    """One line for each value that is not taken as a person may think. `given` are the options that somebody set."""
+    if "beta_dpo" in given and "beta_convention" not in given:
+        return [
+            f"beta_dpo {options.beta_dpo:g} is read in the unit of diffusers' script (mean over dims, no 1/2); "
+            "a number from the code of Diffusion-DPO's authors needs --beta_convention salesforce"
+        ]
+    return []
+
+
+def check_train_rankdpo(options: TrainRankdpo) -> None:
+    """What no single option can know.
+
+    Raises:
+        UsageError: no model, no rankings or two sources of them, or options that contradict each other.
+    """
+    check_train(options)
+    if options.train_data_dir is None and options.dataset_name is None:
+        raise UsageError("which rankings? --train_data_dir PATH or --dataset_name NAME (tiny: the embedded ones)")
+    if options.train_data_dir is not None and options.dataset_name is not None:
+        raise UsageError("two sources of rankings: give --train_data_dir or --dataset_name, not both")
