@@ -5,12 +5,14 @@ import math
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from helpers_sdxl import make_tiny_sdxl_folder
 from helpers_tiny import make_tiny_folder
+from PIL import Image
 from test_scripts import LORA, script, weights_of
 
 from diffusion_align import cli
@@ -195,8 +197,8 @@ def test_every_number_arrives_where_it_works(toys, tmp_path, monkeypatch):
     assert (seen["batch_size"], seen["accumulation"], seen["max_steps"]) == (6, 2, 6)
     assert seen["shared_noise"] and seen["one_graph"] and seen["beta"] == pytest.approx(100 / 2 / 1024)
     assert [len(shares) for shares in seen["relevance"]] == LENGTHS[:5]
-    # One pair of two pictures, 1 worse than 0 by 3: its weight is log2's, and is not divided, as there is one pair.
-    phi, scores = torch.tensor([[1.0, 0.0]], dtype=torch.float64), torch.tensor([[0.0, 3.0]], dtype=torch.float64)
+    # One pair of two pictures, the second worse by 3: its weight is log2's, and is not divided, as there is one pair.
+    phi, scores = torch.tensor([[1.0, 0.0]], dtype=torch.float64), torch.tensor([[0.0, -3.0]], dtype=torch.float64)
     weight = 1 - 1 / math.log2(3)
     assert float(seen["pair_weights"](phi)[0, 0, 1]) == pytest.approx(weight)
     assert float(seen["loss"](scores, phi)) == pytest.approx(weight * math.log1p(math.exp(-3 * 100 / 2048)))
@@ -260,8 +262,13 @@ def test_a_run_is_a_model_that_synth_draws_with_and_its_rankings_train(toys, fin
     for out, models in (("both", [base, tuned]), ("base", [base]), ("tuned", [tuned])):
         flags = [word for name in models for word in ("--models", name)]
         assert cli.main([*words, *flags, "--out", str(tmp_path / out)]) == 0
-    bytes_of = lambda out, place: synth_parts.picture_path(tmp_path / out, 0, place).read_bytes()  # noqa: E731
-    assert bytes_of("both", 0) == bytes_of("base", 0) and bytes_of("base", 0) != bytes_of("tuned", 0)
+
+    def levels(out):
+        with Image.open(synth_parts.picture_path(tmp_path / out, 0, 0)) as picture:
+            return np.asarray(picture).astype(int)
+
+    # Alone a model draws both pictures of a prompt, so the batches differ, and with them the last bit of a level.
+    assert abs(levels("both") - levels("base")).max() <= 1 and abs(levels("base") - levels("tuned")).max() > 1
     weights = json.loads((tmp_path / "both" / "report.json").read_text())["models"]
     assert weights[1]["weights"].startswith(weights[0]["weights"] + "+")
     rankings, _ = read_rankings(tmp_path / "both" / "rankings.parquet")

@@ -201,6 +201,24 @@ def test_shards_make_the_whole(toys, whole, tmp_path, capsys):
     assert same(tmp_path / "cut", whole)
 
 
+def told(images, prompts):
+    """Brightness and the prompt's number: whoever mixes prompts up is found out."""
+    return bright(images, prompts) + torch.tensor([float(PROMPTS.index(prompt)) for prompt in prompts])
+
+
+def test_models_may_draw_in_sizes_of_their_own_and_each_picture_is_scored_with_its_prompt(toys, tmp_path, monkeypatch):
+    use(monkeypatch, told=told)
+    big = make_tiny_folder(tmp_path / "big", seed=1)
+    config = json.loads((big / "unet" / "config.json").read_text())
+    (big / "unet" / "config.json").write_text(json.dumps(config | {"sample_size": 16}))
+    assert cli.main(argv(toys, tmp_path / "out", models=("a", tmp_path / "big"), rewards=("told",))) == 0
+    for ranking in read_rankings(tmp_path / "out" / "rankings.parquet")[0]:
+        number = PROMPTS.index(ranking.prompt)
+        pictures = [levels(tmp_path / "out", number, place) / 255 for place in range(4)]
+        assert [picture.shape[0] for picture in pictures] == [32, 64, 32, 64]
+        assert ranking.scores[0] == pytest.approx([number + picture.mean() for picture in pictures], abs=1e-6)
+
+
 def test_another_reward_scores_what_is_there(toys, tmp_path, monkeypatch):
     calls = use(monkeypatch, bright=bright, dark=lambda images, prompts: -bright(images, prompts))
     assert cli.main(argv(toys, tmp_path / "out", rewards=("bright",))) == 0

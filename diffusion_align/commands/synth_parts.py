@@ -147,15 +147,26 @@ def score(o: Synth, out: Path, prompts: list[str], parts: Sequence[int], name: s
         faults: list[str] = []
         for i in range(0, len(addresses), o.batch_size):
             batch = addresses[i : i + o.batch_size]
-            images = torch.stack([_stored(picture_path(out, *address)) for address in batch])
-            values += ask(name, reward, images, [prompts[number] for number, _ in batch], faults)
+            images = [_stored(picture_path(out, *address)) for address in batch]
+            values += _by_size(name, reward, images, [prompts[number] for number, _ in batch], faults)
         if all(map(math.isnan, values)):
-            said = f": {faults[0]}" if faults else ""
-            raise RewardError(f"reward {name} has no finite number for any of {len(values)} pictures{said}")
+            first = f": {faults[0]}" if faults else ""
+            raise RewardError(f"reward {name} has no finite number for any of {len(values)} pictures{first}")
         plain = [None if math.isnan(value) else value for value in values]
         rows = [plain[i : i + o.pictures] for i in range(0, len(plain), o.pictures)]
         facts = {"reward": name, "scores": rows, "errors": faults[:1]}
         write_bytes(scores_path(out, name, part), json.dumps(facts).encode())
+
+
+def _by_size(name: str, reward: Reward, images: list[Tensor], prompts: list[str], faults: list[str]) -> list[float]:
+    """`ask`, for pictures of one size at a time: models may draw in sizes of their own."""
+    said = [math.nan] * len(images)
+    for side in sorted({image.shape[-1] for image in images}):
+        rows = [row for row, image in enumerate(images) if image.shape[-1] == side]
+        some = torch.stack([images[row] for row in rows])
+        for row, value in zip(rows, ask(name, reward, some, [prompts[row] for row in rows], faults), strict=True):
+            said[row] = value
+    return said
 
 
 def ask(name: str, reward: Reward, images: Tensor, prompts: list[str], faults: list[str]) -> list[float]:

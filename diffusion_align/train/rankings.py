@@ -147,7 +147,7 @@ def train_rankings(
         with accelerator.autocast():
             scores = ranking_scores(predict_policy, predict_reference, noised, one_graph=one_graph)
         phi = torch.tensor([relevance[index] for index in indices], dtype=torch.float64).to(scores)
-        return {"loss": loss(-scores, phi), **_columns(scores.detach(), phi, pair_weights(phi))}
+        return {"loss": loss(scores, phi), **_columns(scores.detach(), phi, pair_weights(phi))}
 
     def micro_batch(samples: list[Sample]) -> dict[str, Tensor]:
         lengths = [cache.lengths[index] for _, index in samples]
