@@ -267,8 +267,10 @@ def test_a_run_is_a_model_that_synth_draws_with_and_its_rankings_train(toys, fin
         with Image.open(synth_parts.picture_path(tmp_path / out, 0, 0)) as picture:
             return np.asarray(picture).astype(int)
 
-    # Alone a model draws both pictures of a prompt, so the batches differ, and with them the last bit of a level.
-    assert abs(levels("both") - levels("base")).max() <= 1 and abs(levels("base") - levels("tuned")).max() > 1
+    # Alone a model draws both pictures of a prompt, so the batches differ, and with them the rounding of a few levels;
+    # the short training moves many more.
+    rounding, moved = (abs(levels(out) - levels("base")).mean() for out in ("both", "tuned"))
+    assert rounding < 0.002 and moved > 10 * rounding and moved > 0.002
     weights = json.loads((tmp_path / "both" / "report.json").read_text())["models"]
     assert weights[1]["weights"].startswith(weights[0]["weights"] + "+")
     rankings, _ = read_rankings(tmp_path / "both" / "rankings.parquet")
