@@ -49,10 +49,16 @@ def run_row(name: str, seed: int, out: Path, num_prompts: int, more: list[str]) 
         "auto",
         *more,
     ]
+    clock = run.with_suffix(".seconds")  # of all sittings; a killed one is not counted
     start = time.monotonic()
-    if not list(run.glob("pytorch_lora_weights.safetensors")) and (code := command(train)):
-        raise SystemExit(code)
-    minutes = (time.monotonic() - start) / 60
+    try:
+        if not list(run.glob("pytorch_lora_weights.safetensors")) and (code := command(train)):
+            raise SystemExit(code)
+    finally:
+        spent = (float(clock.read_text()) if clock.exists() else 0.0) + time.monotonic() - start
+        clock.parent.mkdir(parents=True, exist_ok=True)
+        clock.write_text(f"{spent}\n")
+    minutes = spent / 60
     if code := command(["evaluate", str(run), *EVALUATION.split(), str(num_prompts)]):
         raise SystemExit(code)
     report = json.loads((run / "report.json").read_text())
@@ -96,7 +102,8 @@ def last_kl(run: Path) -> float | None:
 
 
 def network_evaluations(argv: list[str]) -> int:
-    """Of the whole training, from its options: rollout, policy, reference; a gradient counts as one more."""
+    """Of the whole training, from its options: rollout, policy and reference, a forward pass each, with gradient or
+    without; those of SPO if every pair is kept."""
     from diffusion_align.commands.plan_online import evaluations, rounds_of
     from diffusion_align.options import VERBS, TrainOnline, build_parser, parse, resolve
 

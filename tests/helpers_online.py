@@ -71,10 +71,15 @@ class Toy:
             group=self.group, share_noise=self.share, shape=SHAPE, seed=self.seed,
         )  # fmt: skip
 
+    def logits(self, x, prompts, t):
+        """What SPO compares by: the reward, stretched to logits; what is no tensor stays as it is."""
+        values = self.reward(x, prompts)
+        return 20 * values if isinstance(values, torch.Tensor) else values
+
     def branch(self, samples, children=3, start=2, threshold=0.0, segment=1):
         prompts, text = self.texts(samples)
         return resample(
-            self.policy, self.table, text, prompts, samples, lambda x, p, t: 20 * self.reward(x, p),
+            self.policy, self.table, text, prompts, samples, self.logits,
             children=children, start=start, threshold=threshold, shape=SHAPE, seed=self.seed, segment=segment,
         )  # fmt: skip
 
@@ -105,6 +110,13 @@ class Toy:
 
     def weights(self):
         return [p.detach().clone() for p in self.parameters]
+
+    def gradients(self):
+        """What the parameters' gradients are, in one row; they are empty again."""
+        found = torch.cat([p.grad.flatten() for p in self.parameters])
+        for p in self.parameters:
+            p.grad = None
+        return found
 
     def move(self, size=0.05):
         """The policy a little away from its reference."""

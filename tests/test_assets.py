@@ -11,8 +11,9 @@ from diffusers import StableDiffusionPipeline
 from tiny.pictures import rendered
 from tiny.reward import wrong_caption
 
-from diffusion_align.data import read_pairs
+from diffusion_align.data import read_pairs, read_rankings
 from diffusion_align.data.images import load_picture
+from diffusion_align.data.layouts import read_bytes
 from diffusion_align.evaluation import evaluation_table, generate
 from diffusion_align.models import load_pipeline
 from diffusion_align.rewards import clip_scorer
@@ -35,6 +36,20 @@ def pairs():
 
 def test_everything_together_stays_small():
     assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) < 12e6
+
+
+def test_the_rankings_hold_the_pairs_and_are_ordered_by_their_scores(pairs):
+    """Four pictures a prompt, of which the pair is the best and the worst; relevance is one scorer's share of wins."""
+    rankings, counts = read_rankings(ASSETS / "tiny_rankings.parquet")
+    assert counts.used == len(rankings) == 800 and counts.ties == counts.broken == 0
+    for pair, ranking in zip(pairs, rankings, strict=True):
+        pictures = [read_bytes(picture) for picture in ranking.pictures]
+        best, worst = max(ranking.relevance), min(ranking.relevance)
+        assert pair.prompt == ranking.prompt and len(pictures) == 4
+        assert read_bytes(pair.winner) == pictures[ranking.relevance.index(best)]
+        assert read_bytes(pair.loser) == pictures[ranking.relevance.index(worst)]
+        (scores,) = ranking.scores
+        assert ranking.relevance == pytest.approx([sum(s > other for other in scores) / 3 for s in scores])
 
 
 def test_plain_diffusers_loads_and_draws():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from beartype import beartype
-from jaxtyping import Float, jaxtyped
+from jaxtyping import Bool, Float, Int, jaxtyped
 from torch import Tensor
 
 from diffusion_align import objectives, prediction, tensors
@@ -59,6 +59,36 @@ def one_step(
     return step_gaussian(table, torch.arange(x.shape[0]) % 9, x, clean, previous)
 
 
+@checked
+def of_steps(name: str, log_ratio_w: Float[Tensor, "T B"], log_ratio_l: Float[Tensor, "T B"]) -> Float[Tensor, "T B"]:
+    return getattr(objectives, name)(log_ratio_w, log_ratio_l, beta=0.7, clip=0.1)
+
+
+@checked
+def of_lists(
+    scores: Float[Tensor, "B K"], relevance: Float[Tensor, "B K"]
+) -> tuple[Float[Tensor, "B"], Float[Tensor, "B K K"]]:
+    return objectives.rank_dpo(scores, relevance, 0.7), objectives.gain_weights(relevance)
+
+
+@checked
+def of_groups(
+    log_ratio: Float[Tensor, "G K T"], old: Float[Tensor, "G K T"], reward: Float[Tensor, "G K"], clip: float | None
+) -> Float[Tensor, "G"]:
+    return objectives.prdp(log_ratio, old, reward, 0.7, clip)
+
+
+@checked
+def of_rewards(
+    rewards: Float[Tensor, "M G K"],
+) -> tuple[Float[Tensor, "G K"], Float[Tensor, "G K"], Int[Tensor, "G"], Int[Tensor, "G"], Bool[Tensor, "G"]]:
+    return (
+        objectives.win_counts(rewards),
+        objectives.group_advantage(rewards[0]),
+        *objectives.best_and_worst(rewards[0]),
+    )
+
+
 def sizes(seed):
     rng = generator(seed, "sizes")
     return [int(n) for n in torch.randint(1, 6, (int(torch.randint(2, 5, (), generator=rng)),), generator=rng)]
@@ -75,6 +105,13 @@ def test_shapes_in_and_out(seed):
     margin(*(draw(batch) for _ in range(4)))
     for name in ("logistic", "robust", "hinge", "ipo"):
         link(name, draw(batch))
+    group, lists = batch + 1, draw(batch, shape[1] + 1)
+    for name in ("d3po", "spo"):
+        of_steps(name, draw(3, batch), draw(3, batch))
+    of_lists(lists, draw(*lists.shape).sigmoid())
+    for clip in (None, 0.1):
+        of_groups(draw(group, 3, batch), draw(group, 3, batch), draw(group, 3), clip)
+    of_rewards(draw(2, group, 3))
     level = torch.rand(batch, generator=rng, dtype=torch.float64) * 0.9 + 0.05
     for kind in prediction.KINDS:
         clean_of(kind, draw(*shape), draw(*shape), level)

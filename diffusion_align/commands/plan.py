@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from diffusion_align.commands.model_facts import ModelFacts
 from diffusion_align.objectives import beta_per_squared_error
+from diffusion_align.options import TrainCommon
 from diffusion_align.schedule import Schedule
 
 
@@ -45,6 +47,15 @@ def path_weight(schedule: Schedule) -> float:
     lam = schedule.half_log_snr(torch.arange(schedule.num_timesteps, dtype=torch.float64))
     lam = lam[torch.isfinite(lam)]
     return float((torch.expm1(2 * (lam[:-1] - lam[1:])) / 2).sum())
+
+
+def describe_trained(o: TrainCommon, facts: ModelFacts) -> str:
+    """What is trained, and how many weights that is."""
+    what = "the whole UNet" if o.mode == "full" else f"LoRA of rank {o.rank}, alpha {o.network_alpha or o.rank:g}"
+    if not facts.unet_shapes:
+        return f"{what}: number of parameters unknown"
+    number = facts.full_parameters() if o.mode == "full" else facts.lora_parameters(o.rank, o.lora_targets)
+    return f"{what}: {number:,} of {facts.full_parameters():,} parameters"
 
 
 def describe_steps(plan: Steps) -> list[str]:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import os
 
-from diffusion_align.commands.model_facts import ModelFacts, read_model_facts
-from diffusion_align.commands.plan import describe_beta, describe_loss, describe_rate, describe_steps, steps_of
+from diffusion_align.commands.model_facts import read_model_facts
+from diffusion_align.commands.plan import (
+    describe_beta,
+    describe_loss,
+    describe_rate,
+    describe_steps,
+    describe_trained,
+    steps_of,
+)
 from diffusion_align.commands.sources import fetch_pairs, pairs_on_disk, present_model, present_pairs
 from diffusion_align.data import Counts, Pair, read_pairs
-from diffusion_align.options import TrainDpo, to_yaml
+from diffusion_align.options import TrainDpo, TrainSpm, to_yaml
 from diffusion_align.schedule import Schedule
 
 
-def read_training_pairs(o: TrainDpo) -> tuple[list[Pair], Counts]:
+def read_training_pairs(o: TrainDpo | TrainSpm) -> tuple[list[Pair], Counts]:
     """The pairs that the options name, from this disk or else from the hub."""
     split = o.dataset_split_name or "train"
     name = present_pairs(o.train_data_dir or o.dataset_name or "")
@@ -49,7 +56,7 @@ def plan_dpo(o: TrainDpo) -> list[str]:
         describe_rate(o.learning_rate, o.scale_lr, plan.batch),
         *describe_beta(o.beta_dpo, o.beta_convention, shape, schedule),
         describe_loss(o.loss_type, o.label_smoothing),
-        f"trained          {_trained(o, facts)}",
+        f"trained          {describe_trained(o, facts)}",
     ]
 
 
@@ -62,11 +69,3 @@ def _count(o: TrainDpo) -> tuple[int | None, str]:
     _, counts = read_training_pairs(o)
     used = min(counts.used, o.max_train_samples or counts.used)
     return used, f"{counts}" + (f", of which the first {used}" if used < counts.used else "")
-
-
-def _trained(o: TrainDpo, facts: ModelFacts) -> str:
-    what = "the whole UNet" if o.mode == "full" else f"LoRA of rank {o.rank}, alpha {o.network_alpha or o.rank:g}"
-    if not facts.unet_shapes:
-        return f"{what}: number of parameters unknown"
-    number = facts.full_parameters() if o.mode == "full" else facts.lora_parameters(o.rank, o.lora_targets)
-    return f"{what}: {number:,} of {facts.full_parameters():,} parameters"

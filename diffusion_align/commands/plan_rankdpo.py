@@ -9,8 +9,15 @@ from pathlib import Path
 
 import torch
 
-from diffusion_align.commands.model_facts import ModelFacts, read_model_facts
-from diffusion_align.commands.plan import Steps, describe_beta, describe_rate, describe_steps, steps_of
+from diffusion_align.commands.model_facts import read_model_facts
+from diffusion_align.commands.plan import (
+    Steps,
+    describe_beta,
+    describe_rate,
+    describe_steps,
+    describe_trained,
+    steps_of,
+)
 from diffusion_align.commands.sources import fetch_pairs, pairs_on_disk, present_model, present_pairs
 from diffusion_align.data import Counts, Ranking, read_rankings
 from diffusion_align.models.hub import asset
@@ -77,7 +84,7 @@ def plan_rankdpo(o: TrainRankdpo) -> list[str]:
         *(describe_lists(o, used) if here else []),
         describe_rate(o.learning_rate, o.scale_lr, plan.batch),
         *describe_beta(o.beta_dpo, o.beta_convention, shape, schedule),
-        f"trained          {_trained(o, facts)}",
+        f"trained          {describe_trained(o, facts)}",
     ]
 
 
@@ -101,11 +108,3 @@ def describe_lists(o: TrainRankdpo, rankings: Sequence[Ranking]) -> list[str]:
         f"evaluations      of {k} pictures: {k} policy with gradient{more} + {k} reference, {k * (k - 1) // 2} pairs",
         f"loss             starts at {start:.4f}, reaches (0, inf); a prompt's pairs weigh {weight:.4f} together",
     ]
-
-
-def _trained(o: TrainRankdpo, facts: ModelFacts) -> str:
-    what = "the whole UNet" if o.mode == "full" else f"LoRA of rank {o.rank}, alpha {o.network_alpha or o.rank:g}"
-    if not facts.unet_shapes:
-        return f"{what}: number of parameters unknown"
-    number = facts.full_parameters() if o.mode == "full" else facts.lora_parameters(o.rank, o.lora_targets)
-    return f"{what}: {number:,} of {facts.full_parameters():,} parameters"

@@ -28,10 +28,9 @@ from diffusion_align.data.readers import digest
 from diffusion_align.data.shards import write_bytes
 from diffusion_align.models.hub import folder_digest, locate
 from diffusion_align.options import Synth
-from diffusion_align.rewards import Reward
+from diffusion_align.rewards import Reward, RewardError, one_each
 from diffusion_align.rng import draw_normal, generator
 from diffusion_align.samplers import sample, step_table
-from diffusion_align.train.runs import RewardError
 
 if TYPE_CHECKING:
     from diffusion_align.models import TextToImage
@@ -179,10 +178,8 @@ def ask(name: str, reward: Reward, images: Tensor, prompts: list[str], faults: l
             faults.append(f"{type(error).__name__}: {error}")
             return [math.nan]
         return [ask(name, reward, images[i : i + 1], prompts[i : i + 1], faults)[0] for i in range(len(prompts))]
-    if not isinstance(values, Tensor) or tuple(values.shape) != (len(prompts),):
-        found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise RewardError(f"reward {name} returned {found} for {len(prompts)} pictures: expected one number each")
-    return torch.where(values.isfinite(), values, torch.nan).double().tolist()
+    values = one_each(values, len(prompts), f"reward {name}").double()
+    return torch.where(values.isfinite(), values, torch.nan).tolist()
 
 
 def read_scores(out: Path, o: Synth, prompts: int, parts: range) -> Tensor | None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
+from diffusion_align.commands.encode import encoded
 from diffusion_align.commands.plan import describe_steps, steps_of
 from diffusion_align.commands.plan_dpo import read_training_pairs
 from diffusion_align.commands.session import claim_early, open_session
 from diffusion_align.commands.setup import make_optimizer
 from diffusion_align.commands.setup_dpo import identity_of, make_loss
-from diffusion_align.data import build_cache
 from diffusion_align.objectives import beta_per_squared_error
 from diffusion_align.options import TrainDpo
 from diffusion_align.train import train_pairs
@@ -25,19 +24,8 @@ def train_dpo(options: TrainDpo) -> int:
     session = open_session(o, "train dpo", resumed)
     gate, accelerator = session.gate, session.accelerator
     accelerator.print(f"pairs: {counts}")
-    resolution = o.resolution or gate.resolution
-    with accelerator.main_process_first():
-        cache = build_cache(
-            gate,  # pyright: ignore[reportArgumentType]  (a cached property is a property)
-            pairs,
-            Path(o.cache_dir) / "encoded" if o.cache_dir else session.run / "cache",
-            resolution=resolution,
-            seed=o.seed,
-            known_bad=counts.bad_rows,
-            max_bad_fraction=o.max_bad_fraction,
-            progress=accelerator.is_main_process,
-        )
-    beta = beta_per_squared_error(o.beta_dpo, math.prod(gate.latent_shape(resolution)), o.beta_convention)
+    cache = encoded(o, gate, accelerator, pairs, counts.bad_rows)
+    beta = beta_per_squared_error(o.beta_dpo, math.prod(gate.latent_shape(o.resolution)), o.beta_convention)
     pieces = (o.train_batch_size, accelerator.num_processes, o.gradient_accumulation_steps)
     plan = steps_of(*pieces, o.num_train_epochs, o.max_train_steps, len(cache))
     batch, steps = plan.batch, plan.steps or 0  # known, as the pairs are

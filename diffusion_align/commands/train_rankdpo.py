@@ -6,14 +6,13 @@ import json
 import math
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from diffusion_align.commands.encode import encoded
 from diffusion_align.commands.plan import steps_of
 from diffusion_align.commands.plan_rankdpo import describe_prompts, read_training_rankings
 from diffusion_align.commands.session import claim_early, open_session
 from diffusion_align.commands.setup import make_optimizer, optimizer_identity
-from diffusion_align.data import build_cache
 from diffusion_align.data.readers import digest
 from diffusion_align.objectives import beta_per_squared_error, gain_weights, rank_dpo
 from diffusion_align.options import TrainRankdpo
@@ -29,20 +28,9 @@ def train_rankdpo(options: TrainRankdpo) -> int:
     session = open_session(o, "train rankdpo", resumed)
     gate, accelerator = session.gate, session.accelerator
     accelerator.print(f"rankings: {counts}")
-    resolution = o.resolution or gate.resolution
-    with accelerator.main_process_first():
-        cache = build_cache(
-            gate,  # pyright: ignore[reportArgumentType]  (a cached property is a property)
-            rankings,
-            Path(o.cache_dir) / "encoded" if o.cache_dir else session.run / "cache",
-            resolution=resolution,
-            seed=o.seed,
-            known_bad=counts.bad_rows,
-            max_bad_fraction=o.max_bad_fraction,
-            progress=accelerator.is_main_process,
-        )
+    cache = encoded(o, gate, accelerator, rankings, counts.bad_rows)
     relevance = [rankings[place].relevance for place in cache.kept]
-    beta = beta_per_squared_error(o.beta_dpo, math.prod(gate.latent_shape(resolution)), o.beta_convention)
+    beta = beta_per_squared_error(o.beta_dpo, math.prod(gate.latent_shape(o.resolution)), o.beta_convention)
     pieces = (o.train_batch_size, accelerator.num_processes, o.gradient_accumulation_steps)
     plan = steps_of(*pieces, o.num_train_epochs, o.max_train_steps, len(cache))
     batch, steps = plan.batch, plan.steps or 0  # known, as the rankings are

@@ -14,11 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_align import rng
+from diffusion_align.commands.encode import encoded
 from diffusion_align.commands.interrupt import Interruptible
 from diffusion_align.commands.plan import describe_steps, steps_of
+from diffusion_align.commands.plan_dpo import read_training_pairs
 from diffusion_align.commands.run_folder import CONFIG, METRICS
-from diffusion_align.commands.sources import fetch_pairs, pairs_on_disk, present_model, present_pairs
-from diffusion_align.data import Counts, Pair, PairCache, build_cache, read_pairs
+from diffusion_align.commands.sources import present_model
+from diffusion_align.data import Pair, PairCache
+from diffusion_align.data.readers import BadRow
 from diffusion_align.options import to_yaml
 from diffusion_align.options.train_spm import TrainSpm
 from diffusion_align.rewards.step_aware import WEIGHTS, save_step_aware, start_step_aware, step_aware_scorer
@@ -42,7 +45,7 @@ def train_spm(options: TrainSpm) -> int:
         raise ValueError(f"{home} holds a model already: --overwrite_output_dir replaces it, or give --output_dir")
     if o.cache_dir and "huggingface_hub" not in sys.modules:
         os.environ["HF_HUB_CACHE"] = o.cache_dir  # read once, when the hub's client is imported
-    pairs, counts = _read(o)
+    pairs, counts = read_training_pairs(o)
     training, held = hold_out(pairs[: o.max_train_samples], o.held_out, o.seed)
 
     from diffusion_align.models import load_pipeline  # seconds, so after everything that can be refused
@@ -51,27 +54,17 @@ def train_spm(options: TrainSpm) -> int:
     accelerator.print(f"pairs: {counts}; {len(training)} to train on, {len(held)} held out")
     name = present_model(o.pretrained_model_name_or_path or "")
     gate = load_pipeline(name, device=accelerator.device, revision=o.revision, variant=o.variant)
-    resolution, main = o.resolution or gate.resolution, accelerator.is_main_process
+    main = accelerator.is_main_process
 
-    def cached(pairs: Sequence[Pair]) -> tuple[PairCache, list[str]]:
-        folder = Path(o.cache_dir) / "encoded" if o.cache_dir else home / "cache"
-        with accelerator.main_process_first():
-            cache = build_cache(
-                gate,  # pyright: ignore[reportArgumentType]  (a cached property is a property)
-                pairs,
-                folder,
-                resolution=resolution,
-                seed=o.seed,
-                max_bad_fraction=o.max_bad_fraction,
-                progress=main,
-            )
+    def cached(pairs: Sequence[Pair], known_bad: Sequence[BadRow] = ()) -> tuple[PairCache, list[str]]:
+        cache = encoded(o, gate, accelerator, pairs, known_bad)
         return cache, [pairs[place].prompt for place in cache.kept]
 
-    cache, prompts = cached(training)
+    cache, prompts = cached(training, counts.bad_rows)
     aside = cached(held) if held else None
     latents, examples, decode = None, None, gate.decode
     if o.inputs == "latents":
-        latents, decode = gate.latent_shape(resolution), as_they_are
+        latents, decode = gate.latent_shape(o.resolution), as_they_are
         known = cache.batch(range(min(EXAMPLES, len(cache))))[0].flatten(0, 1)
         examples = known, gate.decode(known).cpu()
     # Alike on every process, as every draw has an address.
@@ -171,10 +164,3 @@ def accuracy_table(before: dict[int, float], after: dict[int, float]) -> list[st
     """Lines for a terminal; none where no pair was held out."""
     rows = [f"{t:8d} {before[t]:8.3f} {after[t]:8.3f} {after[t] - before[t]:+8.3f}" for t in before]
     return [f"{'timestep':>8} {'before':>8} {'after':>8} {'change':>8}", *rows] if rows else []
-
-
-def _read(o: TrainSpm) -> tuple[list[Pair], Counts]:
-    split = o.dataset_split_name or "train"
-    name = present_pairs(o.train_data_dir or o.dataset_name or "")
-    path = pairs_on_disk(name) or fetch_pairs(name, split, o.cache_dir)
-    return read_pairs(path, split=split, max_bad_fraction=o.max_bad_fraction)

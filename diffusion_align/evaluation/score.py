@@ -7,19 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..rewards import Reward
+from ..rewards import Reward, one_each
 from .generate import Batch
 
 Judge = Callable[[Tensor, list[str]], Mapping[str, Tensor]]
 
 
 def _checked(values: Tensor, name: str, indices: list[int], *, may_be_nan: bool) -> Tensor:
-    if not isinstance(values, Tensor) or tuple(values.shape) != (len(indices),):
-        shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(
-            f"{name} returned {shape} for {len(indices)} pictures: expected [{len(indices)}], one number each"
-        )
-    values = values.detach().float().cpu()
+    values = one_each(values, len(indices), name)
     bad = ~(torch.isfinite(values) | (values.isnan() if may_be_nan else torch.zeros_like(values, dtype=torch.bool)))
     if bad.any():
         first = int(bad.nonzero()[0])

@@ -7,6 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..prediction import Denoiser, to_clean
+from ..schedule import Schedule
+
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`(x [B,...], t [B], text [B,L,E]) -> the network's output [B,...]`."""
 
@@ -23,3 +26,15 @@ def guided(predict: Predict, x: Tensor, t: Tensor, text: Tensor, negative: Tenso
     both = predict(torch.cat([x, x]), torch.cat([t, t]), torch.cat([negative, text]))
     without, with_text = both.chunk(2)
     return without + scale * (with_text - without)
+
+
+def guided_denoiser(
+    predict: Predict, text: Tensor, negative: Tensor, scale: float, schedule: Schedule, prediction_type: str
+) -> Denoiser:
+    """A network with its prompt bound: the clean prediction `(x [B,...], t [B]) -> x0 [B,...]` under guidance."""
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        output = guided(predict, x, t, text, negative, scale)
+        return to_clean(output, x, schedule.alpha(t), schedule.sigma(t), prediction_type)
+
+    return denoise

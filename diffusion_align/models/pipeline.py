@@ -18,10 +18,10 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..prediction import Denoiser, to_clean
+from ..prediction import Denoiser
 from ..schedule import Schedule
 from .conditioning import pack, unpack, with_sizes_of
-from .guidance import guided
+from .guidance import guided_denoiser
 from .hub import folder_digest
 from .text import SecondEncoder, last_states, penultimate_states
 
@@ -170,13 +170,7 @@ class TextToImage:
         without = self.empty_text if negative is None else negative
         if self.second is not None:
             without = with_sizes_of(text, without)
-
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
-            output = guided(self.predict, x, t, text, without, guidance)
-            alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-            return to_clean(output, x, alpha, sigma, self.prediction_type)
-
-        return denoise
+        return guided_denoiser(self.predict, text, without, guidance, self.schedule, self.prediction_type)
 
     def fingerprint(self) -> str:
         """Identifies the weights the gate was loaded from: the key of caches, and part of a run's identity on

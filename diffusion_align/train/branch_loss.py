@@ -10,9 +10,8 @@ from diffusion_align.objectives import clamped, spo
 from diffusion_align.samplers import StepTable, step_gaussian
 from diffusion_align.tensors import widen
 from diffusion_align.train.branches import Comparisons
+from diffusion_align.train.rounds import Columns
 from diffusion_align.train.runs import Bind
-
-Columns = dict[str, Tensor]
 
 
 def learn_spo(

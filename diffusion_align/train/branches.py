@@ -10,7 +10,7 @@ a pair.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from diffusion_align.prediction import Denoiser
 from diffusion_align.samplers import StepTable, branch, step_gaussian
 from diffusion_align.samplers.rollout import draw_noise, predict
 from diffusion_align.tensors import widen
-from diffusion_align.train.runs import Bind
+from diffusion_align.train.runs import Bind, Score, checked
 from diffusion_align.train.steps import Sample
 
 StepScore = Callable[[Tensor, list[str], Tensor], Tensor]
@@ -54,6 +54,11 @@ class Comparisons:
     def __len__(self) -> int:
         return len(self.k)
 
+    def to(self, device: torch.device | str) -> Comparisons:
+        """The same pairs with their tensors elsewhere."""
+        names = ("before", "parent", "child", "k", "text", "gap", "score", "kept", "final")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
     @property
     def dims(self) -> int:
         """D, the latent dims."""
@@ -80,7 +85,7 @@ def resample(
 
     Network evaluations a prompt: start + 1 + (n - start - 1) K, with n the steps of the table.
 
-    Raises ValueError for fewer than 2 children, or a start from which no step has a density.
+    Raises ValueError for fewer than 2 children, or a start from which no step has a density; RewardError as `checked`.
     """
     last = max((k for k in range(len(table)) if table.stochastic[k]), default=-1)
     if children < 2 or segment < 1 or start > last:
@@ -104,7 +109,8 @@ def resample(
         states, cleans = walk.segment(k, min(segment, last + 1 - k), before, x, clean, previous)
         length = len(states) - 2  # states[0] is the one before the parents
         time = table.timesteps[k + length] if k + length < len(table) else torch.zeros(())
-        values = score(cleans[-1].flatten(0, 1), prompts * children, time.to(x).expand(children * len(x)))
+        at = time.to(x).expand(children * len(x))
+        values = checked(_at(score, at), cleans[-1].flatten(0, 1), prompts * children)
         values = values.view(children, -1).T.to(x.device)  # [B,K]
         win, lose, decided = best_and_worst(values)
         kept = decided & clear_win(values[rows, win], values[rows, lose], threshold)
@@ -122,6 +128,11 @@ def resample(
     return Comparisons(
         *states, *places, shared=segment == 1, score=torch.stack(scores), kept=torch.stack(passed), final=x
     )
+
+
+def _at(score: StepScore, t: Tensor) -> Score:
+    """The scores of one time."""
+    return lambda clean, prompts: score(clean, prompts, t)
 
 
 def _columns(found: list[list[Tensor]]) -> list[tuple[list[tuple[Tensor, ...]], int]]:

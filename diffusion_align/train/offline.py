@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from diffusion_align.objectives import diffusion_dpo_margin, implicit_accuracy
 from diffusion_align.prediction import add_noise, target
 from diffusion_align.schedule import Schedule
 from diffusion_align.tensors import sum_dims
+from diffusion_align.train.record import quantiles
 from diffusion_align.train.steps import Progress, Sample, StepRecord, run_steps
 
 if TYPE_CHECKING:
@@ -36,20 +38,30 @@ class Noised(NamedTuple):
 
 
 def noised_lists(
-    latents: Tensor, text: Tensor, samples: Sequence[Sample], schedule: Schedule, prediction_type: str, seed: int
+    latents: Tensor,
+    text: Tensor,
+    samples: Sequence[Sample],
+    schedule: Schedule,
+    prediction_type: str,
+    seed: int,
+    *,
+    shared_noise: bool = True,
 ) -> Noised:
     """Noise latents [B,K,C,h,w] with one timestep and one noise per list, addressed by (epoch, index).
 
-    Timesteps are uniform over 0..N-1. That timestep and noise are shared in the pair is the paper's pseudo-code;
-    sharing makes the margin a difference of the pictures only.
+    Timesteps are uniform over 0..N-1. That timestep and noise are shared in the pair is the pseudo-code of
+    Diffusion-DPO's paper; sharing makes the margin a difference of the pictures only. Without `shared_noise` each
+    picture has its own, at (epoch, index, picture), as in RankDPO (Karthik et al. 2024, arXiv 2410.18013, eq. 5).
     """
     batch, entries = latents.shape[:2]
     addresses = list(samples)
     t = rng.integers_batch(0, schedule.num_timesteps, seed, "timestep", addresses)
-    noise = rng.normal_batch(latents.shape[2:], seed, "noise", addresses).to(latents)
+    # All first entries, then all second ones: the order of the rows.
+    places = addresses * entries if shared_noise else [(*a, entry) for entry in range(entries) for a in addresses]
+    drawn = {place: rng.normal(latents.shape[2:], seed, "noise", *place) for place in dict.fromkeys(places)}
+    noise = torch.stack([drawn[place] for place in places]).to(latents)
     alpha, sigma = (level.to(latents).repeat(entries) for level in (schedule.alpha(t), schedule.sigma(t)))
     clean = latents.transpose(0, 1).reshape(entries * batch, *latents.shape[2:])
-    noise = noise.repeat(entries, *[1] * (noise.ndim - 1))
     return Noised(
         x=add_noise(clean, noise, alpha, sigma),
         t=t.to(latents.device).repeat(entries),
@@ -137,15 +149,11 @@ def train_pairs(
         return {"loss": loss(margin), "margin": margin, "winner_gap": gap[:, 0], "loser_gap": gap[:, 1]}
 
     def summarise(columns: dict[str, Tensor]) -> dict[str, float]:
-        logits = beta * columns["margin"]
-        low, middle, high = logits.quantile(logits.new_tensor([0.05, 0.5, 0.95])).tolist()
         return {
             "implicit_accuracy": float(implicit_accuracy(columns["margin"]).mean()),
             "winner_error_gap": float(columns["winner_gap"].mean() / dims[0]),
             "loser_error_gap": float(columns["loser_gap"].mean() / dims[0]),
-            "margin_p05": low,
-            "margin_p50": middle,
-            "margin_p95": high,
+            **quantiles("margin", beta * columns["margin"]),
         }
 
     return run_steps(
@@ -163,15 +171,15 @@ def train_pairs(
         max_grad_norm=max_grad_norm,
         progress=progress or Progress(),
         max_skipped_in_row=max_skipped_in_row,
-        check_first=_require_zero_margin if check_start else None,
+        check_first=partial(require_zero, name="margin") if check_start else None,
     )
 
 
-def _require_zero_margin(columns: dict[str, Tensor]) -> None:
-    """At the start policy and reference are one function, so any margin is a difference that nobody meant."""
-    margin = columns["margin"]
-    # A margin that is not finite is the business of the step, which is then skipped.
-    largest = float(torch.where(margin.isfinite(), margin, 0).abs().max())
+def require_zero(columns: dict[str, Tensor], *, name: str) -> None:
+    """Stop a fresh run whose column `name` is not exactly 0: policy and reference are one function then, so anything
+    else is a difference that nobody meant."""
+    # A number that is not finite is the business of the step, which is then skipped.
+    largest = float(torch.where(columns[name].isfinite(), columns[name], 0).abs().max())
     if largest != 0:
         raise RuntimeError(
             f"before the first update the policy already differs from its reference: |margin| is {largest:g}, not 0. "

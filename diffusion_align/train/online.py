@@ -6,13 +6,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from diffusion_align.objectives import implicit_accuracy
 from diffusion_align.samplers import StepTable
 from diffusion_align.train.branch_loss import learn_spo
 from diffusion_align.train.branches import Comparisons
 from diffusion_align.train.path_losses import learn_prdp
+from diffusion_align.train.record import quantiles
 from diffusion_align.train.rounds import Columns, Method
 from diffusion_align.train.runs import Bind, Runs, decided
 from diffusion_align.train.step_losses import learn_d3po, learn_policy_gradient, pairs_of
@@ -123,10 +123,9 @@ def summarise(columns: Columns, facts: Columns, *, dims: int) -> dict[str, float
         metrics |= {"score_mean": float(facts["score"].nanmean()), "kept": float(facts["kept"].mean())}
     if not columns:
         return metrics
-    ratios = {name: v for name, v in columns.items() if name.startswith("log_ratio")}
-    for name, values in ratios.items():
-        low, middle, high = values.quantile(values.new_tensor([0.05, 0.5, 0.95])).tolist()
-        metrics |= {f"{name}_p05": low, f"{name}_p50": middle, f"{name}_p95": high}
+    for name, values in columns.items():
+        if name.startswith("log_ratio"):
+            metrics |= quantiles(name, values)
     if "log_ratio_w" in columns:
         metrics["implicit_accuracy"] = float(implicit_accuracy(columns["log_ratio_w"] - columns["log_ratio_l"]).mean())
     for name, values in columns.items():
@@ -148,14 +147,10 @@ def require_start(columns: Columns, *, dims: int) -> None:
             f"{drift:g} nats over {dims} dims. Usual causes: dropout, other batches in training than in rollout, half "
             "precision; train in float32 or bfloat16"
         )
-    apart = max(_largest(v) for name, v in columns.items() if name.startswith("log_ratio"))
+    apart = max(float(v.abs().max()) for name, v in columns.items() if name.startswith("log_ratio"))
     if not apart / dims <= 1e-4:
         raise RuntimeError(
             f"before the first update the policy already differs from its reference: |log-ratio| is {apart:g} nats "
             f"over {dims} dims, not 0. Usual causes: dropout is active; they run in different precision; the policy "
             "was loaded with weights that the reference lacks"
         )
-
-
-def _largest(values: Tensor) -> float:
-    return float(values.abs().max())

@@ -6,6 +6,7 @@ gradient of one error, so K pictures need no more network memory than one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,47 +14,22 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
-from diffusion_align import rng
 from diffusion_align.data.cache import PairCache
 from diffusion_align.objectives import best_and_worst, implicit_accuracy
-from diffusion_align.prediction import add_noise, target
 from diffusion_align.schedule import Schedule
-from diffusion_align.train.offline import Noised, Predict, denoising_errors, drop_captions, noised_lists
+from diffusion_align.train.offline import (
+    Noised,
+    Predict,
+    denoising_errors,
+    drop_captions,
+    noised_lists,
+    require_zero,
+)
+from diffusion_align.train.record import quantiles
 from diffusion_align.train.steps import Progress, Sample, StepRecord, run_steps
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-def noised_rankings(
-    latents: Tensor,
-    text: Tensor,
-    samples: Sequence[Sample],
-    schedule: Schedule,
-    prediction_type: str,
-    seed: int,
-    *,
-    shared_noise: bool,
-) -> Noised:
-    """Noise latents [B,K,C,h,w] with one timestep per list and, unless it is shared, a noise per picture.
-
-    The paper's eq. 5 has a noise of its own for each picture, addressed here by (epoch, index, picture).
-    """
-    if shared_noise:
-        return noised_lists(latents, text, samples, schedule, prediction_type, seed)
-    entries = latents.shape[1]
-    t = rng.integers_batch(0, schedule.num_timesteps, seed, "timestep", list(samples))
-    places = [(*sample, entry) for entry in range(entries) for sample in samples]
-    noise = rng.normal_batch(latents.shape[2:], seed, "noise", places).to(latents)
-    alpha, sigma = (level.to(latents).repeat(entries) for level in (schedule.alpha(t), schedule.sigma(t)))
-    clean = latents.transpose(0, 1).flatten(0, 1)
-    return Noised(
-        x=add_noise(clean, noise, alpha, sigma),
-        t=t.to(latents.device).repeat(entries),
-        text=text.repeat(entries, *[1] * (text.ndim - 1)),
-        target=target(clean, noise, alpha, sigma, prediction_type),
-        entries=entries,
-    )
 
 
 def ranking_scores(predict_policy: Predict, predict_reference: Predict, noised: Noised, *, one_graph: bool) -> Tensor:
@@ -140,7 +116,7 @@ def train_rankings(
         indices = [index for _, index in samples]
         latents, text = (part.to(accelerator.device) for part in cache.batch(indices))
         text = drop_captions(text, cache.empty_text, samples, caption_dropout, seed)
-        noised = noised_rankings(
+        noised = noised_lists(
             latents, text, samples, schedule, prediction_type, seed, shared_noise=shared_noise
         )  # fmt: skip
         dims[:] = [latents[0, 0].numel()]
@@ -159,17 +135,13 @@ def train_rankings(
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def summarise(columns: dict[str, Tensor]) -> dict[str, float]:
-        logits = beta * columns["margin"]
-        low, middle, high = logits.quantile(logits.new_tensor([0.05, 0.5, 0.95])).tolist()
         weight = columns["weight"].sum()
         return {
             "implicit_accuracy": float(columns["right"].sum() / weight),
             "winner_error_gap": float(columns["winner_gap"].mean() / dims[0]),
             "loser_error_gap": float(columns["loser_gap"].mean() / dims[0]),
-            "margin_p05": low,
-            "margin_p50": middle,
-            "margin_p95": high,
-            "pair_weight": float(weight / len(logits)),
+            **quantiles("margin", beta * columns["margin"]),
+            "pair_weight": float(weight / len(columns["margin"])),
         }
 
     return run_steps(
@@ -187,7 +159,7 @@ def train_rankings(
         max_grad_norm=max_grad_norm,
         progress=progress or Progress(),
         max_skipped_in_row=max_skipped_in_row,
-        check_first=_require_zero_scores if check_start else None,
+        check_first=partial(require_zero, name="furthest") if check_start else None,
     )
 
 
@@ -205,17 +177,3 @@ def _columns(scores: Tensor, relevance: Tensor, weights: Tensor) -> dict[str, Te
         "margin": winner - loser,
         "furthest": scores.abs().amax(1),
     }
-
-
-def _require_zero_scores(columns: dict[str, Tensor]) -> None:
-    """At the start policy and reference are one function, so any score is a difference that nobody meant."""
-    furthest = columns["furthest"]
-    # A score that is not finite is the business of the step, which is then skipped.
-    largest = float(torch.where(furthest.isfinite(), furthest, 0).max())
-    if largest != 0:
-        raise RuntimeError(
-            f"before the first update the policy already differs from its reference: |score| is {largest:g}, not 0. "
-            "Usual causes: dropout is active in one of them; they run in different precision; the adapter does not "
-            "start at zero, or the policy was loaded with weights that the reference lacks. If that is meant, pass "
-            "check_start=False"
-        )

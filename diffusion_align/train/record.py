@@ -1,10 +1,18 @@
-"""metrics.jsonl: one JSON object per optimizer step, each with its `step`."""
+"""metrics.jsonl: one JSON object per optimizer step, each with its `step`; and what several methods log alike."""
 
 import json
 import math
 import os
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
+
+
+def quantiles(name: str, values: Tensor) -> dict[str, float]:
+    """The 5th, 50th and 95th percentile of values [M], under the names that all methods log them by."""
+    low, middle, high = values.quantile(values.new_tensor([0.05, 0.5, 0.95])).tolist()
+    return {f"{name}_p05": low, f"{name}_p50": middle, f"{name}_p95": high}
 
 
 def append(path: str | os.PathLike[str], row: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ them.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,14 @@ from diffusion_align.train.update import Outcome, Progress, StepRecord, require_
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Chunk = TypeVar("Chunk")
+
+class Movable(Protocol):
+    """What was drawn; it waits in main memory, so that the device holds one chunk however many pictures a round has."""
+
+    def to(self, device: torch.device | str, /) -> Self: ...
+
+
+Chunk = TypeVar("Chunk", bound=Movable)
 Columns = dict[str, Tensor]
 """Numbers of what was collected or learnt from, [M] each: a row an item, a picture or a group."""
 
@@ -86,7 +93,8 @@ def run_rounds(
     while progress.step < max_steps:
         samples = samples_at(progress.samples, prompts_per_round, n, seed)
         steps = [samples[i : i + prompts_per_step] for i in range(0, len(samples), prompts_per_step)]
-        drawn = [[method.collect(part) for part in _shares(step, prompts_per_chunk, accelerator)] for step in steps]
+        shares = [_shares(step, prompts_per_chunk, accelerator) for step in steps]
+        drawn = [[method.collect(part).to("cpu") for part in share] for share in shares]
         facts = _gather([method.facts(chunk) for chunks in drawn for chunk in chunks], accelerator)
         for number in range(passes * len(steps)):
             chunks = drawn[number % len(steps)]
@@ -96,7 +104,8 @@ def run_rounds(
             optimizer.zero_grad(set_to_none=True)
             # Gradients are averaged over the processes, so each must count its items as their number's share.
             factor = accelerator.num_processes / max(total, 1) * (progress.loss_scale or 1.0)
-            columns = _gather([method.learn(c, factor) for c in chunks if method.items(c)], accelerator)
+            here = (chunk.to(accelerator.device) for chunk in chunks if method.items(chunk))
+            columns = _gather([method.learn(chunk, factor) for chunk in here], accelerator)
             if fresh and total and method.check_start is not None:
                 method.check_start(columns)
             fresh = fresh and not total

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from diffusion_align import rng
 from diffusion_align.gaussian import Gaussian
-from diffusion_align.models.guidance import Predict, guided
-from diffusion_align.prediction import Denoiser, to_clean
+from diffusion_align.models.guidance import Predict, guided_denoiser
+from diffusion_align.prediction import Denoiser
+from diffusion_align.rewards import RewardError, one_each
 from diffusion_align.samplers import StepTable, rollout, step_gaussian
 from diffusion_align.samplers.rollout import earlier, predict
 from diffusion_align.schedule import Schedule
@@ -28,21 +29,9 @@ Score = Callable[[Tensor, list[str]], Tensor]
 """`(final latents [B,...], prompts) -> [B]`: decode and reward, composed by the script."""
 
 
-class RewardError(ValueError):
-    """A reward did not answer with one number for each picture."""
-
-
 def binder(predict: Predict, schedule: Schedule, prediction_type: str, empty_text: Tensor, guidance: float) -> Bind:
-    """A network as `Bind`: classifier-free guidance in one batched call, alike in rollout, log-probs and training."""
-
-    def bind(text: Tensor) -> Denoiser:
-        def denoise(x: Tensor, t: Tensor) -> Tensor:
-            output = guided(predict, x, t, text, empty_text, guidance)
-            return to_clean(output, x, schedule.alpha(t), schedule.sigma(t), prediction_type)
-
-        return denoise
-
-    return bind
+    """A network as `Bind`: one guidance, alike in rollout, log-probs and training."""
+    return lambda text: guided_denoiser(predict, text, empty_text, guidance, schedule, prediction_type)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +51,13 @@ class Runs:
     def dims(self) -> int:
         """D, the latent dims of a run."""
         return self.trajectory.states[0, 0].numel()
+
+    def to(self, device: torch.device | str) -> "Runs":
+        """The same runs with their states, predictions and text elsewhere; rewards stay on the CPU."""
+        run = self.trajectory
+        there = {name: getattr(run, name).to(device) for name in ("states", "log_prob", "clean")}
+        moved = {name: getattr(self, name).to(device) for name in ("text", "reference")}
+        return replace(self, trajectory=replace(run, **there), **moved)
 
     def gaussian(self, k: int, clean: Tensor) -> Gaussian:
         """The Gaussian of step k along the runs, from stored predictions [T,B,...] of any model."""
@@ -112,7 +108,7 @@ def draw_runs(
 
 
 def _first_steps(table: StepTable, count: int) -> StepTable:
-    """The table as if only its first steps had a density: composition is decided there, the rest is detail."""
+    """The table as if only its first steps had a density."""
     return replace(table, stochastic=table.stochastic & (torch.arange(len(table)) < count))
 
 
@@ -132,12 +128,7 @@ def checked(score: Score, latents: Tensor, prompts: list[str]) -> Tensor:
         values = score(latents, prompts)
     except Exception as error:
         raise RewardError(f"the reward failed: {type(error).__name__}: {error}") from error
-    if not isinstance(values, Tensor) or tuple(values.shape) != (len(prompts),):
-        found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise RewardError(
-            f"the reward returned {found} for {len(prompts)} pictures: expected [{len(prompts)}], one number each"
-        )
-    values = values.detach().float().cpu()
+    values = one_each(values, len(prompts), "the reward")
     values = torch.where(values.isfinite(), values, torch.nan)
     if len(values) and bool(values.isnan().all()):
         raise RewardError(f"the reward returned no finite number for any of {len(prompts)} pictures")

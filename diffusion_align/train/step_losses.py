@@ -13,9 +13,8 @@ from diffusion_align.gaussian import Gaussian
 from diffusion_align.objectives import clamped, d3po, group_advantage, ordered_pairs, ppo_clip
 from diffusion_align.samplers import step_gradient
 from diffusion_align.tensors import widen
+from diffusion_align.train.rounds import Columns
 from diffusion_align.train.runs import Bind, Runs, decided
-
-Columns = dict[str, Tensor]
 
 
 def pairs_of(runs: Runs) -> tuple[Tensor, Tensor]:
@@ -25,7 +24,7 @@ def pairs_of(runs: Runs) -> tuple[Tensor, Tensor]:
     return group * size + winner, group * size + loser
 
 
-class _Walk:
+class _Sums:
     """Per-run sums over the steps of a walk, [B] each, and what is asked of each step on the way."""
 
     def __init__(self, runs: Runs):
@@ -57,21 +56,21 @@ def learn_d3po(
     drift, the largest |log-ratio| of a step in nats to the policy that ran.
     """
     winner, loser = (rows.to(runs.text.device) for rows in pairs_of(runs))
-    walk = _Walk(runs)
+    sums = _Sums(runs)
     unit = runs.dims if per_dim else 1
     losses = torch.zeros(len(winner), device=winner.device)
 
     def loss(k: int, step: Gaussian) -> Tensor:
-        ratio = walk.note(k, step)[0] / unit
-        walk.clamped += clamped(ratio, clip) / walk.steps
-        of_pairs = d3po(ratio[winner], ratio[loser], beta, clip) / walk.steps
+        ratio = sums.note(k, step)[0] / unit
+        sums.clamped += clamped(ratio, clip) / sums.steps
+        of_pairs = d3po(ratio[winner], ratio[loser], beta, clip) / sums.steps
         losses.add_(of_pairs.detach())
         return factor * of_pairs.sum()
 
     step_gradient(policy(runs.text), runs.trajectory, loss)
-    both = {"log_ratio": walk.log_ratio, "kl": walk.kl, "clamped": walk.clamped}
+    both = {"log_ratio": sums.log_ratio, "kl": sums.kl, "clamped": sums.clamped}
     sides = {f"{name}_{side}": v[rows] for name, v in both.items() for side, rows in (("w", winner), ("l", loser))}
-    return {"loss": losses, **sides, "drift": torch.maximum(walk.drift[winner], walk.drift[loser])}
+    return {"loss": losses, **sides, "drift": torch.maximum(sums.drift[winner], sums.drift[loser])}
 
 
 def learn_policy_gradient(
@@ -93,20 +92,20 @@ def learn_policy_gradient(
     """
     advantage = advantages(runs.reward, std).flatten().clamp(-max_advantage, max_advantage).to(runs.text.device)
     counts = decided(runs).repeat_interleave(runs.reward.shape[1]).to(runs.text.device)
-    walk = _Walk(runs)
+    sums = _Sums(runs)
     unit = runs.dims if per_dim else 1
-    losses = torch.zeros_like(walk.kl)
+    losses = torch.zeros_like(sums.kl)
 
     def loss(k: int, step: Gaussian) -> Tensor:
-        _, drift, reference = walk.note(k, step)
-        walk.clamped += clamped(drift / unit, clip) / walk.steps
+        _, drift, reference = sums.note(k, step)
+        sums.clamped += clamped(drift / unit, clip) / sums.steps
         of_runs = ppo_clip(drift / unit, advantage.to(drift), clip) + kl_weight * step.kl(reference)
-        losses.add_(of_runs.detach() / walk.steps)
-        return factor * of_runs[counts].sum() / walk.steps
+        losses.add_(of_runs.detach() / sums.steps)
+        return factor * of_runs[counts].sum() / sums.steps
 
     step_gradient(policy(runs.text), runs.trajectory, loss)
     columns = {
-        "loss": losses, "log_ratio": walk.log_ratio, "kl": walk.kl, "clamped": walk.clamped, "drift": walk.drift
+        "loss": losses, "log_ratio": sums.log_ratio, "kl": sums.kl, "clamped": sums.clamped, "drift": sums.drift
     }  # fmt: skip
     return {name: values[counts] for name, values in columns.items()}
 

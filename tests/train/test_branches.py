@@ -11,13 +11,6 @@ from diffusion_align.train.branch_loss import learn_spo
 SAMPLES = [(0, i) for i in range(5)]
 
 
-def gradients(toy):
-    found = torch.cat([p.grad.flatten() for p in toy.parameters])
-    for p in toy.parameters:
-        p.grad = None
-    return found
-
-
 @pytest.mark.parametrize("order", [1, 2])
 def test_pairs_share_parent_and_step_and_win_by_the_score_one_step_later(order):
     """T23, T24: the children at step k are scored by their clean predictions at the timestep of step k + 1."""
@@ -102,10 +95,10 @@ def test_spo_is_its_definition(order, segment):
             q.append(ratio.exp().clamp(0.9, 1.1).log())
         expected = expected - torch.nn.functional.logsigmoid(10.0 * (q[0] - q[1]))
     (0.5 * expected).backward()
-    wanted = gradients(toy)
+    wanted = toy.gradients()
     columns = learn_spo(pairs, toy.policy, toy.reference, toy.table, 0.5, beta=10.0, clip=0.1, at_once=3)
     assert columns["loss"].sum().item() == pytest.approx(expected.item(), rel=1e-6)
-    torch.testing.assert_close(gradients(toy), wanted, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(toy.gradients(), wanted, rtol=1e-5, atol=1e-8)
 
 
 def test_the_identity_of_one_parent():

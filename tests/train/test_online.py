@@ -16,13 +16,6 @@ from diffusion_align.train.step_losses import learn_d3po, learn_policy_gradient,
 SAMPLES = [(0, 1), (0, 4)]
 
 
-def gradients(toy):
-    found = torch.cat([p.grad.flatten() for p in toy.parameters])
-    for p in toy.parameters:
-        p.grad = None
-    return found
-
-
 def by_hand(toy, runs):
     """log pi_theta(step) of every stored step [T,B] with torch's Normal, by plain autograd, and the reference's."""
 
@@ -60,11 +53,11 @@ def test_d3po_is_its_definition_over_all_pairs(order, guidance):
                     logit = 5.0 * (q[:, 3 * g + i] - q[:, 3 * g + j])
                     expected = expected - torch.nn.functional.logsigmoid(logit).mean()
     (0.25 * expected).backward()
-    wanted = gradients(toy)
+    wanted = toy.gradients()
     columns = learn_d3po(runs, toy.policy, 0.25, beta=5.0, clip=0.1)
     assert len(columns["loss"]) == count == 6
     assert columns["loss"].sum().item() == pytest.approx(expected.item(), rel=1e-6)
-    torch.testing.assert_close(gradients(toy), wanted, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(toy.gradients(), wanted, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize(("mean", "clip"), [(False, None), (False, 0.5), (True, 1e-2)])
@@ -93,10 +86,10 @@ def test_prdp_is_its_definition(order, mean, clip):
                     pairs.append(torch.maximum((R[a] - R[b] - gap / 0.05) ** 2, (Rc[a] - Rc[b] - gap / 0.05) ** 2))
         expected = expected + torch.stack(pairs).mean()
     expected.backward()
-    wanted = gradients(toy)
+    wanted = toy.gradients()
     columns = learn_prdp(runs, toy.policy, 1.0, beta=0.05, clip=clip, mean=mean)
     assert columns["loss"].sum().item() == pytest.approx(expected.item(), rel=1e-5)
-    torch.testing.assert_close(gradients(toy), wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item())
+    torch.testing.assert_close(toy.gradients(), wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -112,10 +105,10 @@ def test_policy_gradient_is_its_definition(order):
     ratio = ((now - old) / 32).exp()
     surrogate = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.99, 1.01)).mean(0).sum()
     surrogate.backward()
-    wanted = gradients(toy)
+    wanted = toy.gradients()
     columns = learn_policy_gradient(runs, toy.policy, 1.0, clip=0.01)
     assert columns["loss"].sum().item() == pytest.approx(surrogate.item(), rel=1e-5, abs=1e-6)
-    torch.testing.assert_close(gradients(toy), wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+    torch.testing.assert_close(toy.gradients(), wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
 
 
 def test_a_kl_weight_pulls_towards_the_reference():
@@ -129,9 +122,9 @@ def test_a_kl_weight_pulls_towards_the_reference():
         apart = toy.table.c[k, 0] * (toy.policy(runs.text)(x, t) - toy.reference(runs.text)(x, t).detach())
         expected = expected + 0.3 * (apart.flatten(1).square().sum(1) / (2 * toy.table.std[k] ** 2)).sum() / 5
     expected.backward()
-    wanted = gradients(toy)
+    wanted = toy.gradients()
     learn_policy_gradient(runs, toy.policy, 1.0, clip=0.01, kl_weight=0.3, std="none")
-    torch.testing.assert_close(gradients(toy), wanted, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(toy.gradients(), wanted, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("guided", [1, 2])
@@ -223,13 +216,13 @@ def test_only_the_first_steps_are_learnt_from_where_asked(order):
     assert toy.reference_calls.plain == 2 * 4 * (5 + 3)
     columns = learn_d3po(first, toy.policy, 1.0, beta=1.0, clip=None)
     assert toy.policy_calls.grad == 2 * 4 * 3
-    found = gradients(toy)
+    found = toy.gradients()
     now, reference = by_hand(toy, whole)
     winner, loser = pairs_of(whole)
     q = ((now - reference) / 32)[:3]
     expected = -torch.nn.functional.logsigmoid(q[:, winner] - q[:, loser]).mean(0).sum()
     expected.backward()
-    torch.testing.assert_close(found, gradients(toy), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(found, toy.gradients(), rtol=1e-6, atol=1e-9)
     assert columns["loss"].sum().item() == pytest.approx(expected.item(), rel=1e-6)
 
 

@@ -15,8 +15,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from diffusion_align import rng
 from diffusion_align.objectives import gain_weights, logistic, rank_dpo
 from diffusion_align.train import checkpoint, offline
+from diffusion_align.train.offline import noised_lists
 from diffusion_align.train.optimizer import lr_schedule
-from diffusion_align.train.rankings import noised_rankings, ranking_scores, train_rankings
+from diffusion_align.train.rankings import ranking_scores, train_rankings
 from diffusion_align.train.state import pack, restore
 from diffusion_align.train.steps import Progress, samples_at
 
@@ -158,7 +159,7 @@ def test_gradients_against_finite_differences(one_graph):
     toy = Toy(moved=0.1)
     samples = samples_at(0, 4, 10, SEED)
     indices = [i for _, i in samples]
-    made = noised_rankings(*toy.cache.batch(indices), samples, SCHEDULE, "epsilon", SEED, shared_noise=False)
+    made = noised_lists(*toy.cache.batch(indices), samples, SCHEDULE, "epsilon", SEED, shared_noise=False)
     phi = torch.tensor([toy.cache.relevance[i] for i in indices])
 
     def loss():
@@ -282,7 +283,7 @@ def test_activations_are_those_of_one_picture():
             return (hidden @ wide.T).view_as(x)
 
         latents, text = rng.normal((2, k, *SHAPE), 0, "x"), torch.zeros(2, *TEXT)
-        made = noised_rankings(latents, text, [(0, 0), (0, 1)], SCHEDULE, "epsilon", 0, shared_noise=False)
+        made = noised_lists(latents, text, [(0, 0), (0, 1)], SCHEDULE, "epsilon", 0, shared_noise=False)
         scores = ranking_scores(predict, predict, made, one_graph=one_graph)
         rank_dpo(scores, torch.linspace(1, 0, k).expand(2, k), 1.0).sum().backward()
         return max(peaks)
@@ -294,7 +295,7 @@ def test_activations_are_those_of_one_picture():
 
 def test_in_half_precision_both_ways_agree():
     toy = Toy(moved=0.1)
-    made = noised_rankings(
+    made = noised_lists(
         *toy.cache.batch(range(4)), [(0, i) for i in range(4)], SCHEDULE, "epsilon", SEED, shared_noise=False
     )
     phi = torch.tensor(toy.cache.relevance[:4])
@@ -311,7 +312,7 @@ def test_in_half_precision_both_ways_agree():
 
 def test_noise_is_each_pictures_own_and_drawn_by_address():
     cache = MemoryRankings()
-    make = partial(noised_rankings, schedule=SCHEDULE, prediction_type="epsilon", seed=SEED)
+    make = partial(noised_lists, schedule=SCHEDULE, prediction_type="epsilon", seed=SEED)
     made = make(*cache.batch([4, 7]), [(1, 4), (1, 7)], shared_noise=False)
     assert made.t.view(3, 2).unique(dim=0).shape[0] == 1 and made.t[0] != made.t[1]
     noise = made.target.view(3, 2, *SHAPE)

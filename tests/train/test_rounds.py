@@ -1,12 +1,15 @@
 """The engine of online rounds: stream, passes, resume, processes, and steps with nothing in them."""
 
+import json
+
 import pytest
 import torch
 from helpers_online import METHODS, Toy, darkness
 from helpers_train import in_processes
+from safetensors.torch import load_file, save_file
 
+from diffusion_align.rewards import RewardError
 from diffusion_align.train.rounds import NothingToLearn
-from diffusion_align.train.runs import RewardError
 from diffusion_align.train.update import Progress
 
 
@@ -59,14 +62,15 @@ def test_two_processes_are_one(name, tmp_path):
 
         toy = Toy(double=True)
         records = list(toy.rounds(toy.method(name), prompts_per_chunk=1, accelerator=Accelerator(cpu=True)))
-        torch.save({"weights": toy.weights(), "rows": [r.row() for r in records]}, tmp_path / f"{rank}.pt")
+        save_file({str(i): weight for i, weight in enumerate(toy.weights())}, tmp_path / f"{rank}.safetensors")
+        (tmp_path / f"{rank}.json").write_text(json.dumps([r.row() for r in records]))
 
     assert in_processes(2, work, 29641 + METHODS.index(name))
     for rank in (0, 1):
-        there = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        for a, b in zip(one.weights(), there["weights"], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-        for a, b in zip(rows, there["rows"], strict=True):
+        weights = load_file(tmp_path / f"{rank}.safetensors")
+        for i, a in enumerate(one.weights()):
+            torch.testing.assert_close(a, weights[str(i)], rtol=1e-9, atol=1e-12)
+        for a, b in zip(rows, json.loads((tmp_path / f"{rank}.json").read_text()), strict=True):
             assert b == pytest.approx(a.row(), rel=1e-6, abs=1e-9)
 
 
@@ -95,20 +99,22 @@ def test_one_empty_round_is_passed_over():
     assert records[1].metrics["log_ratio_w_p50"] == 0
 
 
+@pytest.mark.parametrize("name", ["prdp", "spo"])
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        (lambda x, p: torch.full((len(p),), float("nan")), "no finite number for any of 4 pictures"),
-        (lambda x, p: torch.tensor(1.0), r"returned \[\] for 4 pictures: expected \[4\]"),
-        (lambda x, p: torch.ones(3), r"returned \[3\] for 4 pictures"),
-        (lambda x, p: [1.0] * len(p), "returned list for 4 pictures"),
+        (lambda x, p: torch.full((len(p),), float("nan")), "no finite number for any of N pictures"),
+        (lambda x, p: torch.tensor(1.0), r"returned \[\] for N pictures: expected \[N\]"),
+        (lambda x, p: torch.ones(3), r"returned \[3\] for N pictures"),
+        (lambda x, p: [1.0] * len(p), "returned list for N pictures"),
         (lambda x, p: 1 / 0, "the reward failed: ZeroDivisionError: division by zero"),
     ],
 )
-def test_rewards_that_are_none(reward, message):
+def test_rewards_that_are_none(name, reward, message):
+    """Two prompts a chunk: with two pictures each, or SPO's three children."""
     toy = Toy(reward=reward)
-    with pytest.raises(RewardError, match=message):
-        next(toy.rounds(toy.method("prdp")))
+    with pytest.raises(RewardError, match=message.replace("N", "6" if name == "spo" else "4")):
+        next(toy.rounds(toy.method(name)))
 
 
 @pytest.mark.parametrize(
@@ -128,3 +134,16 @@ def test_settings_that_do_not_fit(settings, message):
 def test_progress_of_a_finished_run_does_nothing():
     toy = Toy()
     assert list(toy.rounds(toy.method("d3po"), progress=Progress(step=3, samples=12))) == []
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_all_of_a_chunk_moves_to_another_device(name):
+    """`meta`, a device without memory, stands for the GPU; rewards stay, as selection is done on the CPU."""
+    toy = Toy()
+    away = toy.method(name).collect([(0, 1), (0, 4)]).to("meta")
+    if name == "spo":
+        moved = [away.before, away.parent, away.child, away.k, away.text, away.gap, away.final]
+    else:
+        moved = [away.trajectory.states, away.trajectory.clean, away.trajectory.log_prob, away.reference, away.text]
+        assert away.reward.device.type == "cpu"
+    assert {tensor.device.type for tensor in moved} == {"meta"}
