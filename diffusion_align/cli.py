@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from diffusion_align.options import VERBS, UsageError, build_parser, parse, preset_names, resolve, unknown
 
 PROG = "diffusion-align"
-MEMORY_CURE = "halve --train_batch_size and double --gradient_accumulation_steps, or add --gradient_checkpointing"
+MEMORY_CURE = (
+    "halve --train_batch_size and double --gradient_accumulation_steps (online methods: halve --sample_chunk), "
+    "or add --gradient_checkpointing"
+)
 OTHER_VERBS = {
     "presets ls": "list the presets",
     "presets show": "print a preset, with the unit and the source of each number: presets show METHOD/NAME",
