@@ -113,7 +113,7 @@ def network_evaluations(argv: list[str]) -> int:
     o = resolve(verb.options, words, preset=parsed.preset, settings=parsed.settings).options
     if isinstance(o, TrainOnline):
         plan = rounds_of(o, 1)
-        return sum(evaluations(o).values()) * o.prompts_per_round * (plan.steps // plan.steps_per_round)
+        return round(sum(evaluations(o).values()) * o.prompts_per_round) * (plan.steps // plan.steps_per_round)
     pictures = 2 if words == "train dpo" else 4
     return (o.max_train_steps or 0) * o.train_batch_size * o.gradient_accumulation_steps * pictures * 2
 

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from helpers_train import SCHEDULE, SHAPE, TEXT, Network
 
 from diffusion_align import rng
-from diffusion_align.samplers import step_table
+from diffusion_align.samplers import noise_window, step_table
 from diffusion_align.train.branches import resample
 from diffusion_align.train.online import d3po_method, policy_gradient_method, prdp_method, spo_method
 from diffusion_align.train.rounds import run_rounds
@@ -40,7 +40,9 @@ class Counted:
 class Toy:
     """Policy, reference and settings; `method(name)` is what a round asks, `rounds(method)` the loop."""
 
-    def __init__(self, *, guidance=3.0, order=1, steps=6, group=2, share=True, double=False, reward=darkness, seed=0):
+    def __init__(
+        self, *, guidance=3.0, order=1, steps=6, group=2, share=True, double=False, reward=darkness, seed=0, window=None
+    ):
         self.network = Network()
         self.network.requires_grad_(False)
         self.network.up.requires_grad_(True)
@@ -55,6 +57,9 @@ class Toy:
         self.policy = binder(self.policy_calls, SCHEDULE, "epsilon", empty, guidance)
         self.reference = binder(self.reference_calls, SCHEDULE, "epsilon", empty, guidance)
         self.table = step_table(SCHEDULE, steps, solver="dpmpp", order=order, eta=1.0)
+        self.quiet = step_table(SCHEDULE, steps, solver="dpmpp", order=order, eta=0.0)
+        if window is not None:
+            self.table = noise_window(self.table, self.quiet, *window)
         self.group, self.share, self.reward, self.seed = group, share, reward, seed
         self.parameters = [self.network.up, self.network.down]
         self.optimizer = torch.optim.SGD(self.parameters, lr=1.0)
@@ -64,7 +69,7 @@ class Toy:
         rows = [index for _, index in samples]
         return [PROMPTS[i] for i in rows], TEXTS[rows].to(self.dtype)
 
-    def draw(self, samples):
+    def draw(self, samples, round=0):
         prompts, text = self.texts(samples)
         return draw_runs(
             self.policy, self.reference, self.table, text, prompts, samples, self.reward,
@@ -76,11 +81,12 @@ class Toy:
         values = self.reward(x, prompts)
         return 20 * values if isinstance(values, torch.Tensor) else values
 
-    def branch(self, samples, children=3, start=2, threshold=0.0, segment=1):
+    def branch(self, samples, round=0, children=3, start=2, threshold=0.0, segment=1, lookahead=0):
         prompts, text = self.texts(samples)
         return resample(
             self.policy, self.table, text, prompts, samples, self.logits,
             children=children, start=start, threshold=threshold, shape=SHAPE, seed=self.seed, segment=segment,
+            quiet=self.quiet, lookahead=lookahead,
         )  # fmt: skip
 
     def method(self, name, **more):

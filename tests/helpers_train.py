@@ -17,6 +17,7 @@ from diffusion_align.train import ema as ema_module
 from diffusion_align.train import offline
 from diffusion_align.train.ema import Ema
 from diffusion_align.train.optimizer import lr_schedule
+from diffusion_align.train.pair_losses import on_margin
 
 SHAPE = (2, 4, 4)
 TEXT = (3, 5)
@@ -114,7 +115,7 @@ def make_run(mode="lora", ema=False, optimizer="adamw", warmup=2, total=20, **se
         "cache": MemoryPairs(),
         "schedule": SCHEDULE,
         "prediction_type": "epsilon",
-        "loss": partial(logistic, beta=BETA),
+        "loss": on_margin(partial(logistic, beta=BETA)),
         "beta": BETA,
         "accelerator": Accelerator(cpu=True),
         "batch_size": 4,

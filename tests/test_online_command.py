@@ -17,7 +17,7 @@ from diffusion_align.commands import score as score_module
 from diffusion_align.options import VERBS, options_of, resolve
 from diffusion_align.rewards.step_aware import save_step_aware, start_step_aware
 from diffusion_align.shapes import sample_captions
-from diffusion_align.train import record
+from diffusion_align.train import online, record
 
 ONLINE = ("d3po", "spo", "prdp", "ddpo")
 
@@ -44,7 +44,11 @@ def argv(toys, name, run, *more, model="model"):
         --reward random --solver dpmpp --order 2 --steps 4 --guidance 2 --prompts_per_round 2 --sample_chunk 4
         --num_rounds 3 --learning_rate 1e-3 --checkpointing_steps 1 --validation_sampling_steps 2
         --validation_prompt circle""".split()
-    own = {"spo": ["--start", "1", "--threshold", "0"], "prdp": ["--passes", "2"]}.get(name, [])
+    own = {
+        "spo": ["--start", "1", "--threshold", "0"],
+        "prdp": ["--passes", "2"],
+        "ddpo": ["--noise_window", "1"],
+    }.get(name, [])
     return [*flags, *own, *more]
 
 
@@ -108,11 +112,25 @@ def test_dry_run_says_what_will_happen_and_is_a_config(toys, name, tmp_path, cap
 
 
 def test_the_plans_evaluations_are_those_of_the_issue(toys, tmp_path, capsys):
-    """D3PO, two guided pictures, n steps: 4n rollout, 4n with gradient, 4n reference; the last step needs no score."""
-    cli.main(argv(toys, "d3po", tmp_path / "run", "--steps", "20", "--dry-run"))
-    assert "80 rollout + 76 policy with gradient + 76 reference" in capsys.readouterr().out
-    cli.main(argv(toys, "prdp", tmp_path / "run", "--steps", "20", "--dry-run"))
-    assert "80 rollout + 152 policy with gradient + 152 without + 76 reference" in capsys.readouterr().out
+    """D3PO, two guided pictures, n steps: 4n rollout, 4n with gradient, 4n reference; the last step needs no score. Two
+    less where the two pictures share their start; with noise in one step, what was counted in train/test_online.py."""
+
+    def planned(name, *more):
+        cli.main(argv(toys, name, tmp_path / "run", "--steps", "20", "--dry-run", *more))
+        return capsys.readouterr().out
+
+    apart = "--share_initial_noise=false"
+    assert "80 rollout + 76 policy with gradient + 76 reference" in planned("d3po", apart)
+    assert "78 rollout + 74 policy with gradient + 74 reference" in planned("d3po")
+    assert "80 rollout + 152 policy with gradient + 152 without + 76 reference" in planned("prdp", apart)
+    one = ("--steps", "6", "--guidance", "1", "--group_size", "4", "--noise_window", "1")
+    said = planned("d3po", *one, "--window_first", "2", "--window_last", "2")
+    assert "15 rollout + 2 policy with gradient + 2 reference" in said
+    assert "6 steps, noise in 1 of them from step 2 on" in said
+    said = planned("spo", "--steps", "6", "--guidance", "1", "--start", "2", "--children", "3", "--lookahead", "6")
+    assert "21 rollout + 6 policy with gradient + 6 reference" in said
+    said = planned("d3po", *one, "--window_first", "1", "--window_last", "3", "--order", "1")
+    assert "15 rollout + 1 policy with gradient + 1 reference" in said  # the mean of 18, 15 and 12
 
 
 @pytest.mark.parametrize(
@@ -126,6 +144,12 @@ def test_the_plans_evaluations_are_those_of_the_issue(toys, tmp_path, capsys):
         (("--prompts_per_step", "3"), "is not a multiple of"),
         (("--reward", "no/such/reward"), "neither a folder nor"),
         (("--solver", "ddim", "--eta", "2"), "eta of ddim is at most 1"),
+        (("--noise_window", "4"), "a window of 4 of 4 steps starts at one of 0 .. -1, not at 0"),
+        (
+            ("--noise_window", "1", "--window_last", "3"),
+            "a window of 1 of 4 steps starts at one of 0 .. 2, not at 0 .. 3",
+        ),
+        (("--noise_window", "1", "--learn_steps", "1"), "each say which steps to learn from: give one"),
     ],
 )
 def test_bad_input_is_one_line(toys, tmp_path, capsys, more, message):
@@ -209,3 +233,18 @@ def test_spo_is_guided_by_a_step_aware_model(toys, tmp_path):
     assert scale > 1 and aware["items"] == plain["items"]
     assert aware["gap"] == pytest.approx(scale * plain["gap"], rel=0.05)
     assert aware["grad_norm"] == pytest.approx(plain["grad_norm"], rel=0.05)
+
+
+def test_the_collapse_alarm_warns_or_stops_with_a_checkpoint(toys, tmp_path, capsys, monkeypatch):
+    """Pictures that differ by less each round: six rounds, of which the first five are what the sixth is judged by."""
+    real, rounds = online.facts_of, iter([1.0, 1.0, 1.0, 1.0, 1.0, 0.3, 0.3, 0.3] * 2)
+    monkeypatch.setattr(online, "facts_of", lambda runs: real(runs) | {"diversity": torch.tensor([next(rounds)])})
+    more = ("--num_rounds", "8", "--collapse_patience", "1", "--prompts_per_round", "2", "--checkpointing_steps", "9")
+    assert cli.main(argv(toys, "d3po", tmp_path / "warned", *more)) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "collapse?" in line]
+    assert len(said) == 1 and "step 6: the pictures of a prompt differ by 0.3" in said[0]
+    AcceleratorState._reset_state(True)
+    assert cli.main(argv(toys, "d3po", tmp_path / "stopped", *more, "--collapse_alarm", "stop")) == 1
+    assert "stopped, and saved, at step 6: the pictures of a prompt differ" in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "stopped" / "checkpoints" / "step-00000006").is_dir()
+    assert len(record.read(tmp_path / "stopped" / "metrics.jsonl")) == 6

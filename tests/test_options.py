@@ -205,7 +205,10 @@ def test_errors_in_files_name_the_file(tmp_path, content, message):
         ("--seed=²", "train.seed must be a whole number"),
         ("--seed", "--seed needs a value"),
         ("--scale_lr=maybe", "train.scale_lr must be true or false, not 'maybe'"),
-        ("--loss_type=sigmod", "one of sigmoid, ipo, hinge, robust, not 'sigmod'; did you mean sigmoid?"),
+        (
+            "--loss_type=sigmod",
+            "one of sigmoid, ipo, hinge, robust, kto, mapo, dspo, not 'sigmod'; did you mean sigmoid?",
+        ),
         ("--adam_beta2=1", "train.adam_beta2 must be a number at least 0 and below 1, not '1'"),
         ("--proportion_empty_prompts=2", "at least 0 and at most 1, not '2'"),
         ("--lerning-rate=1", "unknown flag --lerning_rate; did you mean --learning_rate?"),
@@ -230,6 +233,7 @@ def test_errors_on_the_command_line(argument, message):
         (["--model=tiny"], "which pairs"),
         (["--model=tiny", "--data=a", "--dataset_name=b"], "not both"),
         (["--model=tiny", "--data=a", "--loss_type=ipo", "--label_smoothing=0.1"], "no meaning for loss_type ipo"),
+        (["--model=tiny", "--data=a", "--loss_type=kto", "--winner_share=0.5"], "is for losses of the margin, not"),
         (["--model=tiny", "--data=a", "--resume=auto", "--overwrite_output_dir"], "deletes what"),
     ],
 )

@@ -26,6 +26,7 @@ from diffusion_align.options import read_yaml
 from diffusion_align.schedule import Schedule
 from diffusion_align.shapes import sample_captions
 from diffusion_align.train import record
+from diffusion_align.train.pair_losses import PairOutputs
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 LORA = "pytorch_lora_weights.safetensors"
@@ -171,15 +172,16 @@ def test_pieces_of_a_batch_make_the_same_step(toys, finished, tmp_path):
         np.testing.assert_allclose([r[key] for r in rows], [r[key] for r in whole], rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "robust"])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "robust", "kto"])
 def test_losses_start_where_the_plan_says(toys, tmp_path, loss_type):
     flip = ["--label_smoothing=0.1"] if loss_type in ("sigmoid", "robust") else []
     argv = ["--max_train_steps=2", "--mixed_precision=bf16", f"--loss_type={loss_type}", *flip]
     assert train(toys, tmp_path / "run", *argv) == 0
-    start = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 0.25, "robust": math.log(2)}[loss_type]
+    start = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 0.25, "robust": math.log(2), "kto": 0.5}[loss_type]
     assert record.read(tmp_path / "run" / "metrics.jsonl")[0]["loss"] == pytest.approx(start, rel=1e-6)
     text = plan.describe_loss(loss_type, 0.1 if flip else 0.0)
-    assert f"{start:.4f}" in text or {"hinge": "starts at 1,", "ipo": "starts at 1/4,"}[loss_type] in text
+    words = {"hinge": "starts at 1,", "ipo": "starts at 1/4,", "kto": "starts at 1/2,"}
+    assert words.get(loss_type, f"{start:.4f}") in text
 
 
 def test_full_training_writes_a_unet(toys, tmp_path):
@@ -320,7 +322,8 @@ def test_every_number_arrives_where_it_works(toys, tmp_path, monkeypatch):
     assert (seen["caption_dropout"], seen["max_grad_norm"], seen["seed"], seen["pairs"]) == (0.3, 7.0, 11, 5)
     assert (seen["batch_size"], seen["accumulation"], seen["max_steps"]) == (6, 2, 6)
     assert seen["beta"] == pytest.approx(100 / 2 / 1024)
-    assert seen["loss"](torch.zeros(1)).item() == pytest.approx(math.log(2))
+    same = PairOutputs(*[torch.zeros(2, 4, 16, 16)] * 3)
+    assert seen["loss"](same).item() == pytest.approx(math.log(2))
     assert group["lr"] == 0 and group["initial_lr"] == 1e-3
     assert {min(p.shape[:2]) for p in seen["parameters"]} == {2}
     with safe_open(tmp_path / "run" / LORA, "pt") as file:

@@ -101,5 +101,8 @@ def describe_loss(loss_type: str, label_smoothing: float) -> str:
             "ipo": "(beta margin - 1/2)^2, starts at 1/4, reaches [0, inf)",
             "robust": "starts at log 2 = 0.6931, "
             + ("has no least value: watch the margins, not the loss" if q else "reaches (0, inf)"),
+            "kto": "mean over winner and loser, starts at 1/2, reaches (0, 1)",
+            "mapo": "the winner's error, mean over dims, and mapo_beta times a log sigmoid; no reference",
+            "dspo": "the winner's error, mean over dims, against a target pushed away from the reference",
         }[loss_type]
     return f"loss             {loss_type}, {reach}"

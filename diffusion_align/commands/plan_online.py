@@ -13,6 +13,7 @@ from diffusion_align.commands.score import require_reward
 from diffusion_align.commands.sources import present_model, read_prompts
 from diffusion_align.objectives import stepwise_range
 from diffusion_align.options import TrainD3po, TrainOnline, TrainPrdp, TrainSpo, to_yaml
+from diffusion_align.options.train_online import window_starts
 from diffusion_align.shapes import sample_captions
 
 TINY_PROMPTS, TINY_SEED = 4000, 7  # of the training split; no seed of build_tiny's or of evaluate's
@@ -59,20 +60,38 @@ def describe_rounds(plan: Rounds) -> list[str]:
     ]
 
 
-def evaluations(o: TrainOnline) -> dict[str, int]:
-    """Network evaluations a prompt and round, a guided one counting twice; those of SPO if every pair is kept."""
+def evaluations(o: TrainOnline) -> dict[str, float]:
+    """Network evaluations a prompt and round, a guided one counting twice; those of SPO if every pair is kept, and of a
+    noise window the mean over its places."""
     guided = 1 if o.guidance == 1 else 2
-    scored = o.learn_steps or o.steps - 1  # the last step has no density
-    second = o.solver == "dpmpp" and o.order == 2
     if isinstance(o, TrainSpo):
-        ahead = guided * (o.start + 1 + (o.steps - o.start - 1) * o.children)
-        pairs = guided * (o.steps - 1 - o.start) * (2 if second else 1) * (2 if o.segment > 1 else 1)
+        last = o.steps - 1  # of the steps, which is walked only
+        compared = [min(k + o.segment, last) for k in range(o.start, last, o.segment)]
+        looks = sum(min(o.lookahead, last - k) for k in compared)
+        ahead = guided * (o.start + 1 + (last - o.start + looks) * o.children)
+        second = 2 if o.solver == "dpmpp" and o.order == 2 else 1
+        pairs = guided * (last - o.start) * second * (2 if o.segment > 1 else 1)
         return {"rollout": ahead, "policy with gradient": pairs * o.passes, "reference": pairs * o.passes}
-    runs = guided * o.group_size
-    first = runs * scored * (o.passes - 1 if fresh(o) else o.passes) if isinstance(o, TrainPrdp) else 0
-    found = {"rollout": runs * o.steps, "policy with gradient": runs * scored * o.passes}
+    drawn, learnt = (guided * count for count in _asked(o))
+    first = learnt * (o.passes - 1 if fresh(o) else o.passes) if isinstance(o, TrainPrdp) else 0
+    found = {"rollout": drawn, "policy with gradient": learnt * o.passes}
     renewed = isinstance(o, TrainD3po) and o.reference == "round"  # it is then the policy that ran
-    return {**found, **({"without": first} if first else {}), "reference": 0 if renewed else runs * scored}
+    return {**found, **({"without": first} if first else {}), "reference": 0 if renewed else learnt}
+
+
+def _asked(o: TrainOnline) -> tuple[float, float]:
+    """Of a prompt's pictures: states that a rollout asks the network about, and those that learning asks about. One
+    state that they share is asked about once."""
+    places = window_starts(o) if o.noise_window else (0,)
+    back = 1 if o.solver == "dpmpp" and o.order == 2 else 0  # a second-order step also needs the state before
+
+    def at(k: int, start: int) -> int:
+        return 1 if o.share_initial_noise and k <= start else o.group_size
+
+    drawn = [at(k, s) for s in places for k in range(o.steps)]
+    count = o.noise_window or o.learn_steps or o.steps - 1  # the last step has no density
+    learnt = [at(k, s) for s in places for k in range(max(s - back, 0), s + count)]
+    return sum(drawn) / len(places), sum(learnt) / len(places)
 
 
 def fresh(o: TrainOnline) -> bool:
@@ -92,13 +111,21 @@ def plan_online(o: TrainOnline) -> list[str]:
     return [
         f"model            {name}{assumed}",
         f"prompts          {len(training_prompts(o))} of {o.prompts}",
-        f"sampler          {solver}, eta {o.eta:g}, {o.steps} steps",
+        f"sampler          {solver}, eta {o.eta:g}, {o.steps} steps{_window(o)}",
         *describe_rounds(plan),
-        f"evaluations      a prompt and round: {' + '.join(f'{n} {word}' for word, n in evaluations(o).items())}",
+        f"evaluations      a prompt and round: {' + '.join(f'{n:g} {word}' for word, n in evaluations(o).items())}",
         describe_rate(o.learning_rate, o.scale_lr, plan.pictures_per_step),
         f"latent dims D    {dims}",
         *_constants(o, dims),
     ]
+
+
+def _window(o: TrainOnline) -> str:
+    if o.noise_window is None:
+        return ""
+    starts = window_starts(o)
+    places = f"{starts[0]} .. {starts[-1]}" if len(starts) > 1 else str(starts[0])
+    return f", noise in {o.noise_window} of them from step {places} on, drawn anew each round"
 
 
 def _constants(o: Any, dims: int) -> list[str]:
@@ -112,7 +139,7 @@ def _constants(o: Any, dims: int) -> list[str]:
             f"loss             starts at log 2 = 0.6931, reaches [{low:.4f}, {high:.4f}]",
         ]
     if isinstance(o, TrainPrdp):
-        over = unit * (o.learn_steps or o.steps - 1 if o.log_ratio_unit == "mean" else 1)
+        over = unit * (o.noise_window or o.learn_steps or o.steps - 1 if o.log_ratio_unit == "mean" else 1)
         clip = "none" if o.clip is None else f"{o.clip * unit:.4g} nats a step"
         return [f"beta             {o.beta / over:.4g} per nat of a run", f"clip             {clip}"]
     return [f"clip             {o.clip * unit:.4g} nats a step", f"kl_weight        {o.kl_weight:g} per nat of a step"]

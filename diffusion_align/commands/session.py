@@ -27,6 +27,7 @@ from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.tracking import start_trackers, tracker_names
 from diffusion_align.options import TrainCommon, to_yaml
 from diffusion_align.train import Progress, StepRecord, checkpoint, record
+from diffusion_align.train.alarm import CollapseAlarm, CollapseError
 from diffusion_align.train.checkpoint import Checkpoint, CheckpointError
 from diffusion_align.train.ema import Ema, start_ema
 from diffusion_align.train.state import pack, restore
@@ -112,6 +113,7 @@ class Session:
 
         Raises:
             KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is saved; it says the command that goes on.
+            CollapseError: the alarm was given and is to stop the run; a checkpoint is saved.
         """
         o, accelerator = self.options, self.accelerator
         if progress.step:
@@ -127,7 +129,7 @@ class Session:
             disable=not accelerator.is_main_process,
             mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file gets a line now and then
         )
-        due = False
+        due, alarm, collapse = False, self.alarm(), None
         with bar, Interruptible() as interrupt:
             for row in records:
                 if self.ema is not None and row.updated:
@@ -138,19 +140,33 @@ class Session:
                 figures = {name: f"{row.metrics[name]:.2f}" for name in shown if name in row.metrics}
                 bar.set_postfix({"loss": f"{row.loss:.4f}", **figures}, refresh=False)
                 bar.update()
+                collapse = (alarm.hear(row.row()) if alarm else None) or collapse
+                if collapse and o.collapse_alarm == "warn":
+                    tqdm.write(f"collapse? step {row.step}: {collapse}", file=sys.stderr)
+                    collapse = None
                 stop = _anywhere(interrupt.asked, accelerator)
-                due = due or stop or row.step % o.checkpointing_steps == 0 or row.step >= steps
+                due = due or stop or collapse is not None or row.step % o.checkpointing_steps == 0 or row.step >= steps
                 if due and row.resumable:
                     self.save(row.progress)
                     due = False
                     if stop:
                         go_on = run_folder.resume_line(self.run, self.verb)
                         raise KeyboardInterrupt(f"step {row.step} is saved; go on with: {go_on}")
+                    if collapse:
+                        raise CollapseError(f"stopped, and saved, at step {row.step}: {collapse}")
                 if o.run_validation and row.step % o.validation_steps == 0 and row.step < steps:
                     self.draw(row.step)
         if names:
             accelerator.end_training()
         return self.export(steps)
+
+    def alarm(self) -> CollapseAlarm | None:
+        """The collapse alarm, with what the run wrote before it was resumed."""
+        o, path = self.options, self.run / run_folder.METRICS
+        if o.collapse_alarm == "off":
+            return None
+        past = record.read(path) if path.exists() else []
+        return CollapseAlarm(o.collapse_winner_error, o.collapse_diversity, o.collapse_patience, past)
 
     def save(self, progress: Progress) -> None:
         """Write a checkpoint; a full disk now is no reason to lose the run."""

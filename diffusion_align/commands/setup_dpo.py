@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
-
-from torch import Tensor
 
 from diffusion_align.commands.setup import optimizer_identity
 from diffusion_align.objectives import hinge, ipo, logistic, robust
 from diffusion_align.options import TrainDpo
+from diffusion_align.train.pair_losses import PairLoss, dspo_of_pairs, kto_of_pairs, mapo_of_pairs, on_margin
 
 
-def make_loss(loss_type: str, beta: float, label_smoothing: float) -> Callable[[Tensor], Tensor]:
-    """The objective on a margin of squared errors summed over dims, beta bound."""
-    return {
-        "sigmoid": partial(logistic, beta=beta, label_smoothing=label_smoothing),
-        "robust": partial(robust, beta=beta, flip=label_smoothing),
+def make_loss(o: TrainDpo, beta: float, timesteps: int) -> PairLoss:
+    """The objective that was asked for; beta is per squared error summed over dims, but for MaPO, which has its own."""
+    of_margin = {
+        "sigmoid": partial(logistic, beta=beta, label_smoothing=o.label_smoothing),
+        "robust": partial(robust, beta=beta, flip=o.label_smoothing),
         "hinge": partial(hinge, beta=beta),
         # (beta margin - 1/2)^2: the same minimum as ipo's own, but free of the margin's unit, so that a learning rate
         # and a clip mean what they mean for the others. On errors summed over dims ipo's own scale is D^2.
         "ipo": lambda margin: beta**2 * ipo(margin, beta),
-    }[loss_type]
+    }
+    if o.loss_type in of_margin:
+        return on_margin(of_margin[o.loss_type], keep=o.winner_share)
+    return {
+        "kto": lambda: kto_of_pairs(beta),
+        "mapo": lambda: mapo_of_pairs(o.mapo_beta, timesteps),
+        "dspo": lambda: dspo_of_pairs(beta, o.dspo_strength),
+    }[o.loss_type]()
 
 
 def identity_of(
     o: TrainDpo, data_and_model: dict[str, Any], *, beta: float, batch: int, learning_rate: float, steps: int
 ) -> dict[str, Any]:
     """What a resumed run must share with the saved one. How a batch is cut into pieces and processes may change."""
-    same = ("loss_type", "label_smoothing", "proportion_empty_prompts")
+    same = (
+        "loss_type", "label_smoothing", "winner_share", "mapo_beta", "dspo_strength", "proportion_empty_prompts"
+    )  # fmt: skip
     own = {"beta": beta, "batch": batch, **{name: getattr(o, name) for name in same}}
     return {**data_and_model, **own, **optimizer_identity(o, learning_rate=learning_rate, steps=steps)}

@@ -40,7 +40,7 @@ def train_dpo(options: TrainDpo) -> int:
         session.reference,
         schedule=gate.schedule,
         prediction_type=gate.prediction_type,
-        loss=make_loss(o.loss_type, beta, o.label_smoothing),
+        loss=make_loss(o, beta, gate.schedule.num_timesteps),
         beta=beta,
         parameters=session.parameters,
         optimizer=optimizer,

@@ -10,14 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
+from diffusion_align import rng
 from diffusion_align.commands.plan_online import describe_rounds, fresh, rounds_of, training_prompts
 from diffusion_align.commands.score import decoded, require_reward, reward_by_name
 from diffusion_align.commands.session import Session, claim_early, open_session
 from diffusion_align.commands.setup import make_optimizer, optimizer_identity
 from diffusion_align.data.readers import digest
 from diffusion_align.options import TrainCommon, TrainD3po, TrainDdpo, TrainOnline, TrainPrdp, TrainSpo
+from diffusion_align.options.train_online import window_starts
 from diffusion_align.rewards.step_aware import WEIGHTS, latent_scorer
-from diffusion_align.samplers import StepTable, step_table
+from diffusion_align.samplers import StepTable, noise_window, step_table
 from diffusion_align.train.branches import Comparisons, StepScore, resample
 from diffusion_align.train.online import d3po_method, policy_gradient_method, prdp_method, spo_method
 from diffusion_align.train.rounds import Method, run_rounds
@@ -34,10 +36,11 @@ class Rollout:
         self.session, self.options, self.prompts = session, o, prompts
         self.shape = gate.latent_shape(o.resolution)
         self.dims = math.prod(self.shape)
-        self.table: StepTable = step_table(
-            gate.schedule, o.steps, solver=o.solver, order=o.order if o.solver == "dpmpp" else 1, eta=o.eta,
-            spacing=o.spacing,
-        )  # fmt: skip
+        sampler = {"solver": o.solver, "order": o.order if o.solver == "dpmpp" else 1, "spacing": o.spacing}
+        self.table: StepTable = step_table(gate.schedule, o.steps, eta=o.eta, **sampler)
+        self.quiet = quiet = step_table(gate.schedule, o.steps, eta=0.0, **sampler)
+        count = o.noise_window
+        self.tables = [noise_window(self.table, quiet, k, count) for k in window_starts(o)] if count else [self.table]
 
         def in_precision(predict: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Bind:
             def run(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
@@ -49,15 +52,19 @@ class Rollout:
         self.policy, self.reference = in_precision(gate.predict), in_precision(session.reference)
         self.per_dim = getattr(o, "log_ratio_unit", "mean") == "mean"
 
-    def draw(self, score: Score, renewed: bool = False) -> Callable[[list[Sample]], Runs]:
+    def table_of(self, round: int) -> StepTable:
+        """The sampler of a round: with a noise window, one of the places where that may be."""
+        return self.tables[int(rng.integers_batch(0, len(self.tables), self.options.seed, "window", [round]))]
+
+    def draw(self, score: Score, renewed: bool = False) -> Callable[[list[Sample], int], Runs]:
         """samples -> runs of their prompts, scored; with a `renewed` reference against the policy that drew them."""
         o = self.options
         reference = None if renewed else self.reference
 
-        def runs(samples: list[Sample]) -> Runs:
+        def runs(samples: list[Sample], round: int) -> Runs:
             prompts, text = self.texts(samples)
             return draw_runs(
-                self.policy, reference, self.table, text, prompts, samples, score,
+                self.policy, reference, self.table_of(round), text, prompts, samples, score,
                 group=o.group_size, share_noise=o.share_initial_noise, shape=self.shape, seed=o.seed,
                 learn_steps=o.learn_steps,
             )  # fmt: skip
@@ -110,12 +117,12 @@ def train_spo(o: TrainSpo) -> int:
     def method(r: Rollout) -> Method[Any]:
         score = step_score(r)
 
-        def branches(samples: list[Sample]) -> Comparisons:
+        def branches(samples: list[Sample], round: int) -> Comparisons:
             prompts, text = r.texts(samples)
             return resample(
                 r.policy, r.table, text, prompts, samples, score,
                 children=o.children, start=o.start, threshold=o.threshold, segment=o.segment,
-                shape=r.shape, seed=o.seed,
+                shape=r.shape, seed=o.seed, quiet=r.quiet, lookahead=o.lookahead,
             )  # fmt: skip
 
         return spo_method(

@@ -31,6 +31,9 @@ class TrainOnline(TrainCommon):
     prompts_per_round: int = option(16, "rollout", "prompts of a round, over all devices: drawn with one policy", at_least=1)
     group_size: int = option(2, "rollout", "pictures of each prompt", at_least=2)
     learn_steps: int | None = option(None, "rollout", "learn from the first N steps of a run only (default: all with a density); not for spo", at_least=1)
+    noise_window: int | None = option(None, "rollout", "noise, and learning, in N steps of a run only, a window drawn anew each round; the others are noise-free (default: noise in all); not for spo", at_least=1)
+    window_first: int = option(0, "rollout", "first step at which a noise_window may start", at_least=0)
+    window_last: int | None = option(None, "rollout", "last step at which it may start (default: where it ends before the last step)", at_least=0)
     sample_chunk: int = option(16, "rollout", "pictures in the network at a time, in rollout and training; memory follows it", at_least=1)
     share_initial_noise: bool = option(True, "rollout", "the pictures of a prompt start from the same noise")
 
@@ -65,6 +68,7 @@ class TrainSpo(TrainOnline):
     start: int = option(4, "rollout", "first step at which continuations are compared", at_least=0)
     threshold: float = option(0.3, "rollout", "a pair is kept where the softmax of its scores differs by more", at_least=0, below=1)
     segment: int = option(1, "rollout", "steps between comparisons; above 1 it is the paper's MSPO for SDXL, which has 4", at_least=1)
+    lookahead: int = option(0, "rollout", "noise-free steps that each continuation goes on before its predicted picture is compared, for rewards of finished pictures; as many as steps: to the end", at_least=0)
     preference_model: str | None = option(None, "reward", "folder of a step-aware preference model (reward train-spm); default: the reward, on the predicted picture at every step")
     # fmt: on
 
@@ -111,6 +115,7 @@ def check_online(options: TrainOnline) -> None:
         )
     if o.learn_steps is not None and o.learn_steps >= o.steps:
         raise UsageError(f"rollout.learn_steps {o.learn_steps} must be fewer than rollout.steps {o.steps}")
+    _check_window(o)
     pictures, name = (o.children, "children") if isinstance(o, TrainSpo) else (o.group_size, "group_size")
     if o.sample_chunk < pictures:
         raise UsageError(
@@ -118,11 +123,31 @@ def check_online(options: TrainOnline) -> None:
         )
 
 
+def window_starts(options: TrainOnline) -> range:
+    """The steps at which a noise window may start; the last step of a run has no noise and is in none."""
+    last = options.steps - 1 - (options.noise_window or 1)
+    return range(options.window_first, min(last, last if options.window_last is None else options.window_last) + 1)
+
+
+def _check_window(o: TrainOnline) -> None:
+    if o.noise_window is None:
+        return
+    if o.learn_steps is not None:
+        raise UsageError("rollout.noise_window and rollout.learn_steps each say which steps to learn from: give one")
+    if not window_starts(o) or (o.window_last or 0) > o.steps - 1 - o.noise_window:
+        last = f" .. {o.window_last}" if o.window_last is not None else ""
+        raise UsageError(
+            f"a window of {o.noise_window} of {o.steps} steps starts at one of 0 .. {o.steps - 1 - o.noise_window}, "
+            f"not at {o.window_first}{last} (rollout.window_first, window_last)"
+        )
+
+
 def check_spo(options: TrainSpo) -> None:
     """`check_online`, and steps left to compare at."""
     check_online(options)
-    if options.learn_steps is not None:
-        raise UsageError("rollout.learn_steps is not for spo, which learns where it compares: --start")
+    for name in ("learn_steps", "noise_window"):
+        if getattr(options, name) is not None:
+            raise UsageError(f"rollout.{name} is not for spo, which learns where it compares: --start")
     if options.start >= options.steps - 1:
         raise UsageError(f"rollout.start {options.start} leaves none of {options.steps} steps to compare at")
 

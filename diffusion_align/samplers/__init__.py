@@ -7,11 +7,13 @@ from .rollout import replay, rollout, sample
 from .tables import StepTable, solver_table, step_table
 from .threshold import dynamic_threshold
 from .two_pass import path_gradient
+from .window import noise_window
 
 __all__ = [
     "StepTable",
     "branch",
     "dynamic_threshold",
+    "noise_window",
     "path_gradient",
     "replay",
     "rollout",

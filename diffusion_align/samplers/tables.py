@@ -56,7 +56,7 @@ class StepTable:
         """
         k = torch.as_tensor(k).cpu()
         if k.ndim == 0:
-            k = k.expand(batch)
+            k = k.expand(batch).clone()  # a strided min is slow
         if k.shape != (batch,) or k.is_floating_point() or k.dtype == torch.bool:
             raise ValueError(f"k is an integer or [{batch}] integers, one per sample, not {list(k.shape)} {k.dtype}")
         if batch and not (0 <= int(k.min()) and int(k.max()) < len(self)):

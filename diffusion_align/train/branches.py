@@ -80,13 +80,22 @@ def resample(
     shape: Sequence[int],
     seed: int,
     segment: int = 1,
+    quiet: StepTable | None = None,
+    lookahead: int = 0,
 ) -> Comparisons:
     """Walk one chain a prompt and compare at the end of each segment; text [B,L,E], samples [B] are the addresses.
 
-    Network evaluations a prompt: start + 1 + (n - start - 1) K, with n the steps of the table.
+    With `lookahead` each child goes on by so many steps of `quiet`, the table at eta = 0, or to its end, before it is
+    scored by the clean prediction there: a reward that knows finished pictures only can then judge early steps.
 
-    Raises ValueError for fewer than 2 children, or a start from which no step has a density; RewardError as `checked`.
+    Network evaluations a prompt, with n the steps of the table: start + 1 + (n - start - 1) K, and K for each step of a
+    look ahead but its last, where that is the end.
+
+    Raises ValueError for fewer than 2 children, a start from which no step has a density, or a look ahead without the
+    table for it; RewardError as `checked`.
     """
+    if lookahead and quiet is None:
+        raise ValueError("to look ahead, give the noise-free table (quiet)")
     last = max((k for k in range(len(table)) if table.stochastic[k]), default=-1)
     if children < 2 or segment < 1 or start > last:
         raise ValueError(f"SPO compares 2 or more children from step {start} on: {children} of a table of {len(table)}")
@@ -108,9 +117,11 @@ def resample(
             continue
         states, cleans = walk.segment(k, min(segment, last + 1 - k), before, x, clean, previous)
         length = len(states) - 2  # states[0] is the one before the parents
-        time = table.timesteps[k + length] if k + length < len(table) else torch.zeros(())
-        at = time.to(x).expand(children * len(x))
-        values = checked(_at(score, at), cleans[-1].flatten(0, 1), prompts * children)
+        seen, there = cleans[-1].flatten(0, 1), k + length
+        if quiet is not None:
+            seen, there = walk.look(quiet, there, states[-1].flatten(0, 1), cleans[-2:], lookahead)
+        time = table.timesteps[there] if there < len(table) else torch.zeros(())
+        values = checked(_at(score, time.to(x).expand(len(seen))), seen, prompts * children)
         values = values.view(children, -1).T.to(x.device)  # [B,K]
         win, lose, decided = best_and_worst(values)
         kept = decided & clear_win(values[rows, win], values[rows, lose], threshold)
@@ -172,6 +183,16 @@ class _Walk:
             states.append(self.step(i, *flat, times=self.children).view_as(drawn))
             cleans.append(self.ahead(i + 1, states[-1]))
         return states, cleans
+
+    def look(self, quiet: StepTable, k: int, x: Tensor, cleans: list[Tensor], count: int) -> tuple[Tensor, int]:
+        """The clean prediction `count` noise-free steps on from states at step k, and the step it stands at."""
+        previous, clean = (part.flatten(0, 1) for part in cleans)
+        end = min(k + count, len(quiet))
+        while k < end:
+            x = step_gaussian(quiet, k, widen(x), clean, previous)[0].to(x.dtype)
+            k += 1
+            previous, clean = clean, (x if k == len(quiet) else predict(self.several, self.table, k, x))
+        return clean, k
 
     def ahead(self, k: int, states: Tensor) -> Tensor:
         if k == len(self.table):

@@ -13,10 +13,11 @@ from torch.nn import Parameter
 
 from diffusion_align import rng
 from diffusion_align.data.cache import PairCache
-from diffusion_align.objectives import diffusion_dpo_margin, implicit_accuracy
+from diffusion_align.objectives import implicit_accuracy
 from diffusion_align.prediction import add_noise, target
 from diffusion_align.schedule import Schedule
 from diffusion_align.tensors import sum_dims
+from diffusion_align.train.pair_losses import PairLoss, PairOutputs, margin_of
 from diffusion_align.train.record import quantiles
 from diffusion_align.train.steps import Progress, Sample, StepRecord, run_steps
 
@@ -93,7 +94,7 @@ def train_pairs(
     *,
     schedule: Schedule,
     prediction_type: str,
-    loss: Callable[[Tensor], Tensor],
+    loss: PairLoss,
     beta: float,
     parameters: Sequence[Parameter],
     optimizer: torch.optim.Optimizer,
@@ -109,14 +110,14 @@ def train_pairs(
     max_skipped_in_row: int = 5,
     check_start: bool = True,
 ) -> Iterator[StepRecord]:
-    """Train on pairs with any loss of the Diffusion-DPO margin; yields after each optimizer step.
+    """Train on pairs with any loss of `pair_losses`; yields after each optimizer step.
 
     One policy call and one reference call per piece of a step, on 2b rows, winners first. The margin (eq. 14 without
     beta T omega) is in units of squared error summed over dims; `objectives.beta_per_squared_error` converts a
     published beta to it. Log, average and save between the yields: the record's `progress` goes into the checkpoint.
 
     Args:
-        loss: margin [b] -> loss [b], with beta already bound.
+        loss: pairs -> loss [b], with beta already bound: `pair_losses.on_margin(partial(logistic, beta=beta))`.
         beta: the same beta, here only to report margins as logits.
         batch_size: pairs per optimizer step, over all processes and pieces.
         accumulation: pieces per process that a step is cut into.
@@ -142,11 +143,10 @@ def train_pairs(
         dims[:] = [latents[0, 0].numel()]
         with accelerator.autocast():
             with torch.no_grad():
-                reference = denoising_errors(predict_reference, noised)
-            policy = denoising_errors(predict_policy, noised)
-        margin = diffusion_dpo_margin(policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1])
-        gap = policy.detach() - reference
-        return {"loss": loss(margin), "margin": margin, "winner_gap": gap[:, 0], "loser_gap": gap[:, 1]}
+                reference = predict_reference(noised.x, noised.t, noised.text)
+            pairs = PairOutputs(predict_policy(noised.x, noised.t, noised.text), reference, noised.target)
+        gap = pairs.errors.detach() - pairs.reference_errors
+        return {"loss": loss(pairs), "margin": margin_of(pairs), "winner_gap": gap[0], "loser_gap": gap[1]}
 
     def summarise(columns: dict[str, Tensor]) -> dict[str, float]:
         return {

@@ -21,7 +21,7 @@ from diffusion_align.train.steps import Sample
 ALL_TIED = (
     "all pictures of every prompt had one reward, or it failed; draw more a prompt (--group_size), look at the reward"
 )
-Draw = Callable[[list[Sample]], Runs]
+Draw = Callable[[list[Sample], int], Runs]
 
 
 def d3po_method(draw: Draw, policy: Bind, dims: int, *, beta: float, clip: float | None, per_dim: bool) -> Method[Runs]:
@@ -72,7 +72,7 @@ def prdp_method(
 
 
 def spo_method(
-    branch: Callable[[list[Sample]], Comparisons],
+    branch: Callable[[list[Sample], int], Comparisons],
     policy: Bind,
     reference: Bind,
     table: StepTable,

@@ -56,7 +56,7 @@ def learn_prdp(
         seen["clamped"] = prdp_clip_fraction(now, before, bound) if bound else torch.zeros_like(seen["loss"])
         return factor * of_groups[keep].sum()
 
-    path_gradient(policy(runs.text), runs.trajectory, loss, measure=measure, known=clean if fresh else None)
+    path_gradient(runs.under(policy), runs.trajectory, loss, measure=measure, known=clean if fresh else None)
     seen["kl"] = kl.view(groups, size).mean(1)
     return {name: values[keep] for name, values in seen.items()}
 

@@ -40,7 +40,8 @@ class NothingToLearn(RuntimeError):
 class Method(Generic[Chunk]):
     """What a round asks of a method.
 
-    collect: samples (epoch, prompt) -> a chunk of whole groups, drawn and scored without gradients.
+    collect: (samples (epoch, prompt), round) -> a chunk of whole groups, drawn and scored without gradients. The round
+        is named by the prompts used before it: an address for what all of it shares.
     items: how many pairs or groups of a chunk can be learnt from; 0 where all are tied or filtered out.
     learn: (chunk, factor) -> columns of its items, "loss" among them; adds the gradient of factor x the sum of losses.
     facts: chunk -> columns of its pictures, such as "reward".
@@ -49,7 +50,7 @@ class Method(Generic[Chunk]):
     nothing: what to do about a step without items, for the message that ends a run of such steps.
     """
 
-    collect: Callable[[list[Sample]], Chunk]
+    collect: Callable[[list[Sample], int], Chunk]
     items: Callable[[Chunk], int]
     learn: Callable[[Chunk, float], Columns]
     facts: Callable[[Chunk], Columns]
@@ -94,7 +95,7 @@ def run_rounds(
         samples = samples_at(progress.samples, prompts_per_round, n, seed)
         steps = [samples[i : i + prompts_per_step] for i in range(0, len(samples), prompts_per_step)]
         shares = [_shares(step, prompts_per_chunk, accelerator) for step in steps]
-        drawn = [[method.collect(part).to("cpu") for part in share] for share in shares]
+        drawn = [[method.collect(part, progress.samples).to("cpu") for part in share] for share in shares]
         facts = _gather([method.facts(chunk) for chunks in drawn for chunk in chunks], accelerator)
         for number in range(passes * len(steps)):
             chunks = drawn[number % len(steps)]

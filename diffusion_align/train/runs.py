@@ -16,7 +16,7 @@ from diffusion_align.models.guidance import Predict, guided_denoiser
 from diffusion_align.prediction import Denoiser
 from diffusion_align.rewards import RewardError, one_each
 from diffusion_align.samplers import StepTable, rollout, step_gaussian
-from diffusion_align.samplers.rollout import earlier, predict
+from diffusion_align.samplers.rollout import earlier, predict, scored_predictions
 from diffusion_align.schedule import Schedule
 from diffusion_align.tensors import widen
 from diffusion_align.train.steps import Sample
@@ -29,6 +29,23 @@ Score = Callable[[Tensor, list[str]], Tensor]
 """`(final latents [B,...], prompts) -> [B]`: decode and reward, composed by the script."""
 
 
+def once_a_group(bind: Bind, text: Tensor, group: int) -> Denoiser:
+    """The denoiser of G groups of K rows, text [G,L,E]; asked once a group where its K states are one state.
+
+    That is so until the runs of a prompt part: at the first step where they share their start, and up to the first
+    noise in a window.
+    """
+    several, one = bind(text.repeat_interleave(group, 0)), bind(text)
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        first = x[::group]
+        if group > 1 and torch.equal(x, first.repeat_interleave(group, 0)):
+            return one(first, t[::group]).repeat_interleave(group, 0)
+        return several(x, t)
+
+    return denoise
+
+
 def binder(predict: Predict, schedule: Schedule, prediction_type: str, empty_text: Tensor, guidance: float) -> Bind:
     """A network as `Bind`: one guidance, alike in rollout, log-probs and training."""
     return lambda text: guided_denoiser(predict, text, empty_text, guidance, schedule, prediction_type)
@@ -38,7 +55,8 @@ def binder(predict: Predict, schedule: Schedule, prediction_type: str, empty_tex
 class Runs:
     """A chunk of G groups of K runs, B = G K rows.
 
-    reference: [T,B,...] the reference's clean predictions along the runs. reward: [G,K]; nan where a reward failed.
+    text: [G,L,E]. reference: [T,B,...] the reference's clean predictions along the runs, 0 where no scored step uses
+    them. reward: [G,K]; nan where a reward failed.
     """
 
     trajectory: Trajectory[StepTable]
@@ -58,6 +76,10 @@ class Runs:
         there = {name: getattr(run, name).to(device) for name in ("states", "log_prob", "clean")}
         moved = {name: getattr(self, name).to(device) for name in ("text", "reference")}
         return replace(self, trajectory=replace(run, **there), **moved)
+
+    def under(self, bind: Bind) -> Denoiser:
+        """A model's denoiser of the B rows."""
+        return once_a_group(bind, self.text, self.reward.shape[1])
 
     def gaussian(self, k: int, clean: Tensor) -> Gaussian:
         """The Gaussian of step k along the runs, from stored predictions [T,B,...] of any model."""
@@ -93,16 +115,14 @@ def draw_runs(
     `learn_steps` keeps only the first so many steps for learning: the others are walked, but neither scored nor asked
     of the reference. Without a reference it is the policy that ran: renewed every round, it costs nothing.
     """
-    device = text.device
     rows = [(*sample, k) for sample in samples for k in range(group)]
     starts = [row[:2] if share_noise else row for row in rows]
-    x_T = rng.normal_batch(shape, seed, "x_T", starts).to(device)
-    text = text.repeat_interleave(group, 0)
-    run = rollout(policy(text), table, x_T, [rng.generator(seed, "run", *row) for row in rows])
+    x_T = rng.normal_batch(shape, seed, "x_T", starts).to(text.device)
+    run = rollout(once_a_group(policy, text, group), table, x_T, [rng.generator(seed, "run", *row) for row in rows])
     if learn_steps is not None:
         run = replace(run, table=_first_steps(table, learn_steps))
     assert run.clean is not None  # rollouts keep them
-    other = run.clean if reference is None else _along(reference(text), run)
+    other = run.clean if reference is None else _along(once_a_group(reference, text, group), run)
     reward = checked(score, run.states[-1], [prompt for prompt in prompts for _ in range(group)])
     return Runs(run, text, other, reward.view(-1, group), prompts)
 
@@ -113,10 +133,11 @@ def _first_steps(table: StepTable, count: int) -> StepTable:
 
 
 def _along(denoiser: Denoiser, run: Trajectory[StepTable]) -> Tensor:
-    """Clean predictions [T,B,...] at the states of a run; zeros at its end, where no step has a density."""
-    table = run.table
-    found = [predict(denoiser, table, k, run.states[k]) for k in range(len(table)) if table.stochastic[k]]
-    return torch.stack(found + [torch.zeros_like(found[0])] * (len(table) - len(found)))
+    """Clean predictions [T,B,...] at the states of a run that its scored steps use; zeros elsewhere."""
+    needed = scored_predictions(run, "recompute")
+    found = {k: predict(denoiser, run.table, k, run.states[k]) for k in needed}
+    nothing = torch.zeros_like(found[needed[0]])
+    return torch.stack([found.get(k, nothing) for k in range(len(run.table))])
 
 
 def checked(score: Score, latents: Tensor, prompts: list[str]) -> Tensor:

@@ -29,7 +29,7 @@ class _Sums:
 
     def __init__(self, runs: Runs):
         self.runs = runs
-        zeros = torch.zeros(runs.text.shape[0], device=runs.text.device)
+        zeros = torch.zeros(runs.reward.numel(), device=runs.text.device)
         self.log_ratio, self.kl, self.drift, self.clamped = (zeros.clone() for _ in range(4))
         self.steps = int(runs.trajectory.table.stochastic.sum())
 
@@ -67,7 +67,7 @@ def learn_d3po(
         losses.add_(of_pairs.detach())
         return factor * of_pairs.sum()
 
-    step_gradient(policy(runs.text), runs.trajectory, loss)
+    step_gradient(runs.under(policy), runs.trajectory, loss)
     both = {"log_ratio": sums.log_ratio, "kl": sums.kl, "clamped": sums.clamped}
     sides = {f"{name}_{side}": v[rows] for name, v in both.items() for side, rows in (("w", winner), ("l", loser))}
     return {"loss": losses, **sides, "drift": torch.maximum(sums.drift[winner], sums.drift[loser])}
@@ -103,7 +103,7 @@ def learn_policy_gradient(
         losses.add_(of_runs.detach() / sums.steps)
         return factor * of_runs[counts].sum() / sums.steps
 
-    step_gradient(policy(runs.text), runs.trajectory, loss)
+    step_gradient(runs.under(policy), runs.trajectory, loss)
     columns = {
         "loss": losses, "log_ratio": sums.log_ratio, "kl": sums.kl, "clamped": sums.clamped, "drift": sums.drift
     }  # fmt: skip

@@ -44,6 +44,42 @@ def test_pairs_share_parent_and_step_and_win_by_the_score_one_step_later(order):
         torch.testing.assert_close(again, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("segment", [1, 2])
+@pytest.mark.parametrize("order", [1, 2])
+def test_children_are_compared_by_where_they_end_when_looked_ahead(order, segment):
+    """Each by the picture that the noise-free sampler makes of it: walked again here by the rows of its table, from the
+    child and the prediction before it."""
+    plain, toy, seen = Toy(order=order), Toy(order=order), []
+    logits = toy.logits
+
+    def record(x, prompts, t):
+        seen.append((x, t))
+        return logits(x, prompts, t)
+
+    toy.logits = record
+    pairs = toy.branch(SAMPLES, lookahead=99, segment=segment)
+    without = plain.branch(SAMPLES, segment=segment)
+    assert pairs.k.tolist() == without.k.tolist() and all(float(t.max()) == 0 for _, t in seen)
+    first = pairs.k == 2
+    torch.testing.assert_close(pairs.parent[:, first], without.parent[:, first])
+    denoise, table = toy.policy(toy.texts(SAMPLES)[1]), toy.quiet
+    rows = pairs.k == 2 + segment - 1
+    x, past = pairs.child[0, rows], [denoise(pairs.parent[0, rows], table.timesteps[1 + segment].float().expand(5))]
+    for k in range(2 + segment, len(table)):
+        past.insert(0, denoise(x, table.timesteps[k].float().expand(5)))
+        x = table.cx[k].float() * x + sum(c.float() * m for c, m in zip(table.c[k], past, strict=False))
+    best = 20 * toy.reward(x, [])
+    torch.testing.assert_close(best, 20 * toy.reward(seen[0][0], []).view(3, 5).max(0).values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("lookahead", "evaluations"), [(1, 3 + 3 * 3 + 2 * 3), (2, 3 + 3 * 3 + 3 * 3), (9, 21)])
+def test_a_look_ahead_asks_once_a_step(lookahead, evaluations):
+    """n = 6, from step 2 on, K = 3: the children at steps 3, 4 and 5 have 2, 1 and 0 states before the end."""
+    toy = Toy(guidance=1.0)
+    toy.branch(SAMPLES[:1], lookahead=lookahead)
+    assert toy.policy_calls.plain == evaluations
+
+
 def test_the_next_parent_is_a_child_of_the_last_and_any_child_as_likely():
     """Chi-square over which of the three children goes on; the winner would raise the score, the loser lower it."""
     counts = torch.zeros(3)

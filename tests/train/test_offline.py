@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusion_align import rng
 from diffusion_align.train import offline
+from diffusion_align.train.pair_losses import margin_of, on_margin
 from diffusion_align.train.steps import NonFiniteError, Progress, run_steps, samples_at
 
 SEED = 3
@@ -245,7 +246,7 @@ def test_a_bad_gradient_behind_a_good_loss_is_skipped_too():
 
 
 def test_a_bad_loss_with_good_gradients_is_skipped_too():
-    run = make_run(loss=lambda margin: margin + math.inf, max_steps=2)
+    run = make_run(loss=lambda pairs: margin_of(pairs) + math.inf, max_steps=2)
     before = run.weights()
     first, second = run.steps()
     assert not first.updated and not second.updated and math.isfinite(first.metrics["grad_norm"])
@@ -418,7 +419,7 @@ def test_a_real_stable_diffusion_folder_trains_from_its_own_cache(tmp_path, mode
                 frozen,
                 schedule=gate.schedule,
                 prediction_type=gate.prediction_type,
-                loss=lambda margin: logistic(margin, beta),
+                loss=on_margin(lambda margin: logistic(margin, beta)),
                 beta=beta,
                 parameters=parameters,
                 optimizer=torch.optim.SGD(parameters, lr=0.01),

@@ -17,6 +17,7 @@ from diffusion_align.objectives import gain_weights, logistic, rank_dpo
 from diffusion_align.train import checkpoint, offline
 from diffusion_align.train.offline import noised_lists
 from diffusion_align.train.optimizer import lr_schedule
+from diffusion_align.train.pair_losses import on_margin
 from diffusion_align.train.rankings import ranking_scores, train_rankings
 from diffusion_align.train.state import pack, restore
 from diffusion_align.train.steps import Progress, samples_at
@@ -207,7 +208,7 @@ def test_two_pictures_are_diffusion_dpo_with_a_weight():
     pairs = MemoryPairs()
     pairs.lengths, pairs.relevance = [2] * len(pairs), [[1.0, 0.0]] * len(pairs)
     toy = Toy(pairs, shared_noise=True)
-    run = make_run(loss=lambda margin: weight * logistic(margin, BETA), warmup=0, total=100, max_steps=8)
+    run = make_run(loss=on_margin(lambda margin: weight * logistic(margin, BETA)), warmup=0, total=100, max_steps=8)
     for mine, theirs in zip(toy.steps(), run.steps(), strict=True):
         assert mine.loss == pytest.approx(theirs.loss, rel=1e-5)
         for name in ("implicit_accuracy", "winner_error_gap", "loser_error_gap", "margin_p05", "margin_p95"):
