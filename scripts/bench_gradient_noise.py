@@ -4,8 +4,9 @@
     python scripts/bench_gradient_noise.py --batches 32    # a sharper answer
 
 For N independent batches with gradients g_i it prints |mean|^2 / |one batch's deviation|^2, the mean's square by the
-unbiased sum over i != j of <g_i, g_j>, for each step of the runs and for all together. One over it is how many batches
-an update needs before its direction is half signal; a negative number is one that cannot be told from 0.
+unbiased sum over i != j of <g_i, g_j>, for each step of the runs and for all together, and network evaluations a batch.
+One over it is how many batches an update needs before its direction is half signal; a negative number is one that
+cannot be told from 0. Runs with noise in all steps, and in one of six, as the presets `tiny` draw them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from diffusion_align.commands.plan_online import TINY_SEED
 from diffusion_align.commands.score import decoded, reward_by_name
 from diffusion_align.models import add_lora, load_pipeline
 from diffusion_align.models.adapters import TARGETS
-from diffusion_align.samplers import step_table
+from diffusion_align.samplers import StepTable, noise_window, step_table
 from diffusion_align.shapes import sample_captions
 from diffusion_align.train.runs import Runs, binder, draw_runs
 from diffusion_align.train.step_losses import learn_policy_gradient
@@ -45,34 +46,48 @@ def main(argv: list[str] | None = None) -> None:
 
     gate = load_pipeline("tiny")
     parameters = add_lora(gate.unet, 16, targets=TARGETS["wide"])
-    policy = binder(gate.predict, gate.schedule, gate.prediction_type, gate.empty_text, 1.0)
-    table = step_table(gate.schedule, args.steps, order=2, eta=1.0)
+    calls = [0]
+
+    def counted(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        calls[0] += len(x)
+        return gate.predict(x, t, text)
+
+    policy = binder(counted, gate.schedule, gate.prediction_type, gate.empty_text, 1.0)
     score = decoded(gate, reward_by_name(args.reward, device=gate.device, seed=0), 64)
     captions = sample_captions(args.batches * args.prompts, TINY_SEED)
 
     def gradient(runs: Runs, k: int) -> Tensor:
         """Of step k alone; the base is its own reference here, as nothing is pulled towards it."""
-        alone = replace(table, stochastic=torch.arange(len(table)) == k)
+        alone = replace(runs.trajectory.table, stochastic=torch.arange(len(runs.trajectory.table)) == k)
         for parameter in parameters:
             parameter.grad = None
         learn_policy_gradient(replace(runs, trajectory=replace(runs.trajectory, table=alone)), policy, 1.0, clip=0.5)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         return torch.cat([grad.flatten() for grad in grads])
 
-    for share in (True, False):
+    def measure(name: str, table: StepTable, group: int, share: bool) -> None:
+        steps = table.stochastic.nonzero().flatten().tolist()
         rows = []
+        calls[0] = 0
         for i in range(0, len(captions), args.prompts):
             samples = [(0, j) for j in range(i, i + args.prompts)]
             prompts = captions[i : i + args.prompts]
             runs = draw_runs(
                 policy, None, table, gate.encode_text(prompts), prompts, samples, score,
-                group=args.group_size, share_noise=share, shape=gate.latent_shape(), seed=1,
+                group=group, share_noise=share, shape=gate.latent_shape(), seed=1,
             )  # fmt: skip
-            rows.append(torch.stack([gradient(runs, k) for k in range(len(table) - 1)]))
+            rows.append(torch.stack([gradient(runs, k) for k in steps]))
         every = torch.stack(rows)  # [batches, steps, parameters]
-        by_step = " ".join(f"{signal_share(every[:, k]):+.3f}" for k in range(every.shape[1]))
-        start = "one start a prompt" if share else "a start each"
-        print(f"{start}: by step {by_step}; all steps {signal_share(every.sum(1)):+.4f}", flush=True)
+        by_step = " ".join(f"{signal_share(every[:, i]):+.3f}" for i in range(len(steps)))
+        cost = calls[0] // args.batches
+        print(f"{name}: by step {by_step}; all {signal_share(every.sum(1)):+.4f}; {cost} evaluations", flush=True)
+
+    whole = step_table(gate.schedule, args.steps, order=2, eta=1.0)
+    measure("noise in all steps, one start a prompt", whole, args.group_size, True)
+    measure("noise in all steps, a start each", whole, args.group_size, False)
+    few, quiet = (step_table(gate.schedule, 6, order=2, eta=eta) for eta in (1.0, 0.0))
+    for k in (1, 2, 3):
+        measure(f"6 steps, noise in step {k}", noise_window(few, quiet, k, 1), 2 * args.group_size, True)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,12 @@ ROWS = {
     "spo": "train spo --preset tiny",
     "prdp": "train prdp --preset tiny",
     "ddpo": "train ddpo --preset tiny",
-    # The paper's usual sampler, at twice the steps: what the fast one has to match.
-    "d3po-ddim20": "train d3po --preset tiny --solver ddim --steps 20",
-    "prdp-ddim20": "train prdp --preset tiny --solver ddim --steps 20",
+    # The same noise levels for the window, in 10 steps of SDE-DPM-Solver++ and in 20 of the papers' sampler, which the
+    # fast one has to match.
+    "d3po-dpmpp10": "train d3po --preset tiny --steps 10 --window_first 2 --window_last 5",
+    "d3po-ddim20": "train d3po --preset tiny --solver ddim --steps 20 --window_first 4 --window_last 10",
+    "prdp-dpmpp10": "train prdp --preset tiny --steps 10 --window_first 2 --window_last 5",
+    "prdp-ddim20": "train prdp --preset tiny --solver ddim --steps 20 --window_first 4 --window_last 10",
     # Controls, which must not gain.
     "d3po-random": "train d3po --preset tiny --reward random",
     "prdp-random": "train prdp --preset tiny --reward random",

@@ -14,6 +14,7 @@ from test_scripts import LORA, weights_of
 
 from diffusion_align import cli
 from diffusion_align.commands import score as score_module
+from diffusion_align.commands import train_online
 from diffusion_align.options import VERBS, options_of, resolve
 from diffusion_align.rewards.step_aware import save_step_aware, start_step_aware
 from diffusion_align.shapes import sample_captions
@@ -24,6 +25,7 @@ ONLINE = ("d3po", "spo", "prdp", "ddpo")
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate():
+    AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)
 
@@ -248,3 +250,21 @@ def test_the_collapse_alarm_warns_or_stops_with_a_checkpoint(toys, tmp_path, cap
     assert "stopped, and saved, at step 6: the pictures of a prompt differ" in capsys.readouterr().err.splitlines()[-1]
     assert (tmp_path / "stopped" / "checkpoints" / "step-00000006").is_dir()
     assert len(record.read(tmp_path / "stopped" / "metrics.jsonl")) == 6
+
+
+def test_a_noise_window_has_one_place_a_round_and_another_in_the_next(toys, tmp_path, monkeypatch):
+    """Whatever the chunk: two prompts a round, one or both in the network."""
+    real, seen = train_online.draw_runs, []
+
+    def spy(policy, reference, table, *rest, **more):
+        seen.append(table.stochastic.nonzero().flatten().tolist())
+        return real(policy, reference, table, *rest, **more)
+
+    monkeypatch.setattr(train_online, "draw_runs", spy)
+    window = "--steps 5 --noise_window 2 --window_first 1 --num_rounds 6 --checkpointing_steps 9".split()
+    assert cli.main(argv(toys, "d3po", tmp_path / "whole", *window)) == 0
+    whole, seen[:] = list(seen), []
+    assert len(whole) == 6 and sorted(set(map(tuple, whole))) == [(1, 2), (2, 3)]
+    AcceleratorState._reset_state(True)
+    assert cli.main(argv(toys, "d3po", tmp_path / "halves", *window, "--sample_chunk", "2")) == 0
+    assert seen[::2] == seen[1::2] == whole

@@ -27,6 +27,7 @@ LENGTHS = [3, 3, 4, 3, 2, 3, 4, 3, 3, 3]
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate():
+    AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)
 

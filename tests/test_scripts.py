@@ -43,6 +43,7 @@ def script(name):
 @pytest.fixture(autouse=True)
 def _fresh_accelerate():
     """accelerate keeps the first precision it was given for the whole process."""
+    AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)
 

@@ -21,10 +21,10 @@ def test_winners_getting_worse_are_told_once():
 
 
 def test_pictures_growing_alike_are_told_once():
-    """First rows 1.0; the mean of three falls below a half with 0.8, 0.4, 0.2: 1.4 / 3 = 0.467."""
-    rows = [{"diversity": d} for d in (0.8, 1.2, 1.0, 1.0, 1.0, 0.1, 0.9, 0.8, 0.4, 0.2, 0.1)]
+    """First rows 2.0; the mean of three falls below a half with 1.6, 0.8, 0.4: 2.8 / 3 = 0.933."""
+    rows = [{"diversity": 2 * d} for d in (0.8, 1.2, 1.0, 1.0, 1.0, 0.1, 0.9, 0.8, 0.4, 0.2, 0.1)]
     ((at, message),) = heard(CollapseAlarm(0.1, 0.5, 3), rows)
-    assert at == 9 and "differ by 0.467, over 3 steps, where they differed by 1 at first" in message
+    assert at == 9 and "differ by 0.933, over 3 steps, where they differed by 2 at first" in message
 
 
 def test_one_bad_step_is_none_and_neither_are_numbers_that_are_not():

@@ -10,7 +10,7 @@ from helpers_train import SHAPE
 from diffusion_align.samplers.kernel import step_gaussian
 from diffusion_align.train.online import require_start
 from diffusion_align.train.path_losses import learn_prdp
-from diffusion_align.train.runs import draw_runs
+from diffusion_align.train.runs import draw_runs, once_a_group
 from diffusion_align.train.step_losses import learn_d3po, learn_policy_gradient, pairs_of
 
 SAMPLES = [(0, 1), (0, 4)]
@@ -152,6 +152,26 @@ def test_network_evaluations_with_a_window_of_noise(order):
         assert counts(toy, toy.method(name)) == (3 + 3 * 4, 0, order, order), name
     toy = Toy(order=order, guidance=1.0, group=4, window=(2, 2), share=False)
     assert counts(toy, toy.method("d3po")) == (6 * 4, 0, 4 * (order + 1), 4 * (order + 1))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_asking_once_a_group_changes_nothing(guidance):
+    """Against every row asked by itself: the same answers and gradients, for groups of one state and of several."""
+    toy = Toy(double=True, guidance=guidance)
+    toy.move()
+    _, text = toy.texts(SAMPLES)
+    source = torch.Generator().manual_seed(0)
+    apart = torch.randn(6, *SHAPE, generator=source, dtype=torch.float64)
+    weights = torch.randn(6, *SHAPE, generator=source, dtype=torch.float64)
+    for x in (apart, apart[::3].repeat_interleave(3, 0)):
+        t = torch.full((6,), 500.0, dtype=torch.float64)
+        found, wanted = once_a_group(toy.policy, text, 3)(x, t), toy.policy(text.repeat_interleave(3, 0))(x, t)
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+        (found * weights).sum().backward()
+        once = toy.gradients()
+        (wanted * weights).sum().backward()
+        torch.testing.assert_close(once, toy.gradients(), rtol=1e-5, atol=1e-5)
+    assert toy.policy_calls.grad == (2 if guidance > 1 else 1) * (6 + 6 + 2 + 6)
 
 
 def counts(toy, method):

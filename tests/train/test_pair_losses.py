@@ -45,11 +45,16 @@ def test_the_margin_is_that_of_the_rows():
     torch.testing.assert_close(margin_of(pairs), (rw - w) - (rl - lose), rtol=1e-12, atol=1e-12)
 
 
-def test_kto_labels_winners_and_losers():
+@pytest.mark.parametrize("better", [False, True])
+def test_kto_labels_winners_and_losers(better):
     """Li et al. 2024: w (1 - sigmoid(+-beta (g - baseline))), the baseline the batch's mean gain, at least 0."""
     pairs = outputs()
+    if better:  # than the reference, at everything
+        with torch.no_grad():
+            pairs.policy.copy_(0.7 * pairs.reference + 0.3 * pairs.target)
     w, lose, rw, rl = by_rows(pairs)
     baseline = torch.cat([rw - w, rl - lose]).mean().detach().clamp(min=0)
+    assert bool(baseline > 0) == better
     wanted = (1 - torch.sigmoid(BETA * (rw - w - baseline)) + 1 - torch.sigmoid(-BETA * (rl - lose - baseline))) / 2
     found = kto_of_pairs(BETA)(pairs)
     torch.testing.assert_close(found, wanted)
