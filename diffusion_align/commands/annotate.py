@@ -67,8 +67,8 @@ def start_session(folder: Path, pictures: list[Picture], rows: list[Row], *, mod
     return Session(folder / CHOICES, questions, rows, seed, name)
 
 
-def serve(session: Session, pictures: list[Picture], port: int | None) -> None:
-    """Print the address and serve until the page's button, Ctrl-C or SIGTERM.
+def serve(session: Session, pictures: list[Picture], port: int | None) -> bool:
+    """Print the address and serve until the page's button, Ctrl-C or SIGTERM; whether it was one of these two.
 
     Raises:
         OSError: the port is taken.
@@ -86,6 +86,7 @@ def serve(session: Session, pictures: list[Picture], port: int | None) -> None:
             pass
         server.shutdown()
         thread.join()
+        return interrupt.asked
 
 
 def summary(folder: Path, rows: list[Row]) -> str:

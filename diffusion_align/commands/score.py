@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def require_reward(name: str | None) -> None:
     """Raise ValueError for a name that `reward_by_name` cannot know; loads nothing."""
-    if name not in (None, "judge", "random"):
+    if name not in (None, "judge", "random", "people"):
         resolve_source(name)
 
 
@@ -27,8 +27,10 @@ def reward_by_name(name: str, *, device: torch.device, seed: int) -> Reward:
     """ "judge", "random", or whatever `clip_scorer` takes.
 
     Raises:
-        ValueError: not the name of a reward.
+        ValueError: not the name of a reward, or "people", who choose between pictures of a run and score none alone.
     """
+    if name == "people":
+        raise ValueError("reward people chooses between a prompt's pictures: it is for train d3po, prdp and ddpo")
     if name == "judge":
         return judged_share
     if name == "random":

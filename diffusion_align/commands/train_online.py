@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from diffusion_align import rng
+from diffusion_align.commands.people import people
 from diffusion_align.commands.plan_online import describe_rounds, fresh, rounds_of, training_prompts
 from diffusion_align.commands.score import decoded, require_reward, reward_by_name
 from diffusion_align.commands.session import Session, claim_early, open_session
@@ -77,7 +78,13 @@ class Rollout:
 
     def picture_reward(self) -> Score:
         o, gate = self.options, self.session.gate
-        return decoded(gate, reward_by_name(o.reward or "", device=gate.device, seed=o.seed), o.sample_chunk)
+        if o.reward == "people" and not isinstance(o, TrainSpo):
+            if self.session.accelerator.num_processes > 1:
+                raise ValueError("reward people asks at one page; train with one process")
+            reward = people(self.session.run / "choices", o.group_size, seed=o.seed)
+        else:
+            reward = reward_by_name(o.reward or "", device=gate.device, seed=o.seed)
+        return decoded(gate, reward, o.sample_chunk)
 
 
 def train_d3po(o: TrainD3po) -> int:

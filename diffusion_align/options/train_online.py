@@ -37,7 +37,7 @@ class TrainOnline(TrainCommon):
     sample_chunk: int = option(16, "rollout", "pictures in the network at a time, in rollout and training; memory follows it", at_least=1)
     share_initial_noise: bool = option(True, "rollout", "the pictures of a prompt start from the same noise")
 
-    reward: str | None = option(None, "reward", "tiny (the embedded one), an open_clip name, judge (reads the embedded world) or random (a control)")
+    reward: str | None = option(None, "reward", "tiny (the embedded one), an open_clip name, judge (reads the embedded world), people (you choose, in a page on this machine, while the run waits) or random (a control)")
 
     prompts_per_step: int | None = option(None, "train", "prompts of an optimizer step, over all devices (default: those of a round)", at_least=1)
     passes: int = option(1, "train", "times that a round's pictures are learnt from", aliases=("num_inner_epochs",), at_least=1)
@@ -107,7 +107,9 @@ def check_online(options: TrainOnline) -> None:
     if o.solver == "ddim" and o.eta > 1:
         raise UsageError(f"rollout.eta of ddim is at most 1, not {o.eta:g}")
     if o.reward is None and getattr(o, "preference_model", None) is None:
-        raise UsageError("which reward? --reward NAME: tiny, an open_clip name with its weights, judge or random")
+        raise UsageError(
+            "which reward? --reward NAME: tiny, an open_clip name with its weights, judge, people or random"
+        )
     per_step = o.prompts_per_step or o.prompts_per_round
     if o.prompts_per_round % per_step:
         raise UsageError(

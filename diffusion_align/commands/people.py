@@ -1,0 +1,68 @@
+"""The reward "people": whoever sits at this machine chooses between the pictures of each prompt while the run waits.
+
+What `data annotate` does with a folder of pictures is done with those that a round has just drawn. Every choice is on
+the disk at once, under the pictures' own digest: a run that is stopped and resumed draws the same pictures again, finds
+their choices, and asks for the rest only.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffusion_align.commands.annotate import CHOICES, serve, start_session
+from diffusion_align.commands.annotate_record import key_of, read, standing
+from diffusion_align.commands.annotate_tasks import make_questions, read_pictures
+from diffusion_align.data.images import encode_png
+from diffusion_align.data.readers import digest
+from diffusion_align.data.shards import write_bytes
+from diffusion_align.rewards import Reward
+
+
+def people(folder: Path, group: int, *, seed: int, port: int | None = None) -> Reward:
+    """Scores by choices in a page, below `folder`; every `group` pictures in a row are of one prompt.
+
+    A picture's score is minus its place in the order: 0 for the best, and the same for all that were left as a tie. A
+    question that was skipped, or still open when Stop was pressed, is nan: nothing is learnt from it. Ctrl-C while the
+    page waits raises KeyboardInterrupt; choices made so far are kept.
+    """
+
+    def score(images: Tensor, prompts: list[str]) -> Tensor:
+        content = [encode_png(image) for image in images.detach().cpu()]
+        named = digest(json.dumps([prompts, *(digest(png) for png in content)]).encode())[:16]
+        batch = folder / named
+        batch.mkdir(parents=True, exist_ok=True)
+        entries = []
+        for i, (png, prompt) in enumerate(zip(content, prompts, strict=True)):
+            file = f"{i // group:04d}-{i % group:02d}.png"
+            write_bytes(batch / file, png)
+            entries.append({"file": file, "prompt": prompt, "prompt_number": i // group, "image": i % group})
+        write_bytes(batch / "samples.json", json.dumps({"pictures": entries, "seed": seed}).encode())
+        return _answers(batch, group, seed, port).flatten()
+
+    return score
+
+
+def _answers(batch: Path, group: int, seed: int, port: int | None) -> Tensor:
+    """[G,K] scores of a folder's pictures, asked for where they are not there yet."""
+    pictures = read_pictures(batch)
+    rows, _ = read(batch / CHOICES, pictures)
+    session = start_session(batch, pictures, rows, mode="rank", seed=seed)
+    if session.decided() < len(session.questions):
+        print(f"\n{len(session.questions)} prompts wait for your choice; Stop on the page goes on with the training")
+        if serve(session, pictures, port):
+            raise KeyboardInterrupt(f"the choices made so far are kept in {batch.parent}")
+    answers = {key_of(row): row for row in standing(session.rows)}
+    scores = torch.full((len(pictures) // group, group), torch.nan)
+    for question in make_questions(pictures, "rank", seed):
+        row = answers.get(question.key)
+        if row is None or row["choice"] == "skip":
+            continue
+        places = {"winner": [[row.get("winner")]], "ranking": row.get("ranking"), "tie": []}[row["choice"]]
+        place = {file: i for i, files in enumerate(places) for file in files}
+        for picture in question.pictures:
+            scores[question.prompt_number, picture.image] = -place.get(picture.file, len(places))
+    return scores
