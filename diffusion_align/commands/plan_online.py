@@ -116,7 +116,7 @@ def plan_online(o: TrainOnline) -> list[str]:
         f"evaluations      a prompt and round: {' + '.join(f'{n:g} {word}' for word, n in evaluations(o).items())}",
         describe_rate(o.learning_rate, o.scale_lr, plan.pictures_per_step),
         f"latent dims D    {dims}",
-        *_constants(o, dims),
+        *describe_constants(o, dims),
     ]
 
 
@@ -128,7 +128,8 @@ def _window(o: TrainOnline) -> str:
     return f", noise in {o.noise_window} of them from step {places} on, drawn anew each round"
 
 
-def _constants(o: Any, dims: int) -> list[str]:
+def describe_constants(o: Any, dims: int) -> list[str]:
+    """Each constant in nats, and where the loss starts and what it can reach."""
     unit = dims if o.log_ratio_unit == "mean" else 1
     if isinstance(o, TrainD3po | TrainSpo):
         low, high = stepwise_range(o.beta, o.clip)

@@ -47,7 +47,7 @@ class TrainCommon:
     adam_epsilon: float = option(1e-8, "train", "AdamW's epsilon", above=0)
     max_grad_norm: float = option(1.0, "train", "gradients are clipped to this norm", above=0)
     collapse_alarm: str = option("warn", "train", "where pictures that people like get worse, or a prompt's pictures ever more alike: warn, stop (a checkpoint is saved) or off", choices=("warn", "stop", "off"))
-    collapse_winner_error: float = option(0.02, "train", "alarm when the error on preferred pictures is so much above the reference's, mean over dims", above=0)
+    collapse_winner_error: float = option(0.01, "train", "alarm when the error on preferred pictures is so much above the reference's, mean over dims", above=0)
     collapse_diversity: float = option(0.5, "train", "alarm when the pictures of a prompt differ by less than this share of how they did at first", at_least=0, at_most=1)
     collapse_patience: int = option(20, "train", "steps whose mean the alarm judges", at_least=1)
     use_ema: bool = option(False, "train", "keep a running average of the weights, and export it")
