@@ -2,7 +2,7 @@
 
     python scripts/shootout.py                                  # everything; hours on two CPU cores
     python scripts/shootout.py --methods d3po prdp --seeds 0    # some rows
-    python scripts/shootout.py --table                          # the table of the rows there are
+    python scripts/shootout.py --table                          # the tables of the rows there are, and no more
 
 A row that is there is not run again, and a training that was cut off goes on, so it can be spread over many sittings.
 """
@@ -66,12 +66,14 @@ def run_row(name: str, seed: int, out: Path, num_prompts: int, more: list[str]) 
         raise SystemExit(code)
     report = json.loads((run / "report.json").read_text())
     judge, reward = report["metrics"]["judge/all"], report["metrics"]["reward"]
+    gap = report["reward_gap"]["reward"]["judge/all"]
     row = {
         "row": name,
         "seed": seed,
         "n": judge["n"],
         "judge": [judge["base"], judge["tuned"], judge["difference"], judge["low"], judge["high"]],
         "reward": [reward["base"], reward["tuned"], reward["difference"]],
+        "gap": [gap["reward_gain"], gap["agreement"]],
         "diversity": [diversity(run, side) for side in ("base", "tuned")],
         "kl": last_kl(run),
         "evaluations": network_evaluations(train),
@@ -122,9 +124,13 @@ def network_evaluations(argv: list[str]) -> int:
 
 
 def table(out: Path) -> str:
-    """The rows there are, in the order of ROWS, as Markdown."""
-    names = "method, seed, judge (base), tuned, difference, 95 % interval, reward, diversity, KL, evaluations, minutes"
-    lines = ["| " + names.replace(", ", " | ") + " |", "|" + "---|" * 11]
+    """The rows there are, in the order of ROWS, as Markdown.
+
+    reward: the training reward's gain, also in deviations of the base's pictures. agrees: of the pictures whose verdict
+    by the judge changed, the share whose reward moved the same way. KL: nats of a run to the base, of a step for SPO.
+    """
+    names = "method, seed, judge (base), tuned, difference, 95 % interval, reward, agrees, diversity, KL, evaluations"
+    lines = ["| " + names.replace(", ", " | ") + " | minutes |", "|" + "---|" * 12]
     found = [json.loads(path.read_text()) for path in out.glob("*.json")]
     for row in sorted(found, key=lambda r: (list(ROWS).index(r["row"]), r["seed"])):
         base, tuned, difference, low, high = (100 * v for v in row["judge"])
@@ -137,7 +143,8 @@ def table(out: Path) -> str:
             f"{tuned:.1f} %",
             f"{difference:+.1f}",
             f"{low:+.1f} to {high:+.1f}",
-            f"{row['reward'][2]:+.3f}",
+            f"{row['reward'][2]:+.3f} = {row['gap'][0]:+.2f} sd",
+            f"{100 * row['gap'][1]:.0f} %",
             f"{before:.3f} to {after:.3f}",
             kl,
             f"{row['evaluations']:,}",
@@ -147,13 +154,30 @@ def table(out: Path) -> str:
     return "\n".join(lines)
 
 
+def summary(out: Path) -> str:
+    """A row a method: its seeds side by side."""
+    lines = ["| method | seeds | right before | right after | gain | intervals above 0 | minutes |", "|" + "---|" * 7]
+    found = [json.loads(path.read_text()) for path in out.glob("*.json")]
+    for name in ROWS:
+        rows = sorted((row for row in found if row["row"] == name), key=lambda row: row["seed"])
+        if rows:
+            base, tuned = ([f"{100 * row['judge'][i]:.1f}" for row in rows] for i in range(2))
+            gain = [f"{100 * row['judge'][2]:+.1f}" for row in rows]
+            above = sum(row["judge"][3] > 0 for row in rows)
+            minutes = max(row["minutes"] for row in rows)
+            cells = [name, ", ".join(str(row["seed"]) for row in rows), f"{base[0]} %", f"{', '.join(tuned)} %"]
+            cells += [", ".join(gain), f"{above} of {len(rows)}", f"{minutes:.1f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/shootout"))
     parser.add_argument("--num_prompts", type=int, default=500, help="held-out prompts to measure on")
-    parser.add_argument("--table", action="store_true", help="print the table and stop")
+    parser.add_argument("--table", action="store_true", help="print the tables and stop")
     args, more = parser.parse_known_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.table:
@@ -161,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
             for name in args.methods:
                 if not (args.out / f"{name}-{seed}.json").exists():
                     run_row(name, seed, args.out, args.num_prompts, more)
-    print(table(args.out))
+    print(table(args.out) + "\n\n" + summary(args.out))
 
 
 if __name__ == "__main__":
