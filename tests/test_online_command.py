@@ -93,6 +93,12 @@ def test_every_online_method_runs_on_an_sdxl_format_folder(name, tmp_path):
     assert (tmp_path / "run" / LORA).exists()
 
 
+def test_a_place_without_a_window_is_said_to_do_nothing(toys, tmp_path, capsys):
+    for name in ONLINE:
+        cli.main(argv(toys, name, tmp_path / "run", "--window_first", "1", "--noise_window", "none", "--dry-run"))
+        assert "window_first has no effect" in capsys.readouterr().err
+
+
 def test_full_training_runs_too(toys, tmp_path):
     assert cli.main(argv(toys, "d3po", tmp_path / "run", "--mode", "full", "--num_rounds", "1")) == 0
     assert (tmp_path / "run" / "unet").is_dir()

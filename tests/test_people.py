@@ -10,6 +10,7 @@ from test_online_command import _fresh_accelerate, argv, toys  # noqa: F401  (fi
 
 from diffusion_align import cli
 from diffusion_align.commands import annotate
+from diffusion_align.commands import people as people_module
 from diffusion_align.commands.people import people
 from diffusion_align.train import record
 
@@ -101,6 +102,20 @@ def test_a_run_learns_from_a_person_and_finds_the_choices_again(toys, tmp_path, 
     assert [row["items"] for row in rows] == [2, 2] and rows[0]["reward_mean"] == -0.5
     assert cli.main([*flags, "--overwrite_output_dir"]) == 0  # the same pictures are drawn again
     assert asked == [2, 2] and record.read(tmp_path / "run" / "metrics.jsonl") == rows
+
+
+def test_ctrl_c_at_the_page_ends_the_run_and_keeps_what_was_chosen(toys, tmp_path, monkeypatch, capsys):  # noqa: F811
+    def one_choice_and_ctrl_c(session, shown, port):
+        session.answer(0, "pick", [0], 1.0)
+        return True
+
+    monkeypatch.setattr(people_module, "serve", one_choice_and_ctrl_c)
+    flags = argv(toys, "d3po", tmp_path / "run", "--reward", "people", "--num_rounds", "1")
+    assert cli.main(flags) == 130
+    output = capsys.readouterr()
+    assert "2 prompts wait" in output.out and "choices made so far are kept" in output.err.splitlines()[-1]
+    assert cli.main([*flags, "--resume_from_checkpoint", "auto"]) == 130  # no checkpoint yet, so from the start
+    assert "\n1 prompts wait" in capsys.readouterr().out
 
 
 def test_people_are_asked_about_groups_only(toys, tmp_path, capsys):  # noqa: F811

@@ -52,9 +52,13 @@ def _answers(batch: Path, group: int, seed: int, port: int | None) -> Tensor:
     rows, _ = read(batch / CHOICES, pictures)
     session = start_session(batch, pictures, rows, mode="rank", seed=seed)
     if session.decided() < len(session.questions):
-        print(f"\n{len(session.questions)} prompts wait for your choice; Stop on the page goes on with the training")
+        waiting = len(session.questions) - session.decided()
+        print(f"\n{waiting} prompts wait for your choice; Stop on the page goes on with the training")
         if serve(session, pictures, port):
-            raise KeyboardInterrupt(f"the choices made so far are kept in {batch.parent}")
+            raise KeyboardInterrupt(
+                f"the choices made so far are kept in {batch.parent}; the same command with --resume_from_checkpoint "
+                "auto goes on from the last checkpoint and asks for the rest"
+            )
     answers = {key_of(row): row for row in standing(session.rows)}
     scores = torch.full((len(pictures) // group, group), torch.nan)
     for question in make_questions(pictures, "rank", seed):

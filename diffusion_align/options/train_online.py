@@ -154,10 +154,19 @@ def check_spo(options: TrainSpo) -> None:
         raise UsageError(f"rollout.start {options.start} leaves none of {options.steps} steps to compare at")
 
 
+def notes_online(options: TrainOnline, given: Collection[str]) -> list[str]:
+    """One line for a place of a window that there is not."""
+    return [
+        f"{name} has no effect without noise_window"
+        for name in ("window_first", "window_last")
+        if name in given and options.noise_window is None
+    ]
+
+
 def notes_spo(options: TrainSpo, given: Collection[str]) -> list[str]:
     """One line for what another online method would heed."""
     return [
         f"{name} has no effect: spo compares the children of one state"
-        for name in ("group_size", "share_initial_noise")
+        for name in ("group_size", "share_initial_noise", "window_first", "window_last")
         if name in given
     ]

@@ -12,7 +12,7 @@ from .sample import Evaluate, Sample, check_evaluate, check_sample
 from .synth import Synth, check_synth
 from .train_common import no_notes
 from .train_dpo import TrainDpo, check_train_dpo, notes_train_dpo
-from .train_online import TrainD3po, TrainDdpo, TrainPrdp, TrainSpo, check_online, check_spo, notes_spo
+from .train_online import TrainD3po, TrainDdpo, TrainPrdp, TrainSpo, check_online, check_spo, notes_online, notes_spo
 from .train_rankdpo import TrainRankdpo, check_train_rankdpo, notes_train_rankdpo
 from .train_spm import TrainSpm, check_train_spm
 
@@ -74,6 +74,7 @@ VERBS = {
             check_online,
             "D3PO: learn from pairs of the model's own runs, the better one by a reward.",
             run="train_online:train_d3po",
+            notes=notes_online,
             plan="plan_online:dry_run",
         ),
         Verb(
@@ -91,6 +92,7 @@ VERBS = {
             check_online,
             "PRDP: regress differences of log-ratios on differences of rewards.",
             run="train_online:train_prdp",
+            notes=notes_online,
             plan="plan_online:dry_run",
         ),
         Verb(
@@ -99,6 +101,7 @@ VERBS = {
             check_online,
             "DDPO, GRPO, DPOK: policy gradients with a clipped surrogate; a baseline.",
             run="train_online:train_ddpo",
+            notes=notes_online,
             plan="plan_online:dry_run",
         ),
         Verb(
