@@ -137,6 +137,10 @@ def test_the_plans_evaluations_are_those_of_the_issue(toys, tmp_path, capsys):
     assert "6 steps, noise in 1 of them from step 2 on" in said
     said = planned("spo", "--steps", "6", "--guidance", "1", "--start", "2", "--children", "3", "--lookahead", "6")
     assert "21 rollout + 6 policy with gradient + 6 reference" in said
+    few = ("--steps", "6", "--guidance", "1", "--children", "3", "--lookahead", "6", "--noise_window", "1")
+    said = planned("spo", *few, "--window_first", "1", "--window_last", "3")
+    assert "12 rollout + 2 policy with gradient + 2 reference" in said  # the mean of 14, 12 and 10
+    assert "noise in 1 of them from step 1 .. 3 on" in said
     said = planned("d3po", *one, "--window_first", "1", "--window_last", "3", "--order", "1")
     assert "15 rollout + 1 policy with gradient + 1 reference" in said  # the mean of 18, 15 and 12
 

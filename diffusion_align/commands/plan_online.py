@@ -65,18 +65,25 @@ def evaluations(o: TrainOnline) -> dict[str, float]:
     noise window the mean over its places."""
     guided = 1 if o.guidance == 1 else 2
     if isinstance(o, TrainSpo):
-        last = o.steps - 1  # of the steps, which is walked only
-        compared = [min(k + o.segment, last) for k in range(o.start, last, o.segment)]
-        looks = sum(min(o.lookahead, last - k) for k in compared)
-        ahead = guided * (o.start + 1 + (last - o.start + looks) * o.children)
+        places = window_starts(o) if o.noise_window else (o.start,)
+        length = o.noise_window or o.steps - 1 - o.start  # the last step of a run has no noise
+        ahead = guided * sum(_branched(o, start, length) for start in places) / len(places)
         second = 2 if o.solver == "dpmpp" and o.order == 2 else 1
-        pairs = guided * (last - o.start) * second * (2 if o.segment > 1 else 1)
+        pairs = guided * length * second * (2 if o.segment > 1 else 1)
         return {"rollout": ahead, "policy with gradient": pairs * o.passes, "reference": pairs * o.passes}
     drawn, learnt = (guided * count for count in _asked(o))
     first = learnt * (o.passes - 1 if fresh(o) else o.passes) if isinstance(o, TrainPrdp) else 0
     found = {"rollout": drawn, "policy with gradient": learnt * o.passes}
     renewed = isinstance(o, TrainD3po) and o.reference == "round"  # it is then the policy that ran
     return {**found, **({"without": first} if first else {}), "reference": 0 if renewed else learnt}
+
+
+def _branched(o: TrainSpo, start: int, length: int) -> int:
+    """States that SPO's rollout asks about: one a step on the way to `start`, then the children and where they look."""
+    last = o.steps - 1
+    ends = [min(k + o.segment, start + length) for k in range(start, start + length, o.segment)]
+    looks = sum(min(o.lookahead, last - end) for end in ends)
+    return start + 1 + (length + looks) * o.children
 
 
 def _asked(o: TrainOnline) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from diffusion_align.commands.session import Session, claim_early, open_session
 from diffusion_align.commands.setup import make_optimizer, optimizer_identity
 from diffusion_align.data.readers import digest
 from diffusion_align.options import TrainCommon, TrainD3po, TrainDdpo, TrainOnline, TrainPrdp, TrainSpo
-from diffusion_align.options.train_online import window_starts
+from diffusion_align.options.train_online import compared_from, window_starts
 from diffusion_align.rewards.step_aware import WEIGHTS, latent_scorer
 from diffusion_align.samplers import StepTable, noise_window, step_table
 from diffusion_align.train.branches import Comparisons, StepScore, resample
@@ -127,8 +127,8 @@ def train_spo(o: TrainSpo) -> int:
         def branches(samples: list[Sample], round: int) -> Comparisons:
             prompts, text = r.texts(samples)
             return resample(
-                r.policy, r.table, text, prompts, samples, score,
-                children=o.children, start=o.start, threshold=o.threshold, segment=o.segment,
+                r.policy, r.table_of(round), text, prompts, samples, score,
+                children=o.children, start=compared_from(o), threshold=o.threshold, segment=o.segment,
                 shape=r.shape, seed=o.seed, quiet=r.quiet, lookahead=o.lookahead,
             )  # fmt: skip
 

@@ -31,7 +31,7 @@ class TrainOnline(TrainCommon):
     prompts_per_round: int = option(16, "rollout", "prompts of a round, over all devices: drawn with one policy", at_least=1)
     group_size: int = option(2, "rollout", "pictures of each prompt", at_least=2)
     learn_steps: int | None = option(None, "rollout", "learn from the first N steps of a run only (default: all with a density); not for spo", at_least=1)
-    noise_window: int | None = option(None, "rollout", "noise, and learning, in N steps of a run only, a window drawn anew each round; the others are noise-free (default: noise in all); not for spo", at_least=1)
+    noise_window: int | None = option(None, "rollout", "noise, and learning, in N steps of a run only, a window drawn anew each round; the others are noise-free (default: noise in all). spo compares in the window only", at_least=1)
     window_first: int = option(0, "rollout", "first step at which a noise_window may start", at_least=0)
     window_last: int | None = option(None, "rollout", "last step at which it may start (default: where it ends before the last step)", at_least=0)
     sample_chunk: int = option(16, "rollout", "pictures in the network at a time, in rollout and training; memory follows it", at_least=1)
@@ -65,7 +65,7 @@ class TrainSpo(TrainOnline):
     clip: float | None = option(0.1, "train", "each ratio is clamped to 1 -+ this, in log_ratio_unit; none: no clamp", above=0, below=1)
     log_ratio_unit: str = option("mean", "train", UNITS, choices=("mean", "nats"))
     children: int = option(4, "rollout", "continuations compared at each step; K of the paper", at_least=2)
-    start: int = option(4, "rollout", "first step at which continuations are compared", at_least=0)
+    start: int = option(4, "rollout", "first step at which continuations are compared; with a noise_window they are compared there", at_least=0)
     threshold: float = option(0.3, "rollout", "a pair is kept where the softmax of its scores differs by more", at_least=0, below=1)
     segment: int = option(1, "rollout", "steps between comparisons; above 1 it is the paper's MSPO for SDXL, which has 4", at_least=1)
     lookahead: int = option(0, "rollout", "noise-free steps that each continuation goes on before its predicted picture is compared, for rewards of finished pictures; as many as steps: to the end", at_least=0)
@@ -144,13 +144,17 @@ def _check_window(o: TrainOnline) -> None:
         )
 
 
+def compared_from(options: TrainSpo) -> int:
+    """The first step that SPO may compare at: any, where a window says which have noise at all."""
+    return options.start if options.noise_window is None else 0
+
+
 def check_spo(options: TrainSpo) -> None:
     """`check_online`, and steps left to compare at."""
     check_online(options)
-    for name in ("learn_steps", "noise_window"):
-        if getattr(options, name) is not None:
-            raise UsageError(f"rollout.{name} is not for spo, which learns where it compares: --start")
-    if options.start >= options.steps - 1:
+    if options.learn_steps is not None:
+        raise UsageError("rollout.learn_steps is not for spo, which learns where it compares: --start, --noise_window")
+    if options.noise_window is None and options.start >= options.steps - 1:
         raise UsageError(f"rollout.start {options.start} leaves none of {options.steps} steps to compare at")
 
 
@@ -165,8 +169,11 @@ def notes_online(options: TrainOnline, given: Collection[str]) -> list[str]:
 
 def notes_spo(options: TrainSpo, given: Collection[str]) -> list[str]:
     """One line for what another online method would heed."""
-    return [
+    notes = [
         f"{name} has no effect: spo compares the children of one state"
-        for name in ("group_size", "share_initial_noise", "window_first", "window_last")
+        for name in ("group_size", "share_initial_noise")
         if name in given
     ]
+    if options.noise_window is not None and "start" in given:
+        notes.append("start has no effect with noise_window: spo compares in the window")
+    return notes + notes_online(options, given)

@@ -36,8 +36,8 @@ class Comparisons:
     parent, child: [2,M,...] states before and after the step, the winner's and the loser's; before: [2,M,...] the
     states before the parents, for a second-order step's history. k: [M] steps. text: [M,L,E]. gap: [M] winner's score
     minus loser's. shared: whether each pair has one parent, as all have in segments of one step. score, kept: [S,B]
-    of every comparison that was made, the children's mean score and whether it made pairs. final: [B,...] ends of the
-    chains.
+    of every comparison that was made, the children's mean score and whether it made pairs. final: [B,...] states of
+    the chains behind their last comparison.
     """
 
     before: Tensor
@@ -85,20 +85,24 @@ def resample(
 ) -> Comparisons:
     """Walk one chain a prompt and compare at the end of each segment; text [B,L,E], samples [B] are the addresses.
 
+    Compared are the steps with noise from `start` on, so a table with a noise window compares in the window only.
     With `lookahead` each child goes on by so many steps of `quiet`, the table at eta = 0, or to its end, before it is
     scored by the clean prediction there: a reward that knows finished pictures only can then judge early steps.
 
-    Network evaluations a prompt, with n the steps of the table: start + 1 + (n - start - 1) K, and K for each step of a
-    look ahead but its last, where that is the end.
+    Network evaluations a prompt, with n the steps compared at and s those before: s + 1 + n K, and K for each step of
+    a look ahead but its last, where that is the end.
 
-    Raises ValueError for fewer than 2 children, a start from which no step has a density, or a look ahead without the
-    table for it; RewardError as `checked`.
+    Raises ValueError for fewer than 2 children, a start from which no step has a density, steps without one between
+    those that have, or a look ahead without the table for it; RewardError as `checked`.
     """
     if lookahead and quiet is None:
         raise ValueError("to look ahead, give the noise-free table (quiet)")
-    last = max((k for k in range(len(table)) if table.stochastic[k]), default=-1)
-    if children < 2 or segment < 1 or start > last:
+    noisy = [k for k in range(start, len(table)) if table.stochastic[k]]
+    if children < 2 or segment < 1 or not noisy:
         raise ValueError(f"SPO compares 2 or more children from step {start} on: {children} of a table of {len(table)}")
+    first, last = noisy[0], noisy[-1]
+    if len(noisy) != last - first + 1:
+        raise ValueError(f"SPO compares at steps in a row, not at {noisy}")
     sources = [rng.generator(seed, "run", *sample) for sample in samples]
     walk = _Walk(policy(text), policy(text.repeat(children, 1, 1)), table, sources, children)
     x = rng.normal_batch(shape, seed, "x_T", list(samples)).to(text.device)
@@ -108,12 +112,12 @@ def resample(
     scores: list[Tensor] = []
     passed: list[Tensor] = []
     k = 0
-    while k < len(table):
-        if not start <= k <= last:
+    while k <= last:
+        if k < first:
             after = walk.step(k, x, clean, previous, 1)
             before, x, previous = x, after, clean
             k += 1
-            clean = predict(walk.one, table, k, x) if k < len(table) else clean
+            clean = predict(walk.one, table, k, x)
             continue
         states, cleans = walk.segment(k, min(segment, last + 1 - k), before, x, clean, previous)
         length = len(states) - 2  # states[0] is the one before the parents

@@ -1,10 +1,14 @@
 """SPO's resampler and its loss: who is compared with whom, at which step, and by what."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers_online import TEXTS, Toy
+from helpers_train import SHAPE
 from scipy import stats
 
+from diffusion_align import rng
 from diffusion_align.samplers.kernel import step_gaussian
 from diffusion_align.train.branch_loss import learn_spo
 
@@ -78,6 +82,28 @@ def test_a_look_ahead_asks_once_a_step(lookahead, evaluations):
     toy = Toy(guidance=1.0)
     toy.branch(SAMPLES[:1], lookahead=lookahead)
     assert toy.policy_calls.plain == evaluations
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_in_a_window_the_children_of_one_step_are_compared_on_a_noise_free_way(order):
+    """The parent is where the noise-free sampler stands, walked here by the rows of its table; the children are the
+    noisy step's, from each prompt's own source; nothing is asked of the network after the last of them."""
+    toy, full = Toy(order=order, guidance=1.0, window=(2, 1)), Toy(order=order).table
+    prompts, text = toy.texts(SAMPLES)
+    pairs = toy.branch(SAMPLES, start=0, children=4)
+    assert pairs.k.tolist() == [2] * 5 and toy.policy_calls.plain == 5 * (3 + 4)
+    x, past = rng.normal_batch(SHAPE, 0, "x_T", SAMPLES), []
+    for k in range(3):
+        past.insert(0, toy.policy(text)(x, full.timesteps[k].float().expand(5)))
+        table = full if k == 2 else toy.quiet
+        mean = table.cx[k].float() * x + sum(c.float() * m for c, m in zip(table.c[k], past, strict=False))
+        parent, x = x, mean
+    torch.testing.assert_close(pairs.parent, parent.expand(2, *parent.shape), rtol=1e-4, atol=1e-5)
+    for i, sample in enumerate(SAMPLES):
+        source = rng.generator(0, "run", *sample)
+        drawn = [mean[i] + full.std[2].float() * torch.randn(SHAPE, generator=source) for _ in range(4)]
+        for side in pairs.child[:, i]:
+            assert sum(bool(torch.allclose(side, x, rtol=1e-4, atol=1e-4)) for x in drawn) == 1
 
 
 def test_the_next_parent_is_a_child_of_the_last_and_any_child_as_likely():
@@ -181,6 +207,10 @@ def test_what_cannot_be_compared_is_refused():
         Toy().branch(SAMPLES, children=1)
     with pytest.raises(ValueError, match="from step 5 on"):
         Toy().branch(SAMPLES, start=5)
+    toy = Toy()
+    toy.table = replace(toy.table, stochastic=torch.tensor([True, False, True, False, False, False]))
+    with pytest.raises(ValueError, match=r"at steps in a row, not at \[0, 2\]"):
+        toy.branch(SAMPLES, start=0)
 
 
 def test_a_failed_score_takes_its_comparison_out_only():
