@@ -81,12 +81,12 @@ class Toy:
         values = self.reward(x, prompts)
         return 20 * values if isinstance(values, torch.Tensor) else values
 
-    def branch(self, samples, round=0, children=3, start=2, threshold=0.0, segment=1, lookahead=0):
+    def branch(self, samples, round=0, children=3, start=2, threshold=0.0, segment=1, lookahead=0, all_pairs=False):
         prompts, text = self.texts(samples)
         return resample(
             self.policy, self.table, text, prompts, samples, self.logits,
             children=children, start=start, threshold=threshold, shape=SHAPE, seed=self.seed, segment=segment,
-            quiet=self.quiet, lookahead=lookahead,
+            quiet=self.quiet, lookahead=lookahead, all_pairs=all_pairs,
         )  # fmt: skip
 
     def method(self, name, **more):

@@ -129,7 +129,7 @@ def train_spo(o: TrainSpo) -> int:
             return resample(
                 r.policy, r.table_of(round), text, prompts, samples, score,
                 children=o.children, start=compared_from(o), threshold=o.threshold, segment=o.segment,
-                shape=r.shape, seed=o.seed, quiet=r.quiet, lookahead=o.lookahead,
+                all_pairs=o.pairs == "all", shape=r.shape, seed=o.seed, quiet=r.quiet, lookahead=o.lookahead,
             )  # fmt: skip
 
         return spo_method(

@@ -67,6 +67,7 @@ class TrainSpo(TrainOnline):
     children: int = option(4, "rollout", "continuations compared at each step; K of the paper", at_least=2)
     start: int = option(4, "rollout", "first step at which continuations are compared; with a noise_window they are compared there", at_least=0)
     threshold: float = option(0.3, "rollout", "a pair is kept where the softmax of its scores differs by more", at_least=0, below=1)
+    pairs: str = option("best_worst", "rollout", "of a state's continuations: best_worst, one pair as published, or all, each that threshold lets through", choices=("best_worst", "all"))
     segment: int = option(1, "rollout", "steps between comparisons; above 1 it is the paper's MSPO for SDXL, which has 4", at_least=1)
     lookahead: int = option(0, "rollout", "noise-free steps that each continuation goes on before its predicted picture is compared, for rewards of finished pictures; as many as steps: to the end", at_least=0)
     preference_model: str | None = option(None, "reward", "folder of a step-aware preference model (reward train-spm); default: the reward, on the predicted picture at every step")

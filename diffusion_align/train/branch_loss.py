@@ -26,16 +26,17 @@ def learn_spo(
     per_dim: bool = True,
     at_once: int = 64,
 ) -> Columns:
-    """Add the gradient of factor x the sum over pairs of SPO's loss; columns of the M pairs, `at_once` in the network.
+    """Add the gradient of factor x the sum over pairs of SPO's loss; columns of the M pairs, `at_once` parents in the
+    network.
 
-    One policy and one reference evaluation a pair, for the two share their parent; two of each in segments of more than
-    one step, where they do not; and where steps are of second order as many again, at the states before.
+    One policy and one reference evaluation a family, for its pairs share their parent; two of each a pair in segments of
+    more than one step, where they do not; and where steps are of second order as many again, at the states before.
     Columns: loss; log_ratio_w, log_ratio_l of the step in nats; kl, mean of both sides; clamped_w, clamped_l; gap.
     """
     order = int(table.order[pairs.k.cpu()].max())
     unit = pairs.dims if per_dim else 1
     parts = []
-    for rows in torch.arange(len(pairs)).split(at_once):
+    for rows in _whole_families(pairs, at_once):
         with torch.no_grad():
             frozen = _steps(reference, table, pairs, rows, order)
         live = _steps(policy, table, pairs, rows, order)
@@ -56,18 +57,31 @@ def learn_spo(
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
+def _whole_families(pairs: Comparisons, at_once: int) -> list[Tensor]:
+    """The pairs in parts of so many families; of so many pairs, where those of a family share nothing."""
+    if not pairs.shared:
+        return list(torch.arange(len(pairs)).split(at_once))
+    _, sizes = pairs.family.cpu().unique_consecutive(return_counts=True)
+    return list(torch.arange(len(pairs)).split([int(part.sum()) for part in sizes.split(at_once)]))
+
+
 def _steps(bind: Bind, table: StepTable, pairs: Comparisons, rows: Tensor, order: int) -> tuple[Gaussian, Gaussian]:
-    """The Gaussians of the winners' and of the losers' steps; one and the same where their parents are."""
+    """The Gaussians of the winners' and of the losers' steps; one and the same where their parents are, which are then
+    asked about once a family."""
     sides = 1 if pairs.shared else 2
-    k = pairs.k[rows].repeat(sides)
-    denoise = bind(pairs.text[rows].repeat(sides, 1, 1))
+    place, asked = torch.arange(len(rows)), rows
+    if pairs.shared:
+        _, place, sizes = pairs.family[rows].cpu().unique_consecutive(return_inverse=True, return_counts=True)
+        asked = rows[sizes.cumsum(0) - sizes]
+    k = pairs.k[asked].repeat(sides)
+    denoise = bind(pairs.text[asked].repeat(sides, 1, 1))
 
     def clean_at(states: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        x = widen(states[:sides, rows].flatten(0, 1))
+        x = widen(states[:sides, asked].flatten(0, 1))
         return x, widen(denoise(x, table.gather("timesteps", k, x)))
 
     x, clean = clean_at(pairs.parent, k)
     earlier = clean_at(pairs.before, (k - 1).clamp(min=0))[1] if order > 1 else None
     mean, std = step_gaussian(table, k, x, clean, earlier)
-    both = [Gaussian(m, s) for m, s in zip(mean.chunk(sides), std.chunk(sides), strict=True)]
+    both = [Gaussian(m[place], s[place]) for m, s in zip(mean.chunk(sides), std.chunk(sides), strict=True)]
     return both[0], both[-1]

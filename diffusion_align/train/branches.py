@@ -1,8 +1,8 @@
 """SPO's step-wise resampler (Liang et al. 2024, arXiv 2406.04314): pairs of continuations of one state.
 
 From step `start` on, K children are drawn from the same Gaussian; each is scored by its own clean prediction, one step
-later; the best and the worst make a pair if they are far enough apart; and a child drawn at random is the next parent,
-whose prediction is known already. With segments longer than one step (MSPO, for SDXL) each child first goes on by
+later; the best and the worst make a pair if they are far enough apart, or all do that are; and a child drawn at random
+is the next parent, whose prediction is known already. With segments longer than one step (MSPO, for SDXL) each child first goes on by
 itself, the comparison is made at the segment's end, and every transition of the winner's and of the loser's segment is
 a pair.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffusion_align import rng
 from diffusion_align.gaussian import Gaussian
-from diffusion_align.objectives import best_and_worst, clear_win
+from diffusion_align.objectives import best_and_worst, clear_win, ordered_pairs
 from diffusion_align.prediction import Denoiser
 from diffusion_align.samplers import StepTable, branch, step_gaussian
 from diffusion_align.samplers.rollout import draw_noise, predict
@@ -35,9 +35,10 @@ class Comparisons:
 
     parent, child: [2,M,...] states before and after the step, the winner's and the loser's; before: [2,M,...] the
     states before the parents, for a second-order step's history. k: [M] steps. text: [M,L,E]. gap: [M] winner's score
-    minus loser's. shared: whether each pair has one parent, as all have in segments of one step. score, kept: [S,B]
-    of every comparison that was made, the children's mean score and whether it made pairs. final: [B,...] states of
-    the chains behind their last comparison.
+    minus loser's. family: [M] ascending, alike for the pairs of one comparison and step. shared: whether the pairs of a
+    family have one parent, as all have in segments of one step. score, kept: [S,B] of every comparison that was made,
+    the children's mean score and whether it made pairs. final: [B,...] states of the chains behind their last
+    comparison.
     """
 
     before: Tensor
@@ -46,6 +47,7 @@ class Comparisons:
     k: Tensor
     text: Tensor
     gap: Tensor
+    family: Tensor
     shared: bool
     score: Tensor
     kept: Tensor
@@ -56,7 +58,7 @@ class Comparisons:
 
     def to(self, device: torch.device | str) -> Comparisons:
         """The same pairs with their tensors elsewhere."""
-        names = ("before", "parent", "child", "k", "text", "gap", "score", "kept", "final")
+        names = ("before", "parent", "child", "k", "text", "gap", "family", "score", "kept", "final")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     @property
@@ -80,6 +82,7 @@ def resample(
     shape: Sequence[int],
     seed: int,
     segment: int = 1,
+    all_pairs: bool = False,
     quiet: StepTable | None = None,
     lookahead: int = 0,
 ) -> Comparisons:
@@ -127,14 +130,13 @@ def resample(
         time = table.timesteps[there] if there < len(table) else torch.zeros(())
         values = checked(_at(score, time.to(x).expand(len(seen))), seen, prompts * children)
         values = values.view(children, -1).T.to(x.device)  # [B,K]
-        win, lose, decided = best_and_worst(values)
-        kept = decided & clear_win(values[rows, win], values[rows, lose], threshold)
-        sides, gap = torch.stack([win, lose]), values[rows, win] - values[rows, lose]
+        of, win, lose = _pairs(values, threshold, all_pairs)
+        sides, gap = torch.stack([win, lose]), values[of, win] - values[of, lose]
         for i in range(length):
-            three = [states[i + j][sides, rows][:, kept] for j in range(3)]
-            found.append([*three, torch.full_like(rows, k + i)[kept], text[kept], gap[kept]])
+            three = [states[i + j][sides, of] for j in range(3)]
+            found.append([*three, torch.full_like(of, k + i), text[of], gap, of + len(found) * len(samples)])
         scores.append(values.nanmean(1))
-        passed.append(kept)
+        passed.append(torch.zeros_like(rows, dtype=torch.bool).index_fill(0, of, True))
         child = torch.stack([torch.randint(children, (), generator=source) for source in sources]).to(x.device)
         before, x = (state[child, rows] for state in states[-2:])
         previous, clean = cleans[-2][child, rows], cleans[-1][child, rows]
@@ -143,6 +145,18 @@ def resample(
     return Comparisons(
         *states, *places, shared=segment == 1, score=torch.stack(scores), kept=torch.stack(passed), final=x
     )
+
+
+def _pairs(values: Tensor, threshold: float, every: bool) -> tuple[Tensor, ...]:
+    """Of scores [B,K]: (prompts, winners, losers) [P] each, those that are clearly apart."""
+    if every:
+        of, win, lose = ordered_pairs(values)
+    else:
+        win, lose, decided = best_and_worst(values)
+        of = decided.nonzero()[:, 0]
+        win, lose = win[of], lose[of]
+    clear = clear_win(values[of, win], values[of, lose], threshold)
+    return of[clear], win[clear], lose[clear]
 
 
 def _at(score: StepScore, t: Tensor) -> Score:

@@ -186,16 +186,18 @@ def counts(toy, method):
 
 
 @pytest.mark.parametrize(("order", "of_a_pair"), [(1, 1), (2, 2)])
-def test_network_evaluations_of_spo(order, of_a_pair):
+@pytest.mark.parametrize("all_pairs", [False, True])
+def test_network_evaluations_of_spo(order, of_a_pair, all_pairs):
     """A prompt: start + 1 + (n - start - 1) K. A guided pair: 2 policy and 2 reference, half of the authors' code; at
-    order 2 another of each, for the state before."""
+    order 2 another of each, for the state before. All pairs of one parent cost what one costs."""
     n, start, children = 6, 2, 3
     toy = Toy(order=order)
-    pairs = toy.branch(SAMPLES[:1], 0, children, start)
+    pairs = toy.branch(SAMPLES[:1], 0, children, start, all_pairs=all_pairs)
     assert toy.policy_calls.plain == 2 * (start + 1 + (n - start - 1) * children) and toy.reference_calls.plain == 0
     toy.method("spo").learn(pairs, 1.0)
-    assert len(pairs) == n - 1 - start
-    assert toy.policy_calls.grad == toy.reference_calls.plain == 2 * len(pairs) * of_a_pair
+    families = n - 1 - start
+    assert len(pairs) == families * (3 if all_pairs else 1)
+    assert toy.policy_calls.grad == toy.reference_calls.plain == 2 * families * of_a_pair
 
 
 @pytest.mark.parametrize("name", METHODS)

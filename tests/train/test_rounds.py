@@ -142,7 +142,7 @@ def test_all_of_a_chunk_moves_to_another_device(name):
     toy = Toy()
     away = toy.method(name).collect([(0, 1), (0, 4)]).to("meta")
     if name == "spo":
-        moved = [away.before, away.parent, away.child, away.k, away.text, away.gap, away.final]
+        moved = [away.before, away.parent, away.child, away.k, away.text, away.gap, away.family, away.final]
     else:
         moved = [away.trajectory.states, away.trajectory.clean, away.trajectory.log_prob, away.reference, away.text]
         assert away.reward.device.type == "cpu"
