@@ -1,7 +1,7 @@
 """Pictures for evaluation: the same prompt and seed give the same picture, whatever the batch size and whichever model.
 
 Base and tuned model therefore start every prompt from the same noise, and what differs between two pictures is the
-model.
+model. Pictures are numbered through: number p of K pictures a prompt is picture p mod K of prompt p div K.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,8 +25,9 @@ from ..schedule import Schedule
 
 PURPOSE = "evaluation"
 MANIFEST = "pictures.json"
+METADATA = "metadata.jsonl"
 
-Batch = tuple[list[int], Tensor]  # indices of the prompts, pictures [b,3,H,W] float32 in [0, 1] on the CPU
+Batch = tuple[list[int], Tensor]  # numbers of the pictures, pictures [b,3,H,W] float32 in [0, 1] on the CPU
 
 
 class Gate(Protocol):
@@ -46,16 +47,21 @@ def evaluation_table(schedule: Schedule, steps: int) -> StepTable:
     return step_table(schedule, steps, solver="dpmpp", order=2, eta=0.0, spacing="trailing", final="zero")
 
 
+def address(number: int, per_prompt: int) -> tuple[int, ...]:
+    """Where a picture's randomness lies, below (seed, "evaluation"): its prompt, and which of the prompt's pictures.
+
+    The first picture of a prompt is the same however many there are.
+    """
+    prompt, which = divmod(number, per_prompt)
+    return (prompt, which) if which else (prompt,)
+
+
 @torch.no_grad()
-def _draw(gate: Gate, prompts: list[str], indices: list[int], seed: int, table: StepTable, guidance: float) -> Tensor:
-    sources = [generator(seed, PURPOSE, index) for index in indices]  # each goes on to the noise of stochastic steps
+def _draw(gate: Gate, prompts: list[str], sources: list[torch.Generator], table: StepTable, guidance: float) -> Tensor:
+    # Each source goes on to the noise of stochastic steps.
     noise = torch.stack([draw_normal(gate.latent_shape(), source) for source in sources]).to(gate.device)
     denoiser = gate.denoiser(gate.encode_text(prompts), guidance=guidance)
-    images = gate.decode(sample(denoiser, table, noise, sources)).float().cpu()
-    for index, image in zip(indices, images, strict=True):
-        if not torch.isfinite(image).all():
-            raise ValueError(f"the picture of prompt {index} is not finite: the model has diverged")
-    return images
+    return gate.decode(sample(denoiser, table, noise, sources)).float().cpu()
 
 
 def generate(
@@ -66,41 +72,53 @@ def generate(
     table: StepTable,
     guidance: float,
     batch_size: int,
-    indices: Sequence[int] | None = None,
+    per_prompt: int = 1,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """Draw the picture of each prompt, batch after batch.
+    """Draw `per_prompt` pictures of each prompt, batch after batch.
 
-    All randomness of picture i is at the address (seed, "evaluation", i), i being the prompt's place in the list.
+    All randomness of a picture is at its `address`, i being the prompt's place in the list.
 
     Args:
         gate: the model, as `models.load_pipeline` gives it.
         prompts: N prompts.
         table: the sampler's steps, usually `evaluation_table`; a stochastic one will do as well.
         guidance: classifier-free guidance scale; 1 is none.
-        indices: which of the prompts to draw; all, unless they are given.
+        numbers: which of the N x per_prompt pictures to draw; all, unless they are given.
 
     Yields:
-        Indices of b prompts and their pictures [b,3,H,W], float32 in [0, 1], on the CPU.
+        Numbers of b pictures and the pictures [b,3,H,W], float32 in [0, 1], on the CPU.
 
     Raises:
-        ValueError: a batch size below 1, or a picture with numbers that are not finite.
+        ValueError: a batch size or a number of pictures below 1, or a picture with numbers that are not finite.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-    wanted = list(range(len(prompts))) if indices is None else list(indices)
+    if batch_size < 1 or per_prompt < 1:
+        raise ValueError(f"batch_size and pictures per prompt must be at least 1, not {batch_size} and {per_prompt}")
+    wanted = list(range(len(prompts) * per_prompt)) if numbers is None else list(numbers)
     for start in range(0, len(wanted), batch_size):
         part = wanted[start : start + batch_size]
-        yield part, _draw(gate, [prompts[i] for i in part], part, seed, table, guidance)
+        sources = [generator(seed, PURPOSE, *address(number, per_prompt)) for number in part]
+        images = _draw(gate, [prompts[number // per_prompt] for number in part], sources, table, guidance)
+        for number, image in zip(part, images, strict=True):
+            if not torch.isfinite(image).all():
+                raise ValueError(
+                    f"the picture of prompt {number // per_prompt} is not finite: the model has diverged"
+                )
+        yield part, images
 
 
-def picture_path(folder: str | Path, index: int) -> Path:
-    """Where a prompt's picture lies: a number, never the prompt's own text, which may be hostile as a file name."""
-    return Path(folder) / f"{index:04d}.png"
+def picture_path(folder: str | Path, number: int, per_prompt: int = 1) -> Path:
+    """Where a picture lies, in GenEval's layout (Ghosh et al. 2023, arXiv 2310.11513): 00000/samples/0000.png.
+
+    Numbers, never the prompt's own text, which may be hostile as a file name.
+    """
+    prompt, which = divmod(number, per_prompt)
+    return Path(folder) / f"{prompt:05d}" / "samples" / f"{which:04d}.png"
 
 
-def read_picture(folder: str | Path, index: int) -> Tensor:
+def read_picture(folder: str | Path, number: int, per_prompt: int = 1) -> Tensor:
     """One saved picture [3,H,W] in [0, 1]. Raises ImageError (a ValueError) or FileNotFoundError naming the file."""
-    path = picture_path(folder, index)
+    path = picture_path(folder, number, per_prompt)
     try:
         image = decode_image(path.read_bytes())
     except ImageError as error:
@@ -108,11 +126,11 @@ def read_picture(folder: str | Path, index: int) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float32) / 255
 
 
-def read_pictures(folder: str | Path, n: int, batch_size: int = 64) -> Iterator[Batch]:
+def read_pictures(folder: str | Path, n: int, batch_size: int = 64, per_prompt: int = 1) -> Iterator[Batch]:
     """The first n saved pictures in order, in the form in which `generate` yields them."""
     for start in range(0, n, batch_size):
         part = list(range(start, min(start + batch_size, n)))
-        yield part, torch.stack([read_picture(folder, index) for index in part])
+        yield part, torch.stack([read_picture(folder, number, per_prompt) for number in part])
 
 
 def table_digest(table: StepTable) -> str:
@@ -123,7 +141,7 @@ def table_digest(table: StepTable) -> str:
 
 def _replace(path: Path, data: bytes) -> None:
     """Write so that a file of this name is always a whole one, whenever the process is killed."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # other processes may be writing the same
     partial.write_bytes(data)
     os.replace(partial, path)
 
@@ -154,33 +172,66 @@ def save_pictures(
     table: StepTable,
     guidance: float,
     batch_size: int,
+    per_prompt: int = 1,
+    shard: tuple[int, int] = (0, 1),
     facts: Mapping[str, Any] | None = None,
+    extras: Sequence[Mapping[str, Any]] | None = None,
 ) -> Iterator[list[int]]:
-    """Generate into a folder, 0000.png and so on, yielding the indices just written; what is there already stays.
+    """Generate into a folder in GenEval's layout, yielding the numbers just written; what is there already stays.
 
     `pictures.json` records seed, guidance, sampler, model and prompts; a folder made otherwise is refused, so a
     resumed run never mixes two models. `facts` joins that record: name the adapter there, for the gate's fingerprint
-    knows files only. The list of prompts may grow or shrink at its end between runs.
+    knows files only. `extras` [N] joins each prompt's `metadata.jsonl`, where scorers look for tags. The list of
+    prompts may grow or shrink at its end between runs. `shard` (i, n) draws prompts i, i + n, ... only: n processes,
+    each with its own i, fill one folder without drawing a picture twice.
 
     Raises:
-        ValueError: the folder holds other pictures, and as `generate`.
+        ValueError: the folder holds other pictures, a shard that there is not, and as `generate`.
     """
+    index, count = shard
+    if not 0 <= index < count:
+        raise ValueError(f"shard {index} of {count}: shards are counted from 0")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     made = {"seed": seed, "guidance": float(guidance), "steps": len(table), "sampler": table_digest(table)}
+    if per_prompt > 1:
+        made["per_prompt"] = per_prompt
     _claim(folder, list(prompts), {**made, "model": gate.fingerprint(), **(facts or {})})
-    missing = [index for index in range(len(prompts)) if not _is_whole(folder, index)]
-    for indices, images in generate(
-        gate, prompts, seed=seed, table=table, guidance=guidance, batch_size=batch_size, indices=missing
-    ):
-        for index, image in zip(indices, images, strict=True):
-            _replace(picture_path(folder, index), encode_png(image))
-        yield indices
+    _describe(folder, prompts, extras, range(index, len(prompts), count))
+    missing = [
+        number
+        for number in range(len(prompts) * per_prompt)
+        if number // per_prompt % count == index and not _is_whole(folder, number, per_prompt)
+    ]
+    for numbers, images in generate(
+        gate, prompts,
+        seed=seed, table=table, guidance=guidance, batch_size=batch_size, per_prompt=per_prompt, numbers=missing,
+    ):  # fmt: skip
+        for number, image in zip(numbers, images, strict=True):
+            _replace(picture_path(folder, number, per_prompt), encode_png(image))
+        yield numbers
 
 
-def _is_whole(folder: Path, index: int) -> bool:
+def _describe(
+    folder: Path, prompts: Sequence[str], extras: Sequence[Mapping[str, Any]] | None, places: Iterable[int]
+) -> None:
+    """Each prompt's folder, with the metadata.jsonl that GenEval's scorer and its like read."""
+    for place in places:
+        home = folder / f"{place:05d}"
+        (home / "samples").mkdir(parents=True, exist_ok=True)
+        line = json.dumps({**(extras[place] if extras else {}), "prompt": prompts[place]})
+        if not (home / METADATA).is_file() or (home / METADATA).read_text(encoding="utf-8") != line + "\n":
+            _replace(home / METADATA, f"{line}\n".encode())
+
+
+def missing_pictures(folder: str | Path, n: int, per_prompt: int = 1) -> list[int]:
+    """Which of the first n pictures are not there, or not whole."""
+    return [number for number in range(n) if not _is_whole(Path(folder), number, per_prompt)]
+
+
+def _is_whole(folder: Path, number: int, per_prompt: int) -> bool:
     try:
-        read_picture(folder, index)
+        read_picture(folder, number, per_prompt)
     except (ImageError, FileNotFoundError):
         return False
     return True

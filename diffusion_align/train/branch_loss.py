@@ -29,8 +29,8 @@ def learn_spo(
     """Add the gradient of factor x the sum over pairs of SPO's loss; columns of the M pairs, `at_once` parents in the
     network.
 
-    One policy and one reference evaluation a family, for its pairs share their parent; two of each a pair in segments of
-    more than one step, where they do not; and where steps are of second order as many again, at the states before.
+    One policy and one reference evaluation a family, for its pairs share their parent; two of each a pair in segments
+    of more than one step, where they do not; and where steps are of second order as many again, at the states before.
     Columns: loss; log_ratio_w, log_ratio_l of the step in nats; kl, mean of both sides; clamped_w, clamped_l; gap.
     """
     order = int(table.order[pairs.k.cpu()].max())

@@ -2,9 +2,9 @@
 
 From step `start` on, K children are drawn from the same Gaussian; each is scored by its own clean prediction, one step
 later; the best and the worst make a pair if they are far enough apart, or all do that are; and a child drawn at random
-is the next parent, whose prediction is known already. With segments longer than one step (MSPO, for SDXL) each child first goes on by
-itself, the comparison is made at the segment's end, and every transition of the winner's and of the loser's segment is
-a pair.
+is the next parent, whose prediction is known already. With segments longer than one step (MSPO, for SDXL) each child
+first goes on by itself, the comparison is made at the segment's end, and every transition of the winner's and of the
+loser's segment is a pair.
 """
 
 from __future__ import annotations
