@@ -34,7 +34,7 @@ ROWS = {
     "d3po-random": "train d3po --preset tiny --reward random",
     "prdp-random": "train prdp --preset tiny --reward random",
 }
-EVALUATION = "--steps 10 --guidance 1 --seed 0 --num_prompts"
+EVALUATION = "--steps 10 --guidance 1 --seed 0 --sampler dpmpp --features none --num_prompts"
 
 
 def run_row(name: str, seed: int, out: Path, num_prompts: int, more: list[str]) -> dict:
@@ -87,7 +87,7 @@ def diversity(run: Path, side: str) -> float:
     """Mean distance, root mean square over pixels, of two pictures of one prompt; held-out prompts repeat."""
     from diffusion_align.evaluation import read_picture
 
-    folder = max((run / "evaluation").iterdir(), key=lambda path: path.stat().st_mtime) / side
+    folder = max((run / "evaluation").glob(f"{side}-*"), key=lambda path: path.stat().st_mtime) / "dpmpp"
     prompts = json.loads((folder / "pictures.json").read_text())["prompts"]
     where: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts):

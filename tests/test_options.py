@@ -22,6 +22,7 @@ from diffusion_align.options import (
     resolve,
     to_yaml,
 )
+from diffusion_align.options.annotate import Annotate
 
 # In all of 13 public training scripts: three diffusers DPO/ORPO families, DreamBooth, DiffusionDPO, MaPO and others.
 UNIVERSAL = """
@@ -130,10 +131,18 @@ def test_prompts_are_left_alone():
     assert read(argv, "sample").options.prompt == prompts
 
 
-def test_a_bare_word_is_the_run_of_evaluate():
-    assert read(["--seed", "3", "runs/lr=1e-5"], "evaluate").options.run == "runs/lr=1e-5"
+def test_bare_words_are_the_runs_of_evaluate_and_the_one_folder_of_annotate():
+    assert read(["runs/lr=1e-5", "--seed", "3", "b"], "evaluate").options.run == ("runs/lr=1e-5", "b")
+    parser = build_parser(Annotate, "data annotate", "", "folder")
+    assert parse(parser, Annotate, ["a"], "data annotate", "folder").settings == [("folder", "a")]
     with pytest.raises(UsageError, match="'more' is neither"):
-        read(["runs/a", "more"], "evaluate")
+        parse(parser, Annotate, ["a", "more"], "data annotate", "folder")
+
+
+def test_each_text_of_a_list_is_one_of_its_choices():
+    assert read(["a", "--sampler", "ddim"], "evaluate").options.sampler == ("ddim",)
+    with pytest.raises(UsageError, match="one of dpmpp, ddim, not .*; did you mean ddim"):
+        read(["a", "--sampler", "dpmpp", "--sampler", "dddim"], "evaluate")
 
 
 def test_layers_in_order(tmp_path):

@@ -17,7 +17,6 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from diffusion_align.commands import evaluate as evaluate_command
 from diffusion_align.commands import plan, sources, train_dpo
 from diffusion_align.commands.interrupt import Interruptible
 from diffusion_align.data import write_pairs_parquet
@@ -242,29 +241,6 @@ def test_evaluate_reports_base_against_tuned(toys, finished, capsys):
     assert report["n_prompts"] == 6 and report["metrics"]["judge/all"]["n"] == 6
     assert report["facts"]["seed"] == 0 and report["config"]["train"]["max_train_steps"] == 6
     assert "<html" in (finished / "report.html").read_text() and (finished / "pairs.png").exists()
-
-
-def test_evaluate_with_a_reward_and_own_prompts(toys, finished, tmp_path, monkeypatch, capsys):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a photo of a dog\na photo of a cat\nthird\n")
-    argv = [str(finished), f"--prompts={prompts}", "--num_prompts=2", "--steps=2"]
-    assert script("evaluate")(argv) == 2
-    assert "captions of the embedded world only" in capsys.readouterr().err
-
-    def brightness(source, *, device):
-        assert source == "ViT-B-32:weights"
-        return lambda images, prompts: images.mean((1, 2, 3))
-
-    monkeypatch.setattr(evaluate_command, "clip_scorer", brightness)
-    assert script("evaluate")([*argv, "--reward=ViT-B-32:weights"]) == 0
-    report = json.loads((finished / "report.json").read_text())
-    assert set(report["metrics"]) == {"reward"} and report["n_prompts"] == 2
-    folder = max((finished / "evaluation").iterdir(), key=lambda path: path.stat().st_mtime)
-    means = {side: [np.asarray(Image.open(folder / side / f"{i:04d}.png")).mean() / 255 for i in range(2)]
-             for side in ("base", "tuned")}  # fmt: skip
-    assert report["metrics"]["reward"]["base"] == pytest.approx(np.mean(means["base"]), abs=1e-6)
-    assert report["metrics"]["reward"]["tuned"] == pytest.approx(np.mean(means["tuned"]), abs=1e-6)
-    assert means["base"] != means["tuned"]
 
 
 def test_what_evaluate_and_generate_need(toys, tmp_path, capsys):

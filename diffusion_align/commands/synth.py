@@ -38,7 +38,7 @@ from diffusion_align.data.labels import agreement, dealt, decided, relevances, s
 from diffusion_align.data.readers import digest
 from diffusion_align.evaluation.report import plain, versions
 from diffusion_align.options import Synth, to_yaml
-from diffusion_align.options.synth import shard_of
+from diffusion_align.options.names import shard_of
 from diffusion_align.shapes import sample_captions
 
 TINY_PROMPTS = 800
@@ -52,7 +52,7 @@ def synth(options: Synth) -> int:
         require_reward(name)
     sources = [source_of(name) for name in o.models]
     claim(out, o, prompts, sources)
-    k, n = shard_of(o)
+    k, n = shard_of(o.shard)
     parts = parts_of(prompts)
     try:
         for number, source in enumerate(sources):
@@ -159,7 +159,7 @@ def write_tables(o: Synth, out: Path, prompts: list[str], sources: list[Source],
 
 def dry_run(o: Synth) -> int:
     """Print the resolved options and, as comments under them, what they would draw and score."""
-    prompts, (k, n) = synth_prompts(o), shard_of(o)
+    prompts, (k, n) = synth_prompts(o), shard_of(o.shard)
     parts = parts_of(prompts)
     mine = sum(len(numbers_of(part, prompts)) for part in parts[k::n])
     guided = 1 if o.guidance == 1 else 2

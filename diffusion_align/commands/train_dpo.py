@@ -53,5 +53,6 @@ def train_dpo(options: TrainDpo) -> int:
         caption_dropout=o.proportion_empty_prompts,
         max_grad_norm=o.max_grad_norm,
         progress=progress,
+        weights=[pairs[place].weight for place in cache.kept],
     )
     return session.follow(records, progress, steps, shown=("implicit_accuracy",))

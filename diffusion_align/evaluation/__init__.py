@@ -1,24 +1,41 @@
 """Evaluation: the same seeds for base and tuned model, rewards and judges, paired comparison, a report."""
 
+from .breakdown import Measured, as_csv, by_category, comparisons, distances_to, order_of_models
 from .compare import Comparison, RewardGap, compare, compare_metric, reward_gap, wilson
 from .escape import escape
-from .generate import evaluation_table, generate, read_picture, read_pictures, save_pictures
+from .generate import (
+    evaluation_table,
+    generate,
+    missing_pictures,
+    read_picture,
+    read_pictures,
+    sampler_table,
+    save_pictures,
+)
 from .report import write_report
 from .score import score
 from .sheet import pairs_picture
 
 __all__ = [
     "Comparison",
+    "Measured",
     "RewardGap",
+    "as_csv",
+    "by_category",
     "compare",
     "compare_metric",
+    "comparisons",
+    "distances_to",
     "escape",
     "evaluation_table",
     "generate",
+    "missing_pictures",
+    "order_of_models",
     "pairs_picture",
     "read_picture",
     "read_pictures",
     "reward_gap",
+    "sampler_table",
     "save_pictures",
     "score",
     "wilson",

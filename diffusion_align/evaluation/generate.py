@@ -47,6 +47,18 @@ def evaluation_table(schedule: Schedule, steps: int) -> StepTable:
     return step_table(schedule, steps, solver="dpmpp", order=2, eta=0.0, spacing="trailing", final="zero")
 
 
+def sampler_table(schedule: Schedule, solver: str, steps: int) -> StepTable:
+    """The pinned sampler "dpmpp", or beside it "ddim" (eta = 0) on the same grid: a second look at the same models.
+
+    Which sampler draws can turn the order of two models around (SPO's issue 12). Raises ValueError for other names.
+    """
+    if solver == "dpmpp":
+        return evaluation_table(schedule, steps)
+    if solver != "ddim":
+        raise ValueError(f"evaluation draws by dpmpp or ddim, not {solver!r}")
+    return step_table(schedule, steps, solver="ddim", order=1, eta=0.0, spacing="trailing", final="zero")
+
+
 def address(number: int, per_prompt: int) -> tuple[int, ...]:
     """Where a picture's randomness lies, below (seed, "evaluation"): its prompt, and which of the prompt's pictures.
 
@@ -101,9 +113,7 @@ def generate(
         images = _draw(gate, [prompts[number // per_prompt] for number in part], sources, table, guidance)
         for number, image in zip(part, images, strict=True):
             if not torch.isfinite(image).all():
-                raise ValueError(
-                    f"the picture of prompt {number // per_prompt} is not finite: the model has diverged"
-                )
+                raise ValueError(f"the picture of prompt {number // per_prompt} is not finite: the model has diverged")
         yield part, images
 
 

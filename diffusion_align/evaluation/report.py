@@ -62,7 +62,7 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def headline_sentence(metric: str, c: Comparison, *, share: bool) -> str:
+def headline_sentence(metric: str, c: Comparison, *, share: bool, model: str = "tuned") -> str:
     """The result in a sentence: both means, the paired difference, its interval, n."""
 
     def amount(x: float, signed: bool = False) -> str:
@@ -72,7 +72,7 @@ def headline_sentence(metric: str, c: Comparison, *, share: bool) -> str:
     unit, points = (" %", " points") if share else ("", "")
     what = "the share of pictures that hold their whole prompt" if metric.endswith("/all") else f"the mean of {metric}"
     sentence = (
-        f"From base to tuned, {what} goes from {amount(c.base)}{unit} to {amount(c.tuned)}{unit}: "
+        f"From base to {model}, {what} goes from {amount(c.base)}{unit} to {amount(c.tuned)}{unit}: "
         f"{amount(c.difference, True)}{points}"
     )
     if not math.isfinite(c.low):
@@ -107,6 +107,7 @@ def summarise(
     seed: int = 0,
     resamples: int = 10_000,
     shown: int = 18,
+    model: str = "tuned",
 ) -> dict[str, Any]:
     """Every figure of a report, from two results of `score` on the same prompts.
 
@@ -132,8 +133,9 @@ def summarise(
     return {
         "headline": {
             "metric": headline,
-            "sentence": headline_sentence(headline, comparisons[headline], share="/" in headline),
+            "sentence": headline_sentence(headline, comparisons[headline], share="/" in headline, model=model),
         },
+        "model": model,
         "n_prompts": len(prompts),
         "bootstrap": {"resamples": resamples, "seed": seed},
         "metrics": {name: asdict(c) for name, c in comparisons.items()},
@@ -161,12 +163,15 @@ def write_report(
     rows: Sequence[Mapping[str, Any]] = (),
     config: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
+    further: Mapping[str, Any] | None = None,
+    table: str | None = None,
     title: str = "Base and tuned",
     seed: int = 0,
     resamples: int = 10_000,
     shown: int = 18,
+    model: str = "tuned",
 ) -> dict[str, Any]:
-    """Write report.json and report.html into a folder and return what report.json holds.
+    """Write report.json, report.html and report.csv into a folder and return what report.json holds.
 
     Args:
         prompts: N prompts.
@@ -176,18 +181,24 @@ def write_report(
         rows: rows of metrics.jsonl, for the curves.
         config: the resolved config of the run; access tokens in it are hidden.
         facts: what made the pictures: seed, sampler, guidance, fingerprints of the models.
+        further: what `breakdown` found: comparisons, order, categories, distances. It joins report.json as it is.
+        table: the text of report.csv; none is written without it.
         seed: of the bootstrap and of the pairs drawn for the grid.
         shown: how many pairs the page shows.
+        model: what the tuned one is called.
 
     Raises:
         ValueError: as `summarise`.
     """
     folder = Path(folder)
-    figures = summarise(prompts, base, tuned, headline=headline, seed=seed, resamples=resamples, shown=shown)
+    figures = summarise(
+        prompts, base, tuned, headline=headline, seed=seed, resamples=resamples, shown=shown, model=model
+    )
     report = plain(
         {
             "title": title,
             **figures,
+            **(further or {}),
             "facts": without_secrets(facts or {}),
             "versions": versions(),
             "config": without_secrets(config or {}),
@@ -198,8 +209,9 @@ def write_report(
     text = json.dumps(
         report, indent=1, allow_nan=False
     )  # ASCII: any prompt survives, even one that is not valid Unicode
-    for name, content in (("report.json", text), ("report.html", render(report, shots, rows))):
+    files = {"report.json": text, "report.html": render(report, shots, rows)} | ({"report.csv": table} if table else {})
+    for name, content in files.items():
         partial = folder / f".{name}.partial"
-        partial.write_text(content, encoding="utf-8")
+        partial.write_text(content, encoding="utf-8", newline="")
         os.replace(partial, folder / name)
     return report

@@ -35,6 +35,20 @@ figcaption{font-size:.84rem;line-height:1.4;margin-top:.5rem;white-space:pre-wra
 .legend{display:flex;gap:1.25rem;margin:.4rem 0 0;padding-left:4rem;font-size:.82rem;color:var(--soft)}
 .legend span::before{content:"";display:inline-block;width:1rem;height:3px;margin-right:.4rem;vertical-align:middle;
 background:var(--c)}
+.choice{display:flex;flex-wrap:wrap;gap:.25rem 1.1rem;margin:1.5rem 0 0;font-size:.9rem}
+.choice+.choice{margin-top:.35rem}.choice+.grid{margin-top:1rem}
+.choice input{position:absolute;opacity:0}
+.choice label{color:var(--soft);cursor:pointer;padding:.2rem 0;border-bottom:2px solid transparent}
+.choice input:checked+label{color:var(--ink);border-color:var(--c0)}
+.choice input:focus-visible+label{outline:2px solid var(--c0);outline-offset:3px}
+@media screen{main:has(#tab-result:checked) .panel:not(.tab-result),main:has(#tab-kinds:checked) .panel:not(.tab-kinds),
+main:has(#tab-pictures:checked) .panel:not(.tab-pictures),main:has(#tab-how:checked) .panel:not(.tab-how){display:none}}
+main:has(#by-gain:checked) figure{order:var(--g)}main:has(#by-loss:checked) figure{order:var(--l)}
+main:has(#slider:checked) .two{display:block;position:relative;container-type:inline-size}
+main:has(#slider:checked) .base{position:absolute;inset:0 auto auto 0;width:50cqw;max-width:100cqw;overflow:hidden;
+resize:horizontal;border-right:2px solid var(--c1);white-space:nowrap}
+main:has(#slider:checked) .two img{width:100cqw;max-width:none}
+main:has(#slider:checked) .tuned .side{text-align:right}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.25rem 1.5rem;margin:0;font-size:.88rem}
 dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
 pre{background:var(--card);padding:1rem;border-radius:.5rem;font-size:.8rem;line-height:1.5;white-space:pre-wrap;

@@ -25,9 +25,10 @@ def convert(option: Option, value: Any, origin: str) -> Any:
         # YAML reads a bare `no` as false, and `no` is a value of --mixed_precision.
         if option.choices and value is False and "no" in option.choices:
             converted = "no"
-        if option.choices and converted not in option.choices:
-            match = nearest(str(converted), option.choices)
-            raise ValueError(f"did you mean {match}?" if match else "")
+        for one in (converted if option.kind is tuple else (converted,)) if option.choices else ():
+            if one not in option.choices:
+                match = nearest(str(one), option.choices)
+                raise ValueError(f"did you mean {match}?" if match else "")
         _check_range(option, converted)
     except (ValueError, TypeError, OverflowError) as error:
         hint = str(error) if "did you mean" in str(error) else ""

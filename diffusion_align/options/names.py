@@ -1,8 +1,9 @@
-"""Nearest names: what a person probably meant to type."""
+"""What a person typed: the nearest names where there is none such, and the few texts with a form of their own."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -20,3 +21,15 @@ def unknown(kind: str, word: str, candidates: Iterable[str], *, otherwise: str) 
     """The error for a name that does not exist: the nearest one that does, or else `otherwise`, where to look."""
     match = nearest(word, candidates)
     return UsageError(f"unknown {kind} {word}; " + (f"did you mean {match}?" if match else otherwise))
+
+
+def shard_of(text: str | None) -> tuple[int, int]:
+    """(K, N) of `--shard K/N`; the whole, where nothing is given, is 0 of 1.
+
+    Raises:
+        UsageError: it is not of that form.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", text or "0/1")
+    if found is None or int(found[1]) >= int(found[2]):
+        raise UsageError(f"machine.shard must be K/N with K from 0 to N - 1, such as 0/4, not {text!r}")
+    return int(found[1]), int(found[2])

@@ -38,7 +38,8 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser(options_class: type, prog: str, about: str, positional: str = "") -> argparse.ArgumentParser:
     """The parser of one verb. Values stay text here: files and flags are converted in one place."""
-    word = f"{positional.upper()} " if positional else ""
+    several = " ..." if positional and options_of(options_class)[positional].kind is tuple else ""
+    word = f"{positional.upper()}{several} " if positional else ""
     usage = f"{prog} {word}[--preset NAME] [--config FILE] [--flag VALUE | key=value ...]"
     parser = _Parser(
         prog=prog,
@@ -85,7 +86,7 @@ def parse(
     Both `--learning_rate` and `--learning-rate` are read, and so are `train.learning_rate=...` and `learning_rate=...`.
 
     Args:
-        positional: the option that a bare word sets, or "" where no bare word is expected.
+        positional: the option that a bare word sets, or "" where no bare word is expected; a list takes several.
 
     Raises:
         UsageError: an unknown flag or key (with the nearest valid one), a missing value, a word that belongs nowhere.
@@ -95,16 +96,17 @@ def parse(
     found, rest = parser.parse_known_args([_as_flag(word, names) for word in argv])
     values = vars(found)
     settings = [(name, value) for name, value in values.items() if name not in START_FLAGS]
-    taken = False
+    bare: list[str] = []
     for word in rest:
         if word.startswith("-"):
             raise unknown("flag", f"--{_spelled(word)}", [f"--{name}" for name in flags], otherwise=_see_help(verb))
         if OVERRIDE.match(word):
             raise unknown_key(word.partition("=")[0], options_class, verb)
-        if not positional or taken:
+        if not positional or (bare and names[positional].kind is not tuple):
             raise UsageError(f"{word!r} is neither a flag nor key=value; {_see_help(verb)}")
-        settings.append((positional, word))
-        taken = True
+        bare.append(word)
+    if bare:
+        settings.append((positional, bare if names[positional].kind is tuple else bare[0]))
     return Parsed(values.get("preset"), values.get("config"), values.get("dry_run", False), settings)
 
 

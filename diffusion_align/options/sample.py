@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .names import UsageError
+from .names import UsageError, shard_of
 from .schema import option
 
 
@@ -41,20 +41,29 @@ class Sample:
 @dataclass(frozen=True)
 class Evaluate:
     # fmt: off
-    run: str | None = option(None, "run", "run folder to evaluate")
-    prompts: str = option("held-out", "prompts", "file with one prompt a line, or held-out (captions of the embedded world that no training set names)")
+    run: tuple[str, ...] = option((), "models", "run folders, checkpoints in them (RUN/checkpoints/step-...), or models by folder or hub id")
+    base: str | None = option(None, "models", "what they are compared with: a run, checkpoint or model (default: the base of the first run)")
+
+    prompts: str = option("held-out", "prompts", "file of prompts (lines; .jsonl or .tsv with categories), a list of assets/prompts by name, or held-out (captions of the embedded world that no training set names)")
     num_prompts: int = option(500, "prompts", "use the first N prompts", at_least=2)
+    num_images_per_prompt: int = option(1, "prompts", "pictures of each prompt; diversity needs two", at_least=1)
 
-    steps: int = option(15, "sampler", "steps of DPM-Solver++ 2M, trailing, for both models", aliases=("num_inference_steps",), at_least=1)
+    sampler: tuple[str, ...] = option(("dpmpp", "ddim"), "sampler", "dpmpp (DPM-Solver++ 2M), ddim, or both: the sampler can turn a ranking around. The first one's figures lead the report", choices=("dpmpp", "ddim"))
+    steps: int = option(15, "sampler", "steps, trailing, for every model and sampler", aliases=("num_inference_steps",), at_least=1)
     guidance: float = option(4.0, "sampler", "classifier-free guidance; 1 is none", aliases=("guidance_scale",), at_least=0)
-    seed: int = option(0, "sampler", "prompt i starts from the same noise, keyed by (seed, i), in both models", at_least=0)
+    seed: int = option(0, "sampler", "prompt i starts from the same noise, keyed by (seed, i), in every model", at_least=0)
 
-    reward: str = option("tiny", "score", "reward beside the judge: tiny (the embedded one), an open_clip name, or none")
-    pictures: int = option(12, "score", "pairs of pictures shown in the report", at_least=0)
+    reward: str = option("tiny", "score", "reward beside the judge, usually the one trained on: tiny (the embedded one), any other reward's name, or none")
+    held_out_reward: tuple[str, ...] = option((), "score", "further rewards, which training has not seen: what they do not gain is the gap of reward hacking")
+    features: str = option("tiny", "score", "network whose features measure diversity and distances: tiny, an open_clip name such as ViT-L-14-336:openai, or none")
+    reference_pictures: str | None = option(None, "score", "folder of real pictures to measure distances to (default: for the embedded world its renderings, else none)")
+    pictures: int = option(24, "score", "pairs of pictures shown in the report", at_least=0)
 
+    shard: str | None = option(None, "machine", "K/N: draw a share of the prompts, K from 0 to N - 1; all shards fill one folder, and the last one to end writes the report", saved=False)
     batch_size: int = option(64, "machine", "pictures at a time", at_least=1)
     device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
     mixed_precision: str = option("no", "machine", "precision of the network", choices=("no", "fp16", "bf16"))
+    output_dir: str | None = option(None, "output", "where the report goes (default: the run, if there is one; else evaluations)")
     # fmt: on
 
 
@@ -76,7 +85,16 @@ def check_evaluate(options: Evaluate) -> None:
     """What no single option can know.
 
     Raises:
-        UsageError: no run.
+        UsageError: no run, one given twice, or a shard that there is not.
     """
-    if options.run is None:
-        raise UsageError("which run? diffusion-align evaluate RUN_FOLDER")
+    if not options.run:
+        raise UsageError("which run? diffusion-align evaluate RUN_FOLDER ...")
+    for what, given in (("run", options.run), ("sampler", options.sampler), ("reward", rewards_of(options))):
+        if len(set(given)) < len(given):
+            raise UsageError(f"{what} {max(given, key=list(given).count)!r} is given twice")
+    shard_of(options.shard)
+
+
+def rewards_of(options: Evaluate) -> tuple[str, ...]:
+    """Names of the rewards, the trained one first."""
+    return (() if options.reward == "none" else (options.reward,)) + options.held_out_reward

@@ -3,10 +3,9 @@
 # ruff: noqa: E501  (a table: one option a line)
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
-from .names import UsageError
+from .names import UsageError, shard_of
 from .schema import option
 
 
@@ -39,18 +38,6 @@ class Synth:
     # fmt: on
 
 
-def shard_of(options: Synth) -> tuple[int, int]:
-    """(K, N) of `--shard K/N`; the whole is 0 of 1.
-
-    Raises:
-        UsageError: it is not of that form.
-    """
-    found = re.fullmatch(r"(\d+)/(\d+)", options.shard or "0/1")
-    if found is None or int(found[1]) >= int(found[2]):
-        raise UsageError(f"machine.shard must be K/N with K from 0 to N - 1, such as 0/4, not {options.shard!r}")
-    return int(found[1]), int(found[2])
-
-
 def check_synth(options: Synth) -> None:
     """What no single option can know.
 
@@ -72,4 +59,4 @@ def check_synth(options: Synth) -> None:
         raise UsageError("sampler.order 3 is for sampler.eta 0 only")
     if o.solver == "ddim" and o.eta > 1:
         raise UsageError(f"sampler.eta of ddim is at most 1, not {o.eta:g}")
-    shard_of(o)
+    shard_of(o.shard)

@@ -109,6 +109,7 @@ def train_pairs(
     progress: Progress | None = None,
     max_skipped_in_row: int = 5,
     check_start: bool = True,
+    weights: Sequence[float] | None = None,
 ) -> Iterator[StepRecord]:
     """Train on pairs with any loss of `pair_losses`; yields after each optimizer step.
 
@@ -125,15 +126,23 @@ def train_pairs(
         max_grad_norm: clip the total gradient norm; None leaves it.
         progress: where to go on; None starts a fresh run.
         check_start: stop a fresh run whose policy is not exactly its reference before the first update.
+        weights: [len(cache)] factors on the pairs' losses, such as the strength of a preference; the mean stays one
+            over pairs, so `loss` starts at log 2 times their mean. None: 1 each.
 
     Metrics: implicit_accuracy; winner_error_gap and loser_error_gap (policy minus reference, mean over dims);
     margin_p05, margin_p50, margin_p95 (beta times margin); grad_norm (before clipping), lr, samples, skipped.
 
     Raises:
         RuntimeError: the first margins are not exactly 0 (see `check_start`).
-        ValueError, NonFiniteError: as `steps.run_steps`.
+        ValueError: weights that are not one finite number >= 0 a pair, or as `steps.run_steps`. NonFiniteError: as
+            there.
     """
     dims: list[int] = []
+    of_pair = None if weights is None else torch.tensor(weights, dtype=torch.float32)
+    if of_pair is not None and (
+        of_pair.shape != (len(cache),) or not bool((of_pair >= 0).all() & of_pair.isfinite().all())
+    ):
+        raise ValueError(f"expected {len(cache)} weights, finite and not below 0, one a pair")
 
     def micro_batch(samples: list[Sample]) -> dict[str, Tensor]:
         latents, text = cache.batch([index for _, index in samples])
@@ -146,7 +155,10 @@ def train_pairs(
                 reference = predict_reference(noised.x, noised.t, noised.text)
             pairs = PairOutputs(predict_policy(noised.x, noised.t, noised.text), reference, noised.target)
         gap = pairs.errors.detach() - pairs.reference_errors
-        return {"loss": loss(pairs), "margin": margin_of(pairs), "winner_gap": gap[0], "loser_gap": gap[1]}
+        losses = loss(pairs)
+        if of_pair is not None:
+            losses = losses * of_pair[[index for _, index in samples]].to(losses)
+        return {"loss": losses, "margin": margin_of(pairs), "winner_gap": gap[0], "loser_gap": gap[1]}
 
     def summarise(columns: dict[str, Tensor]) -> dict[str, float]:
         return {

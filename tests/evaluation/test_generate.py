@@ -11,6 +11,7 @@ from helpers_tiny import make_tiny_folder
 
 from diffusion_align.data.images import ImageError
 from diffusion_align.evaluation import evaluation_table, generate, read_picture, read_pictures, save_pictures
+from diffusion_align.evaluation.generate import missing_pictures, picture_path
 from diffusion_align.models import load_pipeline
 from diffusion_align.models.analytic import gaussian_denoiser
 from diffusion_align.rng import normal
@@ -52,8 +53,11 @@ ODE = evaluation_table(SCHEDULE, 6)
 SDE = step_table(SCHEDULE, 6, eta=1.0)
 
 
-def pictures(gate, batch_size, table=ODE, prompts=PROMPTS, seed=5, indices=None):
-    batches = generate(gate, prompts, seed=seed, table=table, guidance=2.0, batch_size=batch_size, indices=indices)
+def pictures(gate, batch_size, table=ODE, prompts=PROMPTS, seed=5, numbers=None, per_prompt=1):
+    batches = generate(
+        gate, prompts,
+        seed=seed, table=table, guidance=2.0, batch_size=batch_size, numbers=numbers, per_prompt=per_prompt,
+    )  # fmt: skip
     found = {}
     for part, images in batches:
         found |= dict(zip(part, images, strict=True))
@@ -85,7 +89,7 @@ def test_the_batch_size_does_not_change_a_picture(table):
         other = pictures(FakeGate(), batch_size, table)
         assert other.keys() == alone.keys()
         assert all(torch.equal(other[i], alone[i]) for i in alone)
-    some = pictures(FakeGate(), 2, table, indices=[6, 1, 3])
+    some = pictures(FakeGate(), 2, table, numbers=[6, 1, 3])
     assert list(some) == [6, 1, 3] and all(torch.equal(some[i], alone[i]) for i in some)
 
 
@@ -123,10 +127,60 @@ def test_bad_batch_size_and_diverged_models_are_refused():
         pictures(gate, 2, prompts=[*PROMPTS[:3], "a longer one"])
 
 
-def save(gate, folder, prompts=PROMPTS, seed=5, table=ODE, guidance=2.0, facts=None):
-    return list(
-        save_pictures(gate, prompts, folder, seed=seed, table=table, guidance=guidance, batch_size=3, facts=facts)
+@pytest.mark.parametrize("table", [ODE, SDE], ids=["ode", "sde"])
+def test_more_pictures_of_a_prompt_leave_the_first_as_it_is(table):
+    one, three = pictures(FakeGate(), 3, table), pictures(FakeGate(), 4, table, per_prompt=3)
+    assert sorted(three) == list(range(21))
+    assert all(torch.equal(three[3 * i], one[i]) for i in range(7))
+    distinct = {tuple(image.flatten().tolist()) for image in three.values()}
+    assert len(distinct) == 21
+    noise = normal(SHAPE, 5, "evaluation", 4, 2)[None]
+    gate = FakeGate()
+    expected = gate.decode(sample(gate.denoiser(gate.encode_text([PROMPTS[4]])), ODE, noise))[0]
+    if table is ODE:
+        torch.testing.assert_close(three[14], expected, atol=1e-6, rtol=0)
+
+
+def save(gate, folder, prompts=PROMPTS, seed=5, table=ODE, guidance=2.0, facts=None, **more):
+    settings = {"seed": seed, "table": table, "guidance": guidance, "batch_size": 3, "facts": facts}
+    return list(save_pictures(gate, prompts, folder, **settings, **more))
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_folder_is_genevals(tmp_path):
+    """00000/metadata.jsonl with the prompt and its tags, 00000/samples/0000.png and on."""
+    extras = [{"tag": "count", "include": [{"class": "circle", "count": i}]} for i in range(2)]
+    save(FakeGate(), tmp_path, prompts=PROMPTS[:2], per_prompt=2, extras=extras)
+    one = ("metadata.jsonl", "samples/0000.png", "samples/0001.png")
+    assert sorted(contents(tmp_path)) == sorted(
+        [*(f"0000{i}/{name}" for i in range(2) for name in one), "pictures.json"]
     )
+    lines = (tmp_path / "00001" / "metadata.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{**extras[1], "prompt": PROMPTS[1]}]
+
+
+@pytest.mark.parametrize("count", [2, 3, 9])
+def test_shards_fill_one_folder_without_gap_or_double(tmp_path, count):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    save(FakeGate(), whole, per_prompt=2)
+    drawn = [
+        number
+        for i in range(count)
+        for part in save(FakeGate(), parts, per_prompt=2, shard=(i, count))
+        for number in part
+    ]
+    assert sorted(drawn) == list(range(14)) and contents(parts) == contents(whole)
+    assert save(FakeGate(), parts, per_prompt=2) == [] and missing_pictures(parts, 14, 2) == []
+    (parts / "00003" / "samples" / "0001.png").write_bytes(b"cut")
+    assert missing_pictures(parts, 14, 2) == [7]
+    assert save(FakeGate(), parts, per_prompt=2, shard=(3 % count, count)) == [[7]] and contents(parts) == contents(
+        whole
+    )
+    with pytest.raises(ValueError, match="shards are counted from 0"):
+        save(FakeGate(), parts, shard=(2, 2))
 
 
 def test_saved_pictures_come_back_rounded_to_eight_bits(tmp_path):
@@ -139,21 +193,19 @@ def test_saved_pictures_come_back_rounded_to_eight_bits(tmp_path):
     }
     assert list(back) == list(range(7))
     assert all(torch.equal(back[i], (direct[i].double() * 255).round().float() / 255) for i in back)
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [*(f"000{i}.png" for i in range(7)), "pictures.json"]
 
 
 def test_an_interrupted_folder_is_completed_and_whole_pictures_stay(tmp_path):
     save(FakeGate(), tmp_path)
-    whole = {p.name: p.read_bytes() for p in tmp_path.glob("*.png")}
-    (tmp_path / "0002.png").unlink()
-    (tmp_path / "0004.png").write_bytes(whole["0004.png"][:60])  # cut off
-    (tmp_path / "0005.png").write_bytes(b"")
-    kept = (tmp_path / "0003.png").stat().st_mtime_ns
+    whole, (gone, kept_file, cut, empty) = contents(tmp_path), (picture_path(tmp_path, i) for i in (2, 3, 4, 5))
+    gone.unlink()
+    cut.write_bytes(cut.read_bytes()[:60])
+    empty.write_bytes(b"")
+    kept = kept_file.stat().st_mtime_ns
     gate = FakeGate()
     assert save(gate, tmp_path) == [[2, 4, 5]]
     assert gate.encoded == ["prompt 2", "prompt 4", "prompt 5"]
-    assert {p.name: p.read_bytes() for p in tmp_path.glob("*.png")} == whole
-    assert (tmp_path / "0003.png").stat().st_mtime_ns == kept
+    assert contents(tmp_path) == whole and kept_file.stat().st_mtime_ns == kept
     assert save(gate, tmp_path) == []
 
 
@@ -162,11 +214,13 @@ def test_a_killed_write_leaves_no_half_picture(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     # The package exports a function of the same name, so the module is reached through sys.modules.
-    monkeypatch.setattr(sys.modules["diffusion_align.evaluation.generate"], "os", SimpleNamespace(replace=killed))
+    monkeypatch.setattr(
+        sys.modules["diffusion_align.evaluation.generate"], "os", SimpleNamespace(replace=killed, getpid=lambda: 1)
+    )
     with pytest.raises(KeyboardInterrupt):
         save(FakeGate(), tmp_path)
     monkeypatch.undo()
-    assert not list(tmp_path.glob("0*.png")) and save(FakeGate(), tmp_path)[0] == [0, 1, 2]
+    assert not list(tmp_path.rglob("0*.png")) and save(FakeGate(), tmp_path)[0] == [0, 1, 2]
 
 
 def test_a_folder_of_other_pictures_is_refused(tmp_path):
@@ -179,6 +233,7 @@ def test_a_folder_of_other_pictures_is_refused(tmp_path):
         ({"gate": FakeGate(name="tuned")}, "another model"),
         ({"facts": {"adapter": "run 2"}}, "another adapter"),
         ({"facts": None}, "another adapter"),
+        ({"per_prompt": 2}, "another per_prompt"),
         ({"prompts": ["prompt 0", "changed"]}, r"other prompts \(number 1\)"),
     ]:
         with pytest.raises(ValueError, match=match):
@@ -198,10 +253,10 @@ def test_hostile_prompts_never_name_a_file(tmp_path):
 
 def test_a_broken_or_missing_picture_is_named(tmp_path):
     save(FakeGate(), tmp_path)
-    (tmp_path / "0001.png").write_bytes(b"not a picture")
-    with pytest.raises(ImageError, match=r"0001\.png"):
+    picture_path(tmp_path, 1).write_bytes(b"not a picture")
+    with pytest.raises(ImageError, match=r"00001/samples/0000\.png"):
         list(read_pictures(tmp_path, 7))
-    with pytest.raises(FileNotFoundError, match=r"0009\.png"):
+    with pytest.raises(FileNotFoundError, match=r"00009/samples/0000\.png"):
         read_picture(tmp_path, 9)
 
 

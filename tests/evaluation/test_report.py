@@ -1,6 +1,7 @@
 """The report: its figures, its shape, and captions from strangers, which must be shown and never act."""
 
 import base64
+import csv
 import io
 import json
 import math
@@ -12,8 +13,20 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from diffusion_align.evaluation import compare_metric, escape, pairs_picture, write_report
-from diffusion_align.evaluation.page import CSP, data_uri
+from diffusion_align.evaluation import (
+    Measured,
+    as_csv,
+    by_category,
+    compare_metric,
+    comparisons,
+    distances_to,
+    escape,
+    order_of_models,
+    pairs_picture,
+    write_report,
+)
+from diffusion_align.evaluation.gallery import data_uri
+from diffusion_align.evaluation.page import CSP
 from diffusion_align.evaluation.report import choose_pairs, headline_sentence, without_secrets
 from diffusion_align.evaluation.sheet import wrap
 
@@ -42,7 +55,7 @@ ROWS = [
 TEXT_TAGS = {"title", "h1", "h2", "h3", "p", "td", "th", "dt", "dd", "pre", "figcaption", "span", "b", "text", "style"}
 TAGS = TEXT_TAGS | {
     "html", "head", "meta", "body", "main", "section", "div", "table", "thead", "tbody", "tr", "figure", "img",
-    "svg", "line", "path", "circle", "dl",
+    "svg", "line", "path", "circle", "dl", "input", "label",
 }  # fmt: skip
 
 
@@ -101,7 +114,8 @@ def assert_harmless(markup):
             "background",
         )
         assert key != "src" or (tag == "img" and value.startswith("data:image/png;base64,"))
-        assert key != "style" or re.fullmatch(r"--c:var\(--c\d\)", value)
+        assert key != "style" or re.fullmatch(r"--c:var\(--c\d\)|--g:\d+;--l:\d+", value)
+        assert tag != "input" or key in ("name", "id", "checked") or (key, value) == ("type", "radio")
     style = re.search(r"<style>(.*?)</style>", markup, re.DOTALL)
     assert style and "url(" not in style.group(1) and "@import" not in style.group(1)
     return page
@@ -173,7 +187,7 @@ def test_pairs_shown_are_gains_losses_and_a_blind_draw():
 
 def test_marks_and_pictures_belong_to_their_prompt(tmp_path):
     report, markup = write(tmp_path)
-    figures = re.findall(r"<figure>(.*?)</figure>", markup)
+    figures = re.findall(r"<figure .*?>(.*?)</figure>", markup)
     for figure, entry in zip(figures, report["shown"], strict=True):
         index = entry["index"]
         base, tuned = re.findall(r'base64,(\S+?)"', figure)
@@ -182,6 +196,62 @@ def test_marks_and_pictures_belong_to_their_prompt(tmp_path):
             assert pixels.shape == (16, 16, 3) and np.all(pixels == round(expected[0, 0, 0].item() * 255))
         marks = ["✓" if scores["judge/all"][index] == 1 else "✗" for scores in (BASE, TUNED)]
         assert re.findall("[✓✗]", figure) == marks and PROMPTS[index] in figure
+
+
+def test_pictures_are_numbered_by_gain_and_by_loss(tmp_path):
+    """The orders that the page's style puts them in, worked out from the scores."""
+    report, markup = write(tmp_path)
+    places = [(int(g), int(w)) for g, w in re.findall(r'<figure style="--g:(\d+);--l:(\d+)"', markup)]
+    gains = [float(TUNED["judge/all"][e["index"]] - BASE["judge/all"][e["index"]]) for e in report["shown"]]
+    for which, sign in ((0, -1), (1, 1)):
+        assert sorted(place[which] for place in places) == list(range(len(gains)))
+        ordered = [gain for _, gain in sorted(zip([p[which] for p in places], gains, strict=True))]
+        assert ordered == sorted(gains, key=lambda gain: sign * gain)
+
+
+def test_what_a_breakdown_found_is_in_the_page_and_the_table(tmp_path):
+    groups = torch.arange(N)
+    features = {"base": torch.eye(N), "tuned": torch.eye(N) + 0.5, "other": torch.ones(N, N) + 0.1 * torch.eye(N)}
+    base = [Measured("base", sampler, BASE, features["base"]) for sampler in ("dpmpp", "ddim")]
+    models = [
+        Measured("<b>tuned</b>", "dpmpp", TUNED, features["tuned"]),
+        Measured("other", "dpmpp", BASE, features["other"]),
+        Measured("<b>tuned</b>", "ddim", BASE, features["tuned"]),
+        Measured("other", "ddim", TUNED, features["other"]),
+    ]
+    compared = comparisons(base, models, groups // 2, seed=0, resamples=2000)
+    kinds = {"tag: two": [0, 1, 4], "tag: <i>one</i>": [2]}
+    further = {
+        "comparisons": compared,
+        "order": order_of_models(compared, "judge/all"),
+        "categories": by_category(BASE, TUNED, ["judge/all", "clip"], kinds, groups, seed=0, resamples=2000),
+        "distances": distances_to(features["base"], [*base, *models]),
+        "features": "eye",
+    }
+    table = as_csv(PROMPTS, kinds, [*base, *models])
+    report, markup = write(tmp_path, further=further, table=table)
+    assert (
+        report["comparisons"][0]["metrics"]["judge/all"]["difference"] == report["metrics"]["judge/all"]["difference"]
+    )
+    assert report["order"] == {"dpmpp": ["<b>tuned</b>", "base", "other"], "ddim": ["other", "base", "<b>tuned</b>"]}
+    assert "SAMPLERS DISAGREE" in markup and "&lt;b&gt;tuned&lt;/b&gt; &gt; base" in markup
+    assert_harmless(markup)
+    two = report["categories"]["tag: two"]["judge/all"]
+    assert (two["n"], two["base"], two["tuned"]) == (3, pytest.approx(2 / 3), 1.0)
+    assert [row["kid"] for row in report["distances"]][0] < report["distances"][2]["kid"]
+    assert report["distances"][0]["few_for_frechet"] and "(few)" in markup
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "report.csv").read_text())))
+    assert len(rows) == 6 * N and rows[4]["categories"] == "tag: two" and rows[4]["prompt"] == PROMPTS[4]
+    assert float(rows[2 * N + 4]["clip"]) == pytest.approx(float(TUNED["clip"][4]), rel=1e-5)
+    assert rows[2]["judge/relation"] == "" and rows[2 * N]["model"] == "<b>tuned</b>"
+
+
+def test_a_prompt_is_no_formula_in_a_spreadsheet():
+    prompts = ["=cmd|' /C calc'!A0", "+1", "-1", "@x", "\tx", "plain, with a comma", "\ud800", "a\nb"]
+    measured = [Measured("m", "dpmpp", {"r": torch.zeros(len(prompts))})]
+    rows = list(csv.DictReader(io.StringIO(as_csv(prompts, {}, measured), newline="")))
+    assert [row["prompt"] for row in rows[:5]] == [f"'{prompt}" for prompt in prompts[:5]]
+    assert rows[5]["prompt"] == prompts[5] and rows[6]["prompt"] == "\\ud800" and rows[7]["prompt"] == "a\nb"
 
 
 def test_large_pictures_are_reduced():

@@ -134,6 +134,34 @@ def test_training_prefers_the_winners():
         assert record.metrics["winner_error_gap"] < record.metrics["loser_error_gap"]
 
 
+def test_weights_scale_each_pairs_share_of_the_step():
+    """One step over all pairs moves the network by the weighted sum of what each pair alone moves it by."""
+    count = 4
+
+    def moved(weights):
+        run = make_run(
+            optimizer="sgd", warmup=0, cache=MemoryPairs(count), batch_size=count, max_grad_norm=None, weights=weights
+        )
+        start = run.weights()["up"]
+        record = next(run.steps())
+        return run.weights()["up"] - start, record.loss
+
+    alone = [moved([float(i == j) for j in range(count)])[0] for i in range(count)]
+    weights = [0.5, 0.0, 2.0, 1.0]
+    together, loss = moved(weights)
+    expected = sum(w * step for w, step in zip(weights, alone, strict=True))
+    torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-8)
+    assert all(float(step.abs().max()) > 1e-5 for step in alone)
+    assert loss == pytest.approx(math.log(2) * sum(weights) / count)
+    assert torch.equal(moved(None)[0], moved([1.0] * count)[0])
+
+
+@pytest.mark.parametrize("weights", [[1.0] * 9, [1.0] * 9 + [-0.1], [1.0] * 9 + [math.nan]])
+def test_weights_that_are_none_are_refused(weights):
+    with pytest.raises(ValueError, match="expected 10 weights, finite and not below 0, one a pair"):
+        next(make_run(weights=weights).steps())
+
+
 def test_metrics_are_the_means_of_the_step():
     """Against errors computed outside the loop for a policy that is not its reference."""
     run = make_run(check_start=False)

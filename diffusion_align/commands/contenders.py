@@ -1,0 +1,105 @@
+"""Who is measured: the result of a run, a checkpoint of one, or a model by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from diffusion_align.commands.sources import present_model
+from diffusion_align.commands.tuned import base_of, load_tuned, run_config, trained_weights, weights_digest
+
+if TYPE_CHECKING:
+    from diffusion_align.models import TextToImage
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`base` is the model it stands on: name, revision, variant. `trained` is a folder of a run or of a checkpoint, or
+    None for the base itself; `config` the run's."""
+
+    name: str
+    base: dict[str, Any]
+    trained: Path | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_checkpoint(self) -> bool:
+        return self.trained is not None and self.trained.parent.name == CHECKPOINTS
+
+    def weights(self) -> str:
+        """A short name for the trained weights, by content."""
+        if self.trained is None:
+            return "base"
+        return weights_digest(self.trained, "model.safetensors" if self.is_checkpoint else None)
+
+    def load(self, device: str | None) -> TextToImage:
+        """The gate with its weights in place.
+
+        Raises:
+            FileNotFoundError, ValueError: as `load_pipeline` and `load_tuned`; CheckpointError for a damaged one.
+        """
+        from diffusion_align.models import load_pipeline
+
+        name = self.base["pretrained_model_name_or_path"]
+        gate = load_pipeline(name, device=device, revision=self.base["revision"], variant=self.base["variant"])
+        if self.is_checkpoint:
+            _load_checkpoint(gate, self)
+        elif self.trained is not None:
+            load_tuned(gate, self.trained)
+        return gate
+
+
+def contender(where: str) -> Contender:
+    """What a word on the command line means: a run folder, RUN/checkpoints/step-..., or a model's folder or hub id.
+
+    Raises:
+        FileNotFoundError: a folder that is none of them, or a run without trained weights.
+    """
+    path = Path(where).expanduser()
+    run = path.parent.parent if path.parent.name == CHECKPOINTS else path
+    on_hub = where == "tiny" or (where.count("/") == 1 and not where.startswith((".", "/", "~")))
+    if not path.exists() and (run != path or not on_hub):
+        raise FileNotFoundError(f"{where}: no such run, checkpoint or model")
+    if (path / "model_index.json").is_file() or not path.exists():
+        return Contender(path.name, {"pretrained_model_name_or_path": present_model(where), **_PLAIN})
+    config = run_config(run)
+    base = base_of(config)
+    base["pretrained_model_name_or_path"] = present_model(base["pretrained_model_name_or_path"])
+    if run == path:
+        trained_weights(path)
+        return Contender(path.resolve().name, base, path, config)
+    return Contender(f"{run.resolve().name} {path.name}", base, path, config)
+
+
+_PLAIN = {"revision": None, "variant": None}
+
+
+def base_contender(of: Contender) -> Contender:
+    """The model that another one started from."""
+    return Contender("base", of.base)
+
+
+@torch.no_grad()
+def _load_checkpoint(gate: TextToImage, who: Contender) -> None:
+    """The trained weights of a checkpoint; their average, where the run keeps one and would export it."""
+    from diffusion_align.models import add_lora
+    from diffusion_align.models.adapters import TARGETS
+    from diffusion_align.train import checkpoint
+
+    assert who.trained is not None
+    saved = checkpoint.load(who.trained)
+    adapter = who.config.get("adapter") or {}
+    if adapter.get("mode", "lora") == "lora":
+        add_lora(gate.unet, adapter["rank"], adapter.get("network_alpha"), TARGETS[adapter["lora_targets"]])
+    weights = saved.tensors.get("ema") or saved.tensors["model"]
+    named = dict(gate.unet.named_parameters())
+    wrong = [key for key, value in weights.items() if key not in named or named[key].shape != value.shape]
+    if wrong:
+        raise ValueError(f"{who.trained}: {wrong[0]!r} does not fit the model that its run's config.yaml names")
+    for key, value in weights.items():
+        named[key].copy_(value)

@@ -1,0 +1,129 @@
+"""The report of `evaluate`: which model is compared with which, and how it is told on a terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_align.commands.contenders import Contender
+from diffusion_align.commands.judging import Judging, reference_features
+from diffusion_align.commands.prompt_lists import Prompt
+from diffusion_align.commands.prompt_lists import by_category as prompts_by_category
+from diffusion_align.evaluation import (
+    Measured,
+    as_csv,
+    by_category,
+    comparisons,
+    distances_to,
+    order_of_models,
+    pairs_picture,
+    read_picture,
+    write_report,
+)
+from diffusion_align.options import Evaluate
+from diffusion_align.options.sample import rewards_of
+
+SHEET_SIDE = 192  # pixels of a picture on the contact sheet
+SHEET_PAIRS = 12
+
+
+def report(
+    o: Evaluate, out: Path, names: dict[str, Contender], prompts: Sequence[Prompt], texts: list[str], judging: Judging,
+    measured: dict[tuple[str, str], Measured], folders: dict[tuple[str, str], Path], facts: dict[str, Any],
+) -> int:  # fmt: skip
+    first, lead = next(name for name in names if name != "base"), o.sampler[0]
+    base, tuned = measured["base", lead], measured[first, lead]
+    distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    groups = torch.tensor([distinct[text] for text in texts])
+    headline = "judge/all" if judging.judges else next(iter(judging.rewards))
+    each = [number for number in range(len(prompts)) for _ in range(o.num_images_per_prompt)]
+    kinds = {
+        category: [i for i, number in enumerate(each) if number in set(numbers)]
+        for category, numbers in prompts_by_category(prompts).items()
+    }
+    resampling = {"seed": o.seed, "resamples": 10_000}
+    models = [one for (name, _), one in measured.items() if name != "base"]
+    compared = comparisons([one for (name, _), one in measured.items() if name == "base"], models, groups, **resampling)
+    shares = [headline, *judging.rewards] if judging.judges else list(judging.rewards)
+    further: dict[str, Any] = {
+        "comparisons": compared,
+        "order": order_of_models(compared, headline),
+        "categories": by_category(base.scores, tuned.scores, shares, kinds, groups, **resampling),
+        "features": o.features if judging.features is not None else "none",
+    }
+    if (reference := reference_features(o, judging, prompts)) is not None:
+        further["distances"] = distances_to(reference, list(measured.values()))
+    config, several = names[first].config, ", ".join(list(names)[1:])
+    per = o.num_images_per_prompt
+
+    def pair(i: int) -> tuple[Tensor, Tensor]:
+        return read_picture(folders["base", lead], i, per), read_picture(folders[first, lead], i, per)
+
+    found = write_report(
+        out, texts, base.scores, tuned.scores,
+        headline=headline,
+        pictures=pair,
+        rows=_metrics(Path(o.run[0]) / "metrics.jsonl"),
+        config=config,
+        facts={**facts, "samplers": ", ".join(o.sampler), "rewards": ", ".join(rewards_of(o)) or "none"},
+        further=further,
+        table=as_csv(texts, kinds, list(measured.values())),
+        title=f"{names[first].name}: base and tuned" if len(names) == 2 else f"{several} against base",
+        seed=o.seed,
+        shown=o.pictures,
+        model=first,
+    )  # fmt: skip
+    chosen = [entry["index"] for entry in found["shown"]][:SHEET_PAIRS]
+    _write_sheet(chosen, pair, texts, base.scores, tuned.scores, out / "pairs.png")
+    print("\n".join(summary(found)))
+    print(f"report: {out / 'report.html'}")
+    return 0
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a run's metrics; a run that was made elsewhere may come without them."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _write_sheet(
+    indices: Sequence[int], pair: Any, texts: Sequence[str], base: Mapping[str, Tensor], tuned: Mapping[str, Tensor],
+    path: Path,
+) -> None:  # fmt: skip
+    if not indices:
+        return
+    before, after = (torch.stack(side) for side in zip(*(pair(i) for i in indices), strict=True))
+    marks = [
+        tuple(bool(scores["judge/all"][i]) if "judge/all" in scores else None for scores in (base, tuned))
+        for i in indices
+    ]
+    factor = max(1, SHEET_SIDE // before.shape[-1])
+    pairs_picture(before, after, [texts[i] for i in indices], [(a, b) for a, b in marks], path, factor=factor)
+
+
+def summary(report: dict[str, Any]) -> list[str]:
+    """The report's headline and one line a metric, then one a further model or sampler, for a terminal."""
+    means = f"{'base':>8} {'tuned':>8} {'change':>8}"
+    head = f"{'metric':18} {'n':>5} {means}   {'95 % interval':18} {'better':>7} {'worse':>6}"
+    lines = [report["headline"]["sentence"], "", head]
+    lines += [_line(name, m) for name, m in report["metrics"].items() if m["n"]]
+    metric, compared = report["headline"]["metric"], report.get("comparisons", [])
+    if len(compared) > 1:
+        lines += ["", f"{metric} by model and sampler"]
+        lines += [_line(f"{row['model']} {row['sampler']}", row["metrics"][metric]) for row in compared]
+    if len({tuple(order) for order in report.get("order", {}).values()}) > 1:
+        orders = "; ".join(f"{sampler}: {' > '.join(order)}" for sampler, order in report["order"].items())
+        lines.append(f"note: the samplers disagree about the order of the models: {orders}")
+    return lines
+
+
+def _line(name: str, m: dict[str, Any]) -> str:
+    interval = "" if m["low"] is None else f"{m['low']:+.4f} to {m['high']:+.4f}"
+    numbers = f"{m['base']:8.4f} {m['tuned']:8.4f} {m['difference']:+8.4f}"
+    return f"{name:18} {m['n']:5d} {numbers}   {interval:18} {m['wins']:7d} {m['losses']:6d}"
