@@ -17,6 +17,7 @@ OTHER_VERBS = {
     "presets ls": "list the presets",
     "presets show": "print a preset, with the unit and the source of each number: presets show METHOD/NAME",
     "presets cp": "copy a preset, to edit and use with --config: presets cp METHOD/NAME [FILE]",
+    "reward ls": "list the rewards: what each measures, its unit, licence, weights, and what it needs",
     "doctor": "versions, devices and what is missing",
 }
 
@@ -68,10 +69,11 @@ def _run(argv: list[str]) -> int:
     if words in VERBS:
         return _run_verb(words, rest)
     if words in OTHER_VERBS and not {"-h", "--help"} & set(rest):
-        from diffusion_align.commands import doctor, presets
+        from diffusion_align.commands import doctor, presets, reward_ls
 
         rest = [word for word in rest if word != "--traceback"]
-        return doctor.doctor(rest) if words == "doctor" else presets.presets(words.split()[1], rest)
+        other = {"doctor": doctor.doctor, "reward ls": reward_ls.reward_ls}
+        return other[words](rest) if words in other else presets.presets(words.split()[1], rest)
     print(overview(words))
     return 0
 

@@ -237,6 +237,7 @@ def test_lists_that_are_none_are_one_line(run, tmp_path, capsys, content, name, 
         (("--held_out_reward", "x", "--held_out_reward", "x"), 2, "reward 'x' is given twice"),
         (("{run}",), 2, "given twice"),
         (("--held_out_reward", "people"), 2, "data annotate"),
+        (("--held_out_reward", "pikscore"), 2, "unknown reward pikscore; did you mean pickscore?"),
         (("--reference_pictures", "{run}/samples/base/none"), 2, "no .png, .jpg or .webp lies in"),
         (("--prompts", "{dogs}"), 2, "nothing to score with"),
         (

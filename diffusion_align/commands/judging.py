@@ -39,11 +39,13 @@ def check_judging(o: Evaluate, in_world: bool) -> None:
     """Refuse what cannot be scored; loads nothing.
 
     Raises:
-        UsageError: the embedded reward for strange prompts, people, or nothing to score with.
-        ValueError: not the name of a reward.
+        UsageError: no such reward, the embedded one for strange prompts, people, or nothing to score with.
     """
     for name in rewards_of(o):
-        require_reward(name)
+        try:
+            require_reward(name)
+        except (ValueError, FileNotFoundError) as error:
+            raise UsageError(str(error)) from error
         if name in ("tiny", "judge") and not in_world:
             raise UsageError(
                 f"the embedded {_word(name)} knows captions of the embedded world only; give --reward NAME or none"

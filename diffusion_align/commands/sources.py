@@ -48,11 +48,15 @@ def fetch_pairs(name: str, split: str, cache_dir: str | None) -> Path:
 
 
 def read_prompts(path: str) -> list[str]:
-    """The lines of a text file that are not blank.
+    """The lines of a text file that are not blank; of a JSON list or JSON lines, the prompts.
 
     Raises:
         ValueError: not a text file in UTF-8, or no prompt in it.
     """
+    if Path(path).suffix in (".json", ".jsonl", ".ndjson"):
+        from diffusion_align.data.prompts import read_prompts as read_lists
+
+        return read_lists(path)
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:

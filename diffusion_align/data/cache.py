@@ -32,7 +32,7 @@ from diffusion_align import rng
 from diffusion_align.data.images import ImageError, load_picture
 from diffusion_align.data.layouts import Pair, Picture, Ranking, read_bytes
 from diffusion_align.data.pairs import check_bad_fraction, fingerprint
-from diffusion_align.data.readers import BadRow, DataError, digest
+from diffusion_align.data.readers import BadRow, DataError, digest, jsonl_rows
 from diffusion_align.data.shards import Shards, make_shard, write_bytes
 
 FORMAT = 1
@@ -146,6 +146,9 @@ def build_cache(
     }
     home = Path(folder) / digest(json.dumps(identity, sort_keys=True).encode())[:16]
     if (home / "manifest.json").is_file():
+        # The ceiling is this run's, not that of the run which built the cache.
+        bad = [BadRow(row["row"], row["reason"]) for _, row in jsonl_rows(home / "bad_rows.jsonl")]
+        check_bad_fraction(str(home / "bad_rows.jsonl"), bad, len(pairs) + len(known_bad), max_bad_fraction)
         return PairCache(home)
     home.mkdir(parents=True, exist_ok=True)
 

@@ -1,14 +1,8 @@
-"""Preference pairs from the layouts people have, recognised without flags.
+"""Preference pairs from every layout that compares pictures (`formats`), recognised without flags.
 
-| given | layout |
-|---|---|
-| parquet file, or folder of them | Pick-a-Pic: jpg_0, jpg_1, label_0, label_1, caption; or prompt, chosen, rejected |
-| folder with metadata.jsonl | chosen_file_name, rejected_file_name, prompt (the `datasets` image folder) |
-| .jsonl file | prompt, and chosen, rejected or chosen_file_name, rejected_file_name; paths relative to the file |
-
-No picture is read here: a pair holds a path, or the file, row and column of a parquet cell, so a set of any size is
-listed in seconds. Rows that cannot make a pair are counted with their reason; broken pictures are found when the
-cache is built.
+No picture is read here: a pair holds a path, or the file, row and column of a parquet cell, or the place of a member in
+its archive, so a set of any size is listed in seconds. Rows that cannot make a pair are counted with their reason;
+broken pictures are found when the cache is built, or by `data check`.
 """
 
 import hashlib
@@ -24,29 +18,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffusion_align.data import readers
-from diffusion_align.data.layouts import (
-    Pair,
-    ParquetItem,
-    Picture,
-    Ranking,
-    read_bytes,
-    read_jsonl,
-    read_parquet,
-)
+from diffusion_align.data.layouts import Pair, ParquetItem, Picture, Ranking, read_bytes
 from diffusion_align.data.readers import BadRow, DataError
+from diffusion_align.data.recognise import Source, recognise, rows
+from diffusion_align.data.rows import pairs_of
+from diffusion_align.data.tars import TarMember
 
 __all__ = ["Counts", "Pair", "Picture", "check_bad_fraction", "fingerprint", "read_pairs", "write_pairs_parquet"]
 
-_SPLITS = ("train", "validation", "valid", "val", "test", "dev")
 _LAYOUTS = (
     "parquet with jpg_0, jpg_1, label_0, label_1, caption (or prompt, chosen, rejected); a folder with metadata.jsonl; "
-    "or a .jsonl with prompt, chosen, rejected"
+    "a .jsonl with prompt, chosen, rejected; or another layout that `data inspect` knows"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What became of the rows: rows == used + ties + broken."""
+    """What became of the rows: used, a tie or broken. A row that ranks K pictures gives several pairs, so `used` may be
+    more than there are rows."""
 
     rows: int
     used: int
@@ -62,27 +51,46 @@ class Counts:
 def read_pairs(
     path: str | os.PathLike[str], *, split: str = "train", max_bad_fraction: float = 0.01
 ) -> tuple[list[Pair], Counts]:
-    """Read preference pairs from any layout in this module's table.
+    """Read preference pairs from any layout that compares pictures.
 
-    A tie (label_0 == 0.5) carries no preference: it is dropped and counted, never taken as a win. Where parquet files
-    are named by split (train-00000-of-00002.parquet), only `split` is read, so that a test split never slips into
-    training.
+    A tie carries no preference: it is dropped and counted, never taken as a win. A ranking gives a pair for every two
+    pictures of different relevance. Where files are named by split (train-00000-of-00002.parquet), only `split` is
+    read, so that a test split never slips into training.
 
     Raises:
-        DataError: unknown layout, missing column, a path outside the data's folder, nothing left, only ties, or more
-        than
-            `max_bad_fraction` of the rows broken. The message is one line with the file, the row or key, and the cure.
+        DataError: unknown layout, missing column, a path outside the data's folder, nothing left, only ties, no
+            preference at all, or more than `max_bad_fraction` of the rows broken. The message is one line with the
+            file, the row or key, and the cure.
     """
+    source = comparing(path, split, _LAYOUTS)
     pairs: list[Pair] = []
     bad: list[BadRow] = []
-    ties = 0
-    for file in find_files(Path(path), split, _LAYOUTS):
-        ties += (read_parquet if file.suffix == ".parquet" else read_jsonl)(file, pairs, bad)
-    return pairs, tally(path, len(pairs), ties, bad, max_bad_fraction, "pairs", "label_0 == 0.5")
+    ties = count = 0
+    for entry in rows(source):
+        count += 1
+        if isinstance(entry, BadRow):
+            bad.append(entry)
+        else:
+            found = pairs_of(entry)
+            ties += not found
+            pairs += found
+    return pairs, tally(path, count, len(pairs), ties, bad, max_bad_fraction, "pairs", source.format.tie)
+
+
+def comparing(path: str | os.PathLike[str], split: str, layouts: str) -> Source:
+    """What a path holds; DataError when that compares no pictures, with what it is good for."""
+    source = recognise(Path(path), split, layouts)
+    if source.format.holds in ("captions", "prompts"):
+        raise DataError(
+            f"{path}: {source.format.name}, which say nothing of what people prefer; data synth draws pictures of "
+            f"prompts and ranks them; to train on, give {layouts}"
+        )
+    return source
 
 
 def tally(
     source: str | os.PathLike[str],
+    rows: int,
     used: int,
     ties: int,
     bad: Sequence[BadRow],
@@ -94,7 +102,7 @@ def tally(
 
     `what` names the rows, in the plural; `tie` says how a tie is known.
     """
-    counts = Counts(used + ties + len(bad), used, ties, len(bad), tuple(bad), what)
+    counts = Counts(rows, used, ties, len(bad), tuple(bad), what)
     if counts.rows == 0:
         raise DataError(f"{source}: holds no rows; is this the right file?")
     if ties and ties == counts.rows:
@@ -115,41 +123,6 @@ def check_bad_fraction(source: str, bad: Sequence[BadRow], rows: int, max_bad_fr
         )
 
 
-def find_files(source: Path, split: str, layouts: str) -> list[Path]:
-    """The files that hold the data at `source`, a file or a folder: one list of files, or parquet files of one split.
-
-    Raises DataError, which says what `layouts` are known, when there are none or it is not clear which.
-    """
-    if source.is_dir():
-        return _files_of(source, split, layouts)
-    if source.suffix in (".parquet", ".jsonl", ".ndjson") and source.is_file():
-        return [source]
-    if source.exists():
-        raise DataError(
-            f"{source}: a {source.suffix or 'file without suffix'} is not a layout known here; give {layouts}"
-        )
-    raise DataError(f"{source}: no such file or folder; give {layouts}")
-
-
-def _files_of(folder: Path, split: str, layouts: str) -> list[Path]:
-    metadata = folder / "metadata.jsonl"
-    parquet = sorted(folder.rglob("*.parquet"))
-    if metadata.is_file() and parquet:
-        raise DataError(f"{folder}: holds both metadata.jsonl and {parquet[0].name}; name the file that is meant")
-    if metadata.is_file():
-        return [metadata]
-    if not parquet:
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
-        raise DataError(f"{folder}: holds no preference data known here (found {found}); give {layouts}")
-    names = {file: file.name.split("-")[0].split(".")[0].split("_")[0] for file in parquet}
-    if any(name in _SPLITS for name in names.values()):
-        chosen = [file for file in parquet if names[file] == split]
-        if not chosen:
-            raise DataError(f"{folder}: holds no split {split!r}, only {', '.join(sorted(set(names.values())))}")
-        return chosen
-    return parquet
-
-
 def fingerprint(lists: Sequence[Pair | Ranking]) -> str:
     """A name for the content of some lists, in order: prompts, pictures and a pair's weight, but not ids or places.
 
@@ -163,6 +136,8 @@ def fingerprint(lists: Sequence[Pair | Ranking]) -> str:
             return readers.digest(picture)
         if isinstance(picture, Path):
             return file_digest(picture) if picture.is_file() else "absent"
+        if isinstance(picture, TarMember):
+            return f"{file_digest(picture.file)}:{picture.offset}:{picture.size}"
         cell = f"{file_digest(picture.file)}:{picture.row}:{picture.column}"
         return f"{cell}:{picture.item}" if isinstance(picture, ParquetItem) else cell
 

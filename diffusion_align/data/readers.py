@@ -1,10 +1,9 @@
 """What readers of preference data share: errors that name their cure, paths that stay inside, parquet cells."""
 
-import difflib
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -54,7 +53,10 @@ def _cell(file: str, row: int, column: str) -> Any:
     if not 0 <= row < first_rows[-1]:
         raise DataError(f"{Path(file).name}: there is no row {row}")
     group = bisect_right(first_rows, row) - 1
-    return _column_chunk(file, changed, group, column)[row - first_rows[group]].as_py()
+    try:
+        return _column_chunk(file, changed, group, column)[row - first_rows[group]].as_py()
+    except IndexError as error:  # the file's end promises more rows than the group has
+        raise DataError(f"{Path(file).name}: row group {group} is damaged; fetch the file again") from error
 
 
 @lru_cache(maxsize=4096)
@@ -74,32 +76,52 @@ def _column_chunk(file: str, changed: int, group: int, column: str) -> pa.Chunke
         ) from error
 
 
-def read_columns(file: Path, columns: list[str]) -> list[dict[str, Any]]:
-    """Some (small) columns of a parquet file as rows."""
+def iter_rows(file: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """Some (small) columns of a parquet file as rows, one row group in memory at a time.
+
+    A cell that cannot be a Python value, such as text that is no UTF-8, is the error that says so.
+
+    Raises:
+        DataError: the file or one of its row groups is damaged.
+    """
+    group = -1
     try:
-        return pq.read_table(file, columns=columns).to_pylist()
+        with pq.ParquetFile(file) as table:
+            for group in range(table.num_row_groups):
+                read = table.read_row_group(group, columns=columns)
+                values = [_values(read.column(name)) for name in columns]
+                for row in range(read.num_rows):
+                    yield {name: column[row] for name, column in zip(columns, values, strict=True)}
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: cannot be read as parquet ({_line(error)}); fetch the file again") from error
+        where = "cannot be read as parquet" if group < 0 else f"row group {group} is damaged"
+        raise DataError(f"{file}: {where} ({_line(error)}); fetch the file again") from error
+
+
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError):
+        return [_value(cell) for cell in column]
+
+
+def _value(cell: pa.Scalar) -> Any:
+    try:
+        return cell.as_py()
+    except (ValueError, OverflowError) as error:
+        return error
 
 
 def column_names(file: Path) -> list[str]:
     """The columns of a parquet file."""
+    return list(schema_of(file).names)
+
+
+def schema_of(file: Path) -> pa.Schema:
+    """The columns of a parquet file and their types."""
     try:
-        return list(pq.read_schema(file).names)
+        return pq.read_schema(file)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file}: cannot be read as parquet ({_line(error)}); fetch the file again") from error
-
-
-def require_columns(file: Path, present: Iterable[str], wanted: Iterable[str]) -> None:
-    """Raise DataError for the first missing column, with those present and the nearest name."""
-    present = list(present)
-    for name in wanted:
-        if name not in present:
-            near = difflib.get_close_matches(name, present, n=1, cutoff=0.6)
-            cure = f"; did you mean {near[0]!r}? rename it to {name!r}" if near else ""
-            raise DataError(
-                f"{file}: column {name!r} is missing; it has {', '.join(map(repr, present)) or 'none'}{cure}"
-            )
 
 
 def jsonl_rows(file: Path) -> Iterator[tuple[int, Any]]:
@@ -116,9 +138,15 @@ def jsonl_rows(file: Path) -> Iterator[tuple[int, Any]]:
 def inside(root: Path, name: str) -> Path:
     """The path that `name` means under `root`, symbolic links resolved; DataError when it leaves the root."""
     path = (root / name).resolve()
-    if not path.is_relative_to(root.resolve()):
-        raise DataError(f"{root}: path {name!r} leads outside; put the pictures beside the file that lists them")
+    if not path.is_relative_to(_resolved(root)):
+        raise DataError(f"{root}: path {name!r:.200} leads outside; put the pictures beside the file that lists them")
     return path
+
+
+# Asked for every picture of a list, and always for the same few folders.
+@lru_cache(maxsize=64)
+def _resolved(root: Path) -> Path:
+    return root.resolve()
 
 
 def digest(data: bytes) -> str:

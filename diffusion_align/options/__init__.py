@@ -4,10 +4,12 @@ Nothing here imports torch, and nothing below the command imports this: options 
 """
 
 from .annotate import Annotate
+from .data import DataCheck, DataConvert, DataInspect
 from .files import all_presets, preset_names, preset_path, read_yaml, to_yaml
 from .names import UsageError, nearest, unknown
 from .parse import Parsed, build_parser, parse
 from .resolve import Resolved, resolve
+from .reward import RewardScore, RewardServe
 from .sample import Evaluate, Sample
 from .schema import Option, by_any_name, options_of
 from .synth import Synth
@@ -21,10 +23,15 @@ from .verbs import VERBS, Verb
 __all__ = [
     "VERBS",
     "Annotate",
+    "DataCheck",
+    "DataConvert",
+    "DataInspect",
     "Evaluate",
     "Option",
     "Parsed",
     "Resolved",
+    "RewardScore",
+    "RewardServe",
     "Sample",
     "Synth",
     "TrainDpo",

@@ -53,7 +53,7 @@ class Evaluate:
     guidance: float = option(4.0, "sampler", "classifier-free guidance; 1 is none", aliases=("guidance_scale",), at_least=0)
     seed: int = option(0, "sampler", "prompt i starts from the same noise, keyed by (seed, i), in every model", at_least=0)
 
-    reward: str = option("tiny", "score", "reward beside the judge, usually the one trained on: tiny (the embedded one), any other reward's name, or none")
+    reward: str = option("tiny", "score", "reward beside the judge, usually the one trained on: any of `diffusion-align reward ls`, or none")
     held_out_reward: tuple[str, ...] = option((), "score", "further rewards, which training has not seen: what they do not gain is the gap of reward hacking")
     features: str = option("tiny", "score", "network whose features measure diversity and distances: tiny, an open_clip name such as ViT-L-14-336:openai, or none")
     reference_pictures: str | None = option(None, "score", "folder of real pictures to measure distances to (default: for the embedded world its renderings, else none)")

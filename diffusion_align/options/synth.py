@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .names import UsageError, shard_of
+from .reward import check_reward
 from .schema import option
 
 
@@ -18,7 +19,7 @@ class Synth:
     num_prompts: int | None = option(None, "data", "use the first N prompts (default: all; of tiny, 800)", at_least=1)
     pictures: int = option(4, "data", "pictures of each prompt, over all models, which take turns", aliases=("num_images_per_prompt",), at_least=2)
 
-    rewards: tuple[str, ...] = option((), "reward", "scorer: tiny (the embedded one), an open_clip name, judge (reads the embedded world) or random; may be repeated", aliases=("reward",))
+    rewards: tuple[str, ...] = option((), "reward", "scorer: a name of `diffusion-align reward ls`, or one of its forms; may be repeated", aliases=("reward",))
     random_labels: bool = option(False, "reward", "a control: the relevances of each prompt's pictures are dealt out at random; files are named random_*")
 
     steps: int = option(25, "sampler", "steps", aliases=("num_inference_steps",), at_least=1)
@@ -59,4 +60,6 @@ def check_synth(options: Synth) -> None:
         raise UsageError("sampler.order 3 is for sampler.eta 0 only")
     if o.solver == "ddim" and o.eta > 1:
         raise UsageError(f"sampler.eta of ddim is at most 1, not {o.eta:g}")
+    for name in o.rewards:
+        check_reward(name)
     shard_of(o.shard)

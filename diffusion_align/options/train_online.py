@@ -10,6 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from .names import UsageError
+from .reward import check_reward
 from .schema import option
 from .train_common import TrainCommon, check_train
 
@@ -37,7 +38,7 @@ class TrainOnline(TrainCommon):
     sample_chunk: int = option(16, "rollout", "pictures in the network at a time, in rollout and training; memory follows it", at_least=1)
     share_initial_noise: bool = option(True, "rollout", "the pictures of a prompt start from the same noise")
 
-    reward: str | None = option(None, "reward", "tiny (the embedded one), an open_clip name, judge (reads the embedded world), people (you choose, in a page on this machine, while the run waits) or random (a control)")
+    reward: str | None = option(None, "reward", "a name of `diffusion-align reward ls`, one of its forms, or several: 0.5:pickscore,0.5:hpsv2.1. people: you choose, in a page on this machine, while the run waits")
 
     prompts_per_step: int | None = option(None, "train", "prompts of an optimizer step, over all devices (default: those of a round)", at_least=1)
     passes: int = option(1, "train", "times that a round's pictures are learnt from", aliases=("num_inner_epochs",), at_least=1)
@@ -111,6 +112,8 @@ def check_online(options: TrainOnline) -> None:
         raise UsageError(
             "which reward? --reward NAME: tiny, an open_clip name with its weights, judge, people or random"
         )
+    if o.reward is not None:
+        check_reward(o.reward)
     per_step = o.prompts_per_step or o.prompts_per_round
     if o.prompts_per_round % per_step:
         raise UsageError(

@@ -8,6 +8,8 @@ from importlib import import_module
 from typing import Any
 
 from .annotate import Annotate, check_annotate
+from .data import DataCheck, DataConvert, DataInspect, check_data
+from .reward import RewardScore, RewardServe, check_reward_score, check_reward_serve
 from .sample import Evaluate, Sample, check_evaluate, check_sample
 from .synth import Synth, check_synth
 from .train_common import no_notes
@@ -105,6 +107,30 @@ VERBS = {
             plan="plan_online:dry_run",
         ),
         Verb(
+            "data inspect",
+            DataInspect,
+            check_data,
+            "What a file or folder of data holds, how it is read, and what it is good for.",
+            run="data_inspect:data_inspect",
+            positional="path",
+        ),
+        Verb(
+            "data check",
+            DataCheck,
+            check_data,
+            "Read everything that a training would, every picture whole, and list what is broken.",
+            run="data_check:data_check",
+            positional="path",
+        ),
+        Verb(
+            "data convert",
+            DataConvert,
+            check_data,
+            "Any layout as this project's own: parquet shards with pictures and preferences.",
+            run="data_convert:data_convert",
+            positional="path",
+        ),
+        Verb(
             "data synth",
             Synth,
             check_synth,
@@ -118,6 +144,20 @@ VERBS = {
             check_train_spm,
             "Step-aware preference model of SPO: a CLIP reward that knows the noise level.",
             run="train_spm:train_spm",
+        ),
+        Verb(
+            "reward score",
+            RewardScore,
+            check_reward_score,
+            "Score pictures that are there: one line each, the mean, pictures a second.",
+            run="reward_score:reward_score",
+        ),
+        Verb(
+            "reward serve",
+            RewardServe,
+            check_reward_serve,
+            "Serve a reward over HTTP, for a training in another environment or on another machine.",
+            run="reward_server:reward_serve",
         ),
         Verb(
             "sample",

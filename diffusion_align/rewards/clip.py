@@ -5,29 +5,51 @@ CLIPScore, PickScore and HPSv2 are this one function with different weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
-Reward = Callable[[torch.Tensor, list[str]], torch.Tensor]
+from .pictures import Reward, of_levels, to_pil, to_uint8
+from .weights import fill, place_of
+
+__all__ = ["Clip", "Reward", "clip_of", "clip_scorer", "cosine_scorer", "open_clip_model", "resolve_source", "to_uint8"]
 
 TINY_FOLDER = Path(__file__).resolve().parents[2] / "assets" / "tiny_clip"
 CONFIG_FILE = "open_clip_config.json"
 
 
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Pictures in [0, 1] as 8-bit levels, rounded as a saved PNG is; what is out of range is clamped, NaN is black.
+@dataclass(frozen=True)
+class Clip:
+    """A frozen open_clip model with the transform and the tokenizer that belong to it."""
 
-    Raises:
-        ValueError: `images` is not floating point.
-    """
-    if not images.is_floating_point():
-        raise ValueError(f"pictures are floating point in [0, 1], not {images.dtype}")
-    # In float64, as in the PNG writer: in float32 a product can land on a half that the exact product misses.
-    return (images.detach().double().nan_to_num(0.0).clamp(0, 1) * 255).round().to(torch.uint8)
+    model: Any
+    transform: Callable[[Image.Image], Tensor]
+    tokenizer: Callable[[list[str]], Tensor]
+    device: torch.device
+
+    def prepare(self, levels: Tensor) -> Tensor:
+        """8-bit levels [B,3,H,W] -> the tower's pixels [B,3,S,S] on the CPU, by open_clip's own transform."""
+        return torch.stack([self.transform(picture) for picture in to_pil(levels)])
+
+    def embed_pictures(self, levels: Tensor, chunk: int) -> Tensor:
+        """8-bit levels [B,3,H,W] -> embeddings [B,E] of norm 1."""
+        parts = levels.split(chunk)
+        return torch.cat(
+            [self.model.encode_image(self.prepare(part).to(self.device), normalize=True) for part in parts]
+        )
+
+    def embed_prompts(self, prompts: list[str], chunk: int) -> Tensor:
+        """Embeddings [B,E] of norm 1. Each prompt is embedded once: K pictures of one share it."""
+        rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+        texts = list(rows)
+        parts = [self.tokenizer(texts[i : i + chunk]).to(self.device) for i in range(0, len(texts), chunk)]
+        embedded = torch.cat([self.model.encode_text(part, normalize=True) for part in parts])
+        return embedded[[rows[prompt] for prompt in prompts]]
 
 
 def resolve_source(source: str | Path) -> tuple[str, str | None]:
@@ -55,19 +77,81 @@ def resolve_source(source: str | Path) -> tuple[str, str | None]:
     return name, pretrained
 
 
+def open_clip_model(source: str | Path, *, device: str | torch.device | None = None) -> Clip:
+    """A model that open_clip finds by itself, in float32; sources and errors are those of `clip_scorer`."""
+    name, pretrained = resolve_source(source)
+    import open_clip  # four seconds, so only where a CLIP reward is really used
+
+    place = place_of(device)
+    # Under an activation they were not trained with, weights score a little wrong and open_clip only warns.
+    quick = bool(pretrained and open_clip.pretrained.get_pretrained_cfg(name, pretrained).get("quick_gelu"))
+    with torch.random.fork_rng(devices=[]):  # open_clip draws random weights first, from the global generator
+        loaded: Any = open_clip.create_model_from_pretrained(name, pretrained, device=place, force_quick_gelu=quick)
+    model, transform = loaded
+    tokenizer = open_clip.get_tokenizer(name)
+    model.eval().requires_grad_(False)
+    broken = [key for key, weight in model.state_dict().items() if not torch.isfinite(weight).all()]
+    if broken:
+        raise ValueError(f"{len(broken)} weights of {source} are not finite: {broken[0]} is the first")
+    return Clip(model, transform, tokenizer, place)
+
+
+def clip_of(
+    architecture: str,
+    weights: Mapping[str, Tensor],
+    *,
+    source: object,
+    resize_mode: str = "shortest",
+    device: str | torch.device | None = None,
+) -> Clip:
+    """open_clip's `architecture` with these very weights, in float32; `source` names them in errors.
+
+    `resize_mode` is open_clip's word for pictures that are not square: "shortest" crops, "longest" pads them black.
+
+    Raises:
+        ValueError: keys or shapes that are not the architecture's, with the first wrong one; weights not finite.
+    """
+    import open_clip
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    config = open_clip.get_model_config(architecture)
+    if config is None:
+        raise ValueError(f"open_clip has no architecture {architecture!r}")
+    with torch.random.fork_rng(devices=[]):
+        model = open_clip.CLIP(**config)
+    model = fill(model, weights, source, place_of(device))
+    settings: Any = {"size": model.visual.image_size, "resize_mode": resize_mode}
+    transform: Any = image_transform_v2(PreprocessCfg(**settings), is_train=False)
+    return Clip(model, transform, open_clip.get_tokenizer(architecture), place_of(device))
+
+
+def cosine_scorer(clip: Clip, *, chunk: int = 64, scale: float | None = 1.0) -> Reward:
+    """A CLIP as a reward: `scale * cosine(picture, prompt)`; None is the model's own `exp(logit_scale)`.
+
+    Runs in float32 whatever autocast surrounds it, `chunk` pictures, and prompts, in one forward pass. What it promises
+    besides is in `pictures.of_levels`.
+    """
+    factor = float(clip.model.logit_scale.exp()) if scale is None else scale
+
+    def score(levels: Tensor, prompts: list[str]) -> Tensor:
+        text = clip.embed_prompts(prompts, chunk)
+        return factor * (clip.embed_pictures(levels, chunk) * text).sum(-1)
+
+    return of_levels(score)
+
+
 def clip_scorer(
-    source: str | Path, *, device: str | torch.device | None = None, chunk: int = 64, scale: float = 1.0
+    source: str | Path, *, device: str | torch.device | None = None, chunk: int = 64, scale: float | None = 1.0
 ) -> Reward:
     """A frozen open_clip model as a reward: `scale * cosine(picture, prompt)`, without the model's learned logit scale.
 
-    The scale is 1, a plain cosine, unless it is given: 100 is the habit of CLIPScore and HPSv2, and the model's own
-    `exp(logit_scale)` (about 100) that of PickScore. Runs in float32 whatever autocast surrounds it. Pictures are
-    rounded to 8 bits first, so a picture scores the same in memory as after being saved as PNG, and pass through
-    open_clip's own transform for evaluation.
+    The scale is 1, a plain cosine, unless it is given: 100 is the habit of CLIPScore, and the model's own
+    `exp(logit_scale)` (about 100; None here) that of PickScore. Pictures are rounded to 8 bits first, so a picture
+    scores the same in memory as after being saved as PNG, and pass through open_clip's own transform for evaluation.
 
     Args:
         source: "tiny" (the embedded reward), a local folder in open_clip's format, "hf-hub:owner/name", or an
-            architecture with its weights, "ViT-H-14:laion2b_s32b_b79k" or "ViT-H-14:HPS_v2.1_compressed.pt".
+            architecture with its weights, "ViT-H-14:laion2b_s32b_b79k" or "ViT-H-14:weights.pt".
         device: where to run; a GPU if there is one, unless it is given.
         chunk: pictures, and prompts, in one forward pass.
         scale: factor on the cosine.
@@ -79,42 +163,4 @@ def clip_scorer(
     Raises:
         ValueError: the source cannot be one, or its weights are not finite.
     """
-    name, pretrained = resolve_source(source)
-    import open_clip  # four seconds, so only where a CLIP reward is really used
-
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with torch.random.fork_rng(devices=[]):  # open_clip draws random weights first, from the global generator
-        loaded: Any = open_clip.create_model_from_pretrained(name, pretrained, device=place)
-    model, transform = loaded
-    tokenizer = open_clip.get_tokenizer(name)
-    model.eval().requires_grad_(False)
-    broken = [key for key, weight in model.state_dict().items() if not torch.isfinite(weight).all()]
-    if broken:
-        raise ValueError(f"{len(broken)} weights of {source} are not finite: {broken[0]} is the first")
-
-    def embed_prompts(prompts: list[str]) -> torch.Tensor:
-        parts = [prompts[i : i + chunk] for i in range(0, len(prompts), chunk)]
-        return torch.cat([model.encode_text(tokenizer(part).to(place), normalize=True) for part in parts])
-
-    def embed_pictures(levels: torch.Tensor) -> torch.Tensor:
-        features = []
-        for part in levels.permute(0, 2, 3, 1).cpu().split(chunk):
-            pixels = torch.stack([transform(Image.fromarray(picture)) for picture in part.numpy()])
-            features.append(model.encode_image(pixels.to(place), normalize=True))
-        return torch.cat(features)
-
-    @torch.no_grad()
-    def score(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        if images.ndim != 4 or images.shape[1] != 3 or len(prompts) != len(images):
-            raise ValueError(f"expected [B,3,H,W] and B prompts, not {list(images.shape)} and {len(prompts)} prompts")
-        if not prompts:
-            return torch.zeros(0, device=images.device)
-        # K pictures of one prompt share its text embedding.
-        rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
-        with torch.autocast(place.type, enabled=False):
-            text = embed_prompts(list(rows))[[rows[prompt] for prompt in prompts]]
-            cosine = (embed_pictures(to_uint8(images)) * text).sum(-1)
-        finite = torch.isfinite(images).flatten(1).all(1)
-        return torch.where(finite, (scale * cosine).to(images.device), torch.nan)
-
-    return score
+    return cosine_scorer(open_clip_model(source, device=device), chunk=chunk, scale=scale)

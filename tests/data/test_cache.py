@@ -235,3 +235,15 @@ def test_progress_goes_to_stderr_with_an_estimate(tmp_path, capfd):
     next(tmp_path.glob("*/pairs-00002.json")).unlink()
     build(tmp_path, make_pairs(), progress=True)  # four shards of five are there
     assert "40/40" in capfd.readouterr().err
+
+
+def test_a_finished_cache_is_held_to_this_runs_ceiling(tmp_path):
+    """What a run with a high ceiling has built is not taken in silence by one with a low one."""
+    pairs = make_pairs()
+    pairs[3] = Pair("set:3", "p", b"broken", pairs[3].loser)
+    known = [BadRow("set:40", "no prompt")]
+    built = build(tmp_path, pairs, max_bad_fraction=0.5, known_bad=known)
+    assert built.bad == 2
+    assert build(tmp_path, pairs, max_bad_fraction=0.05, known_bad=known).bad == 2
+    with pytest.raises(DataError, match=r"bad_rows.jsonl: 2 of 41 rows are broken.*the first: set:40 no prompt"):
+        build(tmp_path, pairs, max_bad_fraction=0.04, known_bad=known)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -198,7 +199,9 @@ def test_nothing_to_learn_from(tmp_path):
     assert "found nothing" in message(empty) and "metadata.jsonl" in message(empty)
     (empty / "notes.txt").write_text("x")
     assert "found notes.txt" in message(empty)
-    assert "a .txt is not a layout known here" in message(empty / "notes.txt")
+    assert "notes.txt: prompts, which say nothing of what people prefer" in message(empty / "notes.txt")
+    (empty / "notes.doc").write_text("x")
+    assert "a .doc is not a layout known here" in message(empty / "notes.doc")
     assert "no such file" in message(tmp_path / "absent")
 
 
@@ -212,6 +215,27 @@ def test_a_cut_parquet_file_is_named(pick):
     for length in range(0, len(data), len(data) // 40):
         pick.write_bytes(data[:length])
         assert "pick.parquet: cannot be read as parquet" in message(pick)
+
+
+def test_a_parquet_file_with_a_flipped_bit_is_read_or_named(tmp_path):
+    """At 200 places, most of them in the file's end, where one bit can change lengths, places and types."""
+    path = tmp_path / "pick.parquet"
+    shades = range(100)
+    write_pairs_parquet(path, ["p"] * 100, [*map(png, shades)], [*map(png, shades)], [1] * 100, rows_per_group=32)
+    data = path.read_bytes()
+    draw = random.Random(0)
+    named = 0
+    for flip in range(200):
+        damaged = bytearray(data)
+        damaged[draw.randrange(0 if flip % 4 == 0 else len(data) - 3000, len(data))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            for pair in read_pairs(path, max_bad_fraction=1)[0]:
+                contents(pair.winner)
+        except DataError as error:
+            named += 1
+            assert "pick.parquet" in str(error) and "\n" not in str(error)
+    assert named > 20
 
 
 def test_a_cell_answers_for_the_file_as_it_is_now(pick):

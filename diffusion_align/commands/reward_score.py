@@ -1,0 +1,139 @@
+"""`reward score`: score pictures that are there, one line each."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion_align.commands.score import require_reward, reward_by_name
+from diffusion_align.commands.sources import read_prompts
+from diffusion_align.data.images import FORMATS, ImageError, decode_image
+from diffusion_align.options.reward import RewardScore
+from diffusion_align.rewards import RewardError, one_each, prefetch
+from diffusion_align.rewards.weights import place_of
+
+ENDINGS = (".jpg", ".tif", *(f".{name.lower()}" for name in FORMATS))
+Job = tuple[str, str, "Tensor | str"]  # a picture's path, its prompt, and its levels [3,H,W] uint8 or what is wrong
+
+
+def reward_score(options: RewardScore) -> int:
+    """Score pictures; see `RewardScore`. 1 if none could be scored."""
+    o = options
+    require_reward(o.reward)
+    files = find_pictures(o.images)
+    prompts = prompts_of(files, o)
+    reward = reward_by_name(o.reward or "", device=place_of(o.device), seed=o.seed)
+    out = Path(o.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial, scores, faults, spent = out.with_name(f".{out.name}.partial"), [], [], 0.0
+    with partial.open("w", encoding="utf-8") as file:
+        start = time.perf_counter()
+        # Decoding goes on in the background while the reward is busy.
+        for batch in prefetch(batches(files, prompts, o.batch_size)):
+            for row in score_batch(o.reward or "", reward, batch):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                (scores if row["score"] is not None else faults).append(row)
+        spent = time.perf_counter() - start
+    if not scores:
+        partial.unlink()
+        raise RewardError(f"none of {len(files)} pictures has a score: {faults[0]['error']}")
+    os.replace(partial, out)
+    values = torch.tensor([row["score"] for row in scores], dtype=torch.float64)
+    error = f" +- {values.std().item() / math.sqrt(len(values)):.4f}" if len(values) > 1 else ""
+    print(f"{o.reward}: mean {values.mean().item():.4f}{error} over {len(values)} pictures, {len(files) / spent:.1f}/s")
+    if faults:
+        print(f"{len(faults)} pictures have no score; the first: {faults[0]['image']}: {faults[0]['error']}")
+    print(f"{out}: one line a picture")
+    return 0
+
+
+def find_pictures(places: tuple[str, ...]) -> list[Path]:
+    """The pictures of files and folders, those of a folder by name.
+
+    Raises:
+        FileNotFoundError: a place that is not there, or a folder without pictures.
+    """
+    found: list[Path] = []
+    for place in map(Path, places):
+        inside = sorted(path for path in place.iterdir() if path.suffix.lower() in ENDINGS) if place.is_dir() else []
+        if not inside and not place.is_file():
+            raise FileNotFoundError(f"{place}: " + ("holds no picture" if place.is_dir() else "no such file or folder"))
+        found += inside or [place]
+    return found
+
+
+def prompts_of(files: list[Path], o: RewardScore) -> list[str]:
+    """A prompt for each picture: the lines of a file, one line for all, or what samples.json beside them says.
+
+    Raises:
+        ValueError: their number is not that of the pictures, or a picture is not in samples.json.
+        FileNotFoundError: neither a file of prompts nor samples.json.
+    """
+    if o.prompts_file is not None:
+        prompts = read_prompts(o.prompts_file)
+        if len(prompts) not in (1, len(files)):
+            raise ValueError(
+                f"{o.prompts_file}: {len(prompts)} prompts for {len(files)} pictures; one each, or one for all"
+            )
+        return prompts if len(prompts) > 1 else prompts * len(files)
+    known: dict[Path, str] = {}
+    for index in {path.parent / "samples.json" for path in files}:
+        if not index.is_file():
+            raise FileNotFoundError(f"which prompts? --prompts_file FILE with one a line; there is no {index} either")
+        try:
+            known |= {
+                index.parent / row["file"]: row["prompt"] for row in json.loads(index.read_text("utf-8"))["pictures"]
+            }
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{index} is not what `sample` writes ({error}); give --prompts_file") from error
+    missing = [path for path in files if path not in known]
+    if missing:
+        raise ValueError(f"{missing[0]} is not in its folder's samples.json; give --prompts_file")
+    return [known[path] for path in files]
+
+
+def batches(files: list[Path], prompts: list[str], size: int) -> Iterator[list[Job]]:
+    """Decoded pictures, `size` at a time and of one height and width; a broken one comes with what is wrong with it."""
+    batch: list[Job] = []
+    for path, prompt in zip(files, prompts, strict=True):
+        job = (str(path), prompt, _levels(path))
+        if batch and (len(batch) == size or _shape(batch[-1]) != _shape(job)):
+            yield batch
+            batch = []
+        batch.append(job)
+    if batch:
+        yield batch
+
+
+def _shape(job: Job) -> Any:
+    return job[2].shape if isinstance(job[2], Tensor) else None
+
+
+def _levels(path: Path) -> Tensor | str:
+    try:
+        return torch.from_numpy(np.array(decode_image(path.read_bytes()))).permute(2, 0, 1)
+    except (ImageError, OSError) as error:
+        return f"{error}"
+
+
+def score_batch(name: str, reward: Any, batch: list[Job]) -> Iterator[dict[str, Any]]:
+    """One row for each picture of a batch of one size; `score` is None, with `error`, where there is none."""
+    pictures = [levels for _, _, levels in batch if isinstance(levels, Tensor)]
+    if not pictures:
+        yield from ({"image": path, "prompt": prompt, "score": None, "error": why} for path, prompt, why in batch)
+        return
+    prompts = [prompt for _, prompt, _ in batch]
+    values = one_each(reward(torch.stack(pictures).float() / 255, prompts), len(batch), f"reward {name}")
+    for (path, prompt, _), value in zip(batch, values.tolist(), strict=True):
+        known = math.isfinite(value)
+        row: dict[str, Any] = {"image": path, "prompt": prompt, "score": value if known else None}
+        yield row if known else row | {"error": "the reward gave no finite number"}

@@ -1,0 +1,58 @@
+"""What a set holds, counted in one pass that reads no picture."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from diffusion_align.data.readers import BadRow
+from diffusion_align.data.recognise import Source, rows
+from diffusion_align.data.rows import is_tie, pairs_of
+
+FIRST = 3
+
+
+@dataclass
+class Summary:
+    """Counts of rows. rows == used + ties + broken; `pairs` are those that the used rows give.
+
+    Attributes:
+        sizes: how many of the used rows have K pictures, by K.
+        weights: the least and the greatest weight of a used row.
+        longest: characters of the longest prompt; empty: rows whose prompt is empty.
+        bad: the first few of the broken rows.
+    """
+
+    rows: int = 0
+    used: int = 0
+    pairs: int = 0
+    ties: int = 0
+    broken: int = 0
+    sizes: Counter[int] = field(default_factory=Counter)
+    weights: tuple[float, float] | None = None
+    longest: int = 0
+    empty: int = 0
+    bad: list[BadRow] = field(default_factory=list)
+
+
+def summarise(source: Source) -> Summary:
+    """Count every row of a source; raises DataError as `recognise.rows`."""
+    found = Summary()
+    compares = source.format.holds in ("pairs", "rankings")
+    for row in rows(source):
+        found.rows += 1
+        if isinstance(row, BadRow):
+            found.broken += 1
+            if len(found.bad) < FIRST:
+                found.bad.append(row)
+            continue
+        found.longest = max(found.longest, len(row.prompt))
+        found.empty += not row.prompt.strip()
+        if compares and is_tie(row):
+            found.ties += 1
+            continue
+        found.used += 1
+        found.pairs += len(pairs_of(row))
+        found.sizes[len(row.pictures)] += 1
+        if compares:
+            low, high = found.weights or (row.weight, row.weight)
+            found.weights = min(low, row.weight), max(high, row.weight)
+    return found

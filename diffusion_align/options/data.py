@@ -1,0 +1,58 @@
+"""The options of `data inspect`, `data check` and `data convert`."""
+
+# ruff: noqa: E501  (a table: one option a line)
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .names import UsageError
+from .schema import option
+
+PATH = "a file or folder in any layout of docs/data.md, which is recognised"
+SPLIT = "split to read, where files are named by it (train-00000.parquet, test.json)"
+MAX_BAD = "share of broken rows that is left out and listed; with more the command fails"
+
+
+@dataclass(frozen=True)
+class DataInspect:
+    # fmt: off
+    path: str | None = option(None, "data", PATH)
+    split: str = option("train", "data", SPLIT, aliases=("dataset_split_name",))
+    # fmt: on
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    # fmt: off
+    path: str | None = option(None, "data", PATH)
+    split: str = option("train", "data", SPLIT, aliases=("dataset_split_name",))
+    max_bad_fraction: float = option(0.01, "data", MAX_BAD, at_least=0, at_most=1)
+
+    bad_rows: str = option("bad_rows.jsonl", "output", "file for the broken rows and their reasons")
+    # fmt: on
+
+
+@dataclass(frozen=True)
+class DataConvert:
+    # fmt: off
+    path: str | None = option(None, "data", PATH)
+    split: str = option("train", "data", SPLIT, aliases=("dataset_split_name",))
+    max_bad_fraction: float = option(0.01, "data", MAX_BAD, at_least=0, at_most=1)
+
+    out: str | None = option(None, "output", "folder for the shards", aliases=("output_dir",))
+    to: str = option("rankings", "output", "rankings: all pictures of a row together; pairs: a row for every two of which one is preferred", choices=("rankings", "pairs"))
+    rows_per_shard: int = option(4096, "output", "rows of the source in each file; what a killed conversion loses at most", at_least=1)
+    # fmt: on
+
+
+def check_data(options: DataInspect | DataCheck | DataConvert) -> None:
+    """What no single option can know.
+
+    Raises:
+        UsageError: no path, or nowhere to convert to.
+    """
+    if options.path is None:
+        verb = {DataInspect: "inspect", DataCheck: "check", DataConvert: "convert"}[type(options)]
+        raise UsageError(f"which data? diffusion-align data {verb} PATH")
+    if isinstance(options, DataConvert) and options.out is None:
+        raise UsageError("where to? --out FOLDER")

@@ -1,0 +1,84 @@
+"""The options of `reward score` and `reward serve`, and the early check of every `--reward`."""
+
+# ruff: noqa: E501  (a table: one option a line)
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffusion_align.rewards.spec import read_spec
+
+from .names import UsageError
+from .schema import option
+
+REWARD = "a name of `diffusion-align reward ls`, one of its forms, or several: 0.5:pickscore,0.5:hpsv2.1"
+
+
+@dataclass(frozen=True)
+class RewardScore:
+    # fmt: off
+    reward: str | None = option(None, "reward", REWARD)
+    seed: int = option(0, "reward", "of the reward random", at_least=0)
+
+    images: tuple[str, ...] = option((), "data", "a picture, or a folder of pictures, which are taken by name; may be repeated")
+    prompts_file: str | None = option(None, "data", "file with one prompt a line, one for each picture or one for all (default: those of the samples.json in the folder)", aliases=("prompts",))
+
+    batch_size: int = option(16, "machine", "pictures at a time", at_least=1)
+    device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
+    out: str = option("scores.jsonl", "output", "file for one line a picture: its name, its prompt and its score")
+    # fmt: on
+
+
+@dataclass(frozen=True)
+class RewardServe:
+    # fmt: off
+    reward: str | None = option(None, "reward", REWARD)
+    seed: int = option(0, "reward", "of the reward random", at_least=0)
+
+    port: int = option(8000, "server", "port", at_least=1, at_most=65535)
+    host: str = option("127.0.0.1", "server", "address to listen on; any but this machine's own needs a token in DIFFUSION_ALIGN_REWARD_TOKEN")
+    max_pictures: int = option(64, "server", "pictures in one request", at_least=1, at_most=1024)
+    max_side: int = option(2048, "server", "longest side of a picture, in pixels", at_least=8, at_most=8192)
+    max_megabytes: int = option(64, "server", "size of one request", at_least=1, at_most=1024)
+
+    device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
+    # fmt: on
+
+
+def check_reward(text: str) -> None:
+    """Refuse a reward that does not exist, before anything is loaded.
+
+    Raises:
+        UsageError: not a reward, with the nearest name; or a path that is not there.
+    """
+    try:
+        read_spec(text)
+    except (ValueError, FileNotFoundError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _check(reward: str | None) -> None:
+    if reward is None:
+        raise UsageError("which reward? --reward NAME: `diffusion-align reward ls` lists them")
+    if reward == "people":
+        raise UsageError("reward people chooses between a prompt's pictures: it is for train d3po, prdp and ddpo")
+    check_reward(reward)
+
+
+def check_reward_score(options: RewardScore) -> None:
+    """What no single option can know.
+
+    Raises:
+        UsageError: no reward, one that does not exist, or no pictures.
+    """
+    _check(options.reward)
+    if not options.images:
+        raise UsageError("which pictures? --images FOLDER or FILE (may be repeated)")
+
+
+def check_reward_serve(options: RewardServe) -> None:
+    """What no single option can know.
+
+    Raises:
+        UsageError: no reward, or one that does not exist.
+    """
+    _check(options.reward)

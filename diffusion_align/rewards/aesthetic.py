@@ -1,0 +1,58 @@
+"""LAION's aesthetic predictor v2: a small head on the image embedding of CLIP ViT-L/14; the prompt is not looked at.
+
+https://github.com/christophschuhmann/improved-aesthetic-predictor (Apache-2.0), trained on ratings from 1 to 10.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .catalogue import CATALOGUE
+from .clip import CONFIG_FILE, Clip, open_clip_model
+from .head import apply_head, head_shapes
+from .pictures import Reward, of_levels
+from .weights import locate, read_weights, require_digest, require_fit, web_file
+
+(FILE,) = CATALOGUE["aesthetic"].files
+COMMIT = "6934dd81792f086e613a121dbce43082cb8be85e"
+URL = f"https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/{COMMIT}/sac%2Blogos%2Bava1-l14-linearMSE.pth"
+# Of the file in that repository (git blob 7c0d8aa2); kvablack/ddpo-pytorch carries the same bytes.
+SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
+BACKBONE = "ViT-L-14-quickgelu:openai"
+
+
+def load_aesthetic(path: str = "", *, device: str | torch.device | None = None, chunk: int = 64) -> Reward:
+    """The predictor as a reward, about 1 to 10.
+
+    Args:
+        path: the head's file, or a folder with it under its published name, and with the CLIP in open_clip's format if
+            open_clip_config.json is there too; "" fetches what is missing.
+
+    Raises:
+        FileNotFoundError: a file is not to be had.
+        ValueError: the published file with other bytes, or weights of another shape.
+    """
+    file = locate(path, (FILE,), "") if path else web_file(URL, SHA256)
+    if file.name == FILE:
+        require_digest(file, SHA256)
+    head = read_weights(file)
+    require_fit(head, head_shapes(), file)
+    local = path and (Path(path).expanduser() / CONFIG_FILE).is_file()
+    return aesthetic_scorer(open_clip_model(path if local else BACKBONE, device=device), head, chunk=chunk)
+
+
+def aesthetic_scorer(clip: Clip, head: Mapping[str, Tensor], *, chunk: int = 64) -> Reward:
+    """A head on the normalised image embeddings of a CLIP of its width; raises ValueError where they do not fit."""
+    weights = {key: weight.to(clip.device, torch.float32) for key, weight in head.items()}
+    width = clip.model.visual.output_dim
+    if weights["layers.0.weight"].shape[1] != width:
+        raise ValueError(f"the head reads {weights['layers.0.weight'].shape[1]} numbers, not the {width} of this CLIP")
+
+    def score(levels: Tensor, prompts: list[str]) -> Tensor:
+        return apply_head(weights, clip.embed_pictures(levels, chunk))
+
+    return of_levels(score)

@@ -1,0 +1,82 @@
+"""Working ahead: the same items in the same order, never too far, with every error told and no thread left behind."""
+
+import threading
+import time
+
+import pytest
+
+from diffusion_align.rewards import prefetch
+
+
+def workers():
+    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def gone(within=2.0):
+    end = time.monotonic() + within
+    while workers() and time.monotonic() < end:
+        time.sleep(0.01)
+    return not workers()
+
+
+def test_items_come_in_their_order():
+    assert list(prefetch(range(100))) == list(range(100))
+    assert list(prefetch([])) == []
+    assert list(prefetch(iter([None, 1]), ahead=1)) == [None, 1]
+    assert gone()
+
+
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_it_runs_ahead_and_no_further(ahead):
+    made, enough = [], threading.Event()
+
+    def items():
+        for i in range(20):
+            made.append(i)
+            if len(made) == ahead + 2:
+                enough.set()
+            yield i
+
+    source = prefetch(items(), ahead=ahead)
+    assert next(source) == 0
+    assert enough.wait(2)  # the one that waits at the door is made as well
+    time.sleep(0.3)
+    assert len(made) == ahead + 2
+    source.close()
+    assert gone()
+
+
+def test_an_error_comes_after_the_items_before_it():
+    def items():
+        yield 1
+        yield 2
+        raise KeyError("third")
+
+    got = []
+    with pytest.raises(KeyError, match="third"):
+        for item in prefetch(items()):
+            got.append(item)
+    assert got == [1, 2] and gone()
+
+
+def test_making_and_using_overlap():
+    """Twenty items that take 10 ms to make and 10 ms to use take little more than 200 ms, not 400."""
+
+    def items():
+        for i in range(20):
+            time.sleep(0.01)
+            yield i
+
+    start = time.perf_counter()
+    for _ in prefetch(items()):
+        time.sleep(0.01)
+    overlapped = time.perf_counter() - start
+    start = time.perf_counter()
+    for _ in items():
+        time.sleep(0.01)
+    assert overlapped < 0.8 * (time.perf_counter() - start)
+
+
+def test_one_ahead_at_least():
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        prefetch([], ahead=0)

@@ -1,0 +1,171 @@
+"""`reward ls`, `reward score` and `reward serve` as they are typed."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers_rewards import pictures
+from PIL import Image
+
+from diffusion_align import cli
+from diffusion_align.data.images import encode_png
+from diffusion_align.rewards import http_reward, load_reward, to_uint8
+from diffusion_align.rewards.catalogue import CATALOGUE
+
+COMMAND = [sys.executable, "-m", "diffusion_align.cli"]
+MISTAKES = [
+    ["reward", "score"],
+    ["reward", "score", "--reward", "pickscor", "--images", "x"],
+    ["reward", "score", "--reward", "tiny"],
+    ["reward", "serve", "--reward", "hpsv21"],
+    ["reward", "serve", "--reward", "tiny", "--port", "70000"],
+    ["reward", "ls", "x"],
+    ["reward", "lst"],
+    ["data", "synth", "--models", "tiny", "--prompts", "tiny", "--rewards", "pickscor"],
+    ["train", "d3po", "--model", "tiny", "--prompts", "tiny", "--reward", "pickscor"],
+]
+
+
+@pytest.mark.parametrize("argv", [["reward", "ls"], *MISTAKES], ids=" ".join)
+def test_the_list_and_mistakes_answer_at_once_without_torch(argv):
+    """Processor time, as whatever else the machine does is not the command's."""
+    heavy = ("torch", "numpy", "PIL", "open_clip", "transformers")
+    program = (
+        f"import sys; from diffusion_align.cli import main; code = main({argv!r}); "
+        f"print('HEAVY', [name for name in {heavy!r} if name in sys.modules]); sys.exit(code)"
+    )
+    before = os.times()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    after = os.times()
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.5
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+    assert done.returncode == (2 if argv in MISTAKES else 0)
+    if argv in MISTAKES:
+        assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("diffusion-align: error: ")
+
+
+def test_ls_names_every_reward_with_unit_licence_and_weights(capsys):
+    assert cli.main(["reward", "ls"]) == 0
+    said = capsys.readouterr().out
+    for name, entry in CATALOGUE.items():
+        block = re.search(rf"^{re.escape(name)} .*\n.*\n.*$", said, re.MULTILINE)
+        assert block and all(text in block[0] for text in (entry.about, entry.unit, entry.licence, entry.origin))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three pictures of two sizes, a broken one, and the samples.json that `sample` writes."""
+    home = tmp_path / "drawn"
+    home.mkdir()
+    sizes = {"0000-00.png": (32, 32), "0000-01.png": (32, 32), "0001-00.png": (24, 40)}
+    for seed, (name, size) in enumerate(sizes.items()):
+        (home / name).write_bytes(encode_png(pictures(1, size, seed)[0]))
+    (home / "0002-00.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    rows = [{"file": path.name, "prompt": f"prompt {path.name}"} for path in sorted(home.iterdir())]
+    (home / "samples.json").write_text(json.dumps({"pictures": rows}))
+    return home
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("batch", ["1", "2", "16"])
+def test_score_writes_one_line_a_picture(folder, tmp_path, capsys, batch):
+    out = tmp_path / "out" / "scores.jsonl"
+    argv = ["reward", "score", "--reward", "jpeg-large", "--images", str(folder), "--out", str(out)]
+    assert cli.main([*argv, "--batch_size", batch]) == 0
+    rows = rows_of(out)
+    assert [row["image"] for row in rows] == [str(path) for path in sorted(folder.glob("*.png"))]
+    assert [row["prompt"] for row in rows] == [f"prompt {path.name}" for path in sorted(folder.glob("*.png"))]
+    sizes = [(32, 32), (32, 32), (24, 40)]
+    exact = [to_uint8(pictures(1, size, seed)).float() / 255 for seed, size in enumerate(sizes)]
+    expected = [load_reward("jpeg-large")(image, ["x"]).item() for image in exact]
+    assert [row["score"] for row in rows[:3]] == pytest.approx(expected)
+    assert rows[3]["score"] is None and "cannot be decoded" in rows[3]["error"]
+    said = capsys.readouterr().out
+    assert f"mean {sum(expected) / 3:.4f} +- " in said and "over 3 pictures" in said and "/s" in said
+    assert "1 pictures have no score; the first: " in said
+    assert sorted(path.name for path in out.parent.iterdir()) == ["scores.jsonl"]
+
+
+def test_prompts_are_one_each_or_one_for_all(folder, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def f(images, prompts): return [len(prompt) for prompt in prompts]")
+    images = ["--images", str(folder / "0001-00.png"), "--images", str(folder / "0000-00.png")]
+    argv = ["reward", "score", "--reward", f"python:{tmp_path / 'mine.py'}:f", *images, "--out", str(tmp_path / "s")]
+    for lines, expected in ((["one", "three"], [3, 5]), (["four"], [4, 4])):
+        (tmp_path / "prompts.txt").write_text("\n".join(lines))
+        assert cli.main([*argv, "--prompts_file", str(tmp_path / "prompts.txt")]) == 0
+        assert [row["score"] for row in rows_of(tmp_path / "s")] == expected
+    (tmp_path / "prompts.txt").write_text("a\nb\nc")
+    assert cli.main([*argv, "--prompts_file", str(tmp_path / "prompts.txt")]) == 1
+    assert "3 prompts for 2 pictures" in capsys.readouterr().err
+
+
+def test_score_says_what_it_lacks(folder, tmp_path, capsys):
+    argv = ["reward", "score", "--reward", "jpeg-small", "--out", str(tmp_path / "s"), "--images"]
+    (tmp_path / "empty").mkdir()
+    cases = [
+        (tmp_path / "none", "no such file or folder"),
+        (tmp_path / "empty", "holds no picture"),
+        (folder / "0002-00.png", "none of 1 pictures has a score: cannot be decoded"),
+    ]
+    for place, message in cases:
+        assert cli.main([*argv, str(place)]) == 1
+        said = capsys.readouterr().err
+        assert message in said and len(said.splitlines()) == 1
+    (folder / "samples.json").write_text('{"pictures": []}')
+    assert cli.main([*argv, str(folder)]) == 1
+    assert "is not in its folder's samples.json; give --prompts_file" in capsys.readouterr().err
+    (folder / "samples.json").unlink()
+    assert cli.main([*argv, str(folder)]) == 1
+    assert "which prompts? --prompts_file FILE" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists() and not list(tmp_path.glob(".s*"))
+
+
+def test_serve_answers_until_it_is_interrupted():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    argv = [*COMMAND, "reward", "serve", "--reward", "jpeg-large", "--port", str(port)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        try:
+            assert f"jpeg-large at http://127.0.0.1:{port}; Ctrl-C ends it" in process.stdout.readline()
+            images = pictures(3, (24, 24))
+            scores = http_reward(f"http://127.0.0.1:{port}", timeout=20)(images, ["x"] * 3)
+            torch.testing.assert_close(scores, load_reward("jpeg-large")(images, ["x"] * 3))
+            process.send_signal(signal.SIGINT)
+            start = time.monotonic()
+            assert process.wait(10) == 0 and time.monotonic() - start < 5
+            assert process.stdout.read() == "stopped\n" and process.stderr.read() == ""
+        finally:
+            process.kill()
+
+
+def test_pictures_are_scored_upright_and_in_rgb(tmp_path):
+    image = Image.new("RGBA", (16, 12), (255, 0, 0, 0))  # transparent: white
+    image.save(tmp_path / "a.png")
+    (tmp_path / "mine.py").write_text("def f(images, prompts): return images.amin((1, 2, 3))")
+    (tmp_path / "p.txt").write_text("x")
+    argv = ["reward", "score", "--reward", f"python:{tmp_path / 'mine.py'}:f", "--images", str(tmp_path / "a.png")]
+    assert cli.main([*argv, "--prompts_file", str(tmp_path / "p.txt"), "--out", str(tmp_path / "s")]) == 0
+    assert rows_of(tmp_path / "s")[0]["score"] == 1.0
+
+
+def test_the_benchmark_prints_a_row_a_reward(capsys):
+    import bench_rewards
+
+    argv = ["--rewards", "tiny", "jpeg-small", "--pictures", "4", "--batch", "2", "--repeats", "1", "--device", "cpu"]
+    assert bench_rewards.main(argv) == 0
+    rows = {line.split()[0]: [float(n) for n in line.split()[1:]] for line in capsys.readouterr().out.splitlines()[2:]}
+    assert set(rows) == {"tiny", "jpeg-small"} and all(len(row) == 5 and row[0] > 0 for row in rows.values())
+    assert rows["tiny"][1] > 0 and rows["jpeg-small"][1] == 0
