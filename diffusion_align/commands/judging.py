@@ -71,7 +71,7 @@ def open_judging(o: Evaluate, in_world: bool, resolution: int) -> Judging:
     names = {name: "reward" if name == o.reward else name.split("/")[-1] for name in rewards_of(o)}
     place = torch.device(o.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rewards = {word: reward_by_name(name, device=place, seed=o.seed) for name, word in names.items()}
-    judges = {"judge": judge} if in_world and resolution == PIXELS else {}
+    judges: dict[str, Judge] = {"judge": judge} if in_world and resolution == PIXELS else {}
     if not judges and not rewards:
         raise ValueError(f"nothing to score with: no reward, and the judge reads {PIXELS}-pixel pictures only")
     known = o.features != "none" and (in_world or o.features != "tiny")

@@ -63,8 +63,8 @@ def weights_digest(run: str | Path, file: str | None = None) -> str:
     """A short name for a run's trained weights, or for one file of a folder, by content."""
     path = Path(run) / file if file else trained_weights(run)
     digest = hashlib.blake2b(digest_size=8)
-    for file in [path] if path.is_file() else sorted(path.rglob("*.safetensors")):
-        with file.open("rb") as stream:
+    for part in [path] if path.is_file() else sorted(path.rglob("*.safetensors")):
+        with part.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()

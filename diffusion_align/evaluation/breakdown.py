@@ -42,9 +42,9 @@ def comparisons(
             "metrics": {name: asdict(c) for name, c in metrics.items()},
         }
         if one.features is not None and against.features is not None:
-            variety = [diversity(side.features, groups) for side in (against, one)]  # [G] a prompt each
-            if not variety[0].isnan().all():
-                row["diversity"] = asdict(compare_metric(*variety, seed=seed, resamples=resamples))
+            before, after = diversity(against.features, groups), diversity(one.features, groups)  # [G] a prompt each
+            if not before.isnan().all():
+                row["diversity"] = asdict(compare_metric(before, after, seed=seed, resamples=resamples))
         found.append(row)
     return found
 
