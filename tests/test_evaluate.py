@@ -91,6 +91,14 @@ def test_a_run_alone_reports_into_its_own_folder_and_is_called_tuned(run, capsys
     assert len(list((run / "evaluation").rglob("*.png"))) == 2 * len(before)
 
 
+def test_reports_on_several_do_not_take_the_place_of_a_runs_own(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    middle = run / "checkpoints" / "step-00000004"
+    assert cli.main(["evaluate", str(run), str(middle), *QUICK, "--sampler", "ddim", "--pictures", "0"]) == 0
+    assert [path.name for path in (tmp_path / "evaluations").iterdir()] == ["run-run-step-00000004"]
+    assert (tmp_path / "evaluations" / "run-run-step-00000004" / "report.html").exists()
+
+
 def test_shards_draw_what_one_process_draws_and_the_last_reports(run, tmp_path, capsys):
     several, more = ("--num_images_per_prompt", "2", "--batch_size", "3"), ("--sampler", "dpmpp")
     assert evaluate(tmp_path / "whole", run, *several, *more)[0] == 0

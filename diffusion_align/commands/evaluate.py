@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ def evaluate(options: Evaluate) -> int:
         names = {"base": base, "tuned": models[0]}
     else:
         names = {"base": base, **{_unused(model.name, i, models): model for i, model in enumerate(models)}}
-    out = Path(o.output_dir or (o.run[0] if models[0].trained and not models[0].is_checkpoint else "evaluations"))
+    out = Path(o.output_dir or _place(models))
 
     facts = _facts(o, prompts)
     folders: dict[tuple[str, str], Path] = {}
@@ -66,6 +67,13 @@ def evaluate(options: Evaluate) -> int:
     texts = [prompt.text for prompt in prompts for _ in range(o.num_images_per_prompt)]
     measured = {place: _measure(place, folder, texts, judging, o) for place, folder in folders.items()}
     return report(o, out, names, prompts, texts, judging, measured, folders, facts)
+
+
+def _place(models: Sequence[Contender]) -> Path:
+    """A run alone has its report in its own folder; others have one under the names of all."""
+    if len(models) == 1 and models[0].trained is not None and not models[0].is_checkpoint:
+        return models[0].trained
+    return Path("evaluations") / re.sub(r"[^\w.-]+", "-", " ".join(model.name for model in models))[:80]
 
 
 def _unused(name: str, i: int, models: Sequence[Contender]) -> str:

@@ -63,7 +63,7 @@ class Evaluate:
     batch_size: int = option(64, "machine", "pictures at a time", at_least=1)
     device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
     mixed_precision: str = option("no", "machine", "precision of the network", choices=("no", "fp16", "bf16"))
-    output_dir: str | None = option(None, "output", "where the report goes (default: the run, if there is one; else evaluations)")
+    output_dir: str | None = option(None, "output", "where pictures and report go (default: the run, if it is alone; else evaluations/NAMES)")
     # fmt: on
 
 
