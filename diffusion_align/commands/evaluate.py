@@ -128,12 +128,13 @@ def _draw(
 def _measure(place: tuple[str, str], folder: Path, texts: list[str], judging: Judging, o: Evaluate) -> Measured:
     """Scores and features of one folder's pictures, which are read once."""
     parts: list[Tensor] = []
+    features = judging.features
 
     def pictures() -> Iterator[tuple[list[int], Tensor]]:
         batches = read_pictures(folder, len(texts), per_prompt=o.num_images_per_prompt)
         for numbers, images in tqdm(batches, desc=f"score {' '.join(place)}", unit="batch", disable=None):
-            if judging.features is not None:
-                parts.append(judging.features(images).float().cpu())
+            if features is not None:
+                parts.append(features(images).float().cpu())
             yield numbers, images
 
     scores = score(pictures(), texts, judging.rewards, judges=judging.judges)
