@@ -41,9 +41,9 @@ def report(
     distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     groups = torch.tensor([distinct[text] for text in texts])
     headline = "judge/all" if judging.judges else next(iter(judging.rewards))
-    each = [number for number in range(len(prompts)) for _ in range(o.num_images_per_prompt)]
+    per = o.num_images_per_prompt
     kinds = {
-        category: [i for i, number in enumerate(each) if number in set(numbers)]
+        category: [number * per + which for number in numbers for which in range(per)]
         for category, numbers in prompts_by_category(prompts).items()
     }
     resampling = {"seed": o.seed, "resamples": 10_000}
@@ -59,7 +59,6 @@ def report(
     if (reference := reference_features(o, judging, prompts)) is not None:
         further["distances"] = distances_to(reference, list(measured.values()))
     config, several = names[first].config, ", ".join(list(names)[1:])
-    per = o.num_images_per_prompt
 
     def pair(i: int) -> tuple[Tensor, Tensor]:
         return read_picture(folders["base", lead], i, per), read_picture(folders[first, lead], i, per)

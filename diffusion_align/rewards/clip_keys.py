@@ -28,7 +28,7 @@ _NORMS = {  # transformers spells the first one so
 _BLOCKS = {
     "vision_model.encoder.layers.": "visual.transformer.resblocks.",
     "text_model.encoder.layers.": "transformer.resblocks.",
-}  # noqa: E501
+}
 _PARTS = {
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",
