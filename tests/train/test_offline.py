@@ -156,6 +156,19 @@ def test_weights_scale_each_pairs_share_of_the_step():
     assert torch.equal(moved(None)[0], moved([1.0] * count)[0])
 
 
+@pytest.mark.parametrize("same", range(4))
+def test_a_weight_is_that_of_its_pair_whatever_the_order_of_the_epoch(same):
+    """Two equal pictures teach nothing, so a step that weighs only their pair moves nothing, and no other does so."""
+    for weighed in range(4):
+        cache = MemoryPairs(4)
+        cache.latents[same, 1] = cache.latents[same, 0]
+        weights = [float(weighed == j) for j in range(4)]
+        run = make_run(optimizer="sgd", warmup=0, cache=cache, batch_size=4, max_grad_norm=None, weights=weights)
+        start = run.weights()["up"]
+        next(run.steps())
+        assert (float((run.weights()["up"] - start).abs().max()) < 1e-7) == (weighed == same)
+
+
 @pytest.mark.parametrize("weights", [[1.0] * 9, [1.0] * 9 + [-0.1], [1.0] * 9 + [math.nan]])
 def test_weights_that_are_none_are_refused(weights):
     with pytest.raises(ValueError, match="expected 10 weights, finite and not below 0, one a pair"):
