@@ -1,30 +1,46 @@
-"""How many pictures a second rewards score, where the time goes, and what decoding in the background saves.
+"""How many pictures a second rewards score, where the time goes, and what working ahead in the background saves.
 
     python scripts/bench_rewards.py                                     # those that need no download
     python scripts/bench_rewards.py --rewards pickscore hpsv2.1 --side 512
     python scripts/bench_rewards.py --seeded ViT-B-32 ViT-H-14          # the cost of an architecture, random weights
+    python scripts/bench_rewards.py --model OWNER/NAME --steps 20       # the loop with a model of your own
 
-Prints a table, a row a reward: pictures a second, milliseconds a picture in open_clip's preprocessing and in all the
-rest (mostly the network), and pictures a second from PNG bytes, decoded in turn and decoded ahead (`prefetch`).
+Prints two tables, a row a reward. Scoring alone: pictures a second, milliseconds a picture in open_clip's preprocessing
+and in all the rest (mostly the network), and pictures a second from PNG bytes, decoded in turn and decoded ahead
+(`prefetch`). And a loop as in training that draws a chunk of pictures and scores it: the share of time in which none is
+drawn, where a chunk is scored before the next is drawn and where it is scored meanwhile, and how many times as fast the
+second is, in pairs of runs (the middle pair). `slow` is a server on this machine that takes 50 ms a request.
 """
 
 from __future__ import annotations
 
 import argparse
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffusion_align import rng
+from diffusion_align.commands.reward_server import Server
 from diffusion_align.data.images import decode_image, encode_png, to_square
-from diffusion_align.rewards import Reward, load_reward, prefetch, to_uint8
+from diffusion_align.models import TextToImage, load_pipeline
+from diffusion_align.options.reward import RewardServe
+from diffusion_align.rewards import Reward, http_reward, load_reward, prefetch, to_uint8
 from diffusion_align.rewards.clip import Clip, clip_of, cosine_scorer, open_clip_model
 from diffusion_align.rewards.weights import place_of
+from diffusion_align.samplers import sample, step_table
 from diffusion_align.shapes import sample_captions
 
 NO_DOWNLOAD = ("tiny", "jpeg-small", "judge", "random")
+SLOW = 0.05  # seconds a request
+
+Chunk = tuple[Tensor, list[str]]
 
 
 def seeded_clip(architecture: str, device: torch.device) -> Clip:
@@ -77,6 +93,75 @@ def row(
     return f"{name:20} {count / whole:10.1f} {parts} {count / in_turn:10.1f} {count / ahead:10.1f}"
 
 
+def chunks_of(gate: TextToImage, chunks: int, size: int, steps: int, busy: list[float]) -> Iterator[Chunk]:
+    """Pictures and prompts, chunk after chunk; the seconds that drawing each took go to `busy`."""
+    table = step_table(gate.schedule, steps, solver="dpmpp", order=2, eta=0.0)
+    prompts = sample_captions(size, 0)
+    for chunk in range(chunks):
+        start = time.perf_counter()
+        with torch.no_grad():  # of this thread: the one that draws ahead has its own
+            noise = rng.normal((size, *gate.latent_shape()), 0, "bench noise", chunk).to(gate.device)
+            pictures = gate.decode(sample(gate.denoiser(gate.encode_text(prompts)), table, noise))
+        if gate.device.type == "cuda":
+            torch.cuda.synchronize()
+        busy.append(time.perf_counter() - start)
+        yield pictures, prompts
+
+
+class Loop(NamedTuple):
+    """Seconds of a loop over chunks, and those of them in which none was drawn."""
+
+    seconds: float
+    waited: float
+
+
+def loop(make: Callable[[list[float]], Iterator[Chunk]], reward: Reward, *, behind: bool) -> Loop:
+    """Draw and score chunks: in turn, or each scored by the caller while a thread draws the next."""
+    busy: list[float] = []
+    start = time.perf_counter()
+    for pictures, prompts in prefetch(make(busy), ahead=1) if behind else make(busy):
+        reward(pictures, prompts)
+    whole = time.perf_counter() - start
+    return Loop(whole, whole - sum(busy))
+
+
+def overlap(make: Callable[[list[float]], Iterator[Chunk]], reward: Reward, repeats: int) -> tuple[float, float, float]:
+    """Middle share of waiting in turn and one behind, and middle ratio of their times, over pairs of runs."""
+    loop(make, reward, behind=False)  # to warm up
+    pairs = [(loop(make, reward, behind=False), loop(make, reward, behind=True)) for _ in range(repeats)]
+    turn, behind = (median(run.waited / run.seconds for run in runs) for runs in zip(*pairs, strict=True))
+    return turn, behind, median(a.seconds / b.seconds for a, b in pairs)
+
+
+@contextmanager
+def slow_server() -> Iterator[Reward]:
+    """`reward serve` on this machine, with a reward that takes its time without using the processor."""
+
+    def slow(pictures: Tensor, prompts: list[str]) -> Tensor:
+        time.sleep(SLOW)
+        return pictures.mean((1, 2, 3))
+
+    with Server(RewardServe(reward="slow", port=0), reward=slow) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        try:
+            yield http_reward(server.address)
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def print_overlap(rewards: Sequence[tuple[str, Reward]], gate: TextToImage, args: argparse.Namespace) -> None:
+    """The second table; the slow server is its last row."""
+    print(f"\na loop of {args.chunks} chunks of {args.chunk} pictures, {args.steps} steps, {gate.source}")
+    print(f"{'reward':20} " + " ".join(f"{name:>15}" for name in ("waits, in turn", "waits, behind", "times as fast")))
+    make = partial(chunks_of, gate, args.chunks, args.chunk, args.steps)
+    with slow_server() as slow:
+        for name, reward in (*rewards, ("slow, over HTTP", slow)):
+            turn, behind, gain = overlap(make, reward, args.repeats)
+            print(f"{name:20} {turn:15.1%} {behind:15.1%} {gain:15.2f}", flush=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rewards", nargs="*", default=list(NO_DOWNLOAD), help="as for --reward of the command")
@@ -85,6 +170,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--side", type=int, default=64, help="pixels")
     parser.add_argument("--batch", type=int, default=16, help="pictures decoded at a time")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--model", default="tiny", help="what draws in the loop; none: no loop")
+    parser.add_argument("--chunks", type=int, default=6, help="of the loop")
+    parser.add_argument("--chunk", type=int, default=8, help="pictures drawn, and scored, at a time")
+    parser.add_argument("--steps", type=int, default=2, help="of the sampler")
     parser.add_argument("--device", default=None)
     args = parser.parse_args(argv)
     place = place_of(args.device)
@@ -93,13 +182,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{args.pictures} pictures of {args.side} x {args.side} on {place}, {torch.get_num_threads()} threads")
     columns = ("pictures/s", "prepare ms", "rest ms", "PNG/s", "PNG/s ahead")
     print(f"{'reward':20} " + " ".join(f"{name:>10}" for name in columns))
+    known: list[tuple[str, Reward]] = []
     for name in args.rewards:
         clip = open_clip_model("tiny", device=place) if name == "tiny" else None
         reward = cosine_scorer(clip) if clip is not None else load_reward(name, device=place)
+        known.append((name, reward))
         print(row(name, reward, clip, images, prompts, args.batch, args.repeats), flush=True)
     for name in args.seeded:
         clip = seeded_clip(name, place)
-        print(row(name, cosine_scorer(clip), clip, images, prompts, args.batch, args.repeats), flush=True)
+        reward = cosine_scorer(clip)
+        known.append((name, reward))
+        print(row(name, reward, clip, images, prompts, args.batch, args.repeats), flush=True)
+    if args.model != "none":
+        print_overlap(known, load_pipeline(args.model, device=str(place)), args)
     return 0
 
 

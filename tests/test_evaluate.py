@@ -226,10 +226,10 @@ def test_lists_of_prompts_in_every_form(tmp_path):
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
-        ('{"prompt": "a"}\n{"text": 5}\n', "x.jsonl", "row 1: there is no prompt in it; it has text"),
-        ('{"prompt": "a"}\n{"prom', "x.jsonl", "line 2 is not JSON"),
-        ("[]", "x.json", "holds no prompt"),
-        ("Text\tCategory\na\tb\n", "x.tsv", "row 0: there is no prompt in it; it has text, category"),
+        ('{"prompt": "a"}\n{"text": 5}\n', "x.jsonl", "x.jsonl:2 the prompt is int, not text; give a .txt"),
+        ('{"prompt": "a"}\n{"prom', "x.jsonl", "x.jsonl:2 is not JSON"),
+        ("[]", "x.json", "holds no rows"),
+        ("Words\tCategory\na\tb\n", "x.tsv", "it has 'words', 'category'"),
     ],
 )
 def test_lists_that_are_none_are_one_line(run, tmp_path, capsys, content, name, message):

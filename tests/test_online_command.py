@@ -148,7 +148,7 @@ def test_the_plans_evaluations_are_those_of_the_issue(toys, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--prompts", "{toys}/empty.txt"), "empty.txt: holds no prompt; give one a line"),
+        (("--prompts", "{toys}/empty.txt"), "empty.txt: holds no prompt; give a .txt with one prompt a line"),
         (("--prompts", "{toys}/nowhere.txt"), "nowhere.txt"),
         (("--group_size", "1"), "rollout.group_size must be a whole number at least 2, not '1'"),
         (("--reward", "none"), "which reward? --reward NAME"),

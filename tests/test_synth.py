@@ -304,7 +304,7 @@ def test_bad_rewards_are_one_line(toys, tmp_path, monkeypatch, capsys, reward, m
         ({"rewards": ("bright", "bright")}, "named twice"),
         ({"more": ("--shard", "3/3")}, "machine.shard must be K/N with K from 0 to N - 1"),
         ({"more": ("--order", "3", "--eta", "1")}, "sampler.order 3 is for sampler.eta 0 only"),
-        ({"prompts": "empty.txt"}, "empty.txt: holds no prompt; give one a line"),
+        ({"prompts": "empty.txt"}, "empty.txt: holds no prompt; give a .txt with one prompt a line"),
         ({"prompts": "nowhere.txt"}, "nowhere.txt"),
         ({"models": ("nowhere",)}, "nowhere: give a folder in diffusers format"),
     ],

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from diffusion_align.commands.sources import fetch_pairs, pairs_on_disk, present_pairs
 from diffusion_align.data.formats import Format
 from diffusion_align.data.match import wanted
 from diffusion_align.data.recognise import Source, recognise
@@ -19,13 +20,19 @@ from diffusion_align.options.data import DataInspect
 def data_inspect(options: DataInspect) -> int:
     """Print layout, mapping, counts, first broken rows, and the command that would train on it."""
     assert options.path is not None  # the options' own check says so
-    source = recognise(Path(options.path).expanduser(), options.split)
-    print("\n".join(describe(source, summarise(source))))
+    name = present_pairs(options.path)
+    path = pairs_on_disk(name)
+    if path is None:
+        print(f"fetching the parquet files of {name}, split {options.split}, as a training would", flush=True)
+        path = fetch_pairs(name, options.split, None)
+    source = recognise(path, options.split)
+    by_name = f"--dataset_name {name}" if path != Path(name).expanduser() else None
+    print("\n".join(describe(source, summarise(source), by_name)))
     return 0
 
 
-def describe(source: Source, found: Summary) -> Iterator[str]:
-    """The report, line by line."""
+def describe(source: Source, found: Summary, by_name: str | None = None) -> Iterator[str]:
+    """The report, line by line. `by_name` is the flag that names a set whose path nobody types."""
     known = source.format
     first, *others = source.files
     files = f"{len(source.files):,} files" if others else first.name
@@ -61,7 +68,7 @@ def describe(source: Source, found: Summary) -> Iterator[str]:
         yield f"passed     members that are never read: {passed}"
     if known.known:
         yield f"known as   {known.known}"
-    for number, line in enumerate(_uses(source, found)):
+    for number, line in enumerate(_uses(source, found, by_name)):
         yield f"{'' if number else 'use':11}{line}"
 
 
@@ -74,7 +81,7 @@ def present(known: Format, columns: list[str]) -> list[tuple[str, str]]:
     return [line for line, mine in zip(shown, words, strict=True) if not mine or mine & set(columns)]
 
 
-def _uses(source: Source, found: Summary) -> Iterator[str]:
+def _uses(source: Source, found: Summary, by_name: str | None) -> Iterator[str]:
     """Commands that take this set as it is."""
     path = shlex.quote(str(source.path))
     split = f" --dataset_split_name {source.split}" if source.path.is_dir() and source.split != "train" else ""
@@ -83,7 +90,7 @@ def _uses(source: Source, found: Summary) -> Iterator[str]:
     elif source.format.holds in ("pairs", "rankings"):
         verbs = ("dpo", "rankdpo") if source.format.holds == "pairs" else ("rankdpo", "dpo")
         for verb in verbs:
-            yield f"diffusion-align train {verb} --model MODEL --train_data_dir {path}{split}"
+            yield f"diffusion-align train {verb} --model MODEL {by_name or f'--train_data_dir {path}'}{split}"
         yield f"diffusion-align data check {path}{split}   (pictures were not looked at)"
     elif source.format.holds == "prompts":
         yield f"diffusion-align train d3po --model MODEL --reward NAME --prompts {path}   (or spo, prdp, ddpo)"

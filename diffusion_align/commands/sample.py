@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_align.commands.sources import present_model, read_prompts
+from diffusion_align.commands.prompt_lists import listed_prompts
+from diffusion_align.commands.sample_layouts import check_layout, draw_folder, hand_over
+from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.tuned import base_of, load_tuned, run_config
 from diffusion_align.data.images import encode_png
+from diffusion_align.data.prompts import Prompt
 from diffusion_align.evaluation.report import versions
 from diffusion_align.options import Sample
 from diffusion_align.rng import draw_normal, generator
@@ -24,10 +27,18 @@ if TYPE_CHECKING:
     from diffusion_align.models import TextToImage
 
 
+Draw = Callable[[list[tuple[int, int]]], Iterator[tuple[tuple[int, int], Tensor]]]
+"""Given (prompt's number, image's number), the pictures [3,H,W] in that order."""
+
+
 def sample(options: Sample) -> int:
     """Draw and write pictures; see `Sample` for what can be asked."""
     o = options
-    prompts = list(o.prompt) + (read_prompts(o.prompts_file) if o.prompts_file else [])
+    if o.from_pictures is not None:
+        return hand_over(o.from_pictures, o)
+    prompts = [Prompt(text) for text in o.prompt]
+    prompts += listed_prompts(o.prompts_file)[: o.num_prompts] if o.prompts_file else []
+    check_layout(prompts, o)
     base = base_of(run_config(o.run)) if o.run else {"revision": o.revision, "variant": o.variant}
     name = present_model(o.pretrained_model_name_or_path or base["pretrained_model_name_or_path"] or "")
 
@@ -38,21 +49,17 @@ def sample(options: Sample) -> int:
         load_tuned(gate, o.run)
     order = o.order if o.solver == "dpmpp" else 1
     table = step_table(gate.schedule, o.steps, solver=o.solver, order=order, eta=o.eta, spacing=o.spacing)
-    wanted = [(number, image) for number in range(len(prompts)) for image in range(o.num_images_per_prompt)]
-    out = Path(o.out)
-    out.mkdir(parents=True, exist_ok=True)
-    files = []
-    with tqdm(total=len(wanted), unit="picture", disable=None) as bar:
-        drawn = draw(
-            gate, prompts, wanted, table, seed=o.seed, guidance=o.guidance, negative_prompt=o.negative_prompt,
-            resolution=o.resolution, batch_size=o.batch_size, mixed_precision=o.mixed_precision,
+
+    def these(wanted: list[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        return draw(
+            gate, [prompt.text for prompt in prompts], wanted, table, seed=o.seed, guidance=o.guidance,
+            negative_prompt=o.negative_prompt, resolution=o.resolution, batch_size=o.batch_size,
+            mixed_precision=o.mixed_precision,
         )  # fmt: skip
-        for (number, image), picture in drawn:
-            # Numbers, not prompts, make file names: a prompt may hold anything.
-            file = f"{number:04d}-{image:02d}.png"
-            (out / file).write_bytes(encode_png(picture))
-            files.append({"file": file, "prompt": prompts[number], "prompt_number": number, "image": image})
-            bar.update()
+
+    if o.layout != "samples":
+        return draw_folder(gate, prompts, table, these, o)
+    files = write_pictures(prompts, these, o)
     about = {
         "pictures": files,
         "model": name,
@@ -66,9 +73,25 @@ def sample(options: Sample) -> int:
         "mixed_precision": o.mixed_precision,
         "versions": versions(),
     }
-    (out / "samples.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    print(f"{len(files)} pictures and samples.json in {out}")
+    (Path(o.out) / "samples.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(files)} pictures and samples.json in {Path(o.out)}")
     return 0
+
+
+def write_pictures(prompts: Sequence[Prompt], these: Draw, o: Sample) -> list[dict[str, Any]]:
+    """All pictures in one folder, and of each its file and its prompt."""
+    out = Path(o.out)
+    out.mkdir(parents=True, exist_ok=True)
+    wanted = [(number, image) for number in range(len(prompts)) for image in range(o.num_images_per_prompt)]
+    files = []
+    with tqdm(total=len(wanted), unit="picture", disable=None) as bar:
+        for (number, image), picture in these(wanted):
+            # Numbers, not prompts, make file names: a prompt may hold anything.
+            file = f"{number:04d}-{image:02d}.png"
+            (out / file).write_bytes(encode_png(picture))
+            files.append({"file": file, "prompt": prompts[number].text, "prompt_number": number, "image": image})
+            bar.update()
+    return files
 
 
 @torch.no_grad()

@@ -47,21 +47,12 @@ def fetch_pairs(name: str, split: str, cache_dir: str | None) -> Path:
         raise FileNotFoundError(f"pairs {name}: no such path here, and the hub says: {said}; {cure}") from error
 
 
-def read_prompts(path: str) -> list[str]:
-    """The lines of a text file that are not blank; of a JSON list or JSON lines, the prompts.
+def read_prompts(source: str) -> list[str]:
+    """The prompts of a file, a folder, or a list that goes by a name (docs/evaluation.md).
 
     Raises:
-        ValueError: not a text file in UTF-8, or no prompt in it.
+        ValueError, FileNotFoundError: as `listed_prompts`.
     """
-    if Path(path).suffix in (".json", ".jsonl", ".ndjson"):
-        from diffusion_align.data.prompts import read_prompts as read_lists
+    from diffusion_align.commands.prompt_lists import listed_prompts  # which reads tables, for which few ask
 
-        return read_lists(path)
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file in UTF-8; give one prompt a line") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path}: holds no prompt; give one a line")
-    return prompts
+    return [prompt.text for prompt in listed_prompts(source)]

@@ -33,6 +33,7 @@ from diffusion_align.data.images import ImageError, load_picture
 from diffusion_align.data.layouts import Pair, Picture, Ranking, read_bytes
 from diffusion_align.data.pairs import check_bad_fraction, fingerprint
 from diffusion_align.data.readers import BadRow, DataError, digest, jsonl_rows
+from diffusion_align.data.room import bytes_of, require_room
 from diffusion_align.data.shards import Shards, make_shard, write_bytes
 
 FORMAT = 1
@@ -130,7 +131,8 @@ def build_cache(
         known_bad: rows that the reader left out (`Counts.bad_rows`), so that they are counted and listed too.
 
     Raises:
-        DataError: too many broken pictures, no pair left, encodings that are not finite, or a damaged finished shard.
+        DataError: too many broken pictures, no pair left, encodings that are not finite, a damaged finished shard, or
+            less room on the disk than the encodings will take.
     """
     if not pairs:
         raise DataError("there are no pairs to encode")
@@ -153,6 +155,7 @@ def build_cache(
     home.mkdir(parents=True, exist_ok=True)
 
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
+    require_room(home, bytes_of(pairs, len(prompts), gate.latent_shape(resolution), gate.empty_text, dtype))
     make_shard(home, "empty", lambda: (gate.empty_text.to(dtype), {}))
     with _progress(len(prompts), "prompt", progress) as reach:
         for shard, first in enumerate(range(0, len(prompts), prompts_per_shard)):

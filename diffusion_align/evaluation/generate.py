@@ -7,27 +7,32 @@ model. Pictures are numbered through: number p of K pictures a prompt is picture
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.images import ImageError, decode_image, encode_png
 from ..prediction import Denoiser
 from ..rng import draw_normal, generator
 from ..samplers import StepTable, sample, step_table
 from ..schedule import Schedule
+from .picture_folder import Batch, fill, missing_pictures, picture_path, read_picture, read_pictures
+
+__all__ = [
+    "Batch",
+    "evaluation_table",
+    "generate",
+    "missing_pictures",
+    "picture_path",
+    "read_picture",
+    "read_pictures",
+    "sampler_table",
+    "save_pictures",
+]
 
 PURPOSE = "evaluation"
-MANIFEST = "pictures.json"
-METADATA = "metadata.jsonl"
-
-Batch = tuple[list[int], Tensor]  # numbers of the pictures, pictures [b,3,H,W] float32 in [0, 1] on the CPU
 
 
 class Gate(Protocol):
@@ -117,60 +122,10 @@ def generate(
         yield part, images
 
 
-def picture_path(folder: str | Path, number: int, per_prompt: int = 1) -> Path:
-    """Where a picture lies, in GenEval's layout (Ghosh et al. 2023, arXiv 2310.11513): 00000/samples/0000.png.
-
-    Numbers, never the prompt's own text, which may be hostile as a file name.
-    """
-    prompt, which = divmod(number, per_prompt)
-    return Path(folder) / f"{prompt:05d}" / "samples" / f"{which:04d}.png"
-
-
-def read_picture(folder: str | Path, number: int, per_prompt: int = 1) -> Tensor:
-    """One saved picture [3,H,W] in [0, 1]. Raises ImageError (a ValueError) or FileNotFoundError naming the file."""
-    path = picture_path(folder, number, per_prompt)
-    try:
-        image = decode_image(path.read_bytes())
-    except ImageError as error:
-        raise ImageError(f"{path} {error}") from error
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float32) / 255
-
-
-def read_pictures(folder: str | Path, n: int, batch_size: int = 64, per_prompt: int = 1) -> Iterator[Batch]:
-    """The first n saved pictures in order, in the form in which `generate` yields them."""
-    for start in range(0, n, batch_size):
-        part = list(range(start, min(start + batch_size, n)))
-        yield part, torch.stack([read_picture(folder, number, per_prompt) for number in part])
-
-
 def table_digest(table: StepTable) -> str:
     """A short hash of the numbers that make two samplers the same."""
     parts = (table.timesteps, table.cx, table.c, table.std)
     return hashlib.blake2b(b"".join(p.double().cpu().numpy().tobytes() for p in parts), digest_size=8).hexdigest()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write so that a file of this name is always a whole one, whenever the process is killed."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # other processes may be writing the same
-    partial.write_bytes(data)
-    os.replace(partial, path)
-
-
-def _claim(folder: Path, prompts: list[str], facts: dict[str, Any]) -> None:
-    """Write down what the folder's pictures are, or refuse it when they are something else."""
-    path = folder / MANIFEST
-    if path.is_file():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        known = old.pop("prompts")
-        other = sorted(key for key in old.keys() | facts.keys() if old.get(key) != facts.get(key))
-        if other:
-            raise ValueError(f"{folder} holds pictures made with another {', '.join(other)}: choose a new folder")
-        changed = next((i for i, (a, b) in enumerate(zip(known, prompts, strict=False)) if a != b), None)
-        if changed is not None:
-            raise ValueError(f"{folder} holds pictures of other prompts (number {changed}): choose a new folder")
-        prompts = max(known, prompts, key=len)
-    text = json.dumps({**facts, "prompts": prompts}, indent=1, sort_keys=True)
-    _replace(path, text.encode("utf-8"))
 
 
 def save_pictures(
@@ -187,61 +142,21 @@ def save_pictures(
     facts: Mapping[str, Any] | None = None,
     extras: Sequence[Mapping[str, Any]] | None = None,
 ) -> Iterator[list[int]]:
-    """Generate into a folder in GenEval's layout, yielding the numbers just written; what is there already stays.
+    """Generate into a folder in GenEval's layout; see `fill` for what resumes, `extras` and `shard`.
 
-    `pictures.json` records seed, guidance, sampler, model and prompts; a folder made otherwise is refused, so a
-    resumed run never mixes two models. `facts` joins that record: name the adapter there, for the gate's fingerprint
-    knows files only. `extras` [N] joins each prompt's `metadata.jsonl`, where scorers look for tags. The list of
-    prompts may grow or shrink at its end between runs. `shard` (i, n) draws prompts i, i + n, ... only: n processes,
-    each with its own i, fill one folder without drawing a picture twice.
+    Written down are seed, guidance, sampler, model and prompts. `facts` joins them: name the adapter there, for the
+    gate's fingerprint knows files only.
 
     Raises:
         ValueError: the folder holds other pictures, a shard that there is not, and as `generate`.
     """
-    index, count = shard
-    if not 0 <= index < count:
-        raise ValueError(f"shard {index} of {count}: shards are counted from 0")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     made = {"seed": seed, "guidance": float(guidance), "steps": len(table), "sampler": table_digest(table)}
-    if per_prompt > 1:
-        made["per_prompt"] = per_prompt
-    _claim(folder, list(prompts), {**made, "model": gate.fingerprint(), **(facts or {})})
-    _describe(folder, prompts, extras, range(index, len(prompts), count))
-    missing = [
-        number
-        for number in range(len(prompts) * per_prompt)
-        if number // per_prompt % count == index and not _is_whole(folder, number, per_prompt)
-    ]
-    for numbers, images in generate(
-        gate, prompts,
-        seed=seed, table=table, guidance=guidance, batch_size=batch_size, per_prompt=per_prompt, numbers=missing,
-    ):  # fmt: skip
-        for number, image in zip(numbers, images, strict=True):
-            _replace(picture_path(folder, number, per_prompt), encode_png(image))
-        yield numbers
 
+    def draw(numbers: list[int]) -> Iterator[Batch]:
+        return generate(
+            gate, prompts,
+            seed=seed, table=table, guidance=guidance, batch_size=batch_size, per_prompt=per_prompt, numbers=numbers,
+        )  # fmt: skip
 
-def _describe(
-    folder: Path, prompts: Sequence[str], extras: Sequence[Mapping[str, Any]] | None, places: Iterable[int]
-) -> None:
-    """Each prompt's folder, with the metadata.jsonl that GenEval's scorer and its like read."""
-    for place in places:
-        home = folder / f"{place:05d}"
-        (home / "samples").mkdir(parents=True, exist_ok=True)
-        line = json.dumps({**(extras[place] if extras else {}), "prompt": prompts[place]})
-        if not (home / METADATA).is_file() or (home / METADATA).read_text(encoding="utf-8") != line + "\n":
-            _replace(home / METADATA, f"{line}\n".encode())
-
-
-def missing_pictures(folder: str | Path, n: int, per_prompt: int = 1) -> list[int]:
-    """Which of the first n pictures are not there, or not whole."""
-    return [number for number in range(n) if not _is_whole(Path(folder), number, per_prompt)]
-
-
-def _is_whole(folder: Path, number: int, per_prompt: int) -> bool:
-    try:
-        read_picture(folder, number, per_prompt)
-    except (ImageError, FileNotFoundError):
-        return False
-    return True
+    facts = {**made, "model": gate.fingerprint(), **(facts or {})}
+    yield from fill(folder, prompts, draw, facts, per_prompt=per_prompt, shard=shard, extras=extras)

@@ -18,7 +18,8 @@ class Sample:
     variant: str | None = option(None, "model", "variant of the weights' files, such as fp16")
 
     prompt: tuple[str, ...] = option((), "prompts", "a prompt; may be repeated")
-    prompts_file: str | None = option(None, "prompts", "file with one prompt a line")
+    prompts_file: str | None = option(None, "prompts", "file with one prompt a line, or another list of prompts: a file, a folder, or a name such as parti, hpdv2 or dpg-bench (docs/evaluation.md)", aliases=("prompts",))
+    num_prompts: int | None = option(None, "prompts", "of that list, use the first N", at_least=1)
     negative_prompt: str = option("", "prompts", "what guidance steers away from")
     num_images_per_prompt: int = option(1, "prompts", "pictures of each prompt", at_least=1)
 
@@ -35,6 +36,8 @@ class Sample:
     device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
     mixed_precision: str = option("no", "machine", "precision of the network", choices=("no", "fp16", "bf16"))
     out: str = option("samples", "output", "folder for the pictures and samples.json", aliases=("output_dir",))
+    layout: str = option("samples", "output", "how they lie there: samples (numbered, with samples.json), or as the scorers of GenEval, DPG-Bench or T2I-CompBench read them, going on where a run was cut off", choices=("samples", "geneval", "dpg", "compbench"))
+    from_pictures: str | None = option(None, "output", "draw nothing: arrange a folder in GenEval's layout, such as RUN/evaluation/tuned-KEY/dpmpp, as --layout dpg or compbench")
     # fmt: on
 
 
@@ -44,7 +47,7 @@ class Evaluate:
     run: tuple[str, ...] = option((), "models", "run folders, checkpoints in them (RUN/checkpoints/step-...), or models by folder or hub id")
     base: str | None = option(None, "models", "what they are compared with: a run, checkpoint or model (default: the base of the first run)")
 
-    prompts: str = option("held-out", "prompts", "file of prompts (lines; .jsonl or .tsv with categories), a list of assets/prompts by name, or held-out (captions of the embedded world that no training set names)")
+    prompts: str = option("held-out", "prompts", "a list of prompts: a file or folder, a name (parti, geneval; hpdv2, drawbench, t2i-compbench, dpg-bench, which are fetched), or held-out (captions of the embedded world that no training set names)")
     num_prompts: int = option(500, "prompts", "use the first N prompts", at_least=2)
     num_images_per_prompt: int = option(1, "prompts", "pictures of each prompt; diversity needs two", at_least=1)
 
@@ -71,14 +74,27 @@ def check_sample(options: Sample) -> None:
     """What no single option can know.
 
     Raises:
-        UsageError: nothing to draw, or nothing to draw with.
+        UsageError: nothing to draw, nothing to draw with, or a layout that cannot come of it.
     """
+    if options.from_pictures is not None:
+        return _check_arranging(options)
     if options.run is None and options.pretrained_model_name_or_path is None:
         raise UsageError("which model? --pretrained_model_name_or_path NAME, --run FOLDER, or both")
     if not options.prompt and options.prompts_file is None:
         raise UsageError('which prompts? --prompt "..." (may be repeated) or --prompts_file FILE')
+    if options.layout == "dpg" and options.num_images_per_prompt not in (1, 4):
+        raise UsageError("output.layout dpg is four pictures of a prompt, or one: --num_images_per_prompt 4")
     if options.order == 3 and options.eta > 0:
         raise UsageError("sampler.order 3 is for sampler.eta 0 only")
+
+
+def _check_arranging(options: Sample) -> None:
+    if options.layout not in ("dpg", "compbench"):
+        raise UsageError("output.from_pictures is for --layout dpg or compbench")
+    drawing = ("run", "pretrained_model_name_or_path", "prompt", "prompts_file")
+    given = next((name for name in drawing if getattr(options, name)), None)
+    if given is not None:
+        raise UsageError(f"output.from_pictures draws nothing, so --{given} has no meaning beside it")
 
 
 def check_evaluate(options: Evaluate) -> None:

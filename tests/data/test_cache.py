@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -247,3 +249,44 @@ def test_a_finished_cache_is_held_to_this_runs_ceiling(tmp_path):
     assert build(tmp_path, pairs, max_bad_fraction=0.05, known_bad=known).bad == 2
     with pytest.raises(DataError, match=r"bad_rows.jsonl: 2 of 41 rows are broken.*the first: set:40 no prompt"):
         build(tmp_path, pairs, max_bad_fraction=0.04, known_bad=known)
+
+
+def on_a_disk_with(monkeypatch, free, total=10**12):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=total, used=0, free=free))
+
+
+def test_a_disk_without_room_is_told_before_anything_is_encoded(tmp_path, monkeypatch):
+    """30 different pictures of 4 x 4 x 4 float32, 7 prompts and the empty one of 3 x 2: 7,872 bytes."""
+    pairs, gate, size = make_pairs(), FakeGate(), (30 * 64 + 8 * 6) * 4
+    assert len({picture for pair in pairs for picture in pair.pictures}) == 30
+    on_a_disk_with(monkeypatch, free=size - 1)
+    with pytest.raises(
+        DataError, match=r"encoding takes up to 7\.87e-06 GB, and the disk has 7\.87e-06 GB.*--cache_dir"
+    ):
+        build(tmp_path, pairs, gate)
+    assert not gate.pictures and not gate.prompts and not list(tmp_path.rglob("*.safetensors"))
+    on_a_disk_with(monkeypatch, free=size)
+    assert len(build(tmp_path, pairs, gate)) == 40
+    on_a_disk_with(monkeypatch, free=0)
+    assert len(build(tmp_path, pairs, gate)) == 40  # it is there
+
+
+def test_half_precision_needs_half_the_room(tmp_path, monkeypatch):
+    on_a_disk_with(monkeypatch, free=(30 * 64 + 8 * 6) * 2)
+    assert len(build(tmp_path, make_pairs(), dtype=torch.float16)) == 40
+    with pytest.raises(DataError, match="free some"):
+        build(tmp_path, make_pairs())
+
+
+def test_what_an_interrupted_build_has_written_needs_no_room_again(tmp_path, monkeypatch):
+    pairs = make_pairs()
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, pairs, FakeGate(fail_at=20))
+    there = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+    on_a_disk_with(monkeypatch, free=(30 * 64 + 8 * 6) * 4 - there)
+    assert len(build(tmp_path, pairs)) == 40
+
+
+def test_a_disk_that_tells_nothing_is_trusted(tmp_path, monkeypatch):
+    on_a_disk_with(monkeypatch, free=0, total=0)
+    assert len(build(tmp_path, make_pairs())) == 40

@@ -213,9 +213,10 @@ def test_a_killed_write_leaves_no_half_picture(tmp_path, monkeypatch):
     def killed(source, target):
         raise KeyboardInterrupt
 
-    # The package exports a function of the same name, so the module is reached through sys.modules.
     monkeypatch.setattr(
-        sys.modules["diffusion_align.evaluation.generate"], "os", SimpleNamespace(replace=killed, getpid=lambda: 1)
+        sys.modules["diffusion_align.evaluation.picture_folder"],
+        "os",
+        SimpleNamespace(replace=killed, getpid=lambda: 1),
     )
     with pytest.raises(KeyboardInterrupt):
         save(FakeGate(), tmp_path)

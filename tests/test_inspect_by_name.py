@@ -1,0 +1,42 @@
+"""`data inspect` takes names as training does: the embedded pairs, and an address on the hub, which is fetched."""
+
+import shutil
+
+import pytest
+
+from diffusion_align import cli
+from diffusion_align.commands import data_inspect
+from diffusion_align.models.hub import asset
+
+
+def test_the_embedded_pairs_by_name(capsys):
+    assert cli.main(["data", "inspect", "tiny"]) == 0
+    said = capsys.readouterr().out
+    assert "pairs      800" in said and "--model MODEL --dataset_name tiny\n" in said
+
+
+def test_a_set_on_the_hub_is_fetched_as_training_fetches_it(tmp_path, monkeypatch, capsys):
+    """Under the present address of a set that has moved."""
+    asked = []
+
+    def fetch(name, split, cache_dir):
+        asked.append((name, split, cache_dir))
+        shutil.copy(asset("tiny_pairs.parquet"), tmp_path / "validation-00000-of-00001.parquet")
+        return tmp_path
+
+    monkeypatch.setattr(data_inspect, "fetch_pairs", fetch)
+    assert cli.main(["data", "inspect", "yuvalkirstain/pickapic_v1", "--split", "validation"]) == 0
+    assert asked == [("pickapic-anonymous/pickapic_v1", "validation", None)]
+    said = capsys.readouterr().out
+    assert "fetching the parquet files of pickapic-anonymous/pickapic_v1, split validation" in said
+    assert "--dataset_name pickapic-anonymous/pickapic_v1 --dataset_split_name validation" in said
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [("owner/name", "no such path here, and the hub says"), ("./owner/name", "no such file or folder")],
+)
+def test_what_is_neither_here_nor_there_is_one_line(word, said, capsys):
+    assert cli.main(["data", "inspect", word]) == 1
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
