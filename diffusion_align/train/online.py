@@ -160,15 +160,20 @@ def require_start(columns: Columns, *, dims: int) -> None:
     A ratio of 1 may miss by rounding where kernels differ with gradients on; a log-ratio to the reference may not miss
     at all, as both are one function: a little is allowed for the same reason.
     """
-    drift = float(columns.get("drift", torch.zeros(1)).max())
-    if not drift / dims <= 1e-4:
+
+    def largest(values: torch.Tensor) -> float:
+        # A number that is not finite is the business of the step, which is then skipped.
+        return float(torch.where(values.isfinite(), values, 0).abs().max())
+
+    drift = largest(columns.get("drift", torch.zeros(1)))
+    if drift / dims > 1e-4:
         raise RuntimeError(
             "before the first update the importance ratio is not 1: a step's log-ratio to the policy that drew it is "
             f"{drift:g} nats over {dims} dims. Usual causes: dropout, other batches in training than in rollout, half "
             "precision; train in float32 or bfloat16"
         )
-    apart = max(float(v.abs().max()) for name, v in columns.items() if name.startswith("log_ratio"))
-    if not apart / dims <= 1e-4:
+    apart = max(largest(v) for name, v in columns.items() if name.startswith("log_ratio"))
+    if apart / dims > 1e-4:
         raise RuntimeError(
             f"before the first update the policy already differs from its reference: |log-ratio| is {apart:g} nats "
             f"over {dims} dims, not 0. Usual causes: dropout is active; they run in different precision; the policy "

@@ -168,7 +168,8 @@ def _along(denoiser: Denoiser, run: Trajectory[StepTable]) -> Tensor:
 def checked(score: Score, latents: Tensor, prompts: list[str]) -> Tensor:
     """[B] float32 scores on the CPU; what is not finite becomes nan and is left out by whoever selects.
 
-    Raises RewardError, in one line, when the reward raises, answers with another shape, or has no finite number at all.
+    Latents that are not finite have no score, for no picture of theirs shows it. Raises RewardError, in one line, when
+    the reward raises, answers with another shape, or has no finite number for any picture that is one.
     """
     try:
         values = score(latents, prompts)
@@ -177,7 +178,8 @@ def checked(score: Score, latents: Tensor, prompts: list[str]) -> Tensor:
             raise  # which is no fault of the reward: fewer pictures at a time may do
         raise RewardError(f"the reward failed: {type(error).__name__}: {error}") from error
     values = one_each(values, len(prompts), "the reward")
-    values = torch.where(values.isfinite(), values, torch.nan)
-    if len(values) and bool(values.isnan().all()):
+    pictures = latents.flatten(1).isfinite().all(1).cpu()
+    values = torch.where(values.isfinite() & pictures, values, torch.nan)
+    if bool(pictures.any()) and bool(values.isnan().all()):
         raise RewardError(f"the reward returned no finite number for any of {len(prompts)} pictures")
     return values

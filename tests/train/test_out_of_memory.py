@@ -2,44 +2,12 @@
 
 import pytest
 import torch
-from helpers_online import METHODS, Toy, darkness
+from helpers_memory import FullOnTheWayBack, Limited, full, short_of_memory
+from helpers_online import METHODS, Toy
 from helpers_train import MemoryPairs, make_run
 
 from diffusion_align import memory
 from diffusion_align.memory import OutOfMemory, in_parts
-
-
-def full(*args):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-
-class Limited:
-    """A network in a memory that holds so many rows; with `after`, only from that call on."""
-
-    def __init__(self, network, rows, after=0):
-        self.network, self.rows, self.after, self.calls, self.sizes = network, rows, after, 0, []
-
-    def __call__(self, x, t, text):
-        self.calls += 1
-        if len(x) > self.rows and self.calls > self.after:
-            full()
-        self.sizes.append(len(x))
-        return self.network(x, t, text)
-
-
-class FullOnTheWayBack(torch.autograd.Function):
-    """Memory that runs out in the backward pass."""
-
-    @staticmethod
-    def forward(ctx, x, rows):
-        ctx.rows = rows
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        if len(gradient) > ctx.rows:
-            full()
-        return gradient, None
 
 
 def test_parts_are_halved_and_stay_so():
@@ -130,19 +98,8 @@ def test_rounds_go_on_in_smaller_chunks(name, place, caplog):
     whole, cut = Toy(double=True), Toy(double=True)
     more = {"fresh": False} if name == "prdp" else {}
     rows = list(whole.rounds(whole.method(name, **more), **settings))
-    network, method = cut.policy_calls.network, cut.method(name, **more)
-    two = 12 if name == "spo" else 8  # rows of two prompts: guided, of three children or two runs
-
-    def limited(x, t, text):
-        learning = torch.is_grad_enabled()
-        too_many = (
-            place == "learning" and learning and len(x) > 4 or place == "drawing" and not learning and len(x) > two
-        )
-        return full() if too_many else network(x, t, text)
-
-    cut.policy_calls.network = limited
-    if place == "scoring":
-        cut.reward = lambda x, prompts: full() if len(x) > two / 2 else darkness(x, prompts)
+    method = cut.method(name, **more)
+    short_of_memory(cut, name, place)
     found = list(cut.rounds(method, **settings))
     for a, b in zip(found, rows, strict=True):
         assert a.metrics["items"] == b.metrics["items"] and a.loss == pytest.approx(b.loss, rel=1e-7, abs=1e-12)
