@@ -19,7 +19,7 @@ class Best:
         self.sum, self.count = 0.0, 0
 
     def hear(self, metrics: Mapping[str, float]) -> None:
-        """Of one step.
+        """Of one step, its row in metrics.jsonl.
 
         Raises:
             ValueError: there is no such metric, with those there are.
@@ -27,6 +27,8 @@ class Best:
         if self.metric is None:
             return
         name = self.metric.removeprefix("-")
+        if name not in metrics and not math.isfinite(metrics.get("loss", 0.0)):
+            return  # a step with nothing in it lacks most of them
         if name not in metrics:
             raise ValueError(f"--keep_best {self.metric}: this run has no such metric; it has {', '.join(metrics)}")
         if math.isfinite(metrics[name]):
