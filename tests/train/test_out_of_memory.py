@@ -45,12 +45,13 @@ def test_other_errors_are_not_taken_for_it():
 @pytest.mark.parametrize("way", ["forward", "backward", "reference", "late"])
 @pytest.mark.parametrize(("mode", "accumulation"), [("lora", 1), ("lora", 2), ("full", 1)])
 def test_offline_steps_go_on_in_smaller_pieces(mode, accumulation, way, caplog):
-    """Pairs are 2 rows each, pieces of 6 pairs where 4 rows fit: cut into 3 and then 2 pairs."""
+    """Pairs are 2 rows each, pieces of 6 pairs where 4 rows fit: cut into 3 and then 2 pairs. "late": in the last piece
+    of the third step, when the others have left their gradients."""
     settings = {"mode": mode, "accumulation": accumulation, "batch_size": 6 * accumulation, "max_steps": 6}
     settings |= {"cache": MemoryPairs(20), "caption_dropout": 0.3, "warmup": 0}
     whole, cut = make_run(**settings), make_run(**settings)
     rows = list(whole.steps())
-    limited = Limited(cut.network, 4, after=accumulation * 2 if way == "late" else 0)
+    limited = Limited(cut.network, 4, after=accumulation * 3 - 1 if way == "late" else 0)
     changes = {"predict_policy": limited}
     if way == "backward":
         changes = {"predict_policy": lambda x, t, text: FullOnTheWayBack.apply(cut.network(x, t, text), 4)}
