@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from diffusion_align.options import VERBS, UsageError, build_parser, parse, preset_names, resolve, unknown
 
 PROG = "diffusion-align"
-MEMORY_CURE = (
-    "halve --train_batch_size and double --gradient_accumulation_steps (online methods: halve --sample_chunk), "
-    "or add --gradient_checkpointing"
-)
 OTHER_VERBS = {
     "presets ls": "list the presets",
     "presets show": "print a preset, with the unit and the source of each number: presets show METHOD/NAME",
@@ -26,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 done, 1 the work failed, 2 the command line is wrong, 130 interrupted.
+        0 done, 1 the work failed, 2 the command line is wrong, 128 + n stopped by signal n (130: Ctrl-C).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     traceback = os.environ.get("DIFFUSION_ALIGN_TRACEBACK", "0") not in ("", "0") or "--traceback" in argv
@@ -35,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         # A command that can be continued says how in the exception it raises.
         _complain(f"interrupted{'; ' + str(interrupt) if str(interrupt) else ''}")
-        return 130
+        return 128 + getattr(interrupt, "number", signal.SIGINT)
     except BrokenPipeError:
         # The reader left (`| head`): nobody is there to be told. Point stdout away so that the exit stays silent too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -53,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if ours or isinstance(error, ValueError | OSError | ImportError | NotImplementedError):
             _complain(_one_line(error))
         elif type(error).__name__ == "OutOfMemoryError":
-            _complain(f"{_one_line(error)}; {MEMORY_CURE}")
+            from diffusion_align.memory import CURE
+
+            _complain(f"{_one_line(error)}; {CURE}")
         else:
             _complain(f"unexpected {type(error).__name__}: {_one_line(error)} (--traceback shows where)")
         return 1

@@ -56,7 +56,7 @@ def argv(toys, name, run, *more, model="model"):
 
 @pytest.mark.parametrize("name", ONLINE)
 def test_a_run_that_is_interrupted_goes_on_as_if_it_never_stopped(toys, name, tmp_path, monkeypatch, capsys):
-    """Ctrl-C in round 2, in PRDP's case between its two passes: the round is finished first."""
+    """Ctrl-C in round 2, in PRDP's case between its two passes: then the round's data are saved too."""
     whole, cut, append = tmp_path / "whole", tmp_path / "cut", record.append
     assert cli.main(argv(toys, name, whole)) == 0
     rows = record.read(whole / "metrics.jsonl")
@@ -76,7 +76,7 @@ def test_a_run_that_is_interrupted_goes_on_as_if_it_never_stopped(toys, name, tm
         patch.setattr(record, "append", ctrl_c)
         assert cli.main(argv(toys, name, cut)) == 130
     said = capsys.readouterr().err.splitlines()[-1]
-    assert f"step {2 * passes} is saved; go on with: diffusion-align train {name} --config" in said
+    assert f"step {passes + 1} is saved; go on with: diffusion-align train {name} --config" in said
     AcceleratorState._reset_state(True)
     assert cli.main(said.partition("go on with: diffusion-align ")[2].split()) == 0
     assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()

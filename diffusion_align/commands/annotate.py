@@ -86,7 +86,7 @@ def serve(session: Session, pictures: list[Picture], port: int | None) -> bool:
             pass
         server.shutdown()
         thread.join()
-        return interrupt.asked
+        return interrupt.asked > 0
 
 
 def summary(folder: Path, rows: list[Row]) -> str:

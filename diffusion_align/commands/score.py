@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from diffusion_align.memory import in_parts
 from diffusion_align.rewards import Reward, load_reward
 from diffusion_align.rewards.clip import resolve_source
 from diffusion_align.rewards.controls import judged_share, random_reward
@@ -37,10 +38,13 @@ def reward_by_name(name: str, *, device: torch.device, seed: int) -> Reward:
 
 
 def decoded(gate: TextToImage, reward: Reward, chunk: int) -> Callable[[Tensor, list[str]], Tensor]:
-    """`(latents [B,...], prompts) -> [B]`: no more than `chunk` pictures exist at a time."""
+    """`(latents [B,...], prompts) -> [B]`: no more than `chunk` pictures exist at a time, or half as many where memory
+    runs out."""
 
     def score(latents: Tensor, prompts: list[str]) -> Tensor:
-        rows = range(0, len(prompts), chunk)
-        return torch.cat([reward(gate.decode(latents[i : i + chunk]), prompts[i : i + chunk]) for i in rows])
+        def part(rows: slice) -> Tensor:
+            return reward(gate.decode(latents[rows]), prompts[rows])
+
+        return torch.cat(in_parts(part, len(prompts), chunk, "scoring pictures")[0])
 
     return score

@@ -9,11 +9,12 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -22,14 +23,19 @@ from torch.nn import Parameter
 from tqdm import tqdm
 
 from diffusion_align.commands import grids, run_folder
-from diffusion_align.commands.interrupt import Interruptible
+from diffusion_align.commands.best import Best
+from diffusion_align.commands.interrupt import Interrupted, Interruptible
 from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.tracking import start_trackers, tracker_names
 from diffusion_align.options import TrainCommon, to_yaml
-from diffusion_align.train import Progress, StepRecord, checkpoint, record
+from diffusion_align.train import NonFiniteError, Progress, StepRecord, checkpoint, record
+from diffusion_align.train.agree import anywhere, most
 from diffusion_align.train.alarm import CollapseAlarm, CollapseError
+from diffusion_align.train.buffer import pack_round, round_name, round_of
 from diffusion_align.train.checkpoint import Checkpoint, CheckpointError
 from diffusion_align.train.ema import Ema, start_ema
+from diffusion_align.train.method import Round
+from diffusion_align.train.rounds import NothingToLearn
 from diffusion_align.train.state import pack, restore
 from diffusion_align.train.update import first_progress
 
@@ -69,6 +75,13 @@ class Session:
     identity: dict[str, Any] = field(init=False)
     prompts: list[str] = field(init=False)
     base: Tensor = field(init=False)
+    round: Round[Any] | None = field(init=False, default=None)
+    interrupt: Interruptible = field(init=False, default_factory=Interruptible)
+    best: Best = field(init=False)
+
+    def asked(self) -> bool:
+        """Whether this process was told to stop."""
+        return self.interrupt.asked > 0
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -95,8 +108,12 @@ class Session:
                 folder = self.run / run_folder.SAMPLES / "base"
                 self.base = grids.base_pictures(self.gate, self.prompts, folder, **self._look)
         progress = first_progress(o.mixed_precision)
+        self.best = Best(o.keep_best, resumed.state.get("best") if resumed else None)
         if resumed is not None:
+            warn_of_versions(resumed.state.get("versions", {}))
             progress = restore(resumed, self.named, optimizer, scheduler, self.ema)
+            if progress.in_round:
+                self.round = round_of(resumed, self.accelerator.process_index, self.accelerator.num_processes)
         self.accelerator.wait_for_everyone()
         return progress
 
@@ -108,12 +125,13 @@ class Session:
     def follow(self, records: Iterable[StepRecord], progress: Progress, steps: int, shown: Sequence[str]) -> int:
         """Run the loop to its end: metrics, checkpoints, grids, and at last the trained weights.
 
-        `shown` are the metrics on the progress bar. A checkpoint that is due is written at the next record from which
-        a run can go on exactly.
+        `shown` are the metrics on the progress bar. In the middle of a round a checkpoint is as large as the round's
+        data; one that is merely due waits for the round's end.
 
         Raises:
-            KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is saved; it says the command that goes on.
+            Interrupted: after a signal, once a checkpoint is saved; it says the command that goes on.
             CollapseError: the alarm was given and is to stop the run; a checkpoint is saved.
+            NonFiniteError, NothingToLearn: of the loop; a checkpoint of the weights before them is saved.
         """
         o, accelerator = self.options, self.accelerator
         if progress.step:
@@ -129,36 +147,59 @@ class Session:
             disable=not accelerator.is_main_process,
             mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file gets a line now and then
         )
-        due, alarm, collapse = False, self.alarm(), None
-        with bar, Interruptible() as interrupt:
-            for row in records:
-                if self.ema is not None and row.updated:
-                    self.ema.update(self.named)
-                if accelerator.is_main_process:
-                    record.append(self.run / run_folder.METRICS, row.row())
-                    report(row.row())
-                figures = {name: f"{row.metrics[name]:.2f}" for name in shown if name in row.metrics}
-                bar.set_postfix({"loss": f"{row.loss:.4f}", **figures}, refresh=False)
-                bar.update()
-                collapse = (alarm.hear(row.row()) if alarm else None) or collapse
-                if collapse and o.collapse_alarm == "warn":
-                    tqdm.write(f"collapse? step {row.step}: {collapse}", file=sys.stderr)
-                    collapse = None
-                stop = _anywhere(interrupt.asked, accelerator)
-                due = due or stop or collapse is not None or row.step % o.checkpointing_steps == 0 or row.step >= steps
-                if due and row.resumable:
-                    self.save(row.progress)
-                    due = False
-                    if stop:
-                        go_on = run_folder.resume_line(self.run, self.verb)
-                        raise KeyboardInterrupt(f"step {row.step} is saved; go on with: {go_on}")
-                    if collapse:
-                        raise CollapseError(f"stopped, and saved, at step {row.step}: {collapse}")
-                if o.run_validation and row.step % o.validation_steps == 0 and row.step < steps:
-                    self.draw(row.step)
+        due, alarm, collapse, saved = False, self.alarm(), None, progress.step
+        last = StepRecord(progress.step, 0, 0.0, {}, progress, round=self.round)
+        with bar, self.interrupt:
+            try:
+                for row in records:
+                    last = row
+                    if self.ema is not None and row.updated:
+                        self.ema.update(self.named)
+                    if accelerator.is_main_process:
+                        self.write(row.row())
+                        report(row.row())
+                    figures = {name: f"{row.metrics[name]:.2f}" for name in shown if name in row.metrics}
+                    bar.set_postfix({"loss": f"{row.loss:.4f}", **figures}, refresh=False)
+                    bar.update()
+                    self.best.hear(row.metrics)
+                    collapse = (alarm.hear(row.row()) if alarm else None) or collapse
+                    if collapse and o.collapse_alarm == "warn":
+                        tqdm.write(f"collapse? step {row.step}: {collapse}", file=sys.stderr)
+                        collapse = None
+                    (stop,) = most(accelerator, self.interrupt.asked)
+                    due = due or collapse is not None or row.step % o.checkpointing_steps == 0 or row.step >= steps
+                    if stop or (due and row.round is None):
+                        self.save(row)
+                        due, saved = False, row.step
+                        if stop:
+                            self.stopped(row.step, stop)
+                        if collapse:
+                            raise CollapseError(f"stopped, and saved, at step {row.step}: {collapse}")
+                    if o.run_validation and row.step % o.validation_steps == 0 and row.step < steps:
+                        self.draw(row.step)
+            except (NonFiniteError, NothingToLearn):
+                if saved < last.step:
+                    self.save(last)
+                raise
+            (stop,) = most(accelerator, self.interrupt.asked)
+            if stop and last.step < steps:  # the loop has ended early, while it drew
+                self.save(last)
+                self.stopped(last.step, stop)
         if names:
             accelerator.end_training()
         return self.export(steps)
+
+    def stopped(self, step: int, number: int) -> NoReturn:
+        """End the run for signal `number`, when all is saved."""
+        go_on = run_folder.resume_line(self.run, self.verb)
+        raise Interrupted(f"step {step} is saved; go on with: {go_on}", number)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """A row of metrics.jsonl; a full disk is no reason to lose the run, and the checkpoint may still fit."""
+        try:
+            record.append(self.run / run_folder.METRICS, row)
+        except OSError as error:
+            logger.warning("step %s is missing in metrics.jsonl (%s); the training goes on", row["step"], error)
 
     def alarm(self) -> CollapseAlarm | None:
         """The collapse alarm, with what the run wrote before it was resumed."""
@@ -168,17 +209,36 @@ class Session:
         past = record.read(path) if path.exists() else []
         return CollapseAlarm(o.collapse_winner_error, o.collapse_diversity, o.collapse_patience, past)
 
-    def save(self, progress: Progress) -> None:
-        """Write a checkpoint; a full disk now is no reason to lose the run."""
-        if self.accelerator.is_main_process:
-            tensors, state = pack(self.named, self.optimizer, self.scheduler, progress, self.ema)
-            state["identity"] = self.identity
-            keep = self.options.checkpoints_total_limit or KEEP_ALL
+    def save(self, row: StepRecord) -> None:
+        """Write a checkpoint of where a record stands; a full disk now is no reason to lose the run."""
+        accelerator, folder, keep = self.accelerator, self.run / run_folder.CHECKPOINTS, KEEP_ALL
+        error = self.write_round(folder, row) if row.round is not None else None
+        (failed,) = anywhere(accelerator, error is not None)
+        if accelerator.is_main_process and not failed:
+            tensors, state = pack(self.named, self.optimizer, self.scheduler, row.progress, self.ema)
+            state |= {"identity": self.identity, "processes": accelerator.num_processes, "versions": versions()}
+            state["best"] = best = self.best.with_this(row.step)
+            protect = {kept["step"] for kept in (best,) if kept} | ({self.resumed.step} if self.resumed else set())
+            parts = range(accelerator.num_processes if row.round is not None else 0)
             try:
-                checkpoint.save(self.run / run_folder.CHECKPOINTS, progress.step, tensors, state, keep=keep)
-            except CheckpointError as error:
-                logger.warning("%s", error)
-        self.accelerator.wait_for_everyone()
+                checkpoint.save(
+                    folder, row.step, tensors, state, keep=self.options.checkpoints_total_limit or keep,
+                    protect=protect, parts=[folder / f".part-{round_name(rank)}.safetensors" for rank in parts],
+                )  # fmt: skip
+                self.best.take(best)
+            except CheckpointError as problem:
+                error = problem
+        if error is not None:
+            logger.warning("%s; the training goes on", error)
+        accelerator.wait_for_everyone()
+
+    def write_round(self, folder: Path, row: StepRecord) -> CheckpointError | None:
+        """This process's data of the round, beside the checkpoints; what went wrong, as another may have succeeded."""
+        try:
+            checkpoint.write_part(folder, round_name(self.accelerator.process_index), pack_round(row.round))
+        except CheckpointError as problem:
+            return problem
+        return None
 
     def draw(self, step: int) -> None:
         """The sample grid of this step, beside the base's pictures."""
@@ -228,9 +288,17 @@ def log_folder(o: TrainCommon) -> str:
     return str(Path(o.output_dir) / (o.logging_dir or "logs"))
 
 
-def _anywhere(asked: bool, accelerator: Accelerator) -> bool:
-    """Whether any process was asked to stop: all must agree on it, or the others would wait for ever."""
-    if accelerator.num_processes == 1:
-        return asked
-    total = accelerator.reduce(torch.tensor(float(asked), device=accelerator.device), "sum")
-    return float(total) > 0  # pyright: ignore[reportArgumentType]
+def versions() -> dict[str, str]:
+    """Of what decides the last bits of a number."""
+    return {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
+
+
+def warn_of_versions(saved: Mapping[str, str]) -> None:
+    """Tell of those that differ from a checkpoint's: the run goes on, but perhaps not to the same bit."""
+    now = versions()
+    for name in saved.keys() & now.keys():
+        if saved[name] != now[name]:
+            logger.warning(
+                "the checkpoint was saved with %s %s and goes on with %s: numbers may differ in their last digits",
+                name, saved[name], now[name],
+            )  # fmt: skip

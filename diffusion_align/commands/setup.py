@@ -35,7 +35,8 @@ def make_optimizer(
 def optimizer_identity(o: TrainCommon, *, learning_rate: float, steps: int) -> dict[str, Any]:
     """What a resumed run must share with the saved one, whatever its method. `learning_rate` is the effective one."""
     same = """mode rank network_alpha lora_targets seed lr_scheduler lr_warmup_steps adam_beta1 adam_beta2
-        adam_weight_decay adam_epsilon max_grad_norm use_8bit_adam use_ema ema_decay mixed_precision""".split()
+        adam_weight_decay adam_epsilon max_grad_norm skip_spikes use_8bit_adam use_ema ema_decay mixed_precision
+        allow_tf32""".split()
     identity: dict[str, Any] = {"learning_rate": learning_rate, **{name: getattr(o, name) for name in same}}
     # A course that ends somewhere depends on where; a constant rate can be trained on for as long as one likes.
     return identity if o.lr_scheduler.startswith("constant") else identity | {"steps": steps}

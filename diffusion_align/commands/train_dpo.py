@@ -53,6 +53,7 @@ def train_dpo(options: TrainDpo) -> int:
         caption_dropout=o.proportion_empty_prompts,
         max_grad_norm=o.max_grad_norm,
         progress=progress,
+        spike=o.skip_spikes,
         weights=[pairs[place].weight for place in cache.kept],
     )
     return session.follow(records, progress, steps, shown=("implicit_accuracy",))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from diffusion_align.commands.setup import make_optimizer, optimizer_identity
 from diffusion_align.data.readers import digest
 from diffusion_align.options import TrainCommon, TrainD3po, TrainDdpo, TrainOnline, TrainPrdp, TrainSpo
 from diffusion_align.options.train_online import compared_from, window_starts
+from diffusion_align.rewards.spec import read_spec
 from diffusion_align.rewards.step_aware import WEIGHTS, latent_scorer
 from diffusion_align.samplers import StepTable, noise_window, step_table
 from diffusion_align.train.branches import Comparisons, StepScore, resample
-from diffusion_align.train.online import d3po_method, policy_gradient_method, prdp_method, spo_method
-from diffusion_align.train.rounds import Method, run_rounds
-from diffusion_align.train.runs import Bind, Runs, Score, binder, draw_runs
+from diffusion_align.train.method import Method
+from diffusion_align.train.online import Later, d3po_method, policy_gradient_method, prdp_method, spo_method
+from diffusion_align.train.rounds import run_rounds
+from diffusion_align.train.runs import Bind, Runs, Score, binder, draw_runs, scored
 from diffusion_align.train.steps import Sample
 
 
@@ -57,15 +60,15 @@ class Rollout:
         """The sampler of a round: with a noise window, one of the places where that may be."""
         return self.tables[int(rng.integers_batch(0, len(self.tables), self.options.seed, "window", [round]))]
 
-    def draw(self, score: Score, renewed: bool = False) -> Callable[[list[Sample], int], Runs]:
-        """samples -> runs of their prompts, scored; with a `renewed` reference against the policy that drew them."""
+    def draw(self, renewed: bool = False) -> Callable[[list[Sample], int], Runs]:
+        """samples -> runs of their prompts; with a `renewed` reference against the policy that drew them."""
         o = self.options
         reference = None if renewed else self.reference
 
         def runs(samples: list[Sample], round: int) -> Runs:
             prompts, text = self.texts(samples)
             return draw_runs(
-                self.policy, reference, self.table_of(round), text, prompts, samples, score,
+                self.policy, reference, self.table_of(round), text, prompts, samples, None,
                 group=o.group_size, share_noise=o.share_initial_noise, shape=self.shape, seed=o.seed,
                 learn_steps=o.learn_steps,
             )  # fmt: skip
@@ -86,17 +89,19 @@ class Rollout:
             reward = reward_by_name(o.reward or "", device=gate.device, seed=o.seed)
         return decoded(gate, reward, o.sample_chunk)
 
+    def later(self) -> Later:
+        """Scoring, while the next pictures are drawn where the two do not want the same processor."""
+        score, spec = self.picture_reward(), read_spec(self.options.reward or "")
+        elsewhere = any(part.kind == "http" for part in spec.parts)
+        return Later(partial(scored, score=score), elsewhere or self.session.gate.device.type != "cpu")
+
 
 def train_d3po(o: TrainD3po) -> int:
     def method(r: Rollout) -> Method[Any]:
         return d3po_method(
-            r.draw(r.picture_reward(), o.reference == "round"),
-            r.policy,
-            r.dims,
-            beta=o.beta,
-            clip=o.clip,
-            per_dim=r.per_dim,
-        )
+            r.draw(o.reference == "round"), r.policy, r.dims,
+            beta=o.beta, clip=o.clip, per_dim=r.per_dim, later=r.later(),
+        )  # fmt: skip
 
     return train_online(o, "train d3po", method, shown=("reward_mean", "implicit_accuracy"))
 
@@ -104,8 +109,9 @@ def train_d3po(o: TrainD3po) -> int:
 def train_prdp(o: TrainPrdp) -> int:
     def method(r: Rollout) -> Method[Any]:
         return prdp_method(
-            r.draw(r.picture_reward()), r.policy, r.dims, beta=o.beta, clip=o.clip, mean=r.per_dim, fresh=fresh(o)
-        )
+            r.draw(), r.policy, r.dims,
+            beta=o.beta, clip=o.clip, mean=r.per_dim, fresh=fresh(o), later=r.later(),
+        )  # fmt: skip
 
     return train_online(o, "train prdp", method, shown=("reward_mean", "kl"))
 
@@ -113,8 +119,8 @@ def train_prdp(o: TrainPrdp) -> int:
 def train_ddpo(o: TrainDdpo) -> int:
     def method(r: Rollout) -> Method[Any]:
         return policy_gradient_method(
-            r.draw(r.picture_reward()), r.policy, r.dims,
-            clip=o.clip, std=o.advantage_std, kl_weight=o.kl_weight, per_dim=r.per_dim,
+            r.draw(), r.policy, r.dims,
+            clip=o.clip, std=o.advantage_std, kl_weight=o.kl_weight, per_dim=r.per_dim, later=r.later(),
         )  # fmt: skip
 
     return train_online(o, "train ddpo", method, shown=("reward_mean", "kl"))
@@ -178,6 +184,9 @@ def train_online(o: TrainOnline, verb: str, method: Callable[[Rollout], Method[A
         max_steps=plan.steps,
         max_grad_norm=o.max_grad_norm,
         progress=progress,
+        round=session.round,
+        spike=o.skip_spikes,
+        asked=session.asked,
     )
     return session.follow(records, progress, plan.steps, shown)
 

@@ -66,6 +66,7 @@ def train_rankdpo(options: TrainRankdpo) -> int:
         caption_dropout=o.proportion_empty_prompts,
         max_grad_norm=o.max_grad_norm,
         progress=progress,
+        spike=o.skip_spikes,
     )
     return session.follow(records, progress, steps, shown=("implicit_accuracy",))
 

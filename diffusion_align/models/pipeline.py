@@ -18,6 +18,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ..memory import in_parts
 from ..prediction import Denoiser
 from ..schedule import Schedule
 from .conditioning import pack, unpack, with_sizes_of
@@ -100,6 +101,7 @@ class TextToImage:
 
         Raises:
             ValueError: pictures or noise of another shape, or pictures that are not in [0, 1] (bytes, or -1 .. 1).
+        OutOfMemory: one picture does not fit; until then the chunk is halved.
         """
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(f"pictures are floats [B,3,H,W], not {images.dtype} {list(images.shape)}")
@@ -108,26 +110,28 @@ class TextToImage:
             raise ValueError(f"noise is {list(noise.shape)} for pictures {list(images.shape)}")
         if len(images) and not 0 <= float(images.min()) <= float(images.max()) <= 1:
             raise ValueError(f"pictures are in [0, 1], not {float(images.min()):.3g} .. {float(images.max()):.3g}")
-        parts = []
         shift, scale = self._latent_scale()
-        for i in range(0, len(images), chunk):
-            pixels = images[i : i + chunk].to(self.device, self.vae.dtype) * 2 - 1
+
+        def encode(rows: slice) -> Tensor:
+            pixels = images[rows].to(self.device, self.vae.dtype) * 2 - 1
             with self._vae_precision():
                 posterior = self.vae.encode(pixels, return_dict=False)[0]
             z = posterior.mean.float()
-            if noise is not None:
-                z = z + posterior.std.float() * noise[i : i + chunk].to(z)
-            parts.append(z)
-        return (torch.cat(parts) - shift) * scale
+            return z if noise is None else z + posterior.std.float() * noise[rows].to(z)
+
+        return (torch.cat(in_parts(encode, len(images), chunk, "encoding pictures")[0]) - shift) * scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor, chunk: int = 16) -> Tensor:
         """Pictures `[B,3,H,W]` float32 in [0, 1] of latents `[B,C,h,w]`."""
         shift, scale = self._latent_scale()
         z = latents.to(self.device) / scale + shift
-        with self._vae_precision():
-            parts = [self.vae.decode(part.to(self.vae.dtype), return_dict=False)[0].float() for part in z.split(chunk)]
-        return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+
+        def decode(rows: slice) -> Tensor:
+            with self._vae_precision():
+                return self.vae.decode(z[rows].to(self.vae.dtype), return_dict=False)[0].float()
+
+        return (torch.cat(in_parts(decode, len(z), chunk, "decoding latents")[0]) / 2 + 0.5).clamp(0, 1)
 
     def _latent_scale(self) -> tuple[Any, Any]:
         """(shift, scale): latents are (z - shift) scale of the VAE's z. Per channel where an SDXL VAE names means and

@@ -21,15 +21,17 @@ from .rollout import Measure, log_prob, path_log_prob, predict, scored_predictio
 from .tables import StepTable
 
 
-def _require_same(first: Tensor, second: Tensor, k: int, tolerance: float) -> None:
+def _require_same(first: Tensor, second: Tensor, k: int, tolerance: float) -> bool:
+    """False for numbers that are not finite, of which nothing can be said."""
     with torch.no_grad():
         change = (second - first).square().sum().sqrt()
         bound = tolerance * first.square().sum().sqrt()
-    if not bool(change <= bound):  # also true of nan
+    if bool(change > bound):
         raise RuntimeError(
             f"the two passes of the denoiser differ at step {k} (by {change:.2e}, allowed {bound:.2e}): the gradient "
             "would be wrong, so switch off dropout and anything else random, and leave the weights alone in between"
         )
+    return bool(change.isfinite())
 
 
 @torch.enable_grad()
@@ -55,7 +57,7 @@ def path_gradient(
     (`trajectory.clean`, as long as nothing was updated since the run): then there is no first pass, and the check
     that the passes agree is the check that the importance ratio is 1 before the first update.
 
-    Returns the loss, detached. Raises ValueError when the loss is not a scalar or does not depend on the log-probs,
+    Where a prediction is not finite the gradient is nan. Returns the loss, detached. Raises ValueError when the loss is not a scalar or does not depend on the log-probs,
     when nothing in the denoiser requires a gradient, and as listed in `scored_predictions`; RuntimeError when the
     passes disagree (steps before that one have then already left their gradient).
     """
@@ -76,6 +78,6 @@ def path_gradient(
         clean = predict(denoiser, table, k, states[k])
         if not clean.requires_grad:
             raise ValueError("nothing in the denoiser requires a gradient: there is nothing to train")
-        _require_same(first[k], clean, k, tolerance)
-        clean.backward(vector)
+        # A gradient that cannot be told is nan, so that whoever steps can see it.
+        clean.backward(vector if _require_same(first[k], clean, k, tolerance) else torch.full_like(vector, torch.nan))
     return value.detach()

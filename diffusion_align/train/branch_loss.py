@@ -10,7 +10,7 @@ from diffusion_align.objectives import clamped, spo
 from diffusion_align.samplers import StepTable, step_gaussian
 from diffusion_align.tensors import widen
 from diffusion_align.train.branches import Comparisons
-from diffusion_align.train.rounds import Columns
+from diffusion_align.train.method import Columns
 from diffusion_align.train.runs import Bind
 
 

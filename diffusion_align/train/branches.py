@@ -61,6 +61,19 @@ class Comparisons:
         names = ("before", "parent", "child", "k", "text", "gap", "family", "score", "kept", "final")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
+    def cut(self, times: int) -> list[Comparisons]:
+        """So many parts of whole families, or one of each family."""
+        _, sizes = self.family.cpu().unique_consecutive(return_counts=True)
+        length = max(1, -(-len(sizes) // times))
+        if length >= len(sizes):
+            return [self]
+        ends = [int(part.sum()) for part in sizes.split(length)]
+        return [self._part(rows) for rows in torch.arange(len(self)).split(ends)]
+
+    def _part(self, rows: Tensor) -> Comparisons:
+        states = {name: getattr(self, name)[:, rows] for name in ("before", "parent", "child")}
+        return replace(self, **states, **{name: getattr(self, name)[rows] for name in ("k", "text", "gap", "family")})
+
     @property
     def dims(self) -> int:
         """D, the latent dims."""

@@ -108,6 +108,7 @@ def train_pairs(
     max_grad_norm: float | None = 1.0,
     progress: Progress | None = None,
     max_skipped_in_row: int = 5,
+    spike: float | None = None,
     check_start: bool = True,
     weights: Sequence[float] | None = None,
 ) -> Iterator[StepRecord]:
@@ -144,7 +145,7 @@ def train_pairs(
     ):
         raise ValueError(f"expected {len(cache)} weights, finite and not below 0, one a pair")
 
-    def micro_batch(samples: list[Sample]) -> dict[str, Tensor]:
+    def micro_batch(samples: list[Sample], _: list[Sample]) -> dict[str, Tensor]:
         latents, text = cache.batch([index for _, index in samples])
         latents, text = latents.to(accelerator.device), text.to(accelerator.device)
         text = drop_captions(text, cache.empty_text, samples, caption_dropout, seed)
@@ -183,6 +184,7 @@ def train_pairs(
         max_grad_norm=max_grad_norm,
         progress=progress or Progress(),
         max_skipped_in_row=max_skipped_in_row,
+        spike=spike,
         check_first=partial(require_zero, name="margin") if check_start else None,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -11,9 +12,9 @@ from diffusion_align.objectives import implicit_accuracy
 from diffusion_align.samplers import StepTable
 from diffusion_align.train.branch_loss import learn_spo
 from diffusion_align.train.branches import Comparisons
+from diffusion_align.train.method import Columns, Method
 from diffusion_align.train.path_losses import learn_prdp
 from diffusion_align.train.record import quantiles
-from diffusion_align.train.rounds import Columns, Method
 from diffusion_align.train.runs import Bind, Runs, decided
 from diffusion_align.train.step_losses import learn_d3po, learn_policy_gradient, pairs_of
 from diffusion_align.train.steps import Sample
@@ -24,11 +25,26 @@ ALL_TIED = (
 Draw = Callable[[list[Sample], int], Runs]
 
 
-def d3po_method(draw: Draw, policy: Bind, dims: int, *, beta: float, clip: float | None, per_dim: bool) -> Method[Runs]:
+@dataclass(frozen=True)
+class Later:
+    """Runs that are drawn first and scored then; `ahead`: while the next are drawn (see `Method`)."""
+
+    score: Callable[[Runs], Runs] | None
+    ahead: bool = False
+
+
+NOW = Later(None)  # drawing scores
+
+
+def d3po_method(
+    draw: Draw, policy: Bind, dims: int, *, beta: float, clip: float | None, per_dim: bool, later: Later = NOW
+) -> Method[Runs]:
     """D3PO (Yang et al. 2023, arXiv 2311.13231) on all pairs of a prompt's runs. Constants as in `objectives.d3po`."""
     learn = partial(learn_d3po, policy=policy, beta=beta, clip=clip, per_dim=per_dim)
     return Method(
         collect=draw,
+        score=later.score,
+        ahead=later.ahead,
         items=lambda runs: len(pairs_of(runs)[0]),
         learn=lambda runs, factor: learn(runs, factor=factor),
         facts=facts_of,
@@ -39,12 +55,14 @@ def d3po_method(draw: Draw, policy: Bind, dims: int, *, beta: float, clip: float
 
 
 def policy_gradient_method(
-    draw: Draw, policy: Bind, dims: int, *, clip: float, std: str, kl_weight: float, per_dim: bool
+    draw: Draw, policy: Bind, dims: int, *, clip: float, std: str, kl_weight: float, per_dim: bool, later: Later = NOW
 ) -> Method[Runs]:
     """DDPO, GRPO and DPOK: the clipped surrogate with advantages in the group, and a KL to the reference."""
     learn = partial(learn_policy_gradient, policy=policy, clip=clip, std=std, kl_weight=kl_weight, per_dim=per_dim)
     return Method(
         collect=draw,
+        score=later.score,
+        ahead=later.ahead,
         items=lambda runs: int(decided(runs).sum()) * runs.reward.shape[1],
         learn=lambda runs, factor: learn(runs, factor=factor),
         facts=facts_of,
@@ -55,13 +73,15 @@ def policy_gradient_method(
 
 
 def prdp_method(
-    draw: Draw, policy: Bind, dims: int, *, beta: float, clip: float | None, mean: bool, fresh: bool
+    draw: Draw, policy: Bind, dims: int, *, beta: float, clip: float | None, mean: bool, fresh: bool, later: Later = NOW
 ) -> Method[Runs]:
     """PRDP (Deng et al. 2024, arXiv 2402.08714). `fresh`: each round's data are used for one step only, so the runs'
     own predictions are those of the policy and spare a pass."""
     learn = partial(learn_prdp, policy=policy, beta=beta, clip=clip, mean=mean, fresh=fresh)
     return Method(
         collect=draw,
+        score=later.score,
+        ahead=later.ahead,
         items=lambda runs: int(decided(runs).sum()),
         learn=lambda runs, factor: learn(runs, factor=factor),
         facts=facts_of,
@@ -140,15 +160,20 @@ def require_start(columns: Columns, *, dims: int) -> None:
     A ratio of 1 may miss by rounding where kernels differ with gradients on; a log-ratio to the reference may not miss
     at all, as both are one function: a little is allowed for the same reason.
     """
-    drift = float(columns.get("drift", torch.zeros(1)).max())
-    if not drift / dims <= 1e-4:
+
+    def largest(values: torch.Tensor) -> float:
+        # A number that is not finite is the business of the step, which is then skipped.
+        return float(torch.where(values.isfinite(), values, 0).abs().max())
+
+    drift = largest(columns.get("drift", torch.zeros(1)))
+    if drift / dims > 1e-4:
         raise RuntimeError(
             "before the first update the importance ratio is not 1: a step's log-ratio to the policy that drew it is "
             f"{drift:g} nats over {dims} dims. Usual causes: dropout, other batches in training than in rollout, half "
             "precision; train in float32 or bfloat16"
         )
-    apart = max(float(v.abs().max()) for name, v in columns.items() if name.startswith("log_ratio"))
-    if not apart / dims <= 1e-4:
+    apart = max(largest(v) for name, v in columns.items() if name.startswith("log_ratio"))
+    if apart / dims > 1e-4:
         raise RuntimeError(
             f"before the first update the policy already differs from its reference: |log-ratio| is {apart:g} nats "
             f"over {dims} dims, not 0. Usual causes: dropout is active; they run in different precision; the policy "

@@ -9,7 +9,7 @@ from diffusion_align.gaussian import Gaussian
 from diffusion_align.objectives import prdp, prdp_clip_fraction
 from diffusion_align.samplers import path_gradient
 from diffusion_align.tensors import widen
-from diffusion_align.train.rounds import Columns
+from diffusion_align.train.method import Columns
 from diffusion_align.train.runs import Bind, Runs, decided
 
 

@@ -80,6 +80,7 @@ def train_rankings(
     max_grad_norm: float | None = 1.0,
     progress: Progress | None = None,
     max_skipped_in_row: int = 5,
+    spike: float | None = None,
     check_start: bool = True,
 ) -> Iterator[StepRecord]:
     """Train on rankings with a loss of their scores; yields after each optimizer step, as `offline.train_pairs`.
@@ -125,7 +126,7 @@ def train_rankings(
         phi = torch.tensor([relevance[index] for index in indices], dtype=torch.float64).to(scores)
         return {"loss": loss(scores, phi), **_columns(scores.detach(), phi, pair_weights(phi))}
 
-    def micro_batch(samples: list[Sample]) -> dict[str, Tensor]:
+    def micro_batch(samples: list[Sample], _: list[Sample]) -> dict[str, Tensor]:
         lengths = [cache.lengths[index] for _, index in samples]
         parts = [
             of_one_length([sample for sample, k in zip(samples, lengths, strict=True) if k == length])
@@ -159,6 +160,7 @@ def train_rankings(
         max_grad_norm=max_grad_norm,
         progress=progress or Progress(),
         max_skipped_in_row=max_skipped_in_row,
+        spike=spike,
         check_first=partial(require_zero, name="furthest") if check_start else None,
     )
 

@@ -2,61 +2,31 @@
 
 Knows no objective and no sampler. A round takes the next prompts of the same addressed stream that offline training
 uses, and the processes share them out in order. What is collected is a list of chunks, each as large as memory allows
-and learnt from in one piece. A checkpoint is exact between rounds only: a round's data belong to the policy that drew
-them.
+and learnt from in one piece. A round's data belong to the policy that drew them, so in the middle of a round a
+checkpoint needs them too: each record there carries them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from diffusion_align.train.steps import Sample, samples_at
+from diffusion_align.memory import CURE, OutOfMemory, free, logger, ran_out
+from diffusion_align.train.agree import anywhere
+from diffusion_align.train.collect import draw_round
+from diffusion_align.train.method import Chunk, Columns, Method, Round
+from diffusion_align.train.steps import samples_at
 from diffusion_align.train.update import Outcome, Progress, StepRecord, require_finite, require_plain_tools, update
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-class Movable(Protocol):
-    """What was drawn; it waits in main memory, so that the device holds one chunk however many pictures a round has."""
-
-    def to(self, device: torch.device | str, /) -> Self: ...
-
-
-Chunk = TypeVar("Chunk", bound=Movable)
-Columns = dict[str, Tensor]
-"""Numbers of what was collected or learnt from, [M] each: a row an item, a picture or a group."""
-
-
 class NothingToLearn(RuntimeError):
     """Too many steps in a row had no item to learn from."""
-
-
-@dataclass(frozen=True)
-class Method(Generic[Chunk]):
-    """What a round asks of a method.
-
-    collect: (samples (epoch, prompt), round) -> a chunk of whole groups, drawn and scored without gradients. The round
-        is named by the prompts used before it: an address for what all of it shares.
-    items: how many pairs or groups of a chunk can be learnt from; 0 where all are tied or filtered out.
-    learn: (chunk, factor) -> columns of its items, "loss" among them; adds the gradient of factor x the sum of losses.
-    facts: chunk -> columns of its pictures, such as "reward".
-    summarise: (columns of the items of a step, facts of its round) -> metrics. The items may be none.
-    check_start: called with the columns of the first step of a fresh run, before the update; raises to stop.
-    nothing: what to do about a step without items, for the message that ends a run of such steps.
-    """
-
-    collect: Callable[[list[Sample], int], Chunk]
-    items: Callable[[Chunk], int]
-    learn: Callable[[Chunk, float], Columns]
-    facts: Callable[[Chunk], Columns]
-    summarise: Callable[[Columns, Columns], dict[str, float]]
-    check_start: Callable[[Columns], None] | None
-    nothing: str
 
 
 def run_rounds(
@@ -76,57 +46,112 @@ def run_rounds(
     max_grad_norm: float | None,
     progress: Progress,
     max_skipped_in_row: int = 5,
+    spike: float | None = None,
+    round: Round[Chunk] | None = None,
+    asked: Callable[[], bool] = lambda: False,
 ) -> Iterator[StepRecord]:
     """Whole rounds until `max_steps` optimizer steps are reached, yielding a record after each step.
 
     A round draws `prompts_per_round` of n prompts (over all processes) and then goes over what it drew `passes` times,
     a step for each `prompts_per_step`. A step is the mean loss over all items of all processes. One without items, or
-    with a number that is not finite, is skipped everywhere and counted.
+    with a number that is not finite, is skipped everywhere and counted. Where memory runs out on any process, all go
+    on with chunks cut in two.
+
+    Args:
+        spike: skip steps with a gradient norm so many standard deviations above that of the steps before (`update`).
+        round: the data of the round that `progress` stands in, from the checkpoint.
+        asked: whether to stop; the loop then ends without a record if it is drawing, where nothing is lost.
 
     Raises:
-        ValueError: settings that do not fit together.
+        ValueError: settings that do not fit together, or the middle of a round without its data.
+        OutOfMemory: the pictures of one prompt do not fit.
         NothingToLearn, NonFiniteError: so many steps in a row were skipped; the last record has been yielded before.
     """
     _check_settings(n, prompts_per_round, prompts_per_step, passes, max_steps, accelerator)
     require_plain_tools(parameters, lr_scheduler, accelerator)
     tools = {"parameters": parameters, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
     fresh = progress.step == 0
+    if (round is None) == (progress.in_round > 0):
+        raise ValueError(f"a run that stands after step {progress.in_round} of a round needs that round's data")
     while progress.step < max_steps:
         samples = samples_at(progress.samples, prompts_per_round, n, seed)
         steps = [samples[i : i + prompts_per_step] for i in range(0, len(samples), prompts_per_step)]
-        shares = [_shares(step, prompts_per_chunk, accelerator) for step in steps]
-        drawn = [[method.collect(part, progress.samples).to("cpu") for part in share] for share in shares]
-        facts = _gather([method.facts(chunk) for chunks in drawn for chunk in chunks], accelerator)
-        for number in range(passes * len(steps)):
-            chunks = drawn[number % len(steps)]
+        if round is None:
+            found = draw_round(method, steps, progress, prompts_per_chunk, accelerator, asked)
+            if found is None:
+                return
+            round, progress = found
+        facts = _gather([method.facts(chunk) for chunks in round.chunks for chunk in chunks], accelerator)
+        for number in range(progress.in_round, passes * len(steps)):
+            chunks = round.chunks[number % len(steps)]
             last = number + 1 == passes * len(steps)
             consumed = prompts_per_round if last else 0
             total = int(_sum(sum(method.items(chunk) for chunk in chunks), accelerator))
-            optimizer.zero_grad(set_to_none=True)
             # Gradients are averaged over the processes, so each must count its items as their number's share.
             factor = accelerator.num_processes / max(total, 1) * (progress.loss_scale or 1.0)
-            here = (chunk.to(accelerator.device) for chunk in chunks if method.items(chunk))
-            columns = _gather([method.learn(chunk, factor) for chunk in here], accelerator)
+            parts, progress = _learn(method, chunks, factor, round.halvings, progress, optimizer, accelerator)
+            columns = _gather(parts, accelerator)
             if fresh and total and method.check_start is not None:
                 method.check_start(columns)
             fresh = fresh and not total
             if total:
                 _fill_gradients(parameters, accelerator)
                 outcome = update(
-                    columns["loss"], progress, consumed, accelerator=accelerator, max_grad_norm=max_grad_norm, **tools
-                )
+                    columns["loss"], progress, consumed,
+                    accelerator=accelerator, max_grad_norm=max_grad_norm, spike=spike, **tools,
+                )  # fmt: skip
             else:
                 outcome = _skipped(progress, consumed, optimizer)
-            progress = outcome.progress
+            progress = replace(outcome.progress, in_round=0 if last else number + 1)
             metrics = method.summarise(columns, facts) | {"items": float(total)} | outcome.metrics()
             yield StepRecord(
-                progress.step, samples[-1][0], outcome.loss, metrics, progress, outcome.updated, resumable=last
+                progress.step, samples[-1][0], outcome.loss, metrics, progress, outcome.updated, None if last else round
             )
             if not total and progress.skipped_in_row >= max_skipped_in_row:
                 raise NothingToLearn(
                     f"{progress.skipped_in_row} steps in a row had nothing to learn from: {method.nothing}"
                 )
             require_finite(outcome, max_skipped_in_row)
+        round = None
+
+
+def _learn(
+    method: Method[Chunk],
+    chunks: list[Chunk],
+    factor: float,
+    drawn_at: int,
+    progress: Progress,
+    optimizer: torch.optim.Optimizer,
+    accelerator: "Accelerator",
+) -> tuple[list[Columns], Progress]:
+    """The gradient of a step, and the columns of its items; chunks are cut in two wherever memory runs out."""
+    while True:
+        optimizer.zero_grad(set_to_none=True)
+        times = 2 ** (progress.halvings - drawn_at)
+        pieces = [piece for chunk in chunks for piece in chunk.cut(times) if method.items(piece)]
+        parts = _try_pieces(method, pieces, factor, accelerator)
+        can_halve = len(pieces) < sum(len(chunk.cut(2 * times)) for chunk in chunks)
+        failed, stuck = anywhere(accelerator, parts is None, parts is None and not can_halve)
+        if not failed and parts is not None:
+            return parts, progress
+        parts = None
+        free()
+        if stuck:
+            raise OutOfMemory(f"step {progress.step + 1}: out of memory with the pictures of one prompt; {CURE}")
+        logger.warning("step %d: out of memory; going on with chunks of half the size", progress.step + 1)
+        progress = replace(progress, halvings=progress.halvings + 1)
+
+
+def _try_pieces(
+    method: Method[Chunk], pieces: list[Chunk], factor: float, accelerator: "Accelerator"
+) -> list[Columns] | None:
+    """None if memory ran out; the gradients are then those of a part."""
+    try:
+        return [method.learn(piece.to(accelerator.device), factor) for piece in pieces]
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        return None
 
 
 def _fill_gradients(parameters: Sequence[Parameter], accelerator: "Accelerator") -> None:
@@ -147,13 +172,6 @@ def _skipped(progress: Progress, consumed: int, optimizer: torch.optim.Optimizer
         skipped_in_row=progress.skipped_in_row + 1,
     )
     return Outcome(progress, float("nan"), 0.0, float(optimizer.param_groups[0]["lr"]), False)
-
-
-def _shares(step: list[Sample], prompts_per_chunk: int, accelerator: "Accelerator") -> list[list[Sample]]:
-    """This process's prompts of a step, in chunks."""
-    share = len(step) // accelerator.num_processes
-    mine = step[accelerator.process_index * share : (accelerator.process_index + 1) * share]
-    return [mine[i : i + prompts_per_chunk] for i in range(0, len(mine), prompts_per_chunk)]
 
 
 def _sum(value: float, accelerator: "Accelerator") -> float:

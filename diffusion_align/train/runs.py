@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffusion_align import rng
 from diffusion_align.gaussian import Gaussian
+from diffusion_align.memory import ran_out
 from diffusion_align.models.guidance import Predict, guided_denoiser
 from diffusion_align.prediction import Denoiser
 from diffusion_align.rewards import RewardError, one_each
@@ -77,6 +78,22 @@ class Runs:
         moved = {name: getattr(self, name).to(device) for name in ("text", "reference")}
         return replace(self, trajectory=replace(run, **there), **moved)
 
+    def cut(self, times: int) -> list["Runs"]:
+        """So many parts of whole groups, or one of each group."""
+        groups, size = self.reward.shape
+        length = -(-groups // times)
+        return [self._part(slice(i, i + length), size) for i in range(0, groups, length)] if length < groups else [self]
+
+    def _part(self, groups: slice, size: int) -> "Runs":
+        rows, run = slice(groups.start * size, groups.stop * size), self.trajectory
+        part = replace(
+            run,
+            states=run.states[:, rows],
+            log_prob=run.log_prob[:, rows],
+            clean=None if run.clean is None else run.clean[:, rows],
+        )
+        return Runs(part, self.text[groups], self.reference[:, rows], self.reward[groups], self.prompts[groups])
+
     def under(self, bind: Bind) -> Denoiser:
         """A model's denoiser of the B rows."""
         return once_a_group(bind, self.text, self.reward.shape[1])
@@ -100,7 +117,7 @@ def draw_runs(
     text: Tensor,
     prompts: list[str],
     samples: Sequence[Sample],
-    score: Score,
+    score: Score | None,
     *,
     group: int,
     share_noise: bool,
@@ -109,6 +126,7 @@ def draw_runs(
     learn_steps: int | None = None,
 ) -> Runs:
     """Run the policy `group` times for each prompt, evaluate the reference along the runs and score where they end.
+    Without a score the rewards are nan until `scored`.
 
     The noise of a run is at the address (seed, "run", epoch, prompt, k), its start at (seed, "x_T", epoch, prompt, k)
     or, shared by the group as D3PO has it and PRDP's optimum needs it, without the k. text [G,L,E]; samples [G].
@@ -123,8 +141,15 @@ def draw_runs(
         run = replace(run, table=_first_steps(table, learn_steps))
     assert run.clean is not None  # rollouts keep them
     other = run.clean if reference is None else _along(once_a_group(reference, text, group), run)
-    reward = checked(score, run.states[-1], [prompt for prompt in prompts for _ in range(group)])
-    return Runs(run, text, other, reward.view(-1, group), prompts)
+    runs = Runs(run, text, other, torch.full((len(prompts), group), torch.nan), prompts)
+    return runs if score is None else scored(runs, score)
+
+
+def scored(runs: Runs, score: Score) -> Runs:
+    """The same runs with the rewards of where they end. Raises RewardError as `checked` does."""
+    rows = [prompt for prompt in runs.prompts for _ in range(runs.reward.shape[1])]
+    reward = checked(score, runs.trajectory.states[-1], rows)
+    return replace(runs, reward=reward.view(runs.reward.shape))
 
 
 def _first_steps(table: StepTable, count: int) -> StepTable:
@@ -143,14 +168,18 @@ def _along(denoiser: Denoiser, run: Trajectory[StepTable]) -> Tensor:
 def checked(score: Score, latents: Tensor, prompts: list[str]) -> Tensor:
     """[B] float32 scores on the CPU; what is not finite becomes nan and is left out by whoever selects.
 
-    Raises RewardError, in one line, when the reward raises, answers with another shape, or has no finite number at all.
+    Latents that are not finite have no score, for no picture of theirs shows it. Raises RewardError, in one line, when
+    the reward raises, answers with another shape, or has no finite number for any picture that is one.
     """
     try:
         values = score(latents, prompts)
     except Exception as error:
+        if ran_out(error):
+            raise  # which is no fault of the reward: fewer pictures at a time may do
         raise RewardError(f"the reward failed: {type(error).__name__}: {error}") from error
     values = one_each(values, len(prompts), "the reward")
-    values = torch.where(values.isfinite(), values, torch.nan)
-    if len(values) and bool(values.isnan().all()):
+    pictures = latents.flatten(1).isfinite().all(1).cpu()
+    values = torch.where(values.isfinite() & pictures, values, torch.nan)
+    if bool(pictures.any()) and bool(values.isnan().all()):
         raise RewardError(f"the reward returned no finite number for any of {len(prompts)} pictures")
     return values

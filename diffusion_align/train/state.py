@@ -70,7 +70,9 @@ def restore(
         for name, average in ema.average.items():
             average.copy_(tensors["ema"][name])
         ema.updates = state["ema"]["updates"]
-    return Progress(**state["progress"])
+    progress: dict[str, Any] = dict(state["progress"])
+    progress["norms"] = tuple(progress.get("norms", ()))  # JSON made a list of it
+    return Progress(**progress)
 
 
 def _require_match(checkpoint: Checkpoint, group: str, wanted: Mapping[str, Tensor]) -> None:

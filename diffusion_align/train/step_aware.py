@@ -8,7 +8,6 @@ after 500 steps of warm-up, gradients clipped to 1, 8000 steps of 4 x 16 pairs; 
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from itertools import count
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +21,7 @@ from diffusion_align.objectives import implicit_accuracy
 from diffusion_align.prediction import add_noise
 from diffusion_align.schedule import Schedule
 from diffusion_align.tensors import require_same_shape, widen
-from diffusion_align.train.steps import Progress, Sample, StepRecord, run_steps, samples_at
+from diffusion_align.train.steps import Progress, Sample, StepRecord, run_steps
 from diffusion_align.train.update import first_progress
 
 if TYPE_CHECKING:
@@ -92,6 +91,7 @@ def train_step_aware(
     max_grad_norm: float | None = 1.0,
     progress: Progress | None = None,
     max_skipped_in_row: int = 5,
+    spike: float | None = None,
 ) -> Iterator[StepRecord]:
     """Train a step-aware model; yields after each optimizer step.
 
@@ -113,9 +113,8 @@ def train_step_aware(
     """
     wanted, weights = _labels(labels, prompts, cache), prompt_weights(prompts)
     progress = progress or first_progress(accelerator.mixed_precision)
-    first, pieces = progress.samples, count()
 
-    def micro_batch(samples: list[Sample]) -> dict[str, Tensor]:
+    def micro_batch(samples: list[Sample], of_step: list[Sample]) -> dict[str, Tensor]:
         rows = [index for _, index in samples]
         latents, text = (part.to(accelerator.device) for part in cache.batch(rows))
         t = rng.integers_batch(0, schedule.num_timesteps, seed, "timestep", samples)
@@ -126,9 +125,7 @@ def train_step_aware(
                 seen = decode(clean)
             winner, loser = model(seen, [prompts[row] for row in rows] * 2, times).chunk(2)
         loss = preference_loss(winner, loser, wanted[rows].to(winner.device))
-        step = next(pieces) // accumulation  # the loop asks for `accumulation` pieces every step, skipped or not
-        batch = [index for _, index in samples_at(first + step * batch_size, batch_size, len(cache), seed)]
-        share = (weights[rows] / weights[batch].mean()).to(loss)
+        share = (weights[rows] / weights[[index for _, index in of_step]].mean()).to(loss)
         return {"loss": loss * share, "margin": (winner - loser).detach(), "label": wanted[rows].to(loss)}
 
     def summarise(columns: dict[str, Tensor]) -> dict[str, float]:
@@ -150,6 +147,7 @@ def train_step_aware(
         max_grad_norm=max_grad_norm,
         progress=progress,
         max_skipped_in_row=max_skipped_in_row,
+        spike=spike,
     )
 
 

@@ -13,7 +13,7 @@ from diffusion_align.gaussian import Gaussian
 from diffusion_align.objectives import clamped, d3po, group_advantage, ordered_pairs, ppo_clip
 from diffusion_align.samplers import step_gradient
 from diffusion_align.tensors import widen
-from diffusion_align.train.rounds import Columns
+from diffusion_align.train.method import Columns
 from diffusion_align.train.runs import Bind, Runs, decided
 
 

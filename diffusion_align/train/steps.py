@@ -7,6 +7,7 @@ accumulation 2 does.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from diffusion_align import rng
+from diffusion_align.memory import free, halved, ran_out
+from diffusion_align.train.agree import anywhere
 from diffusion_align.train.update import (
     NonFiniteError,
     Progress,
@@ -33,8 +36,8 @@ if TYPE_CHECKING:
 Sample = tuple[int, int]
 """(epoch, index in the data): the address of everything drawn for it."""
 
-MicroBatch = Callable[[list[Sample]], dict[str, Tensor]]
-"""samples [b] -> {"loss": [b] with its graph, further columns [b] to report}. Called once per piece of a step."""
+MicroBatch = Callable[[list[Sample], list[Sample]], dict[str, Tensor]]
+"""(samples [b], all samples of the step) -> {"loss": [b] with its graph, further columns [b] to report}."""
 
 
 def samples_at(position: int, count: int, n: int, seed: int) -> list[Sample]:
@@ -64,33 +67,41 @@ def run_steps(
     max_grad_norm: float | None,
     progress: Progress,
     max_skipped_in_row: int = 5,
+    spike: float | None = None,
     check_first: Callable[[dict[str, Tensor]], None] | None = None,
 ) -> Iterator[StepRecord]:
     """Step until `max_steps`, yielding a record after each step.
 
     Gradients are averaged here, once a step, so the model must not be wrapped for distribution, and optimizer and
     scheduler must be plain. A step whose loss or gradient is not finite anywhere is skipped on every process: weights,
-    optimizer and learning-rate schedule stay as they are, and its samples are passed over.
+    optimizer and learning-rate schedule stay as they are, and its samples are passed over. Where memory runs out on
+    any process, all begin the step again with pieces cut in two; samples and gradient stay what they were.
 
     Args:
+        spike: skip steps with a gradient norm so many standard deviations above that of the steps before (`update`).
         summarise: the columns of the whole global batch [batch_size], in stream order, -> metrics.
         check_first: called with those columns in the first step of a fresh run, before the update; raises to stop.
 
     Raises:
         ValueError: settings that do not fit together.
         NonFiniteError: `max_skipped_in_row` steps in a row were skipped; the last record has been yielded before.
+        OutOfMemory: one sample at a time does not fit.
     """
     _check_settings(n, batch_size, accumulation, max_steps, accelerator, parameters, lr_scheduler)
     piece = batch_size // (accumulation * accelerator.num_processes)
     while progress.step < max_steps:
         samples = samples_at(progress.samples, batch_size, n, seed)
-        optimizer.zero_grad(set_to_none=True)
-        parts = []
-        for micro in range(accumulation):
-            first = (micro * accelerator.num_processes + accelerator.process_index) * piece
-            columns = micro_batch(samples[first : first + piece])
-            scaled_backward(columns["loss"].mean() / accumulation, progress)
-            parts.append({name: column.detach() for name, column in columns.items()})
+        starts = range(accelerator.process_index * piece, batch_size, accelerator.num_processes * piece)
+        mine = [samples[first : first + piece] for first in starts]
+        parts = None
+        while parts is None:
+            optimizer.zero_grad(set_to_none=True)
+            parts = _try_pieces(micro_batch, samples, mine, progress)
+            if anywhere(accelerator, parts is None)[0]:
+                parts = None
+                free()
+                halved(_piece_size(piece, progress.halvings), f"step {progress.step + 1}")
+                progress = replace(progress, halvings=progress.halvings + 1)
         columns = _gather(parts, accelerator)
         if progress.step == 0 and check_first is not None:
             check_first(columns)
@@ -103,11 +114,40 @@ def run_steps(
             lr_scheduler=lr_scheduler,
             accelerator=accelerator,
             max_grad_norm=max_grad_norm,
+            spike=spike,
         )
         progress = outcome.progress
         metrics = summarise(columns) | outcome.metrics()
         yield StepRecord(progress.step, samples[-1][0], outcome.loss, metrics, progress, outcome.updated)
         require_finite(outcome, max_skipped_in_row)
+
+
+def _piece_size(piece: int, halvings: int) -> int:
+    """The most samples that go through the networks at a time."""
+    return -(-piece // 2**halvings)
+
+
+def _try_pieces(
+    micro_batch: MicroBatch, samples: list[Sample], mine: list[list[Sample]], progress: Progress
+) -> list[dict[str, Tensor]] | None:
+    """The columns of this process's pieces of a step, whose gradients are then there; None if memory ran out."""
+    parts = []
+    try:
+        for piece in mine:
+            size = _piece_size(len(piece), progress.halvings)
+            cut = []
+            for first in range(0, len(piece), size):
+                columns = micro_batch(piece[first : first + size], samples)
+                # The mean over the step; 1 x, and so no other rounding, where a piece is whole.
+                share = len(columns["loss"]) / len(piece)
+                scaled_backward(columns["loss"].mean() / len(mine) * share, progress)
+                cut.append({name: column.detach() for name, column in columns.items()})
+            parts.append({name: torch.cat([columns[name] for columns in cut]) for name in cut[0]})
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        return None
+    return parts
 
 
 def _check_settings(

@@ -380,7 +380,7 @@ def test_two_processes_that_accumulate_see_the_same_samples(tmp_path):
         """The samples of 5 steps, as they come back from all processes."""
         weight, seen = torch.nn.Parameter(torch.ones(())), []
 
-        def micro_batch(samples):
+        def micro_batch(samples, _):
             return {"loss": weight * torch.ones(len(samples)), "index": torch.tensor([float(i) for _, i in samples])}
 
         optimizer = torch.optim.SGD([weight], lr=0.1)

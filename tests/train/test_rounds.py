@@ -17,7 +17,7 @@ def test_rounds_steps_and_passes():
     toy = Toy()
     records = list(toy.rounds(toy.method("d3po"), prompts_per_step=2, passes=2, max_steps=8))
     assert [r.step for r in records] == list(range(1, 9))
-    assert [r.resumable for r in records] == [False, False, False, True] * 2
+    assert [r.round is None for r in records] == [False, False, False, True] * 2
     assert [r.progress.samples for r in records] == [0, 0, 0, 4, 4, 4, 4, 8]
     # The second pass meets a policy that has moved off the runs.
     assert records[0].metrics["drift"] == 0 and records[2].metrics["drift"] > 0

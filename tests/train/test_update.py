@@ -28,11 +28,11 @@ class OneWeight:
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.optimizer = torch.optim.SGD([self.weight], lr=1.0)
 
-    def step(self, gradient, progress, loss=1.0):
+    def step(self, gradient, progress, loss=1.0, spike=None):
         self.weight.grad = torch.tensor([gradient])
         return update(
             torch.tensor([loss]), progress, 4, parameters=[self.weight], optimizer=self.optimizer, lr_scheduler=None,
-            accelerator=Accelerator(cpu=True), max_grad_norm=None,
+            accelerator=Accelerator(cpu=True), max_grad_norm=None, spike=spike,
         )  # fmt: skip
 
 
@@ -68,3 +68,46 @@ def test_good_steps_double_the_scale(monkeypatch):
 
 def test_only_float16_starts_with_a_scale():
     assert first_progress("fp16").loss_scale == FIRST_SCALE and first_progress("bf16") == Progress()
+
+
+def test_a_spike_is_skipped_and_only_that_one():
+    """Norms of 1 and 3 in turn: mean 2, deviation 1. At 5 deviations 6.9 passes and 7.5 does not."""
+    one, progress = OneWeight(), Progress()
+    for i in range(20):
+        progress = one.step(1.0 + 2 * (i % 2), progress, spike=5.0).progress
+    assert len(progress.norms) == 20 and progress.skipped == 0
+    weight = one.weight.item()
+    outcome = one.step(7.5, progress, spike=5.0)
+    assert not outcome.updated and outcome.progress.skipped == 1 and outcome.progress.norms == progress.norms
+    assert one.weight.item() == weight
+    assert one.step(6.9, outcome.progress, spike=5.0).updated
+    assert one.step(7.5, progress).updated  # nobody asked
+
+
+def test_a_nan_does_not_call_forth_more_skips():
+    """A single one, in rolling statistics, has skipped 129 steps of a public optimizer."""
+    one, progress = OneWeight(), Progress()
+    updated = []
+    for i in range(60):
+        outcome = one.step(float("nan") if i == 30 else 1.0 + i % 3, progress, spike=6.0)
+        progress = outcome.progress
+        updated.append(outcome.updated)
+    assert updated.count(False) == 1 and not updated[30]
+
+
+def test_spikes_wait_for_enough_norms_and_forget_old_ones(monkeypatch):
+    one, progress = OneWeight(), Progress()
+    for gradient in (1.0, 1.0, 100.0):
+        progress = one.step(gradient, progress, spike=1.0).progress
+    assert progress.skipped == 0
+    monkeypatch.setattr(update_module, "REMEMBERED", 2)
+    assert one.step(5.0, progress, spike=1.0).progress.norms == (100.0, 5.0)
+
+
+def test_spikes_for_ever_end_the_run_and_say_so():
+    one, progress = OneWeight(), Progress(norms=(1.0, 2.0) * 10)
+    for _ in range(3):
+        outcome = one.step(50.0, progress, spike=5.0)
+        progress = outcome.progress
+    with pytest.raises(NonFiniteError, match="a spike .*raise --skip_spikes"):
+        update_module.require_finite(outcome, 3)

@@ -1,0 +1,53 @@
+"""The best checkpoint of a run by one of its metrics: it is kept however old it gets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+class Best:
+    """Compares the mean of a metric over the steps since the checkpoint before; higher is better, with "-" lower.
+
+    `state` is what a checkpoint keeps of it, None where nobody asked or nothing is known yet.
+    """
+
+    def __init__(self, metric: str | None, state: Mapping[str, Any] | None = None):
+        self.metric = metric
+        self.state = dict(state) if state and state["metric"] == metric else None
+        self.sum, self.count = 0.0, 0
+
+    def hear(self, metrics: Mapping[str, float]) -> None:
+        """Of one step, its row in metrics.jsonl.
+
+        Raises:
+            ValueError: there is no such metric, with those there are.
+        """
+        if self.metric is None:
+            return
+        name = self.metric.removeprefix("-")
+        if name not in metrics and not math.isfinite(metrics.get("loss", 0.0)):
+            return  # a step with nothing in it lacks most of them
+        if name not in metrics:
+            raise ValueError(f"--keep_best {self.metric}: this run has no such metric; it has {', '.join(metrics)}")
+        if math.isfinite(metrics[name]):
+            self.sum, self.count = self.sum + metrics[name], self.count + 1
+
+    def with_this(self, step: int) -> dict[str, Any] | None:
+        """What the state becomes with a checkpoint of this step; `take` it once that is written."""
+        if not self.count:
+            return self.state
+        sign = -1 if (self.metric or "").startswith("-") else 1
+        mean = self.sum / self.count
+        if self.state is not None and sign * mean <= sign * self.state["value"]:
+            return self.state
+        return {"metric": self.metric, "value": mean, "step": step}
+
+    def take(self, state: dict[str, Any] | None) -> None:
+        """The checkpoint is there; the next is judged by the steps to come."""
+        self.state, self.sum, self.count = state, 0.0, 0
+
+    def steps(self) -> set[int]:
+        """The steps whose checkpoints are not to be removed."""
+        return {self.state["step"]} if self.state else set()

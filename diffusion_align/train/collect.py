@@ -1,0 +1,72 @@
+"""The first half of a round: its prompts shared out, drawn a chunk at a time, scored, and put out of the way."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from diffusion_align.memory import in_parts
+from diffusion_align.rewards import prefetch
+from diffusion_align.train.agree import anywhere, most
+from diffusion_align.train.method import Chunk, Method, Round
+from diffusion_align.train.steps import Progress, Sample
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def draw_round(
+    method: Method[Chunk],
+    steps: list[list[Sample]],
+    progress: Progress,
+    prompts_per_chunk: int,
+    accelerator: "Accelerator",
+    asked: Callable[[], bool],
+) -> tuple[Round[Chunk], Progress] | None:
+    """This process's chunks of each step, and the progress with what was learnt about memory.
+
+    None where any process was asked to stop meanwhile: nothing has been learnt from the round yet, so it is begun anew
+    when the run goes on.
+
+    Raises:
+        OutOfMemory: the pictures of one prompt do not fit together.
+    """
+    first = _size(prompts_per_chunk, progress.halvings)
+    blocks = _blocks(method, [_share(step, accelerator) for step in steps], first, progress.samples)
+    chunks: list[list[Chunk]] = [[] for _ in steps]
+    smallest = first
+    for number, drawn, size in prefetch(blocks, 1) if method.ahead else blocks:
+        chunks[number] += [method.score(chunk) for chunk in drawn] if method.score else drawn
+        smallest = min(smallest, size)
+        if anywhere(accelerator, asked())[0]:
+            return None
+    halvings = progress.halvings
+    while _size(prompts_per_chunk, halvings) > smallest:
+        halvings += 1
+    (halvings,) = most(accelerator, halvings)
+    return Round(chunks, halvings), replace(progress, halvings=halvings)
+
+
+def _size(prompts_per_chunk: int, halvings: int) -> int:
+    return -(-prompts_per_chunk // 2**halvings)
+
+
+def _share(step: list[Sample], accelerator: "Accelerator") -> list[Sample]:
+    """This process's prompts of a step."""
+    share = len(step) // accelerator.num_processes
+    return step[accelerator.process_index * share : (accelerator.process_index + 1) * share]
+
+
+def _blocks(
+    method: Method[Chunk], shares: list[list[Sample]], size: int, round: int
+) -> Iterator[tuple[int, list[Chunk], int]]:
+    """(step, chunks, size) of every `size` prompts: as many on each process, however its memory makes it cut them."""
+    block = size
+    for number, share in enumerate(shares):
+        for start in range(0, len(share), block):
+            prompts = share[start : start + block]
+
+            def draw(rows: slice, prompts: list[Sample] = prompts) -> Chunk:
+                return method.collect(prompts[rows], round).to("cpu")
+
+            drawn, size = in_parts(draw, len(prompts), size, "drawing, prompts")
+            yield number, drawn, size

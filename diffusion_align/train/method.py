@@ -1,0 +1,62 @@
+"""What a round of online training asks of a method, and what it has drawn."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from diffusion_align.train.steps import Sample
+
+
+class Movable(Protocol):
+    """What was drawn; it waits in main memory, so that the device holds one chunk however many pictures a round has."""
+
+    def to(self, device: torch.device | str, /) -> Self: ...
+
+    def cut(self, times: int, /) -> list[Self]:
+        """In so many parts, or in as many as there are groups that must stay together."""
+        ...
+
+
+Chunk = TypeVar("Chunk", bound=Movable)
+Columns = dict[str, Tensor]
+"""Numbers of what was collected or learnt from, [M] each: a row an item, a picture or a group."""
+
+
+@dataclass(frozen=True)
+class Method(Generic[Chunk]):
+    """What a round asks of a method.
+
+    collect: (samples (epoch, prompt), round) -> a chunk of whole groups, drawn without gradients. The round is named by
+        the prompts used before it: an address for what all of it shares.
+    score: chunk -> the same with its rewards; None where collecting has scored already.
+    ahead: score a chunk while the next is drawn. It pays where drawing leaves the processor idle, as on a GPU, or
+        scoring does, as a reward elsewhere.
+    items: how many pairs or groups of a chunk can be learnt from; 0 where all are tied or filtered out.
+    learn: (chunk, factor) -> columns of its items, "loss" among them; adds the gradient of factor x the sum of losses.
+    facts: chunk -> columns of its pictures, such as "reward".
+    summarise: (columns of the items of a step, facts of its round) -> metrics. The items may be none.
+    check_start: called with the columns of the first step of a fresh run, before the update; raises to stop.
+    nothing: what to do about a step without items, for the message that ends a run of such steps.
+    """
+
+    collect: Callable[[list[Sample], int], Chunk]
+    items: Callable[[Chunk], int]
+    learn: Callable[[Chunk, float], Columns]
+    facts: Callable[[Chunk], Columns]
+    summarise: Callable[[Columns, Columns], dict[str, float]]
+    check_start: Callable[[Columns], None] | None
+    nothing: str
+    score: Callable[[Chunk], Chunk] | None = None
+    ahead: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Round(Generic[Chunk]):
+    """This process's share of a round's data: for each step of a pass its chunks, in main memory. `halvings`: how often
+    chunks had been halved for want of memory when they were drawn."""
+
+    chunks: list[list[Chunk]]
+    halvings: int
