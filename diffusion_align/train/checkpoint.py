@@ -9,29 +9,36 @@ ones go only afterwards. Reading checks every byte and falls back to the newest 
 safetensors and JSON are written and read: nothing in a checkpoint can run code.
 """
 
-import errno
-import hashlib
 import json
 import logging
 import os
-import re
-import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-FORMAT = 1
-_NAME = re.compile(r"step-(\d{8,})")
-_GROUP = re.compile(r"[a-z][a-z0-9_]*")
+from diffusion_align.train.checkpoint_folder import clean, found, make, prune, put, require_space, staging, step_of
+from diffusion_align.train.checkpoint_tensors import (
+    SUFFIX,
+    bytes_of,
+    part_name,
+    read_tensors,
+    require_group,
+    take_part,
+    write_part,
+    write_tensors,
+)
+from diffusion_align.train.manifest import FORMAT, CheckpointError, checked_files, sync, write_manifest
+
+__all__ = [
+    "FORMAT", "Checkpoint", "CheckpointError", "latest_good", "load", "require_same_identity", "save", "write_part"
+]  # fmt: skip
+
+_STATE = "state.json"
 logger = logging.getLogger(__name__)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written, or cannot be used; the message names the file."""
 
 
 @dataclass(frozen=True)
@@ -52,58 +59,62 @@ def save(
     *,
     keep: int = 2,
     protect: Collection[int] = (),
+    parts: Sequence[Path] = (),
 ) -> Path:
     """Write a checkpoint and, once it is durable, remove all but the newest `keep` (and those of the `protect` steps).
 
-    On the main process only. When it fails (a full disk) the checkpoints from before are untouched, and
-    CheckpointError says what happened; the training may go on.
+    On the main process only; `parts` are what `write_part` returned on the others, and become groups like the rest.
+    When it fails (a full disk) the checkpoints from before are untouched, and CheckpointError says what happened; the
+    training may go on. It fails before anything is written where the disk has too little room.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
-    wrong = [group for group in tensors if not _GROUP.fullmatch(group)]
-    if wrong:
-        raise ValueError(f"group {wrong[0]!r} is no name of lower-case letters, digits and _")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _clean(folder)
+    taken = {part_name(folder, part): part for part in parts}
+    _require_groups([*tensors, *(part_name(folder, part) for part in parts)])
+    text = json.dumps(dict(state), allow_nan=False, indent=1)  # what is no JSON fails here, with nothing written
     final = folder / f"step-{step:08d}"
-    staged, old = folder / f".tmp-{final.name}", folder / f".old-{final.name}"
+    staged = staging(final)
     try:
+        make(folder)
+        clean(folder, spare=taken)
+        require_space(folder, sum(map(bytes_of, tensors.values())) + len(text))
         staged.mkdir()
         for group, values in tensors.items():
-            safetensors.torch.save_file(_separate(values), staged / f"{group}.safetensors")
-        (staged / "state.json").write_text(json.dumps(dict(state), allow_nan=False, indent=1))
+            write_tensors(staged / f"{group}{SUFFIX}", values)
+        for group, part in taken.items():
+            take_part(part, staged / f"{group}{SUFFIX}")
+        (staged / _STATE).write_text(text)
         for file in staged.iterdir():
-            _sync(file)
-        body = {"format": FORMAT, "step": step, "files": {file.name: _seal(file) for file in sorted(staged.iterdir())}}
-        (staged / "manifest.json").write_text(json.dumps({"body": body, "sha256": _hash_json(body)}, indent=1))
-        _sync(staged / "manifest.json")
-        _sync(staged)
-        if final.exists():
-            os.replace(final, old)  # found by readers under this name, should the next line never be reached
-        os.replace(staged, final)
-        _sync(folder)
-    except (OSError, safetensors.SafetensorError) as error:
-        shutil.rmtree(staged, ignore_errors=True)
+            sync(file)
+        write_manifest(staged, step)
+        sync(staged)
+        put(staged, final)
+    except (OSError, SafetensorError) as error:
+        clean(folder)
         raise CheckpointError(f"{final}: could not be saved ({error}); earlier checkpoints are untouched") from error
-    # Later steps are of a run that was taken back to an earlier one: they neither count nor go.
-    until_now = [path for path in _found(folder) if _step_of(path) <= step]
-    for path in until_now[keep:]:
-        if _step_of(path) not in protect:
-            _remove(path)
-    _clean(folder)
+    prune(folder, step, keep, protect)
+    clean(folder, spare=taken)
     return final
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
     """Load one checkpoint after checking every byte; CheckpointError names the file that is missing or changed."""
     path = Path(path)
-    body = _checked_manifest(path)
+    step = step_of(path)
+    files = checked_files(path, step)
+    if _STATE not in files:
+        raise CheckpointError(f"{path / _STATE} is missing")
     tensors: dict[str, dict[str, Tensor]] = {}
-    for name in body["files"]:
-        if name.endswith(".safetensors"):
-            tensors[name.removesuffix(".safetensors")] = safetensors.torch.load_file(path / name)
-    return Checkpoint(path, body["step"], tensors, json.loads((path / "state.json").read_text()))
+    name = _STATE
+    try:
+        state = json.loads((path / name).read_bytes())
+        for name in files:
+            if name.endswith(SUFFIX):
+                tensors[name.removesuffix(SUFFIX)] = read_tensors(path / name)
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"{path / name} cannot be read ({error})") from error
+    return Checkpoint(path, step, tensors, state)
 
 
 def latest_good(folder: str | os.PathLike[str]) -> Checkpoint | None:
@@ -114,7 +125,7 @@ def latest_good(folder: str | os.PathLike[str]) -> Checkpoint | None:
     meant.
     """
     problems = []
-    for path in _found(Path(folder)):
+    for path in found(Path(folder)):
         try:
             return load(path)
         except CheckpointError as error:
@@ -142,93 +153,8 @@ def require_same_identity(saved: Mapping[str, Any], current: Mapping[str, Any]) 
         )
 
 
-def _separate(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors on the CPU of which no two share memory, as safetensors wants them."""
-    made: dict[str, Tensor] = {}
-    taken: set[int] = set()
-    for name, value in values.items():
-        value = value.detach().cpu().contiguous()
-        if value.numel() and value.untyped_storage().data_ptr() in taken:
-            value = value.clone()
-        taken.add(value.untyped_storage().data_ptr())
-        made[name] = value
-    return made
-
-
-def _found(folder: Path) -> list[Path]:
-    """Checkpoint directories, newest first, one per step. Staged ones are not checkpoints."""
-    by_step: dict[int, Path] = {}
-    for path in folder.iterdir() if folder.is_dir() else []:
-        name = path.name.removeprefix(".old-")
-        if _NAME.fullmatch(name) and (name == path.name or not (folder / name).exists()):
-            by_step[int(name.removeprefix("step-"))] = path
-    return [by_step[step] for step in sorted(by_step, reverse=True)]
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.rpartition("-")[2])
-
-
-def _checked_manifest(path: Path) -> dict[str, Any]:
-    file = path / "manifest.json"
-    try:
-        manifest = json.loads(file.read_bytes())
-        body = manifest["body"]
-        whole = manifest["sha256"] == _hash_json(body)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is missing or damaged") from error
-    if not whole:
-        raise CheckpointError(f"{file} is damaged")
-    if body["format"] != FORMAT:
-        raise CheckpointError(f"{file} has format {body['format']}, this version reads {FORMAT}")
-    if body["step"] != _step_of(path):
-        raise CheckpointError(f"{file} is of step {body['step']}: the directory was renamed")
-    for name, seal in body["files"].items():
-        part = path / name
-        if Path(name).name != name or part.is_symlink() or not part.is_file():
-            raise CheckpointError(f"{part} is missing")
-        if part.stat().st_size != seal["size"]:
-            raise CheckpointError(f"{part} has {part.stat().st_size} bytes instead of {seal['size']}")
-        if _seal(part) != seal:
-            raise CheckpointError(f"{part} is damaged (its sha256 differs)")
-    return body
-
-
-def _seal(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def _hash_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some file systems cannot sync a directory; a sync that fails for any other reason must not pass.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    # Renamed first, so that a half-removed directory is never taken for a checkpoint.
-    gone = path.with_name(f".tmp-gone-{path.name}")
-    os.replace(path, gone)
-    shutil.rmtree(gone, ignore_errors=True)
-
-
-def _clean(folder: Path) -> None:
-    """Remove what interrupted saves left, and give a set-aside checkpoint its name back if nothing replaced it."""
-    for old in folder.glob(".old-step-*"):
-        final = folder / old.name.removeprefix(".old-")
-        if final.exists():
-            _remove(old)
-        else:
-            os.replace(old, final)
-    for path in folder.glob(".tmp-*"):
-        shutil.rmtree(path, ignore_errors=True)
+def _require_groups(groups: list[str]) -> None:
+    for group in groups:
+        require_group(group)
+    if len(set(groups)) != len(groups):
+        raise ValueError(f"two groups of a checkpoint have the same name: {', '.join(sorted(groups))}")

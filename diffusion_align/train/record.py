@@ -1,12 +1,16 @@
 """metrics.jsonl: one JSON object per optimizer step, each with its `step`; and what several methods log alike."""
 
 import json
+import logging
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 def quantiles(name: str, values: Tensor) -> dict[str, float]:
@@ -16,14 +20,43 @@ def quantiles(name: str, values: Tensor) -> dict[str, float]:
 
 
 def append(path: str | os.PathLike[str], row: dict[str, Any]) -> None:
-    """Add one row. Numbers that are not finite become null, for JSON knows none."""
+    """Add one row, or none at all and OSError (a full disk). Numbers that are not finite become null, for JSON knows
+    none."""
     clean = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
     }
-    line = json.dumps(clean, allow_nan=False) + "\n"
-    # One unbuffered write: a killed process leaves at most one torn line, the last.
+    line = (json.dumps(clean, allow_nan=False) + "\n").encode()
+    # Unbuffered: a killed process leaves at most one torn line, the last.
     with open(path, "ab", buffering=0) as file:
-        file.write(line.encode())
+        end = file.seek(0, os.SEEK_END)
+        try:
+            while line:  # a disk that is nearly full takes a part of it, and says why only when asked again
+                line = line[file.write(line) :]
+        except OSError:
+            file.truncate(end)  # a torn line would spoil the next one
+            raise
+
+
+def recorder(path: str | os.PathLike[str]) -> Callable[[dict[str, Any]], None]:
+    """`append` to this file for a loop that must not end with the disk: rows that cannot be written are left out.
+
+    A warning says so when that begins, and how many they were when it ends.
+    """
+    lost: list[int] = []
+
+    def add(row: dict[str, Any]) -> None:
+        try:
+            append(path, row)
+        except OSError as error:
+            if not lost:
+                logger.warning("%s: step %s could not be written (%s); the training goes on", path, row["step"], error)
+            lost[:] = [row["step"], 1 + (lost[1] if lost else 0)]
+            return
+        if lost:
+            logger.warning("%s: it can be written again; %d rows up to step %d are missing", path, lost[1], lost[0])
+            lost.clear()
+
+    return add
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
