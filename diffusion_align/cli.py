@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from diffusion_align.options import VERBS, UsageError, build_parser, parse, preset_names, resolve, unknown
+from diffusion_align.printable import printable
 
 PROG = "diffusion-align"
 OTHER_VERBS = {
@@ -136,7 +137,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _complain(message: str, kind: str = "error") -> None:
-    print(f"{PROG}: {kind}: {message}", file=sys.stderr)
+    print(f"{PROG}: {kind}: {printable(message)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from diffusion_align.data.records import PROMPTS
 from diffusion_align.data.summary import Summary, summarise
 from diffusion_align.data.tables import SUFFIXES, columns_of
 from diffusion_align.options.data import DataInspect
+from diffusion_align.printable import printable
 
 
 def data_inspect(options: DataInspect) -> int:
@@ -27,7 +28,7 @@ def data_inspect(options: DataInspect) -> int:
         path = fetch_pairs(name, options.split, None)
     source = recognise(path, options.split)
     by_name = f"--dataset_name {name}" if path != Path(name).expanduser() else None
-    print("\n".join(describe(source, summarise(source), by_name)))
+    print("\n".join(map(printable, describe(source, summarise(source), by_name))))
     return 0
 
 

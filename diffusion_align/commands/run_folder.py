@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def claim(run: Path, config: str, *, step: int, overwrite: bool) -> None:
     os.replace(partial, run / CONFIG)
 
 
-def resume_line(run: Path, verb: str) -> str:
-    """What to type to go on."""
-    return f"diffusion-align {verb} --config {run / CONFIG} --resume_from_checkpoint latest"
+def resume_line(run: Path, verb: str, reward: str | None = None) -> str:
+    """What to type to go on; a reward that is a program is run on the user's word only, so it is named again."""
+    again = f" --reward {shlex.quote(reward)}" if reward and "python:" in reward else ""
+    return f"diffusion-align {verb} --config {run / CONFIG} --resume_from_checkpoint latest{again}"

@@ -28,6 +28,7 @@ from diffusion_align.commands.interrupt import Interrupted, Interruptible
 from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.tracking import start_trackers, tracker_names
 from diffusion_align.options import TrainCommon, to_yaml
+from diffusion_align.options.schema import options_of
 from diffusion_align.train import NonFiniteError, Progress, StepRecord, checkpoint, record
 from diffusion_align.train.agree import anywhere, most
 from diffusion_align.train.alarm import CollapseAlarm, CollapseError
@@ -136,7 +137,8 @@ class Session:
         o, accelerator = self.options, self.accelerator
         if progress.step:
             accelerator.print(f"resumed at step {progress.step} of {steps}")
-        config = dataclasses.asdict(o)
+        described = options_of(type(o))  # a tracker writes what it is given to disk: no token
+        config = {name: value for name, value in dataclasses.asdict(o).items() if described[name].saved}
         names = tracker_names(o.report_to)
         report = start_trackers(accelerator, names, o.tracker_name or "diffusion_align", self.run, config)
         bar = tqdm(

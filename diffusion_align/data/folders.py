@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from diffusion_align.data.readers import BadRow
+from diffusion_align.data.readers import BadRow, lines_of
 from diffusion_align.data.records import Record
 from diffusion_align.data.tars import PICTURES
 
@@ -37,11 +37,9 @@ def captions(folder: Path, pictures: list[Path]) -> Iterator[BadRow | Record]:
 
 def prompt_lines(file: Path) -> Iterator[BadRow | Record]:
     """Each line that is not blank, counted from 1."""
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                where = f"{file.name}:{number}"
-                try:
-                    yield Record(where, {"prompt": line.decode("utf-8-sig").strip()}, file, number)
-                except UnicodeDecodeError:
-                    yield BadRow(where, "is not text in UTF-8")
+    for number, line in lines_of(file):
+        where = f"{file.name}:{number}"
+        try:
+            yield Record(where, {"prompt": line.decode("utf-8-sig").strip()}, file, number)
+        except UnicodeDecodeError:
+            yield BadRow(where, "is not text in UTF-8")

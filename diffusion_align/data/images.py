@@ -1,8 +1,8 @@
 """Pictures from files that nobody vouches for.
 
 Decoding is strict: a picture is either decoded whole or refused with a reason. The header is checked before any pixel
-is decoded, so a small file cannot ask for gigabytes, and a truncated file never turns into a half-grey training
-picture.
+is decoded, and with it what else makes a small file dear: its packed texts, scans, tiles and pixels a byte. So a small
+file cannot ask for gigabytes, and a truncated file never turns into a half-grey training picture.
 """
 
 import io
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 from torch import Tensor
 
 # An allow-list: Pillow also knows formats that start other programs (EPS) or that nobody trains on.
@@ -18,6 +19,14 @@ FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
 # Below the 89.5 million at which Pillow itself starts to warn.
 MAX_PIXELS = 80_000_000
 MIN_SIDE = 8
+# A flat PNG has about 340 pixels a byte, a photograph under 60; small flat pictures are no danger.
+_LARGE, _PIXELS_A_BYTE = 16_000_000, 250
+# Each text that a PNG packs may unfold to 1 MiB; people's files have a few.
+_PACKED_TEXTS = 16
+# A progressive JPEG goes over all its pixels in every scan, of which a megabyte holds ten thousand; usual are 10.
+_SCANNED = 2_000_000_000
+# TIFF decodes whole tiles, whose size is written apart from the picture's.
+_TILE = 4_194_304
 
 
 class ImageError(ValueError):
@@ -41,12 +50,17 @@ def decode_image(data: bytes) -> Image.Image:
     if not data:
         raise ImageError("is empty (0 bytes)")
     try:
+        _check_texts(data)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(*image.size)
+            _check_cost(image, data)
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
     except (ImageError, MemoryError):
         raise
+    except UnidentifiedImageError as error:
+        raise ImageError(f"cannot be decoded (it is none of {', '.join(FORMATS)}, or its header is damaged)") from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"has too many pixels (the limit is {MAX_PIXELS:,})") from error
     # Decoders raise OSError, SyntaxError, struct.error, zlib.error and more for bad bytes: all mean the same here.
@@ -59,6 +73,26 @@ def _check_size(width: int, height: int) -> None:
         raise ImageError(f"has too many pixels ({width} x {height}; the limit is {MAX_PIXELS:,})")
     if min(width, height) < MIN_SIDE:
         raise ImageError(f"is too small ({width} x {height}; the shorter side needs {MIN_SIDE} pixels)")
+
+
+def _check_texts(data: bytes) -> None:
+    """Before the file is opened, for then they are unfolded."""
+    texts = data.count(b"zTXt") + data.count(b"iTXt") if data.startswith(b"\x89PNG") else 0
+    if texts > _PACKED_TEXTS:
+        raise ImageError(f"has {texts:,} packed texts (the limit is {_PACKED_TEXTS}); save it without metadata")
+
+
+def _check_cost(image: ImageFile.ImageFile, data: bytes) -> None:
+    """What the decoder would do for so few bytes, by the header."""
+    pixels = image.width * image.height
+    if pixels > _LARGE and pixels > _PIXELS_A_BYTE * len(data):
+        raise ImageError(f"has {pixels:,} pixels in {len(data):,} bytes, which no photograph or drawing has")
+    if image.format in ("JPEG", "MPO") and (scans := data.count(b"\xff\xda")) * pixels > _SCANNED:
+        raise ImageError(f"has {scans:,} scans of {pixels:,} pixels; save it with the usual ten, or as a baseline JPEG")
+    if isinstance(image, TiffImageFile):
+        wide, high = image.tag_v2.get(TILEWIDTH, 0), image.tag_v2.get(TILELENGTH, 0)
+        if wide * high > max(pixels, _TILE):
+            raise ImageError(f"has tiles of {wide:,} x {high:,} pixels; save it without tiles")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -194,7 +194,7 @@ def write_groups(path: str | os.PathLike[str], schema: pa.Schema, groups: Iterab
     """Write a parquet file, a row group for each mapping of columns; it appears whole or not at all."""
     target = Path(path)
     staged = target.with_name(f".tmp-{target.name}")
-    with pq.ParquetWriter(staged, schema) as writer:
+    with pq.ParquetWriter(staged, schema, write_page_checksum=True) as writer:
         for columns in groups:
             writer.write_table(pa.table(dict(columns), schema=schema))
     os.replace(staged, target)

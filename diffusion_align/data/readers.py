@@ -13,11 +13,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diffusion_align.printable import printable
+
 _EDGE = 64 * 1024
+# What pyarrow raises for bytes that are no parquet, or no more: a flipped bit may lie in a name, a type or a length.
+_DAMAGE = (pa.ArrowException, OSError, ValueError, KeyError, IndexError, OverflowError, RecursionError)
+# One line of a table; more is no row, and would be kept in memory whole.
+MAX_ROW = 16 << 20
 
 
 class DataError(ValueError):
     """Data that cannot be used. One line: the file, the row or key, and the cure."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +35,11 @@ class BadRow:
 
     row: str
     reason: str
+
+    def __post_init__(self) -> None:
+        # Names inside archives and tables are strangers' text, and these two are printed.
+        for name in ("row", "reason"):
+            object.__setattr__(self, name, printable(getattr(self, name)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +75,10 @@ def _cell(file: str, row: int, column: str) -> Any:
 
 @lru_cache(maxsize=4096)
 def _first_rows(file: str, changed: int) -> list[int]:
-    metadata = pq.read_metadata(file)
+    try:
+        metadata = pq.read_metadata(file)
+    except _DAMAGE as error:
+        raise DataError(f"{file}: cannot be read as parquet ({_line(error)}); fetch the file again") from error
     return list(accumulate((metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)), initial=0))
 
 
@@ -69,11 +86,17 @@ def _first_rows(file: str, changed: int) -> list[int]:
 @lru_cache(maxsize=2)
 def _column_chunk(file: str, changed: int, group: int, column: str) -> pa.ChunkedArray:
     try:
-        return pq.ParquetFile(file).read_row_group(group, columns=[column]).column(column)
-    except (pa.ArrowException, OSError) as error:
+        with _opened(file) as table:
+            return table.read_row_group(group, columns=[column]).column(column)
+    except _DAMAGE as error:
         raise DataError(
             f"{Path(file).name}: row group {group} is damaged ({_line(error)}); fetch the file again"
         ) from error
+
+
+def _opened(file: str | Path) -> pq.ParquetFile:
+    """A parquet file whose pages are held against their checksums, where whoever wrote it gave them some."""
+    return pq.ParquetFile(file, page_checksum_verification=True)
 
 
 def iter_rows(file: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
@@ -86,13 +109,13 @@ def iter_rows(file: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
     """
     group = -1
     try:
-        with pq.ParquetFile(file) as table:
+        with _opened(file) as table:
             for group in range(table.num_row_groups):
                 read = table.read_row_group(group, columns=columns)
                 values = [_values(read.column(name)) for name in columns]
                 for row in range(read.num_rows):
                     yield {name: column[row] for name, column in zip(columns, values, strict=True)}
-    except (pa.ArrowException, OSError) as error:
+    except _DAMAGE as error:
         where = "cannot be read as parquet" if group < 0 else f"row group {group} is damaged"
         raise DataError(f"{file}: {where} ({_line(error)}); fetch the file again") from error
 
@@ -119,20 +142,30 @@ def column_names(file: Path) -> list[str]:
 def schema_of(file: Path) -> pa.Schema:
     """The columns of a parquet file and their types."""
     try:
-        return pq.read_schema(file)
-    except (pa.ArrowException, OSError) as error:
+        schema = pq.read_schema(file)
+        schema.names  # noqa: B018  (decodes them: a damaged one shows here)
+        return schema
+    except _DAMAGE as error:
         raise DataError(f"{file}: cannot be read as parquet ({_line(error)}); fetch the file again") from error
 
 
 def jsonl_rows(file: Path) -> Iterator[tuple[int, Any]]:
     """Line number (from 1) and parsed value of every line that is not blank; a line that is no JSON gives its error."""
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+    for number, line in lines_of(file):
+        try:
+            yield number, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield number, ValueError(f"is not JSON ({_line(error)})")
+
+
+def lines_of(file: Path) -> Iterator[tuple[int, bytes]]:
+    """Number (from 1) and bytes of every line that is not blank; DataError for one without end, kept nowhere."""
+    with file.open("rb") as stream:
+        for number, line in enumerate(iter(lambda: stream.readline(MAX_ROW + 1), b""), start=1):
+            if len(line) > MAX_ROW:
+                raise DataError(f"{file}: line {number} is over {MAX_ROW:,} bytes; is this a file of lines?")
             if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    yield number, ValueError(f"is not JSON ({_line(error)})")
+                yield number, line
 
 
 def inside(root: Path, name: str) -> Path:

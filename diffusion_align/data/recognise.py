@@ -143,7 +143,13 @@ def _folder(folder: Path, split: str, layouts: str) -> Source:
 
 def _refuse_unfinished(folder: Path) -> None:
     state = folder / UNFINISHED
-    if state.is_file() and not json.loads(state.read_text(encoding="utf-8")).get("complete", True):
+    if not state.is_file():
+        return
+    try:
+        known = json.loads(state.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{state}: is not JSON ({str(error)[:200]}); delete it, or fetch the data again") from error
+    if not isinstance(known, dict) or not known.get("complete", True):
         raise DataError(f"{folder}: data convert has not finished; the same command goes on")
 
 

@@ -15,22 +15,24 @@ from diffusion_align.data.formats import Format
 from diffusion_align.data.match import wanted
 from diffusion_align.data.readers import BadRow, DataError
 from diffusion_align.data.records import Record
+from diffusion_align.printable import printable
 
 SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json", ".csv")
 _LOOK_AT = 100
 _PIECE = 1 << 20
-# One row of a JSON list; more is no list of rows, and would be kept in memory whole.
-_MAX_ROW = 16 << 20
 _decode = json.JSONDecoder().raw_decode
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def columns_of(file: Path) -> list[str]:
-    """The columns of a table; where each row names its own, those of the first 100 rows. A bare text is a prompt."""
+    """The columns of a table; where each row names its own, those of the first 100 rows. A bare text is a prompt.
+
+    They are names to compare and to print: one that a terminal would act on is told by its escapes.
+    """
     if file.suffix == ".parquet":
-        return readers.column_names(file)
+        return list(map(printable, readers.column_names(file)))
     rows = islice((row for _, row in _rows(file)), _LOOK_AT)
-    return list(dict.fromkeys(str(name) for row in rows if isinstance(row, dict) for name in row))
+    return list(dict.fromkeys(printable(str(name)) for row in rows if isinstance(row, dict) for name in row))
 
 
 def records(file: Path, known: Format, under: tuple[str, ...] = ("",)) -> Iterator[BadRow | Record]:
@@ -91,7 +93,7 @@ def _json_items(file: Path) -> Iterator[tuple[int, Any]]:
                 while (found := _item(text, place)) is None:
                     more = stream.read(_PIECE)
                     text, place = text[place:] + more, 0
-                    if not more or len(text) > _MAX_ROW:
+                    if not more or len(text) > readers.MAX_ROW:
                         raise DataError(
                             f"{file}: item {number} is no JSON, or does not end: {text[:60]!r}; fetch the file again"
                         )

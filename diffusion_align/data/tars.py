@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from diffusion_align.data.readers import BadRow, DataError
+from diffusion_align.printable import printable
 
 PICTURES = frozenset(("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff"))
 TEXTS = frozenset(("txt", "json"))
@@ -74,7 +75,7 @@ def members(file: Path, unread: Counter[str]) -> Iterator[BadRow | tuple[str, Ta
             elif suffix in PICTURES or suffix in TEXTS:
                 yield info.name, TarMember(file, offset, info.size)
             else:
-                unread[f".{suffix}"[:20]] += 1
+                unread[printable(f".{suffix}")[:20]] += 1
 
 
 def _fault(info: tarfile.TarInfo, suffix: str) -> str | None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
+
+from ..plain_json import read_json, require_no_code
+from ..printable import printable
+from .configs import require_plain_files
 
 # Repositories that were deleted or renamed, and where their weights are now (huggingface/diffusers issues 9428, 12874).
 MOVED = {
@@ -79,17 +82,16 @@ def read_index(folder: Path) -> dict[str, Any]:
             f"{folder} has no model_index.json: give the pipeline's own folder, in diffusers format "
             "(a single .safetensors checkpoint must be converted first)"
         )
-    try:
-        return json.loads(index_file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{index_file} is not JSON ({error}): fetch the model again") from error
+    index = read_json(index_file)
+    require_no_code(index_file, index)
+    return index
 
 
 def checked(folder: Path) -> Path:
     """The folder itself, if its parts are those of Stable Diffusion 1.x/2.x, or of SDXL."""
     index = read_index(folder)
     sdxl = "text_encoder_2" in index
-    classes = {part: (index.get(part) or [None, None])[1] for part in COMPONENTS | SECOND_ENCODER}
+    classes = {part: _class_in(index, part) for part in COMPONENTS | SECOND_ENCODER}
     if sdxl and classes["unet"] and not classes["text_encoder"]:
         raise ValueError(
             f"{folder} has no first text encoder: an SDXL refiner, which is not supported; use the base model"
@@ -98,8 +100,9 @@ def checked(folder: Path) -> Path:
     for part, expected in parts.items():
         found = classes[part]
         if found is None or found.removesuffix("Fast") != expected:
+            named = printable(str(found))[:90]
             raise ValueError(
-                f"{folder / 'model_index.json'} names {found} as its {part}; {family} has a {expected} there"
+                f"{folder / 'model_index.json'} names {named} as its {part}; {family} has a {expected} there"
             )
         if not (folder / part).is_dir():
             raise FileNotFoundError(
@@ -107,6 +110,7 @@ def checked(folder: Path) -> Path:
             )
     if not (folder / "scheduler" / "scheduler_config.json").exists():
         raise FileNotFoundError(f"{folder / 'scheduler' / 'scheduler_config.json'} is missing: fetch the model again")
+    require_plain_files(folder, parts | {"scheduler": ""})
     for words in (folder / part for part in parts if part.startswith("tokenizer")):
         if not (words / "tokenizer.json").exists() and not all(
             (words / file).exists() for file in ("vocab.json", "merges.txt")
@@ -116,6 +120,13 @@ def checked(folder: Path) -> Path:
                 f"{words} has neither tokenizer.json nor vocab.json and merges.txt: fetch the model again"
             )
     return folder
+
+
+def _class_in(index: dict[str, Any], part: str) -> str | None:
+    """The class that model_index.json, [library, class], gives a part; None where it gives none."""
+    entry = index.get(part)
+    name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+    return name if isinstance(name, str) else None
 
 
 def folder_digest(folder: Path) -> str:

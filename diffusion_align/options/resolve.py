@@ -30,6 +30,13 @@ class Resolved(Generic[Options]):
         ]
 
 
+def _refuse_program(name: str, value: Any, origin: str) -> None:
+    """A file may come from a stranger, and a Python reward is a program: it is run on the user's own word only."""
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str) and "reward" in name and "python:" in text:
+            raise UsageError(f"{origin} names a program to run; if you know it, say so yourself: --{name} {text}")
+
+
 def resolve(
     options_class: type[Options],
     verb: str,
@@ -63,6 +70,8 @@ def resolve(
         for key, written in layer:
             name = names[key].name
             value = convert(names[key], written, origin)
+            if origin != "command line":
+                _refuse_program(name, value, origin)
             if in_this_layer.setdefault(name, value) != value:
                 both = f"{in_this_layer[name]!r} and to {value!r}"
                 raise UsageError(f"{origin}: {names[key].key} is set twice, to {both}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .clip_config import CONFIG_FILE, require_plain_clip
+from .clip_fetch import fetched
 from .pictures import Reward, of_levels, to_pil, to_uint8
 from .weights import fill, place_of
 
 __all__ = ["Clip", "Reward", "clip_of", "clip_scorer", "cosine_scorer", "open_clip_model", "resolve_source", "to_uint8"]
 
 TINY_FOLDER = Path(__file__).resolve().parents[2] / "assets" / "tiny_clip"
-CONFIG_FILE = "open_clip_config.json"
 
 
 @dataclass(frozen=True)
@@ -80,15 +82,17 @@ def resolve_source(source: str | Path) -> tuple[str, str | None]:
 def open_clip_model(source: str | Path, *, device: str | torch.device | None = None) -> Clip:
     """A model that open_clip finds by itself, in float32; sources and errors are those of `clip_scorer`."""
     name, pretrained = resolve_source(source)
+    require_plain_clip(name, pretrained)
     import open_clip  # four seconds, so only where a CLIP reward is really used
 
     place = place_of(device)
     # Under an activation they were not trained with, weights score a little wrong and open_clip only warns.
     quick = bool(pretrained and open_clip.pretrained.get_pretrained_cfg(name, pretrained).get("quick_gelu"))
     with torch.random.fork_rng(devices=[]):  # open_clip draws random weights first, from the global generator
-        loaded: Any = open_clip.create_model_from_pretrained(name, pretrained, device=place, force_quick_gelu=quick)
+        make = partial(open_clip.create_model_from_pretrained, name, pretrained, device=place, force_quick_gelu=quick)
+        loaded: Any = fetched(name, pretrained, make)
     model, transform = loaded
-    tokenizer = open_clip.get_tokenizer(name)
+    tokenizer = fetched(name, pretrained, partial(open_clip.get_tokenizer, name))
     model.eval().requires_grad_(False)
     broken = [key for key, weight in model.state_dict().items() if not torch.isfinite(weight).all()]
     if broken:
@@ -162,5 +166,6 @@ def clip_scorer(
 
     Raises:
         ValueError: the source cannot be one, or its weights are not finite.
+        FileNotFoundError: its weights cannot be fetched; with the command that fetches them.
     """
     return cosine_scorer(open_clip_model(source, device=device), chunk=chunk, scale=scale)

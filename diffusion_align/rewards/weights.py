@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .containers import require_container, require_plain
+
 
 def locate(path: str, files: Sequence[str], repo: str, revision: str | None = None) -> Path:
     """The weights' file: `path` itself, one of `files` in the folder `path`, or the first of them from the hub.
@@ -80,6 +82,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: it is damaged, holds code, or something else than tensors; with the first wrong key.
     """
+    require_container(path)
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -100,6 +103,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     for key, weight in loaded.items():
         if not isinstance(key, str) or not isinstance(weight, Tensor):
             raise ValueError(f"{path}: {str(key)[:80]!r} is a {type(weight).__name__}, not a tensor")
+        require_plain(weight, key, path)
     return dict(loaded)
 
 
@@ -112,7 +116,9 @@ def require_fit(weights: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int
     """Raise ValueError, with the first wrong key, unless the weights have these keys and shapes and are finite."""
     for key in weights:
         if key not in shapes:
-            raise ValueError(f"{source}: unknown key {key!r} ({len(set(weights) - set(shapes))} of {len(weights)} are)")
+            raise ValueError(
+                f"{source}: unknown key {key[:200]!r} ({len(set(weights) - set(shapes))} of {len(weights)} are)"
+            )
     for key, shape in shapes.items():
         if key not in weights:
             raise ValueError(

@@ -1,0 +1,48 @@
+"""The JSON files of a pipeline's parts, checked before diffusers and transformers follow them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..plain_json import read_json, require_modest, require_no_code
+
+MAX_TOKENS = 100_000
+
+
+def require_plain_files(folder: Path, classes: dict[str, str]) -> None:
+    """Check the configurations of a pipeline's parts, of which `classes` names each one's class.
+
+    Raises:
+        ValueError: in one line, the file, the key, and why it is refused.
+    """
+    for part, expected in classes.items():
+        for path in sorted((folder / part).glob("*.json")):
+            if path.name.endswith(".index.json"):
+                _require_names(path, read_json(path).get("weight_map"))
+            elif path.name in ("config.json", "scheduler_config.json"):
+                _require_config(path, read_json(path), expected)
+            elif path.name == "tokenizer_config.json":
+                _require_tokenizer(path, read_json(path))
+
+
+def _require_config(path: Path, content: dict[str, Any], expected: str) -> None:
+    require_no_code(path, content)
+    require_modest(path, content)
+    found = content.get("_class_name", expected)
+    if expected and found != expected:
+        raise ValueError(f"{path} is of the class {found!r:.90}, where {expected} is needed")
+
+
+def _require_names(path: Path, names: Any) -> None:
+    """An index says which file each weight is in, and the loaders go wherever it points."""
+    for name in names.values() if isinstance(names, dict) else [names]:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\\" in name:
+            raise ValueError(f"{path} names the file {name!r:.90}, which is none beside it: fetch the model again")
+
+
+def _require_tokenizer(path: Path, content: dict[str, Any]) -> None:
+    require_no_code(path, content)
+    length = content.get("model_max_length", 0)
+    if not isinstance(length, int | float) or not 0 <= length <= MAX_TOKENS:
+        raise ValueError(f"{path}: model_max_length is {length!r:.40}, to which every prompt would be padded")
