@@ -25,11 +25,12 @@ from tqdm import tqdm
 from diffusion_align.commands import grids, run_folder
 from diffusion_align.commands.best import Best
 from diffusion_align.commands.interrupt import Interrupted, Interruptible
+from diffusion_align.commands.processes import join
 from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.tracking import start_trackers, tracker_names
 from diffusion_align.options import TrainCommon, to_yaml
-from diffusion_align.train import NonFiniteError, Progress, StepRecord, checkpoint, record
-from diffusion_align.train.agree import anywhere, most
+from diffusion_align.train import NonFiniteError, Progress, StepRecord, checkpoint, record, watch
+from diffusion_align.train.agree import alike, anywhere, meet, most
 from diffusion_align.train.alarm import CollapseAlarm, CollapseError
 from diffusion_align.train.buffer import pack_round, round_name, round_of
 from diffusion_align.train.checkpoint import Checkpoint, CheckpointError
@@ -87,6 +88,7 @@ class Session:
     def parameters(self) -> list[Parameter]:
         return list(self.named.values())
 
+    @watch.named()
     def start(
         self,
         optimizer: torch.optim.Optimizer,
@@ -97,13 +99,14 @@ class Session:
         """Claim the run folder, draw the base's pictures, and restore a checkpoint; where the loop is to begin."""
         o, resumed = self.options, self.resumed
         self.optimizer, self.scheduler, self.identity = optimizer, scheduler, identity
+        at = resumed.step if resumed else 0
+        alike(self.accelerator, at, "as the step to go on from: give all the same output_dir, on a disk they share")
         if resumed is not None:
             checkpoint.require_same_identity(resumed.state["identity"], identity)
         self.prompts = grids.grid_prompts(o.validation_prompts, prompts)
         self.base = torch.empty(0)
         if self.accelerator.is_main_process:
-            step = resumed.step if resumed else 0
-            run_folder.claim(self.run, to_yaml(o, self.verb), step=step, overwrite=o.overwrite_output_dir)
+            run_folder.claim(self.run, to_yaml(o, self.verb), step=at, overwrite=o.overwrite_output_dir)
             with self.accelerator.autocast():  # before the checkpoint's weights are put in: now the policy is the base
                 folder = self.run / run_folder.SAMPLES / "base"
                 self.base = grids.base_pictures(self.gate, self.prompts, folder, **self._look)
@@ -114,7 +117,7 @@ class Session:
             progress = restore(resumed, self.named, optimizer, scheduler, self.ema)
             if progress.in_round:
                 self.round = round_of(resumed, self.accelerator.process_index, self.accelerator.num_processes)
-        self.accelerator.wait_for_everyone()
+        meet(self.accelerator)
         return progress
 
     @property
@@ -149,7 +152,8 @@ class Session:
         )
         due, alarm, collapse, saved = False, self.alarm(), None, progress.step
         last = StepRecord(progress.step, 0, 0.0, {}, progress, round=self.round)
-        with bar, self.interrupt:
+        # Within the interrupt: the launcher's SIGTERM, once one process has failed, must not cut off what another says.
+        with bar, self.interrupt, watch.named(NonFiniteError, NothingToLearn, CollapseError):
             try:
                 for row in records:
                     last = row
@@ -161,20 +165,22 @@ class Session:
                     figures = {name: f"{row.metrics[name]:.2f}" for name in shown if name in row.metrics}
                     bar.set_postfix({"loss": f"{row.loss:.4f}", **figures}, refresh=False)
                     bar.update()
-                    self.best.hear(row.metrics)
+                    self.best.hear(row.row())
                     collapse = (alarm.hear(row.row()) if alarm else None) or collapse
                     if collapse and o.collapse_alarm == "warn":
                         tqdm.write(f"collapse? step {row.step}: {collapse}", file=sys.stderr)
                         collapse = None
-                    (stop,) = most(accelerator, self.interrupt.asked)
-                    due = due or collapse is not None or row.step % o.checkpointing_steps == 0 or row.step >= steps
+                    # Each has read metrics.jsonl for itself, and a network disk may have shown it another file.
+                    stop, alarmed = most(accelerator, self.interrupt.asked, int(collapse is not None))
+                    due = due or bool(alarmed) or row.step % o.checkpointing_steps == 0 or row.step >= steps
                     if stop or (due and row.round is None):
-                        self.save(row)
-                        due, saved = False, row.step
+                        kept = self.save(row)
+                        due, saved = False, row.step if kept else saved
                         if stop:
-                            self.stopped(row.step, stop)
-                        if collapse:
-                            raise CollapseError(f"stopped, and saved, at step {row.step}: {collapse}")
+                            self.stopped(row.step, stop, kept)
+                        if alarmed:
+                            why = collapse or "as another process found"
+                            raise CollapseError(f"stopped{', and saved,' if kept else ''} at step {row.step}: {why}")
                     if o.run_validation and row.step % o.validation_steps == 0 and row.step < steps:
                         self.draw(row.step)
             except (NonFiniteError, NothingToLearn):
@@ -183,16 +189,16 @@ class Session:
                 raise
             (stop,) = most(accelerator, self.interrupt.asked)
             if stop and last.step < steps:  # the loop has ended early, while it drew
-                self.save(last)
-                self.stopped(last.step, stop)
+                self.stopped(last.step, stop, self.save(last))
         if names:
             accelerator.end_training()
         return self.export(steps)
 
-    def stopped(self, step: int, number: int) -> NoReturn:
-        """End the run for signal `number`, when all is saved."""
-        go_on = run_folder.resume_line(self.run, self.verb)
-        raise Interrupted(f"step {step} is saved; go on with: {go_on}", number)
+    def stopped(self, step: int, number: int, kept: bool) -> NoReturn:
+        """End the run for signal `number`, when all is saved or cannot be."""
+        watch.stop()
+        what = f"step {step} is saved" if kept else f"step {step} could not be saved, but earlier checkpoints are there"
+        raise Interrupted(f"{what}; go on with: {run_folder.resume_line(self.run, self.verb)}", number)
 
     def write(self, row: dict[str, Any]) -> None:
         """A row of metrics.jsonl; a full disk is no reason to lose the run, and the checkpoint may still fit."""
@@ -209,8 +215,10 @@ class Session:
         past = record.read(path) if path.exists() else []
         return CollapseAlarm(o.collapse_winner_error, o.collapse_diversity, o.collapse_patience, past)
 
-    def save(self, row: StepRecord) -> None:
-        """Write a checkpoint of where a record stands; a full disk now is no reason to lose the run."""
+    def save(self, row: StepRecord) -> bool:
+        """Write a checkpoint of where a record stands; a full disk now is no reason to lose the run. False, on every
+        process, where there is none."""
+        watch.doing("saving", row.step)
         accelerator, folder, keep = self.accelerator, self.run / run_folder.CHECKPOINTS, KEEP_ALL
         error = self.write_round(folder, row) if row.round is not None else None
         (failed,) = anywhere(accelerator, error is not None)
@@ -230,7 +238,7 @@ class Session:
                 error = problem
         if error is not None:
             logger.warning("%s; the training goes on", error)
-        accelerator.wait_for_everyone()
+        return not anywhere(accelerator, error is not None)[0]
 
     def write_round(self, folder: Path, row: StepRecord) -> CheckpointError | None:
         """This process's data of the round, beside the checkpoints; what went wrong, as another may have succeeded."""
@@ -242,12 +250,14 @@ class Session:
 
     def draw(self, step: int) -> None:
         """The sample grid of this step, beside the base's pictures."""
+        watch.doing("drawing the sample grid", step)
         if self.accelerator.is_main_process:
             with self.accelerator.autocast():
                 path = self.run / run_folder.SAMPLES / f"step-{step:08d}.png"
                 grids.write_grid(self.gate, self.prompts, self.base, path, **self._look)
-        self.accelerator.wait_for_everyone()
+        meet(self.accelerator)
 
+    @watch.named()
     def export(self, steps: int) -> int:
         """The last grid and the trained weights, averaged if an average was kept."""
         from diffusion_align.models import save_lora, save_unet
@@ -257,10 +267,12 @@ class Session:
             if self.accelerator.is_main_process:
                 written = (save_lora if self.options.mode == "lora" else save_unet)(self.gate.unet, self.run)
                 print(f"trained weights: {written}\nnext: diffusion-align evaluate {self.run}")
-        self.accelerator.wait_for_everyone()
+        meet(self.accelerator)
+        watch.stop()
         return 0
 
 
+@watch.named()
 def open_session(o: TrainCommon, verb: str, resumed: Checkpoint | None) -> Session:
     """Load the model, add what is trained, and set the frozen reference beside it."""
     from diffusion_align.models import add_lora, load_pipeline, reference, set_attention, trainable
@@ -268,7 +280,7 @@ def open_session(o: TrainCommon, verb: str, resumed: Checkpoint | None) -> Sessi
 
     if o.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("mixed_precision fp16 needs a CUDA GPU and there is none here; take bf16 or no")
-    accelerator = Accelerator(mixed_precision=o.mixed_precision, cpu=o.device == "cpu", project_dir=log_folder(o))
+    accelerator = join(o, log_folder(o))
     if o.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     name = present_model(o.pretrained_model_name_or_path or "")
