@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion_align.commands import session
+from diffusion_align.commands import session, versions
 from diffusion_align.commands.best import Best
 from diffusion_align.commands.interrupt import Interrupted, Interruptible
 from diffusion_align.train import checkpoint, offline, record
@@ -102,10 +102,10 @@ def test_a_row_that_cannot_be_written_is_said_and_the_training_goes_on(world, tm
         real(path, row)
 
     monkeypatch.setattr(record, "append", full)
-    monkeypatch.setattr(session.logger, "warning", lambda text, *args: said.append(text % args))
+    monkeypatch.setattr(record.logger, "warning", lambda text, *args: said.append(text % args))
     assert train(flags(world, "dpo", tmp_path / "run"))[0] == 0
     assert [row["step"] for row in record.read(tmp_path / "run" / "metrics.jsonl")] == [1, 2, *range(4, 13)]
-    assert "step 3 is missing in metrics.jsonl" in said[0]
+    assert "step 3 could not be written" in said[0] and "1 rows up to step 3 are missing" in said[1]
 
 
 def test_the_best_and_the_resumed_from_are_kept(world, tmp_path):
@@ -145,9 +145,9 @@ def test_the_best_is_judged_by_means_between_checkpoints():
 def test_another_version_of_torch_is_told_and_no_obstacle(world, tmp_path, monkeypatch):
     run, said = tmp_path / "run", []
     assert train(flags(world, "dpo", run), stop_at(3))[0] == 143
-    newer = session.versions() | {"torch": "9.9"}
-    monkeypatch.setattr(session, "versions", lambda: newer)
-    monkeypatch.setattr(session.logger, "warning", lambda text, *args: said.append(text % args))
+    newer = versions.versions() | {"torch": "9.9"}
+    monkeypatch.setattr(versions, "versions", lambda: newer)
+    monkeypatch.setattr(versions.logger, "warning", lambda text, *args: said.append(text % args))
     assert train(flags(world, "dpo", run, "--resume=latest"))[0] == 0
     assert len(said) == 1 and "and goes on with 9.9" in said[0]
 

@@ -11,11 +11,14 @@ from accelerate import Accelerator
 from diffusion_align.data import Pair, PairCache, Ranking, build_cache
 from diffusion_align.data.readers import BadRow
 from diffusion_align.options import TrainOffline, TrainSpm
+from diffusion_align.train import watch
+from diffusion_align.train.agree import main_first
 
 if TYPE_CHECKING:
     from diffusion_align.models import TextToImage
 
 
+@watch.named()
 def encoded(
     o: TrainOffline | TrainSpm,
     gate: TextToImage,
@@ -24,7 +27,8 @@ def encoded(
     known_bad: Sequence[BadRow] = (),
 ) -> PairCache:
     """The cache of these pairs or rankings: in --cache_dir, which runs can share, or else in the run folder."""
-    with accelerator.main_process_first():
+    watch.doing("encoding")
+    with main_first(accelerator):
         return build_cache(
             gate,  # pyright: ignore[reportArgumentType]  (a cached property is a property)
             lists,

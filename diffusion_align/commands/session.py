@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -25,16 +23,16 @@ from tqdm import tqdm
 from diffusion_align.commands import grids, run_folder
 from diffusion_align.commands.best import Best
 from diffusion_align.commands.interrupt import Interrupted, Interruptible
-from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.tracking import start_trackers, tracker_names
-from diffusion_align.options import TrainCommon, to_yaml
+from diffusion_align.commands.versions import versions, warn_of_versions
+from diffusion_align.options import to_yaml
 from diffusion_align.options.schema import options_of
-from diffusion_align.train import NonFiniteError, Progress, StepRecord, checkpoint, record
-from diffusion_align.train.agree import anywhere, most
+from diffusion_align.train import NonFiniteError, Progress, StepRecord, checkpoint, record, watch
+from diffusion_align.train.agree import alike, anywhere, meet, most
 from diffusion_align.train.alarm import CollapseAlarm, CollapseError
 from diffusion_align.train.buffer import pack_round, round_name, round_of
 from diffusion_align.train.checkpoint import Checkpoint, CheckpointError
-from diffusion_align.train.ema import Ema, start_ema
+from diffusion_align.train.ema import Ema
 from diffusion_align.train.method import Round
 from diffusion_align.train.rounds import NothingToLearn
 from diffusion_align.train.state import pack, restore
@@ -46,16 +44,6 @@ if TYPE_CHECKING:
 
 KEEP_ALL = sys.maxsize
 logger = logging.getLogger(__name__)
-
-
-def claim_early(o: TrainCommon) -> Checkpoint | None:
-    """Refuse what can be refused before the seconds that importing diffusers takes; the checkpoint to go on from."""
-    if o.cache_dir and "huggingface_hub" not in sys.modules:
-        os.environ["HF_HUB_CACHE"] = o.cache_dir  # read once, when the hub's client is imported
-    tracker_names(o.report_to)
-    run = Path(o.output_dir)
-    run_folder.require_free(run, resuming=o.resume_from_checkpoint is not None, overwrite=o.overwrite_output_dir)
-    return run_folder.find_checkpoint(run, o.resume_from_checkpoint)
 
 
 @dataclass(eq=False)
@@ -88,6 +76,7 @@ class Session:
     def parameters(self) -> list[Parameter]:
         return list(self.named.values())
 
+    @watch.named()
     def start(
         self,
         optimizer: torch.optim.Optimizer,
@@ -98,13 +87,14 @@ class Session:
         """Claim the run folder, draw the base's pictures, and restore a checkpoint; where the loop is to begin."""
         o, resumed = self.options, self.resumed
         self.optimizer, self.scheduler, self.identity = optimizer, scheduler, identity
+        at = resumed.step if resumed else 0
+        alike(self.accelerator, at, "as the step to go on from: give all the same output_dir, on a disk they share")
         if resumed is not None:
             checkpoint.require_same_identity(resumed.state["identity"], identity)
         self.prompts = grids.grid_prompts(o.validation_prompts, prompts)
         self.base = torch.empty(0)
         if self.accelerator.is_main_process:
-            step = resumed.step if resumed else 0
-            run_folder.claim(self.run, to_yaml(o, self.verb), step=step, overwrite=o.overwrite_output_dir)
+            run_folder.claim(self.run, to_yaml(o, self.verb), step=at, overwrite=o.overwrite_output_dir)
             with self.accelerator.autocast():  # before the checkpoint's weights are put in: now the policy is the base
                 folder = self.run / run_folder.SAMPLES / "base"
                 self.base = grids.base_pictures(self.gate, self.prompts, folder, **self._look)
@@ -115,7 +105,7 @@ class Session:
             progress = restore(resumed, self.named, optimizer, scheduler, self.ema)
             if progress.in_round:
                 self.round = round_of(resumed, self.accelerator.process_index, self.accelerator.num_processes)
-        self.accelerator.wait_for_everyone()
+        meet(self.accelerator)
         return progress
 
     @property
@@ -149,34 +139,38 @@ class Session:
             disable=not accelerator.is_main_process,
             mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file gets a line now and then
         )
+        write = record.recorder(self.run / run_folder.METRICS)
         due, alarm, collapse, saved = False, self.alarm(), None, progress.step
         last = StepRecord(progress.step, 0, 0.0, {}, progress, round=self.round)
-        with bar, self.interrupt:
+        # Within the interrupt: the launcher's SIGTERM, once one process has failed, must not cut off what another says.
+        with bar, self.interrupt, watch.named(NonFiniteError, NothingToLearn, CollapseError):
             try:
                 for row in records:
                     last = row
                     if self.ema is not None and row.updated:
                         self.ema.update(self.named)
                     if accelerator.is_main_process:
-                        self.write(row.row())
+                        write(row.row())
                         report(row.row())
                     figures = {name: f"{row.metrics[name]:.2f}" for name in shown if name in row.metrics}
                     bar.set_postfix({"loss": f"{row.loss:.4f}", **figures}, refresh=False)
                     bar.update()
-                    self.best.hear(row.metrics)
+                    self.best.hear(row.row())
                     collapse = (alarm.hear(row.row()) if alarm else None) or collapse
                     if collapse and o.collapse_alarm == "warn":
                         tqdm.write(f"collapse? step {row.step}: {collapse}", file=sys.stderr)
                         collapse = None
-                    (stop,) = most(accelerator, self.interrupt.asked)
-                    due = due or collapse is not None or row.step % o.checkpointing_steps == 0 or row.step >= steps
+                    # Each has read metrics.jsonl for itself, and a network disk may have shown it another file.
+                    stop, alarmed = most(accelerator, self.interrupt.asked, int(collapse is not None))
+                    due = due or bool(alarmed) or row.step % o.checkpointing_steps == 0 or row.step >= steps
                     if stop or (due and row.round is None):
-                        self.save(row)
-                        due, saved = False, row.step
+                        kept = self.save(row)
+                        due, saved = False, row.step if kept else saved
                         if stop:
-                            self.stopped(row.step, stop)
-                        if collapse:
-                            raise CollapseError(f"stopped, and saved, at step {row.step}: {collapse}")
+                            self.stopped(row.step, stop, kept)
+                        if alarmed:
+                            why = collapse or "as another process found"
+                            raise CollapseError(f"stopped{', and saved,' if kept else ''} at step {row.step}: {why}")
                     if o.run_validation and row.step % o.validation_steps == 0 and row.step < steps:
                         self.draw(row.step)
             except (NonFiniteError, NothingToLearn):
@@ -185,23 +179,17 @@ class Session:
                 raise
             (stop,) = most(accelerator, self.interrupt.asked)
             if stop and last.step < steps:  # the loop has ended early, while it drew
-                self.save(last)
-                self.stopped(last.step, stop)
+                self.stopped(last.step, stop, self.save(last))
         if names:
             accelerator.end_training()
         return self.export(steps)
 
-    def stopped(self, step: int, number: int) -> NoReturn:
-        """End the run for signal `number`, when all is saved."""
-        go_on = run_folder.resume_line(self.run, self.verb)
-        raise Interrupted(f"step {step} is saved; go on with: {go_on}", number)
-
-    def write(self, row: dict[str, Any]) -> None:
-        """A row of metrics.jsonl; a full disk is no reason to lose the run, and the checkpoint may still fit."""
-        try:
-            record.append(self.run / run_folder.METRICS, row)
-        except OSError as error:
-            logger.warning("step %s is missing in metrics.jsonl (%s); the training goes on", row["step"], error)
+    def stopped(self, step: int, number: int, kept: bool) -> NoReturn:
+        """End the run for signal `number`, when all is saved or cannot be."""
+        watch.stop()
+        what = f"step {step} is saved" if kept else f"step {step} could not be saved, but earlier checkpoints are there"
+        go_on = run_folder.resume_line(self.run, self.verb, getattr(self.options, "reward", None))
+        raise Interrupted(f"{what}; go on with: {go_on}", number)
 
     def alarm(self) -> CollapseAlarm | None:
         """The collapse alarm, with what the run wrote before it was resumed."""
@@ -211,8 +199,10 @@ class Session:
         past = record.read(path) if path.exists() else []
         return CollapseAlarm(o.collapse_winner_error, o.collapse_diversity, o.collapse_patience, past)
 
-    def save(self, row: StepRecord) -> None:
-        """Write a checkpoint of where a record stands; a full disk now is no reason to lose the run."""
+    def save(self, row: StepRecord) -> bool:
+        """Write a checkpoint of where a record stands; a full disk now is no reason to lose the run. False, on every
+        process, where there is none."""
+        watch.doing("saving", row.step)
         accelerator, folder, keep = self.accelerator, self.run / run_folder.CHECKPOINTS, KEEP_ALL
         error = self.write_round(folder, row) if row.round is not None else None
         (failed,) = anywhere(accelerator, error is not None)
@@ -232,7 +222,7 @@ class Session:
                 error = problem
         if error is not None:
             logger.warning("%s; the training goes on", error)
-        accelerator.wait_for_everyone()
+        return not anywhere(accelerator, error is not None)[0]
 
     def write_round(self, folder: Path, row: StepRecord) -> CheckpointError | None:
         """This process's data of the round, beside the checkpoints; what went wrong, as another may have succeeded."""
@@ -244,12 +234,14 @@ class Session:
 
     def draw(self, step: int) -> None:
         """The sample grid of this step, beside the base's pictures."""
+        watch.doing("drawing the sample grid", step)
         if self.accelerator.is_main_process:
             with self.accelerator.autocast():
                 path = self.run / run_folder.SAMPLES / f"step-{step:08d}.png"
                 grids.write_grid(self.gate, self.prompts, self.base, path, **self._look)
-        self.accelerator.wait_for_everyone()
+        meet(self.accelerator)
 
+    @watch.named()
     def export(self, steps: int) -> int:
         """The last grid and the trained weights, averaged if an average was kept."""
         from diffusion_align.models import save_lora, save_unet
@@ -259,48 +251,6 @@ class Session:
             if self.accelerator.is_main_process:
                 written = (save_lora if self.options.mode == "lora" else save_unet)(self.gate.unet, self.run)
                 print(f"trained weights: {written}\nnext: diffusion-align evaluate {self.run}")
-        self.accelerator.wait_for_everyone()
+        meet(self.accelerator)
+        watch.stop()
         return 0
-
-
-def open_session(o: TrainCommon, verb: str, resumed: Checkpoint | None) -> Session:
-    """Load the model, add what is trained, and set the frozen reference beside it."""
-    from diffusion_align.models import add_lora, load_pipeline, reference, set_attention, trainable
-    from diffusion_align.models.adapters import TARGETS
-
-    if o.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("mixed_precision fp16 needs a CUDA GPU and there is none here; take bf16 or no")
-    accelerator = Accelerator(mixed_precision=o.mixed_precision, cpu=o.device == "cpu", project_dir=log_folder(o))
-    if o.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-    name = present_model(o.pretrained_model_name_or_path or "")
-    gate = load_pipeline(name, device=accelerator.device, revision=o.revision, variant=o.variant)
-    xformers = o.enable_xformers_memory_efficient_attention
-    set_attention(gate.unet, xformers=xformers, gradient_checkpointing=o.gradient_checkpointing)
-    if o.mode == "lora":
-        add_lora(gate.unet, o.rank, o.network_alpha, TARGETS[o.lora_targets], seed=o.seed)
-    trainable(gate.unet, o.mode)
-    named = {key: value for key, value in gate.unet.named_parameters() if value.requires_grad}
-    ema = start_ema(named, o.ema_decay) if o.use_ema else None
-    return Session(o, verb, Path(o.output_dir), resumed, accelerator, gate, reference(gate, o.mode), named, ema)
-
-
-def log_folder(o: TrainCommon) -> str:
-    """Where trackers that write files put them; a relative --logging_dir lies in the run folder, as people expect."""
-    return str(Path(o.output_dir) / (o.logging_dir or "logs"))
-
-
-def versions() -> dict[str, str]:
-    """Of what decides the last bits of a number."""
-    return {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
-
-
-def warn_of_versions(saved: Mapping[str, str]) -> None:
-    """Tell of those that differ from a checkpoint's: the run goes on, but perhaps not to the same bit."""
-    now = versions()
-    for name in saved.keys() & now.keys():
-        if saved[name] != now[name]:
-            logger.warning(
-                "the checkpoint was saved with %s %s and goes on with %s: numbers may differ in their last digits",
-                name, saved[name], now[name],
-            )  # fmt: skip

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from diffusion_align.commands.encode import encoded
+from diffusion_align.commands.opening import claim_early, open_session
 from diffusion_align.commands.plan import describe_steps, steps_of
 from diffusion_align.commands.plan_dpo import read_training_pairs
-from diffusion_align.commands.session import claim_early, open_session
 from diffusion_align.commands.setup import make_optimizer
 from diffusion_align.commands.setup_dpo import identity_of, make_loss
 from diffusion_align.objectives import beta_per_squared_error

@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from diffusion_align import rng
+from diffusion_align.commands.opening import claim_early, open_session
 from diffusion_align.commands.people import people
 from diffusion_align.commands.plan_online import describe_constants, describe_rounds, fresh, rounds_of, training_prompts
 from diffusion_align.commands.score import decoded, require_reward, reward_by_name
-from diffusion_align.commands.session import Session, claim_early, open_session
+from diffusion_align.commands.session import Session
 from diffusion_align.commands.setup import make_optimizer, optimizer_identity
 from diffusion_align.data.readers import digest
 from diffusion_align.options import TrainCommon, TrainD3po, TrainDdpo, TrainOnline, TrainPrdp, TrainSpo

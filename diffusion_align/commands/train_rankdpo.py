@@ -9,9 +9,9 @@ from functools import partial
 from typing import Any
 
 from diffusion_align.commands.encode import encoded
+from diffusion_align.commands.opening import claim_early, open_session
 from diffusion_align.commands.plan import steps_of
 from diffusion_align.commands.plan_rankdpo import describe_prompts, read_training_rankings
-from diffusion_align.commands.session import claim_early, open_session
 from diffusion_align.commands.setup import make_optimizer, optimizer_identity
 from diffusion_align.data.readers import digest
 from diffusion_align.objectives import beta_per_squared_error, gain_weights, rank_dpo

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,6 +17,7 @@ from diffusion_align.commands.encode import encoded
 from diffusion_align.commands.interrupt import Interruptible
 from diffusion_align.commands.plan import describe_steps, steps_of
 from diffusion_align.commands.plan_dpo import read_training_pairs
+from diffusion_align.commands.processes import join
 from diffusion_align.commands.run_folder import CONFIG, METRICS
 from diffusion_align.commands.sources import present_model
 from diffusion_align.data import Pair, PairCache
@@ -25,7 +25,8 @@ from diffusion_align.data.readers import BadRow
 from diffusion_align.options import to_yaml
 from diffusion_align.options.train_spm import TrainSpm
 from diffusion_align.rewards.step_aware import WEIGHTS, save_step_aware, start_step_aware, step_aware_scorer
-from diffusion_align.train import record
+from diffusion_align.train import NonFiniteError, record, watch
+from diffusion_align.train.agree import meet, most
 from diffusion_align.train.optimizer import adamw, lr_schedule
 from diffusion_align.train.step_aware import TIMESTEPS, accuracy_by_noise, train_step_aware
 
@@ -34,6 +35,7 @@ ACCURACY = "accuracy.json"
 EXAMPLES = 64  # pairs whose latents and pictures fit the patches of a model that reads latents
 
 
+@watch.named(NonFiniteError)
 def train_spm(options: TrainSpm) -> int:
     """Train a step-aware preference model; its folder also gets accuracy.json, metrics.jsonl and config.yaml.
 
@@ -50,7 +52,7 @@ def train_spm(options: TrainSpm) -> int:
 
     from diffusion_align.models import load_pipeline  # seconds, so after everything that can be refused
 
-    accelerator = Accelerator(mixed_precision=o.mixed_precision, cpu=o.device == "cpu")
+    accelerator = join(o)
     accelerator.print(f"pairs: {counts}; {len(training)} to train on, {len(held)} held out")
     name = present_model(o.pretrained_model_name_or_path or "")
     gate = load_pipeline(name, device=accelerator.device, revision=o.revision, variant=o.variant)
@@ -112,17 +114,18 @@ def train_spm(options: TrainSpm) -> int:
         home.mkdir(parents=True, exist_ok=True)
         (home / CONFIG).write_text(to_yaml(o, VERB), encoding="utf-8")
         (home / METRICS).unlink(missing_ok=True)
-    step, asked = 0, False
+    step, asked, write = 0, False, record.recorder(home / METRICS)
     bar = tqdm(records, total=steps, desc=VERB, unit="step", disable=not main, mininterval=1)
     with Interruptible() as interrupt:
         for row in bar:
             step = row.step
             if main:
-                record.append(home / METRICS, row.row())
+                write(row.row())
             bar.set_postfix(loss=f"{row.loss:.4f}", accuracy=f"{row.metrics['accuracy']:.2f}", refresh=False)
-            if interrupt.asked and accelerator.num_processes == 1:
-                asked = True
+            asked = most(accelerator, interrupt.asked)[0] > 0
+            if asked:
                 break
+    watch.doing("measuring accuracy", step)
     if main:
         after = accuracy()
         report = {"steps": step, "guidance": o.guidance, "held_out": len(aside[1]) if aside else 0}
@@ -130,7 +133,8 @@ def train_spm(options: TrainSpm) -> int:
         (home / ACCURACY).write_text(json.dumps(report, indent=2) + "\n")
         save_step_aware(model, home)
         print("\n".join([*accuracy_table(before, after), f"model: {home}"]))
-    accelerator.wait_for_everyone()
+    meet(accelerator)
+    watch.stop()
     if asked:
         raise KeyboardInterrupt(f"the model as it was after step {step} is in {home}")
     return 0

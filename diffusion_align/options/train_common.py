@@ -60,6 +60,7 @@ class TrainCommon:
     allow_tf32: bool = option(False, "machine", "TF32 products on NVIDIA GPUs")
     gradient_checkpointing: bool = option(False, "machine", "less memory, slower")
     enable_xformers_memory_efficient_attention: bool = option(False, "machine", "attention by xformers, on CUDA; torch's own is as fast")
+    process_timeout: int = option(1800, "machine", "with several processes: seconds they wait for one that does not come; more than the longest that one alone is busy (encoding, a grid, a reward)", at_least=10)
     local_rank: int = option(-1, "machine", "set by old launchers", saved=False, unused="the rank is read from the environment")
     prior_generation_precision: str | None = option(None, "machine", "a leftover of DreamBooth scripts", choices=("no", "fp32", "fp16", "bf16"), unused="no prior is generated")
 

@@ -42,6 +42,7 @@ class TrainSpm:
 
     device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
     mixed_precision: str = option("no", "machine", "precision of the networks; the weights stay in float32", choices=("no", "fp16", "bf16"))
+    process_timeout: int = option(1800, "machine", "with several processes: seconds they wait for one that does not come; more than the longest that one alone is busy (encoding, a grid, a reward)", at_least=10)
 
     output_dir: str = option("runs/spm", "output", "folder for the model, accuracy.json and metrics.jsonl")
     overwrite_output_dir: bool = option(False, "output", "replace an earlier model in output_dir", saved=False)

@@ -57,9 +57,9 @@ def path_gradient(
     (`trajectory.clean`, as long as nothing was updated since the run): then there is no first pass, and the check
     that the passes agree is the check that the importance ratio is 1 before the first update.
 
-    Where a prediction is not finite the gradient is nan. Returns the loss, detached. Raises ValueError when the loss is not a scalar or does not depend on the log-probs,
-    when nothing in the denoiser requires a gradient, and as listed in `scored_predictions`; RuntimeError when the
-    passes disagree (steps before that one have then already left their gradient).
+    Where a prediction is not finite the gradient is nan. Returns the loss, detached. Raises ValueError when the loss is
+    not a scalar or does not depend on the log-probs, when nothing in the denoiser requires a gradient, and as listed in
+    `scored_predictions`; RuntimeError when the passes disagree (earlier steps have then already left their gradient).
     """
     needed = scored_predictions(trajectory, history)
     table, states = trajectory.table, trajectory.states

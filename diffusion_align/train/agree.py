@@ -1,14 +1,18 @@
 """What one process finds out and all must act on: a single reduced decision, or the others would wait for ever.
 
 Every skip, stop, save and cut of a training loop is decided here; nothing in a loop may branch on what only its own
-process knows.
+process knows. That a process has come here is noted, so that the others can name who has not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+
+from diffusion_align.train.watch import waiting
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -19,11 +23,35 @@ def most(accelerator: Accelerator, *values: int) -> tuple[int, ...]:
     if accelerator.num_processes == 1:
         return values
     mine = torch.tensor(values, dtype=torch.int64, device=accelerator.device)
-    every = accelerator.gather(mine[None])
-    assert isinstance(every, torch.Tensor)  # [P, values]
-    return tuple(every.amax(0).tolist())
+    with waiting():
+        every = accelerator.gather(mine[None])
+        assert isinstance(every, torch.Tensor)  # [P, values]
+        return tuple(every.amax(0).tolist())
 
 
 def anywhere(accelerator: Accelerator, *flags: bool) -> tuple[bool, ...]:
     """Whether each is so on any process."""
     return tuple(bool(value) for value in most(accelerator, *map(int, flags)))
+
+
+def alike(accelerator: Accelerator, value: int, what: str) -> None:
+    """Raise ValueError, on every process, unless all have the same value; `what` says of what, and the cure."""
+    low, high = most(accelerator, -value, value)
+    if -low != high:
+        raise ValueError(f"the processes of this job do not agree: {-low} on one and {high} on another, {what}")
+
+
+def meet(accelerator: Accelerator) -> None:
+    """Wait until all processes are here."""
+    with waiting():
+        accelerator.wait_for_everyone()
+
+
+@contextmanager
+def main_first(accelerator: Accelerator) -> Iterator[None]:
+    """The main process does what is within before the others do."""
+    if not accelerator.is_main_process:
+        meet(accelerator)
+    yield
+    if accelerator.is_main_process:
+        meet(accelerator)

@@ -9,6 +9,7 @@ from diffusion_align.rewards import prefetch
 from diffusion_align.train.agree import anywhere, most
 from diffusion_align.train.method import Chunk, Method, Round
 from diffusion_align.train.steps import Progress, Sample
+from diffusion_align.train.watch import doing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,11 +35,14 @@ def draw_round(
     blocks = _blocks(method, [_share(step, accelerator) for step in steps], first, progress.samples)
     chunks: list[list[Chunk]] = [[] for _ in steps]
     smallest = first
+    doing("drawing", progress.step + 1)
     for number, drawn, size in prefetch(blocks, 1) if method.ahead else blocks:
+        doing("scoring")
         chunks[number] += [method.score(chunk) for chunk in drawn] if method.score else drawn
         smallest = min(smallest, size)
         if anywhere(accelerator, asked())[0]:
             return None
+        doing("drawing")
     halvings = progress.halvings
     while _size(prompts_per_chunk, halvings) > smallest:
         halvings += 1

@@ -20,6 +20,7 @@ from diffusion_align.train.collect import draw_round
 from diffusion_align.train.method import Chunk, Columns, Method, Round
 from diffusion_align.train.steps import samples_at
 from diffusion_align.train.update import Outcome, Progress, StepRecord, require_finite, require_plain_tools, update
+from diffusion_align.train.watch import doing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -83,6 +84,7 @@ def run_rounds(
             round, progress = found
         facts = _gather([method.facts(chunk) for chunks in round.chunks for chunk in chunks], accelerator)
         for number in range(progress.in_round, passes * len(steps)):
+            doing("learning", progress.step + 1)
             chunks = round.chunks[number % len(steps)]
             last = number + 1 == passes * len(steps)
             consumed = prompts_per_round if last else 0
@@ -132,7 +134,8 @@ def _learn(
         parts = _try_pieces(method, pieces, factor, accelerator)
         can_halve = len(pieces) < sum(len(chunk.cut(2 * times)) for chunk in chunks)
         failed, stuck = anywhere(accelerator, parts is None, parts is None and not can_halve)
-        if not failed and parts is not None:
+        if not failed:
+            assert parts is not None  # here, as it is nowhere
             return parts, progress
         parts = None
         free()

@@ -27,6 +27,7 @@ from diffusion_align.train.update import (
     scaled_backward,
     update,
 )
+from diffusion_align.train.watch import doing
 
 __all__ = ["NonFiniteError", "Progress", "Sample", "StepRecord", "run_steps", "samples_at"]
 
@@ -90,18 +91,21 @@ def run_steps(
     _check_settings(n, batch_size, accumulation, max_steps, accelerator, parameters, lr_scheduler)
     piece = batch_size // (accumulation * accelerator.num_processes)
     while progress.step < max_steps:
+        doing("learning", progress.step + 1)
         samples = samples_at(progress.samples, batch_size, n, seed)
         starts = range(accelerator.process_index * piece, batch_size, accelerator.num_processes * piece)
         mine = [samples[first : first + piece] for first in starts]
-        parts = None
-        while parts is None:
+        while True:
             optimizer.zero_grad(set_to_none=True)
             parts = _try_pieces(micro_batch, samples, mine, progress)
-            if anywhere(accelerator, parts is None)[0]:
-                parts = None
-                free()
-                halved(_piece_size(piece, progress.halvings), f"step {progress.step + 1}")
-                progress = replace(progress, halvings=progress.halvings + 1)
+            (failed,) = anywhere(accelerator, parts is None)
+            if not failed:
+                break
+            parts = None
+            free()
+            halved(_piece_size(piece, progress.halvings), f"step {progress.step + 1}")
+            progress = replace(progress, halvings=progress.halvings + 1)
+        assert parts is not None  # here, as it is nowhere
         columns = _gather(parts, accelerator)
         if progress.step == 0 and check_first is not None:
             check_first(columns)

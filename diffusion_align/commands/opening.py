@@ -1,0 +1,57 @@
+"""The start of a training run: what can be refused early, and the model with what is trained in it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from diffusion_align.commands import run_folder
+from diffusion_align.commands.processes import join
+from diffusion_align.commands.session import Session
+from diffusion_align.commands.sources import present_model
+from diffusion_align.commands.tracking import tracker_names
+from diffusion_align.options import TrainCommon
+from diffusion_align.train import watch
+from diffusion_align.train.checkpoint import Checkpoint
+from diffusion_align.train.ema import start_ema
+
+
+def claim_early(o: TrainCommon) -> Checkpoint | None:
+    """Refuse what can be refused before the seconds that importing diffusers takes; the checkpoint to go on from."""
+    if o.cache_dir and "huggingface_hub" not in sys.modules:
+        os.environ["HF_HUB_CACHE"] = o.cache_dir  # read once, when the hub's client is imported
+    tracker_names(o.report_to)
+    run = Path(o.output_dir)
+    run_folder.require_free(run, resuming=o.resume_from_checkpoint is not None, overwrite=o.overwrite_output_dir)
+    return run_folder.find_checkpoint(run, o.resume_from_checkpoint)
+
+
+@watch.named()
+def open_session(o: TrainCommon, verb: str, resumed: Checkpoint | None) -> Session:
+    """Load the model, add what is trained, and set the frozen reference beside it."""
+    from diffusion_align.models import add_lora, load_pipeline, reference, set_attention, trainable
+    from diffusion_align.models.adapters import TARGETS
+
+    if o.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("mixed_precision fp16 needs a CUDA GPU and there is none here; take bf16 or no")
+    accelerator = join(o, log_folder(o))
+    if o.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    name = present_model(o.pretrained_model_name_or_path or "")
+    gate = load_pipeline(name, device=accelerator.device, revision=o.revision, variant=o.variant)
+    xformers = o.enable_xformers_memory_efficient_attention
+    set_attention(gate.unet, xformers=xformers, gradient_checkpointing=o.gradient_checkpointing)
+    if o.mode == "lora":
+        add_lora(gate.unet, o.rank, o.network_alpha, TARGETS[o.lora_targets], seed=o.seed)
+    trainable(gate.unet, o.mode)
+    named = {key: value for key, value in gate.unet.named_parameters() if value.requires_grad}
+    ema = start_ema(named, o.ema_decay) if o.use_ema else None
+    return Session(o, verb, Path(o.output_dir), resumed, accelerator, gate, reference(gate, o.mode), named, ema)
+
+
+def log_folder(o: TrainCommon) -> str:
+    """Where trackers that write files put them; a relative --logging_dir lies in the run folder, as people expect."""
+    return str(Path(o.output_dir) / (o.logging_dir or "logs"))

@@ -1,0 +1,234 @@
+"""Jobs of several processes when one of them fails: who is named, what is saved. The full counts are in
+scripts/stress_processes.py, whose functions these tests call once or twice."""
+
+import os
+import random
+import re
+import signal
+import time
+from datetime import timedelta
+
+import pytest
+import stress_equal
+import stress_processes
+import torch
+from helpers_train import make_run
+from stress_jobs import Fault, Tally, command, launch
+from stress_runs import flags, make_world
+
+from diffusion_align.train import notes, watch
+from diffusion_align.train.notes import Note, blame, read_notes
+from diffusion_align.train.watch import ProcessFailed, ProcessLost
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A watch as of process 0 of 3; 1 and 2 have notes of their own, which nobody holds."""
+    watch.start(tmp_path, 0, 3)
+    yield tmp_path
+    watch.stop()
+
+
+SLOW = "; if it is only slow, raise --process_timeout"
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        # Who failed comes before who is gone, and that before who stands still; who was left waiting is no cause.
+        ([Note(1, 4, "s", 69, error="no"), Note(2, 4, "s", 90, gone=True)], "rank 1 at step 4 (s) failed: no"),
+        (
+            [Note(1, 4, "s", 60), Note(2, 5, "saving", 69, gone=True)],
+            "rank 2 at step 5 (saving) is gone, killed perhaps, last heard of 31 s ago",
+        ),
+        (
+            [Note(1, 4, "scoring", 69), Note(2, 4, "s", 60, waiting=True)],
+            "rank 1 has not moved since step 4 (scoring), 31 s ago" + SLOW,
+        ),
+        ([Note(1, 4, "s", 99), Note(2, 3, "s", 69)], "rank 2 has not moved since step 3 (s), 31 s ago" + SLOW),
+        (
+            [Note(1, 4, "s", 60, error="left", lost=True, gone=True), Note(2, 4, "s", 69)],
+            "rank 2 has not moved since step 4 (s), 31 s ago" + SLOW,
+        ),
+        (
+            [Note(1, 4, "s", 69, waiting=True), Note(2, 5, "s", 70, waiting=True)],
+            "rank 1 has not moved since step 4 (s, waiting as all do), 31 s ago" + SLOW,
+        ),
+        (
+            [Note(1, 4, "s", 60, error="left", lost=True)],
+            "no other process is known to be at fault; see what they print, and the connection between them",
+        ),
+    ],
+)
+def test_the_one_at_fault_is_named_with_place_and_time(others, said):
+    assert blame(others, now=100) == said
+
+
+def test_a_note_whose_process_is_gone_is_known_by_its_lock(tmp_path):
+    told, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        watch.start(tmp_path, 1, 2)
+        watch.doing("scoring", 7)
+        os.write(tell, b"there")
+        time.sleep(60)
+        os._exit(0)
+    assert os.read(told, 5) == b"there"
+    (note,) = read_notes(tmp_path, [1])
+    assert (note.step, note.doing, note.gone) == (7, "scoring", False) and time.time() - note.time < 60
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(told)
+    os.close(tell)
+    (note,) = read_notes(tmp_path, [1])
+    assert note.gone and note.guilty
+
+
+def test_errors_get_a_rank_only_where_there_are_several(alone):
+    watch.doing("scoring", 4)
+    with (
+        pytest.raises(ProcessFailed, match=r"^rank 0 at step 4 \(scoring\): ZeroDivisionError: division by zero"),
+        watch.named(),
+    ):
+        print(1 / 0)
+    (note,) = read_notes(alone, [0])
+    assert note.error.startswith("ZeroDivisionError: division") and not note.lost
+    with pytest.raises(KeyError), watch.named(KeyError):
+        raise KeyError("alike on all")
+    watch.stop()
+    assert not list(alone.iterdir())
+    with pytest.raises(ZeroDivisionError), watch.named():
+        print(1 / 0)
+
+
+def test_an_error_of_talking_is_laid_at_another_door(alone):
+    (alone / "rank-1").write_text('{"rank": 1, "step": 3, "doing": "drawing", "time": 0, "error": "bad data"}')
+    with pytest.raises(ProcessLost, match=r"rank 1 at step 3 \(drawing\) failed: bad data"), watch.named():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:545] Connection reset by peer")
+    (note,) = read_notes(alone, [0])
+    assert note.lost
+
+
+def test_any_error_text_fits_a_note(alone):
+    with pytest.raises(ProcessFailed), watch.named():
+        raise ValueError("\x01\U0001f3d6" * 5000)
+    (note,) = read_notes(alone, [0])
+    assert note.error and (alone / "rank-0").stat().st_size == notes.LENGTH
+
+
+def test_a_note_costs_less_than_a_tenth_of_a_millisecond(alone):
+    took = []
+    for step in range(300):
+        begun = time.perf_counter()
+        watch.doing("learning", step)
+        took.append(time.perf_counter() - begun)
+    assert sorted(took)[150] < 1e-4
+
+
+def test_the_time_limit_reaches_the_process_group(tmp_path):
+    """600 s too, which accelerate takes for its own default and would drop."""
+
+    def work(rank):
+        from diffusion_align.commands.processes import join
+        from diffusion_align.options import TrainCommon
+
+        join(TrainCommon(device="cpu", output_dir=str(tmp_path), process_timeout=600))
+        group = torch.distributed.distributed_c10d._get_default_group()
+        found = group._get_backend(torch.device("cpu")).options._timeout
+        return int(abs(found - timedelta(seconds=600)) > timedelta(seconds=1))
+
+    ended = launch(2, work, tmp_path)
+    assert ended.codes == [0, 0], ended.text
+
+
+def test_processes_that_found_other_checkpoints_do_not_start(tmp_path):
+    def work(rank):
+        from accelerate import Accelerator
+
+        from diffusion_align.train.agree import alike
+
+        accelerator = Accelerator(cpu=True)
+        alike(accelerator, 5, "as they should")
+        with pytest.raises(ValueError, match="do not agree: 6 on one and 7 on another, as the step"):
+            alike(accelerator, 6 + rank, "as the step")
+        return 0
+
+    ended = launch(2, work, tmp_path)
+    assert ended.codes == [0, 0], ended.text
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_job_that_is_hurt_ends_and_names_the_rank(world, number):
+    """Killed while learning, and a reward that fails: as the cases are numbered."""
+    tally = Tally()
+    stress_processes.hurt(world, number, random.Random(number), tally, compare=False)
+    assert tally.wrong == [] and tally.slowest < 60
+
+
+def test_a_process_that_stands_still_is_named_by_those_who_wait(tmp_path):
+    """Although its note is the newest. With a limit of 2 s, which the command does not allow."""
+
+    def work(rank):
+        from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
+
+        limit = InitProcessGroupKwargs(timeout=timedelta(seconds=2))
+        run = make_run(batch_size=6, accelerator=Accelerator(cpu=True, kwargs_handlers=[limit]))
+        watch.start(tmp_path / ".ranks", rank, 3)
+        with watch.named():
+            for record in run.steps():
+                if rank == 1 and record.step == 2:
+                    time.sleep(0.7)
+                    watch.doing("dreaming")
+                    time.sleep(60)
+        return 0
+
+    ended = launch(3, work, tmp_path)
+    for rank in (0, 2):
+        assert re.search(r"rank 1 has not moved since step 2 \(dreaming\), \d s ago", ended.said[rank]), ended.text
+    assert ended.codes == [1, -signal.SIGTERM, 1] and not ended.hung
+
+
+def test_a_part_that_cannot_be_written_is_told_and_the_round_is_drawn_again(world):
+    tally = Tally()
+    stress_processes.no_part(world, "d3po", tally, compare=False)
+    assert tally.wrong == []
+
+
+def test_a_full_disk_on_the_main_process_holds_nobody_up(world, tmp_path):
+    argv = flags(world, "dpo", tmp_path / "run", "--train_batch_size=2", "--checkpointing_steps=2")
+    ended = launch(2, command(argv, Fault("disk", 0, 2)), tmp_path)
+    assert ended.codes == [0, 0], ended.text
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000008", "step-00000010", "step-00000012"]  # three saves failed, from step 2 on
+    assert not (tmp_path / "run" / ".ranks" / "rank-1").exists()
+
+
+def test_only_the_first_process_writes_what_is_shared(world):
+    tally = Tally()
+    stress_processes.writers(world, "d3po", tally)
+    assert tally.wrong == []
+
+
+def test_a_signal_to_any_process_stops_all_at_one_step(world):
+    tally = Tally()
+    stress_processes.signalled(world, 0, random.Random(0), tally)
+    assert tally.wrong == []
+
+
+def test_one_bad_number_is_one_skip_on_both(tmp_path):
+    tally = Tally()
+    stress_equal.not_finite(tmp_path, 10, random.Random(0), tally)
+    stress_equal.in_a_row(tmp_path / "row", tally)
+    assert tally.wrong == [] and sum(tally.tried.values()) == 3
+
+
+def test_two_processes_are_accumulation_two_to_the_bit(tmp_path):
+    tally = Tally()
+    stress_equal.equal(tmp_path, "dpo", 3, tally)
+    assert tally.wrong == []
