@@ -4,11 +4,18 @@ import logging
 import types
 
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from helpers_tiny import make_tiny_folder
 
+from diffusion_align import cli
 from diffusion_align.commands.tracking import start_trackers, tracker_names
+from diffusion_align.data import write_pairs_parquet
+from diffusion_align.data.images import encode_png
 from diffusion_align.options import UsageError
+from diffusion_align.train import record
 
 
 @pytest.fixture(autouse=True)
@@ -72,3 +79,93 @@ def test_a_tracker_that_cannot_start_is_left_out(tmp_path, caplog):
         report = start_trackers(accelerator, ["wandb"], "mine", tmp_path, {})
     report({"step": 1, "loss": 1.0})
     assert "tracker wandb could not start and is left out: no key" in caplog.text
+
+
+def test_two_trackers_are_started_once_each_and_get_every_row_once(tmp_path, monkeypatch):
+    calls = []
+
+    def kind(name):
+        made = {"log": lambda self, row, step: calls.append((name, step)), "start": lambda self: calls.append(name)}
+        return type(name, (Fake,), {"name": name} | made)
+
+    for name in ("tensorboard", "wandb"):
+        monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, name, kind(name))
+    accelerator = Accelerator(cpu=True)
+    report = start_trackers(accelerator, ["tensorboard", "wandb"], "mine", tmp_path, {})
+    for step in (1, 2):
+        report({"step": step, "loss": 1.0})
+    steps = [(name, step) for step in (1, 2) for name in ("tensorboard", "wandb")]
+    assert calls == ["tensorboard", "wandb", *steps]
+
+
+class Fake(GeneralTracker):
+    """In the place of tensorboard's tracker; `fails` says where, and what is raised there."""
+
+    name = "tensorboard"
+    requires_logging_directory = False
+    fails, error, rows = "never", ConnectionError("gone\naway"), 0
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(_blank=True)
+        self._may_fail("init")
+
+    def _may_fail(self, where):
+        if self.fails == where:
+            raise self.error
+
+    def start(self):
+        self._may_fail("start")
+
+    @property
+    def tracker(self):
+        return None
+
+    def store_init_configuration(self, values):
+        self._may_fail("config")
+
+    def log(self, values, step=None, **kwargs):
+        type(self).rows += 1
+        self._may_fail(f"row {type(self).rows}")
+
+    def finish(self):
+        self._may_fail("finish")
+
+
+class Odd(Exception):
+    """As libraries define their own."""
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toys")
+    make_tiny_folder(folder / "model")
+    source = torch.Generator().manual_seed(0)
+    pictures = [[encode_png(torch.rand(3, 32, 32, generator=source)) for _ in range(4)] for _ in range(2)]
+    write_pairs_parquet(folder / "pairs.parquet", ["a circle", "a square", "red", "blue"], *pictures, [1.0] * 4)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "fails, error, rows",
+    [
+        ("init", OSError("no room"), 0),
+        ("start", Odd(), 0),
+        ("config", ConnectionError("no way\nthere"), 0),
+        ("row 3", ConnectionError("gone\naway"), 3),
+        ("row 3", Odd("strange"), 3),
+        ("finish", OSError("late"), 5),
+    ],
+)
+def test_a_run_ends_well_whatever_its_tracker_does(toys, tmp_path, monkeypatch, caplog, fails, error, rows):
+    fake = type("Fake", (Fake,), {"fails": fails, "error": error})
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", fake)
+    argv = f"""train dpo --pretrained_model_name_or_path {toys / "model"} --train_data_dir {toys / "pairs.parquet"}
+        --output_dir {tmp_path / "run"} --cache_dir {toys / "cache"} --max_train_steps 5 --report_to tensorboard
+        --resolution 32 --validation_sampling_steps 1 --validation_prompt circle --device cpu""".split()
+    with caplog.at_level(logging.WARNING, "diffusion_align.commands.tracking"):
+        assert cli.main(argv) == 0
+    assert fake.rows == rows and len(record.read(tmp_path / "run" / "metrics.jsonl")) == 5
+    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
+    said = [r.getMessage() for r in caplog.records if r.name == "diffusion_align.commands.tracking"]
+    assert len(said) == 1 and said[0].startswith("tracker tensorboard ") and "\n" not in said[0]
+    assert (" ".join(str(error).split()) or "Odd") in said[0]

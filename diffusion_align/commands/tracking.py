@@ -44,6 +44,29 @@ def tracker_names(report_to: str | None) -> list[str]:
     return wanted
 
 
+class Guarded:
+    """A tracker that is left out, with one warning, from its first error on. What hangs for ever, hangs here too."""
+
+    def __init__(self, tracker: Any) -> None:
+        self.name, self._tracker, self._lost = tracker.name, tracker, False
+
+    def log(self, values: Row, step: int) -> None:
+        self._try("failed and is left out", lambda: self._tracker.log(values, step=step))
+
+    def finish(self) -> None:
+        """By accelerate, at the end of the training, when nothing but the curve is left to lose."""
+        self._try("could not finish", lambda: self._tracker.finish())
+
+    def _try(self, trouble: str, act: Callable[[], object]) -> None:
+        if self._lost:
+            return
+        try:
+            act()
+        except Exception as error:  # every tracker raises errors of its own
+            self._lost = True
+            _warn(self.name, trouble, error)
+
+
 def start_trackers(
     accelerator: Accelerator, names: list[str], project: str, run: Path, config: Row
 ) -> Callable[[Row], None]:
@@ -52,26 +75,24 @@ def start_trackers(
         return lambda row: None
     # Trackers take flat values only.
     flat = {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in config.items()}
-    lost: set[str] = set()
-    started = []
+    started: list[Guarded] = []
     for name in names:
+        accelerator.trackers = []  # accelerate would start those before it again
         try:
             accelerator.log_with = [name]  # pyright: ignore[reportAttributeAccessIssue]
             accelerator.init_trackers(project, config=flat, init_kwargs={"wandb": {"name": run.name}})
-            started += accelerator.trackers
-        except Exception as error:  # every tracker raises errors of its own
-            logger.warning("tracker %s could not start and is left out: %s", name, " ".join(str(error).split()))
+            started += map(Guarded, accelerator.trackers)
+        except Exception as error:
+            _warn(name, "could not start and is left out", error)
     accelerator.trackers = started
 
     def report(row: Row) -> None:
         values = {key: value for key, value in row.items() if key != "step"}
         for tracker in started:
-            if tracker.name in lost:
-                continue
-            try:
-                tracker.log(values, step=row["step"])
-            except Exception as error:
-                lost.add(tracker.name)
-                logger.warning("tracker %s failed and is left out: %s", tracker.name, " ".join(str(error).split()))
+            tracker.log(values, step=row["step"])
 
     return report
+
+
+def _warn(name: str, trouble: str, error: Exception) -> None:
+    logger.warning("tracker %s %s: %s", name, trouble, " ".join(str(error).split()) or type(error).__name__)

@@ -56,8 +56,7 @@ def add_lora(
     """
     if rank < 1:
         raise ValueError(f"the rank of a LoRA is at least 1, not {rank}")
-    if getattr(unet, "peft_config", None):
-        raise ValueError("this network already has a LoRA: load the model again before adding another")
+    require_no_lora(unet)
     layers = [name for name, _ in unet.named_modules()]
     if not any(name == target or name.endswith("." + target) for name in layers for target in targets):
         raise ValueError(f"no layer of the network is named like any of {', '.join(targets)}")
@@ -75,6 +74,12 @@ def add_lora(
         else:
             parameter.data.zero_()
     return trainable(unet, "lora")
+
+
+def require_no_lora(unet: UNet2DConditionModel) -> None:
+    """Raise ValueError where a LoRA is there already: the network's layers are then under other names."""
+    if getattr(unet, "peft_config", None):
+        raise ValueError("this network already has a LoRA: load the model again before adding another")
 
 
 def trainable(unet: UNet2DConditionModel, mode: str) -> list[Parameter]:

@@ -6,6 +6,7 @@ diffusers and peft leave out, or fill at random, what a file lacks, and only war
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,11 +17,14 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor
 
-from .adapters import add_lora
+from ..plain_json import read_json
+from .adapters import add_lora, require_no_lora
+from .lora_files import METADATA, Source, read_lora
 from .pipeline import TextToImage
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-METADATA = "lora_adapter_metadata"  # the header key under which diffusers keeps rank and alpha
+PEFT_FILE = "adapter_model.safetensors"
+logger = logging.getLogger(__name__)
 
 
 def save_lora(unet: UNet2DConditionModel, folder: str | os.PathLike[str]) -> Path:
@@ -40,70 +44,50 @@ def save_lora(unet: UNet2DConditionModel, folder: str | os.PathLike[str]) -> Pat
     return Path(folder) / LORA_FILE
 
 
-def load_lora(gate: TextToImage, folder: str | os.PathLike[str]) -> None:
-    """Add the LoRA of a run folder (or of a file) to the gate's network, all of it or nothing.
+def load_lora(gate: TextToImage, folder: str | os.PathLike[str], *, allow_partial: bool = False) -> None:
+    """Add the LoRA of a run folder, or of a file in diffusers', peft's or kohya's names, to the gate's network; all of
+    it or nothing.
+
+    What was repaired (names, half precision, a missing alpha, a strength of each layer's own) is told in one warning.
+    With `allow_partial` a file may hold more or less than this network's layers, text encoders' for instance; the
+    warning then says what was left out.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a key is missing, unknown, of another shape or not finite; the message names it.
+        ValueError: a key is missing, unknown, of another shape or not finite, and the message names it; or the network
+            has a LoRA already.
     """
-    path = Path(folder) / LORA_FILE if Path(folder).is_dir() else Path(folder)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is not there: give the folder of a finished LoRA run")
+    path = _lora_file(Path(folder))
     tensors, header = read_tensors(path)
-    rank, alpha, targets = _lora_shape(path, header, tensors)
-    add_lora(gate.unet, rank, alpha, targets)
-    try:
-        _fill_lora(gate.unet, path, tensors)
-    except ValueError:
-        gate.unet.unload_lora()  # delete_adapters would leave the layers wrapped, under other names
-        raise
-
-
-def _lora_shape(path: Path, header: dict[str, str], tensors: dict[str, Tensor]) -> tuple[int, float, list[str]]:
-    """Rank, alpha and target layers of a file: from its header, else read off its keys (alpha is then the rank)."""
-    if not tensors:
-        raise ValueError(f"{path} holds no tensors: the run that wrote it did not finish")
-    foreign = next((key for key in tensors if not key.startswith("unet.") or ".lora" not in key), None)
-    if foreign:
-        raise ValueError(
-            f"{path}: key {foreign} is not a UNet LoRA in diffusers format (unet.<layer>.lora.down.weight)"
-        )
-    if METADATA in header:
-        return _read_header(path, header[METADATA])
-    down = {key: tensor for key, tensor in tensors.items() if key.endswith(("lora.down.weight", "lora_A.weight"))}
-    ranks = {tensor.shape[0] for tensor in down.values()}
-    if len(ranks) != 1:
-        raise ValueError(f"{path}: its layers have ranks {sorted(ranks)}, and no header says what was meant")
-    layers = sorted({key.removeprefix("unet.").rsplit(".lora", 1)[0] for key in tensors})
-    return ranks.pop(), float(next(iter(down.values())).shape[0]), layers
-
-
-def _read_header(path: Path, text: str) -> tuple[int, float, list[str]]:
-    try:
-        known = json.loads(text)
-        rank, alpha, targets = known["unet.r"], known["unet.lora_alpha"], known["unet.target_modules"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: its header {METADATA} does not tell rank, alpha and targets ({error!r})") from error
-    if not isinstance(targets, list):
-        raise ValueError(
-            f"{path}: its header gives unet.target_modules as {targets!r}, where a list of names is needed"
-        )
-    # Each of these changes what the tensors mean, and a plain LoRA would load them without a word.
-    for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "fan_in_fan_out"):
-        if known.get(f"unet.{key}"):
-            raise ValueError(
-                f"{path}: its header sets unet.{key}, which is not supported: train or convert a plain LoRA"
-            )
-    return int(rank), float(alpha), targets
-
-
-def _fill_lora(unet: UNet2DConditionModel, path: Path, tensors: dict[str, Tensor]) -> None:
-    wanted = {f"unet.{key}": parameter for key, parameter in _lora_state(unet).items()}
-    require_same_tensors(path, wanted, tensors)
+    require_no_lora(gate.unet)
+    source = Source(path, allow_partial)
+    lora = read_lora(source, tensors, header | _peft_header(path), gate.unet)
+    add_lora(gate.unet, lora.rank, lora.alpha, list(lora.pairs))
     with torch.no_grad():
-        for key, parameter in wanted.items():
-            parameter.copy_(tensors[key])
+        for key, parameter in _lora_state(gate.unet).items():
+            layer, half = key.removesuffix(".weight").rsplit(".lora.", 1)
+            parameter.copy_(lora.pairs[layer][half == "up"])
+    if source.notes:
+        logger.warning("%s: %s", path, "; ".join(source.notes))
+
+
+def _lora_file(place: Path) -> Path:
+    """The file itself, or that of a run, or of a folder that peft wrote."""
+    if not place.exists():
+        raise FileNotFoundError(f"{place} is not there: give the folder of a finished LoRA run, or a LoRA's file")
+    found = [place / name for name in (LORA_FILE, PEFT_FILE) if (place / name).is_file()]
+    if place.is_dir() and not found:
+        raise FileNotFoundError(f"{place / LORA_FILE} is not there: give the folder of a finished LoRA run")
+    return found[0] if found else place
+
+
+def _peft_header(path: Path) -> dict[str, str]:
+    """What peft keeps in a file beside the weights, as diffusers keeps it in their header."""
+    file = path.parent / "adapter_config.json"
+    if path.name != PEFT_FILE or not file.is_file():
+        return {}
+    config = read_json(file)
+    return {METADATA: json.dumps({f"unet.{key}": value for key, value in config.items()})}
 
 
 def _lora_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:

@@ -1,0 +1,132 @@
+"""What a tensor of a LoRA file is called, in the dialects of the programs that write them, and which layer it means.
+
+    unet.down_blocks.0...to_q.lora.down.weight                    diffusers
+    unet.down_blocks.0...attn1.processor.to_q_lora.down.weight    diffusers before 0.21
+    base_model.model.down_blocks.0...to_q.lora_A.weight           peft
+    lora_unet_down_blocks_0_..._to_q.lora_down.weight, .alpha     kohya
+    lora_unet_input_blocks_1_1_..._to_q.lora_down.weight          kohya, on the network of the first release of SDXL
+
+A kohya name cannot be taken apart, for its `_` may have been a dot. So nothing is: the network's own layers are put
+under every name they can have, and a file's name is looked up.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+Part = Literal["down", "up", "alpha"]
+
+_ENDINGS: tuple[tuple[str, Part, str], ...] = (
+    (".lora.down.weight", "down", "diffusers"),
+    (".lora.up.weight", "up", "diffusers"),
+    (".lora_linear_layer.down.weight", "down", "diffusers"),
+    (".lora_linear_layer.up.weight", "up", "diffusers"),
+    ("_lora.down.weight", "down", "old diffusers"),
+    ("_lora.up.weight", "up", "old diffusers"),
+    (".lora_A.weight", "down", "peft"),
+    (".lora_B.weight", "up", "peft"),
+    (".lora_A.default.weight", "down", "peft"),
+    (".lora_B.default.weight", "up", "peft"),
+    (".lora_down.weight", "down", "kohya"),
+    (".lora_up.weight", "up", "kohya"),
+    (".alpha", "alpha", "kohya"),
+)
+# What programs put before a layer's name; some diffusers files have nothing there.
+_PREFIX = re.compile(r"^(lora_unet_|unet\.|base_model\.model\.(unet\.)?|(model\.)?diffusion_model\.)?")
+# kohya's lora_te, lora_te1, lora_te2; diffusers' text_encoder and text_encoder_2; or the layers without a prefix, which
+# transformers kept under `text_model` up to 5.5 and no longer does.
+_TEXT = re.compile(
+    r"^(base_model\.model\.)?(lora_te\d?_|text_encoder(_\d)?\.|te\d?\.|text_model[._]|text_projection|encoder[._]layers[._])"
+)
+
+
+@dataclass(frozen=True)
+class Name:
+    """`stem` is what the file calls the layer."""
+
+    stem: str
+    part: Part
+    dialect: str
+
+
+def read_name(key: str) -> Name | None:
+    """A key of a file taken apart; None for one that no plain LoRA has."""
+    for ending, part, dialect in _ENDINGS:
+        if key.endswith(ending):
+            return Name(key.removesuffix(ending), part, dialect)
+    return None
+
+
+def of_text_encoder(key: str) -> bool:
+    """Whether a key belongs to a text encoder rather than to the network that denoises."""
+    return _TEXT.match(key) is not None
+
+
+def flat(stem: str) -> str:
+    """A layer's name as every dialect would have it once its dots are underscores and what varies is dropped."""
+    name = _PREFIX.sub("", stem, count=1).replace(".processor.", ".").replace(".", "_")
+    return name + "_0" if name.endswith("to_out") else name
+
+
+def layer_names(network: nn.Module) -> dict[str, str]:
+    """Each linear layer and convolution of a network under the names of all dialects, flat."""
+    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    attentions = {match[2] for layer in layers if (match := _BLOCK.fullmatch(layer)) and match[1] == "up"
+                  and match[3] == "attentions"}  # fmt: skip
+    numbers = [int(match[4]) for layer in layers if (match := _BLOCK.fullmatch(layer)) and match[1] == "down"]
+    resnets = 1 + max(numbers, default=0)
+    first_release = {flat(_first_release(layer, resnets, attentions)): layer for layer in layers}
+    return first_release | {flat(layer): layer for layer in layers}
+
+
+def kind(layer: str) -> str:
+    """Which layer of its block it is: `attn1.to_q` of any block of any depth."""
+    return re.split(r"(?:attentions|transformer_blocks|resnets|downsamplers|upsamplers)\.\d+\.", layer)[-1]
+
+
+_OUTSIDE = {  # diffusers' names, and those of CompVis and Stability's code
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+_IN_RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+
+
+def _first_release(layer: str, resnets: int, attentions: set[str]) -> str:
+    """The name of a layer where blocks are numbered through: Stability's own code, and so kohya's for SDXL.
+
+    A down block is its `resnets` and a downsampler; an up block has one resnet more, whose number the upsampler shares.
+    `attentions` are the up blocks that have some.
+    """
+    if layer in _OUTSIDE:
+        return _OUTSIDE[layer]
+    if layer.startswith("mid_block."):
+        _, family, number, inner = layer.split(".", 3)
+        inner = _IN_RESNET.get(inner, inner) if family == "resnets" else inner
+        return f"middle_block.{1 if family == 'attentions' else 2 * int(number)}.{inner}"
+    match = _BLOCK.fullmatch(layer)
+    if match is None:
+        return layer
+    way, block, family, number, inner = match.groups()
+    side = "output_blocks" if way == "up" else "input_blocks"
+    first = int(block) * (resnets + 1) + (way == "down")
+    if family == "resnets":
+        return f"{side}.{first + int(number)}.0.{_IN_RESNET.get(inner, inner)}"
+    if family == "attentions":
+        return f"{side}.{first + int(number)}.1.{inner}"
+    if family == "downsamplers":
+        return f"{side}.{first + resnets}.0.op"
+    return f"{side}.{first + resnets}.{2 if block in attentions else 1}.{inner}"
