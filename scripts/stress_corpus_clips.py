@@ -8,6 +8,8 @@ import torch
 from stress_corpus import ROOT, Trap, case, write
 from stress_corpus_weights import VOCABULARY, saved, score
 
+from diffusion_align.rewards.step_aware import save_step_aware, start_step_aware
+
 
 def clip_folder(home: Path) -> Path:
     """The embedded reward, to be changed."""
@@ -62,3 +64,30 @@ def a_tokenizer_with_a_program_beside_image_reward(home, trap):
     write(home / "vocab.txt", VOCABULARY)
     saved(home / "ImageReward.pt", {"a": torch.zeros(1)})
     return score(home, f"imagereward={home}")
+
+
+def step_aware(home: Path, trap: Trap) -> Path:
+    """A preference model of SPO whose folder brings its tokenizer along as a program."""
+    folder = save_step_aware(start_step_aware("tiny", device="cpu"), home / "spm")
+    content = json.loads((folder / "open_clip_config.json").read_text())
+    content["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}
+    write(folder / "open_clip_config.json", content)
+    with_program(folder, trap)
+    return folder
+
+
+@case
+def a_preference_model_that_trusts_itself(home, trap):
+    prompts = write(home / "prompts.txt", "a small red circle\n")
+    return [*"train spo --model tiny --device cpu --num_rounds 1 --prompts_per_round 1 --steps 3 --children 2".split(),
+            "--prompts", str(prompts), "--output_dir", str(home / "run"), "--start", "1",
+            "--preference_model", str(step_aware(home, trap))]  # fmt: skip
+
+
+@case
+def a_reward_to_train_on_that_trusts_itself(home, trap):
+    folder = changed_clip(home, {"tokenizer_kwargs": {"trust_remote_code": True}})
+    with_program(folder, trap)
+    return [*"reward train-spm --model tiny --dataset_name tiny --device cpu --max_train_samples 8".split(),
+            "--max_train_steps", "1", "--held_out", "0", "--reward", str(folder),
+            "--output_dir", str(home / "out")]  # fmt: skip

@@ -43,7 +43,7 @@ def fetch_pairs(name: str, split: str, cache_dir: str | None) -> Path:
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns, cache_dir=cache_dir))
     except Exception as error:  # the hub's client raises errors of its own, of its HTTP library and of the system
         said = " ".join(str(error).split())[:200]
-        cure = "give pairs on this disk with --train_data_dir"
+        cure = f"`hf download {name} --repo-type dataset` fetches it; or give pairs on this disk with --train_data_dir"
         raise FileNotFoundError(f"pairs {name}: no such path here, and the hub says: {said}; {cure}") from error
 
 

@@ -70,7 +70,11 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
         if name in MOVED:
             cure = f"this repository has moved: use {MOVED[name]}"
         elif os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "ON", "YES"):
-            cure = "HF_HUB_OFFLINE is set and the model is not in the cache: unset it, or give a local folder"
+            at = f" --revision {revision}" if revision else ""
+            cure = (
+                "HF_HUB_OFFLINE is set and the model is not in the cache: with it unset run "
+                f"`hf download {name}{at}`, or give a local folder"
+            )
         raise FileNotFoundError(f"model {name} could not be fetched ({type(error).__name__}): {cure}") from error
 
 

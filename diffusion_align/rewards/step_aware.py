@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..plain_json import read_json
 from ..tensors import widen
-from .clip import CONFIG_FILE, resolve_source
+from .clip import resolve_source
+from .clip_config import CONFIG_FILE, require_plain_clip
+from .clip_fetch import fetched
 from .time_conditioned import TimeConditioning, encode, fit_patches, picture_transform, require_vit, take_latents
 
 WEIGHTS = "step_aware.safetensors"
@@ -85,10 +89,11 @@ def start_step_aware(
     [N,3,H,W] in [0, 1] they decode to.
     """
     name, pretrained = resolve_source(source)
+    require_plain_clip(name, pretrained)
     import open_clip  # four seconds, so only where it is really used
 
     with torch.random.fork_rng(devices=[]):  # open_clip draws random weights first, from the global generator
-        loaded: Any = open_clip.create_model_from_pretrained(name, pretrained)
+        loaded: Any = fetched(name, pretrained, partial(open_clip.create_model_from_pretrained, name, pretrained))
     clip = loaded[0]
     require_vit(clip.visual)
     config: dict[str, Any] = {"model_cfg": open_clip.get_model_config(name.replace("/", "-") if pretrained else name)}
@@ -124,15 +129,17 @@ def load_step_aware(folder: str | os.PathLike[str], *, device: str | torch.devic
 
     Raises:
         FileNotFoundError: the folder lacks one of its files.
-        ValueError: weights that are missing, too many, of another shape, or not finite.
+        ValueError: weights that are missing, too many, of another shape, or not finite; a configuration that asks for
+            code.
     """
     home = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS):
         if not (home / name).is_file():
             raise FileNotFoundError(f"{home} is not a step-aware preference model: it has no {name}")
+    require_plain_clip(f"local-dir:{home}", None)
     import open_clip
 
-    config = json.loads((home / CONFIG_FILE).read_text())
+    config = read_json(home / CONFIG_FILE)
     latents = config["step_aware"]["latents"]
     settings = {key: value for key, value in config["model_cfg"].items() if key != "custom_text"}
     with torch.random.fork_rng(devices=[]):

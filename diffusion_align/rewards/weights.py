@@ -38,7 +38,11 @@ def hub_file(repo: str, name: str, revision: str | None = None) -> Path:
     try:
         return Path(hf_hub_download(repo, name, revision=revision))
     except Exception as error:  # the hub's client raises a dozen kinds; each means that the file is not to be had
-        raise FileNotFoundError(f"{name} of {repo} could not be fetched ({type(error).__name__}): {_cure()}") from error
+        at = f" --revision {revision}" if revision else ""
+        raise FileNotFoundError(
+            f"{name} of {repo} could not be fetched ({type(error).__name__}): {_cure()}; "
+            f"`hf download {repo} {name}{at}` fetches it"
+        ) from error
 
 
 def web_file(url: str, sha256: str) -> Path:

@@ -51,6 +51,9 @@ def restore(
                 f"{checkpoint.path}: was saved {'with' if part in state else 'without'} {part}, unlike this run"
             )
     _require_match(checkpoint, "model", dict(parameters))
+    for name, tensor in tensors["model"].items():
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{checkpoint.path / 'model.safetensors'}: {name!r} has values that are not finite")
     if ema is not None:
         _require_match(checkpoint, "ema", ema.average)
         if state["ema"]["decay"] != ema.decay:

@@ -131,6 +131,7 @@ def a_checkpoint(tmp_path, **options):
         (lambda c: c.tensors["model"].update(other=torch.zeros(1)), "'other' is torch.float32 .1., in this run absent"),
         (lambda c: c.tensors["model"].update(up=torch.zeros(32, 8)), r"'up' is torch.float32 \[32, 8\], in this run"),
         (lambda c: c.tensors["model"].update(up=torch.zeros(32, 4).half()), "'up' is torch.float16"),
+        (lambda c: c.tensors["model"]["up"].fill_(torch.nan), "'up' has values that are not finite"),
         (lambda c: c.state.update(ema={"decay": 0.9, "updates": 1}), "was saved with ema, unlike this run"),
         (lambda c: c.state.pop("lr_scheduler"), "was saved without lr_scheduler"),
         (lambda c: c.state["optimizer"].update({"class": "Adafactor"}), "saved by Adafactor"),
