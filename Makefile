@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check tiny clean
+.PHONY: demo test check stress tiny clean
 
 # The stamp is newer than the files that say what is installed, so an up-to-date environment costs nothing.
 $(VENV)/.installed: setup.cfg pyproject.toml
@@ -24,6 +24,11 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
+
+# What docs/reliability.md promises, counted in full: about three quarters of an hour on two cores. `make test` has a few of each.
+STRESS := resume numbers checkpoints processes files data loras offline long
+stress: $(VENV)/.installed
+	for name in $(STRESS); do echo "== $$name"; $(BIN)/python scripts/stress_$$name.py || exit 1; done
 
 tiny: $(VENV)/.installed
 	$(BIN)/python scripts/build_tiny.py
