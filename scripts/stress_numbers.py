@@ -24,9 +24,9 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
-from helpers_memory import FullOnTheWayBack, Limited, short_of_memory
-from helpers_online import METHODS, Toy, darkness
-from helpers_train import MemoryPairs, make_run
+from helpers_memory import FullOnTheWayBack, Limited, short_of_memory  # pyright: ignore[reportMissingImports]
+from helpers_online import METHODS, Toy, darkness  # pyright: ignore[reportMissingImports]
+from helpers_train import MemoryPairs, make_run  # pyright: ignore[reportMissingImports]
 
 from diffusion_align.train.update import Progress, StepRecord
 
@@ -188,8 +188,8 @@ def short_online(name: str, place: str, seed: int) -> list[str]:
     """Rounds of four prompts where the pictures of two fit."""
     whole, cut = Toy(double=True, seed=seed), Toy(double=True, seed=seed)
     short_of_memory(cut, name, place)
-    records = (list(toy.rounds(toy.method(name), prompts_per_chunk=4, max_steps=4)) for toy in (whole, cut))
-    return compared(*records, f"{name}, {place}")
+    enough, short = (list(toy.rounds(toy.method(name), prompts_per_chunk=4, max_steps=4)) for toy in (whole, cut))
+    return compared(enough, short, f"{name}, {place}")
 
 
 def compared(whole: list[StepRecord], cut: list[StepRecord], what: str) -> list[str]:

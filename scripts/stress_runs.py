@@ -20,7 +20,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
-from helpers_tiny import make_tiny_folder
+from helpers_tiny import make_tiny_folder  # pyright: ignore[reportMissingImports]
 
 from diffusion_align import cli
 from diffusion_align.data import write_pairs_parquet
