@@ -164,7 +164,21 @@ def test_pictures_are_scored_upright_and_in_rgb(tmp_path):
 def test_the_benchmark_prints_a_row_a_reward(capsys):
     import bench_rewards
 
-    argv = ["--rewards", "tiny", "jpeg-small", "--pictures", "4", "--batch", "2", "--repeats", "1", "--device", "cpu"]
+    argv = [
+        "--rewards",
+        "tiny",
+        "jpeg-small",
+        "--pictures",
+        "4",
+        "--batch",
+        "2",
+        "--repeats",
+        "1",
+        "--model",
+        "none",
+        "--device",
+        "cpu",
+    ]
     assert bench_rewards.main(argv) == 0
     rows = {line.split()[0]: [float(n) for n in line.split()[1:]] for line in capsys.readouterr().out.splitlines()[2:]}
     assert set(rows) == {"tiny", "jpeg-small"} and all(len(row) == 5 and row[0] > 0 for row in rows.values())
