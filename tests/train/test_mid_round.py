@@ -130,3 +130,26 @@ def test_scoring_behind_the_drawing_changes_nothing(name):
         torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*(weights for _, weights in ends), strict=True)
     )
     assert lone == [True] * 6 + [False] * 6
+
+
+def test_parts_of_comparisons_are_whole_families():
+    """All 3 pairs of three children stay together, for they share one evaluation of their parent."""
+    toy = Toy()
+    pairs = toy.branch([(0, i) for i in range(4)], all_pairs=True)
+    for times in (1, 2, 3, 100):
+        parts = pairs.cut(times)
+        families = [set(part.family.tolist()) for part in parts]
+        assert len(parts) <= min(times, len(set(pairs.family.tolist())))
+        assert sum(map(len, families)) == len(set(pairs.family.tolist())) and sum(map(len, parts)) == len(pairs)
+        assert torch.equal(torch.cat([part.child for part in parts], 1), pairs.child)
+    assert len(pairs.cut(100)) == len(set(pairs.family.tolist())) > 4
+
+
+def test_parts_of_runs_are_whole_groups():
+    toy = Toy()
+    runs = toy.draw([(0, i) for i in range(4)])
+    parts = runs.cut(3)
+    assert [len(part.prompts) for part in parts] == [2, 2] and len(runs.cut(9)) == 4 and runs.cut(1) == [runs]
+    assert torch.equal(torch.cat([part.trajectory.states for part in parts], 1), runs.trajectory.states)
+    assert torch.equal(torch.cat([part.reward for part in parts]), runs.reward)
+    assert [prompt for part in parts for prompt in part.prompts] == runs.prompts
