@@ -157,6 +157,20 @@ def test_refuses_passes_that_disagree():
     assert all(bool(p.grad.isnan().any()) for p in network.parameters() if p.grad is not None)
 
 
+def test_a_prediction_that_is_not_finite_in_the_second_pass_only_shows_in_the_gradient():
+    """Also where its row has no path back to the parameters: the others' gradient would then be finite, and wrong."""
+    network, denoise, run, reference = setting()
+    calls = []
+
+    def broken(x, t):
+        calls.append(t)
+        out = denoise(x, t)
+        return out.index_fill(0, torch.tensor([0]), math.inf) if len(calls) > STEPS else out
+
+    path_gradient(broken, run, dpo_over_paths(run, reference))
+    assert any(bool(p.grad.isnan().any()) for p in network.parameters() if p.grad is not None)
+
+
 def test_a_small_disagreement_of_kernels_is_allowed_and_can_be_forbidden():
     _, denoise, run, reference = setting()
     calls = []

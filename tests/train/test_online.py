@@ -7,10 +7,11 @@ import torch
 from helpers_online import METHODS, PROMPTS, Toy, darkness
 from helpers_train import SHAPE
 
+from diffusion_align.rewards import RewardError
 from diffusion_align.samplers.kernel import step_gaussian
 from diffusion_align.train.online import require_start
 from diffusion_align.train.path_losses import learn_prdp
-from diffusion_align.train.runs import draw_runs, once_a_group
+from diffusion_align.train.runs import checked, draw_runs, once_a_group
 from diffusion_align.train.step_losses import learn_d3po, learn_policy_gradient, pairs_of
 
 SAMPLES = [(0, 1), (0, 4)]
@@ -303,3 +304,14 @@ def test_a_failed_reward_takes_its_picture_out_of_pairs_only():
     winner, loser = pairs_of(runs)
     assert len(winner) == 1 + 3 and 0 not in torch.cat([winner, loser])
     assert bool((runs.reward.flatten()[winner] > runs.reward.flatten()[loser]).all())
+
+
+def test_latents_that_are_not_finite_have_no_score():
+    """Their picture may look like any other to a reward; and if none is finite, that is no fault of the reward."""
+    latents = torch.zeros(3, 2, 4, 4)
+    latents[1, 0, 0, 0] = torch.nan
+    found = checked(lambda x, prompts: torch.ones(len(x)), latents, ["a"] * 3)
+    assert found.isnan().tolist() == [False, True, False]
+    assert checked(lambda x, prompts: torch.ones(len(x)), latents * torch.inf, ["a"] * 3).isnan().all()
+    with pytest.raises(RewardError, match="no finite number"):
+        checked(lambda x, prompts: torch.full((len(x),), torch.nan), latents, ["a"] * 3)

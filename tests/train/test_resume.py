@@ -99,6 +99,15 @@ def test_skipped_steps_survive_a_stop(tmp_path):
         list(run.steps(progress, predict_policy=nan))
 
 
+def test_what_spikes_are_told_from_survives_a_stop(tmp_path):
+    run = make_run()
+    step = advance(run.steps(spike=9.0), 5)
+    checkpoint.save(tmp_path, 5, *packed(run, step.progress))
+    again = make_run()
+    progress = restore(checkpoint.latest_good(tmp_path), again.parameters, again.optimizer, again.lr_scheduler)
+    assert progress == step.progress and len(progress.norms) == 5
+
+
 def test_metrics_of_a_resumed_run_are_one_unbroken_file(tmp_path):
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     for step in make_run().steps():
