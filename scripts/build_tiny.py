@@ -70,6 +70,10 @@ def build_pipeline(work: Path, out: Path, vae: AutoencoderKL, size: argparse.Nam
     )
     unet.half()  # 2.7 million weights: half of the space, and the loaders widen them again
     pipeline.save_pretrained(out)
+    # diffusers adds the folder on this machine that the VAE was loaded from.
+    config = out / "vae" / "config.json"
+    known = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
+    config.write_text(json.dumps(known, indent=2) + "\n")
 
 
 def build_reward(work: Path, model: Path, out: Path, size: argparse.Namespace) -> None:

@@ -34,6 +34,12 @@ def pairs():
     return pairs
 
 
+def test_no_file_says_on_which_machine_it_was_made():
+    """diffusers writes the folder that a part was loaded from into its configuration."""
+    told = [path for path in ASSETS.rglob("*.json") if '"_name_or_path"' in path.read_text(encoding="utf-8")]
+    assert told == []
+
+
 def test_everything_together_stays_small():
     assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) < 12e6
 
