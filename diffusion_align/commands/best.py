@@ -47,7 +47,3 @@ class Best:
     def take(self, state: dict[str, Any] | None) -> None:
         """The checkpoint is there; the next is judged by the steps to come."""
         self.state, self.sum, self.count = state, 0.0, 0
-
-    def steps(self) -> set[int]:
-        """The steps whose checkpoints are not to be removed."""
-        return {self.state["step"]} if self.state else set()

@@ -203,19 +203,19 @@ class Session:
         """Write a checkpoint of where a record stands; a full disk now is no reason to lose the run. False, on every
         process, where there is none."""
         watch.doing("saving", row.step)
-        accelerator, folder, keep = self.accelerator, self.run / run_folder.CHECKPOINTS, KEEP_ALL
+        accelerator, folder = self.accelerator, self.run / run_folder.CHECKPOINTS
         error = self.write_round(folder, row) if row.round is not None else None
         (failed,) = anywhere(accelerator, error is not None)
         if accelerator.is_main_process and not failed:
             tensors, state = pack(self.named, self.optimizer, self.scheduler, row.progress, self.ema)
             state |= {"identity": self.identity, "processes": accelerator.num_processes, "versions": versions()}
             state["best"] = best = self.best.with_this(row.step)
-            protect = {kept["step"] for kept in (best,) if kept} | ({self.resumed.step} if self.resumed else set())
+            protect = ({best["step"]} if best else set()) | ({self.resumed.step} if self.resumed else set())
             parts = range(accelerator.num_processes if row.round is not None else 0)
             try:
                 checkpoint.save(
-                    folder, row.step, tensors, state, keep=self.options.checkpoints_total_limit or keep,
-                    protect=protect, parts=[folder / f".part-{round_name(rank)}.safetensors" for rank in parts],
+                    folder, row.step, tensors, state, keep=self.options.checkpoints_total_limit or KEEP_ALL,
+                    protect=protect, parts=[checkpoint.part_path(folder, round_name(rank)) for rank in parts],
                 )  # fmt: skip
                 self.best.take(best)
             except CheckpointError as problem:

@@ -3,7 +3,6 @@
 Where each was looked up stands in assets/prompts/README.md.
 """
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from diffusion_align.data.prompts import Prompt, read_list
 from diffusion_align.data.readers import DataError
+from diffusion_align.offline import offline
 
 STYLES = ("anime", "concept-art", "paintings", "photo")
 ATTRIBUTES = ("color", "shape", "texture", "spatial", "3d_spatial", "non_spatial", "numeracy", "complex")
@@ -114,8 +114,7 @@ def _file(asked: Wanted, name: str, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(asked.benchmark.repo, name, repo_type="dataset", revision=revision))
     except Exception as error:  # the hub's client raises a dozen kinds; each means that the file is not to be had
-        offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "ON", "YES")
-        online = "with HF_HUB_OFFLINE unset" if offline else "when the hub answers"
+        online = "with HF_HUB_OFFLINE unset" if offline() else "when the hub answers"
         at = f" --revision {asked.revision}" if asked.revision else ""
         command = f"hf download {asked.benchmark.repo} {' '.join(asked.files.values())} --repo-type dataset{at}"
         raise FileNotFoundError(

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..offline import offline
 from ..plain_json import read_json, require_no_code
 from ..printable import printable
 from .configs import require_plain_files
@@ -69,7 +70,7 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
         cure = "check the name, your connection and, for a gated model, `hf auth login`"
         if name in MOVED:
             cure = f"this repository has moved: use {MOVED[name]}"
-        elif os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "ON", "YES"):
+        elif offline():
             at = f" --revision {revision}" if revision else ""
             cure = (
                 "HF_HUB_OFFLINE is set and the model is not in the cache: with it unset run "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import TypeVar
+
+from ..offline import offline
 
 T = TypeVar("T")
 
@@ -34,8 +35,7 @@ def fetched(name: str, pretrained: str | None, load: Callable[[], T]) -> T:
     try:
         return load()
     except Exception as error:  # open_clip's own errors and the dozen kinds of the hub's client
-        offline = os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "ON", "YES")
-        when = "with HF_HUB_OFFLINE unset" if offline else "when the hub answers"
+        when = "with HF_HUB_OFFLINE unset" if offline() else "when the hub answers"
         what = name.removeprefix("hf-hub:") + (f":{pretrained}" if pretrained else "")
         raise FileNotFoundError(
             f"{what} is not in the hub's cache and could not be fetched ({type(error).__name__}); "

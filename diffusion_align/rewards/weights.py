@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..offline import offline
 from .containers import require_container, require_plain
 
 
@@ -51,7 +51,7 @@ def web_file(url: str, sha256: str) -> Path:
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if _offline():
+            if offline():
                 raise OSError("offline")
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=False)
         except Exception as error:  # the network's errors, and RuntimeError for other bytes
@@ -60,12 +60,8 @@ def web_file(url: str, sha256: str) -> Path:
     return path
 
 
-def _offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "ON", "YES")
-
-
 def _cure() -> str:
-    if _offline():
+    if offline():
         return "HF_HUB_OFFLINE is set and it is not in the cache: unset it, or give a local path, NAME=PATH"
     return "check your connection, or fetch it by hand and give its path, NAME=PATH"
 

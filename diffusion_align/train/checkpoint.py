@@ -25,6 +25,7 @@ from diffusion_align.train.checkpoint_tensors import (
     SUFFIX,
     bytes_of,
     part_name,
+    part_path,
     read_tensors,
     require_group,
     take_part,
@@ -34,7 +35,8 @@ from diffusion_align.train.checkpoint_tensors import (
 from diffusion_align.train.manifest import FORMAT, CheckpointError, checked_files, sync, write_manifest
 
 __all__ = [
-    "FORMAT", "Checkpoint", "CheckpointError", "latest_good", "load", "require_same_identity", "save", "write_part"
+    "FORMAT", "Checkpoint", "CheckpointError", "latest_good", "load", "part_path", "require_same_identity",
+    "save", "write_part"
 ]  # fmt: skip
 
 _STATE = "state.json"

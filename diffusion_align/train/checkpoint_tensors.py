@@ -23,7 +23,7 @@ def write_part(folder: str | os.PathLike[str], name: str, tensors: Mapping[str, 
     """
     require_group(name)
     folder = Path(folder)
-    part = folder / f"{_PART}{name}{SUFFIX}"
+    part = part_path(folder, name)
     unfinished = part.with_suffix(".tmp")
     try:
         make(folder)
@@ -40,6 +40,11 @@ def write_part(folder: str | os.PathLike[str], name: str, tensors: Mapping[str, 
     finally:
         remove(unfinished)
     return part
+
+
+def part_path(folder: Path, name: str) -> Path:
+    """Where `write_part` puts it, on whichever process."""
+    return folder / f"{_PART}{name}{SUFFIX}"
 
 
 def part_name(folder: Path, part: Path) -> str:

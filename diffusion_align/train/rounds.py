@@ -132,7 +132,7 @@ def _learn(
         times = 2 ** (progress.halvings - drawn_at)
         pieces = [piece for chunk in chunks for piece in chunk.cut(times) if method.items(piece)]
         parts = _try_pieces(method, pieces, factor, accelerator)
-        can_halve = len(pieces) < sum(len(chunk.cut(2 * times)) for chunk in chunks)
+        can_halve = any(len(piece.cut(2)) > 1 for piece in pieces)
         failed, stuck = anywhere(accelerator, parts is None, parts is None and not can_halve)
         if not failed:
             assert parts is not None  # here, as it is nowhere

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers_memory import FullOnTheWayBack, Limited, full, short_of_memory
-from helpers_online import METHODS, Toy
+from helpers_online import METHODS, PROMPTS, Toy, darkness
 from helpers_train import MemoryPairs, make_run
 
 from diffusion_align import memory
@@ -109,8 +109,12 @@ def test_rounds_go_on_in_smaller_chunks(name, place, caplog):
     assert found[-1].progress.halvings >= 1 and "out of memory" in caplog.text
 
 
-def test_a_round_that_does_not_fit_in_ones_ends_the_run():
-    toy = Toy()
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_round_that_does_not_fit_in_ones_ends_the_run(tied):
+    """Also where a chunk could be cut that there is nothing to learn from, as all but the first prompt are tied."""
+    toy = Toy(
+        reward=lambda x, prompts: darkness(x, prompts) * torch.tensor([not tied or p == PROMPTS[0] for p in prompts])
+    )
     network = toy.policy_calls.network
 
     def limited(x, t, text):
