@@ -90,7 +90,13 @@ def _run_verb(words: str, argv: list[str]) -> int:
     verb.check(resolved.options)
     for note in [*resolved.notes(), *verb.notes(resolved.options, resolved.origins)]:
         _complain(note, "note")
-    return verb.dry_run(resolved.options) if parsed.dry_run else verb.start(resolved.options)
+    if parsed.dry_run:
+        return verb.dry_run(resolved.options)
+    if hasattr(resolved.options, "threads"):
+        from diffusion_align.commands import threads
+
+        threads.started()
+    return verb.start(resolved.options)
 
 
 def split_verb(argv: list[str]) -> tuple[str, list[str]]:

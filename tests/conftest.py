@@ -6,6 +6,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# One thread: a busy neighbour then costs a test its share of the core and no more. It also keeps the command from
+# choosing the number by the load of the machine, on which the last bits of a run would hang.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

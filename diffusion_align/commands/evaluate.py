@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusion_align.commands import threads
 from diffusion_align.commands.contenders import Contender, base_contender, contender
 from diffusion_align.commands.evaluate_report import report
 from diffusion_align.commands.judging import Judging, check_judging, open_judging
 from diffusion_align.commands.prompt_lists import Prompt, caption_of, evaluation_prompts
+from diffusion_align.commands.threads import Threads
 from diffusion_align.evaluation import Measured, missing_pictures, read_pictures, sampler_table, save_pictures, score
 from diffusion_align.evaluation.report import versions
 from diffusion_align.options import Evaluate
@@ -44,6 +46,7 @@ def evaluate(options: Evaluate) -> int:
     out = Path(o.output_dir or _place(models))
 
     facts = _facts(o, prompts)
+    workers = threads.settle(o.threads)
     folders: dict[tuple[str, str], Path] = {}
     resolution = 0
     for name, who in names.items():
@@ -55,7 +58,7 @@ def evaluate(options: Evaluate) -> int:
         facts.setdefault("models", {})[name] = about
         for solver in o.sampler:
             folder = folders[name, solver] = out / "evaluation" / f"{'base' if who is base else 'tuned'}-{key}" / solver
-            _draw(gate, prompts, folder, f"{name} {solver}", o, solver, {"weights": about["weights"]})
+            _draw(gate, prompts, folder, f"{name} {solver}", o, solver, {"weights": about["weights"]}, workers)
         del gate
     count = len(prompts) * o.num_images_per_prompt
     left = sum(len(missing_pictures(folder, count, o.num_images_per_prompt)) for folder in folders.values())
@@ -65,7 +68,7 @@ def evaluate(options: Evaluate) -> int:
 
     judging = open_judging(o, in_world, resolution)
     texts = [prompt.text for prompt in prompts for _ in range(o.num_images_per_prompt)]
-    measured = {place: _measure(place, folder, texts, judging, o) for place, folder in folders.items()}
+    measured = {place: _measure(place, folder, texts, judging, o, workers) for place, folder in folders.items()}
     return report(o, out, names, prompts, texts, judging, measured, folders, facts)
 
 
@@ -104,7 +107,7 @@ def _key(facts: dict[str, Any]) -> str:
 
 def _draw(
     gate: TextToImage, prompts: Sequence[Prompt], folder: Path, title: str, o: Evaluate, solver: str,
-    facts: dict[str, Any],
+    facts: dict[str, Any], workers: Threads,
 ) -> None:  # fmt: skip
     table = sampler_table(gate.schedule, solver, o.steps)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(o.mixed_precision)
@@ -123,9 +126,12 @@ def _draw(
         )  # fmt: skip
         for numbers in drawn:
             bar.update(len(numbers))
+            workers.look()
 
 
-def _measure(place: tuple[str, str], folder: Path, texts: list[str], judging: Judging, o: Evaluate) -> Measured:
+def _measure(
+    place: tuple[str, str], folder: Path, texts: list[str], judging: Judging, o: Evaluate, workers: Threads
+) -> Measured:
     """Scores and features of one folder's pictures, which are read once."""
     parts: list[Tensor] = []
     features = judging.features
@@ -136,6 +142,7 @@ def _measure(place: tuple[str, str], folder: Path, texts: list[str], judging: Ju
             if features is not None:
                 parts.append(features(images).float().cpu())
             yield numbers, images
+            workers.look()
 
     scores = score(pictures(), texts, judging.rewards, judges=judging.judges)
     return Measured(*place, scores, torch.cat(parts) if parts else None)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from diffusion_align.commands import run_folder
+from diffusion_align.commands import run_folder, threads
 from diffusion_align.commands.processes import join
 from diffusion_align.commands.session import Session
 from diffusion_align.commands.sources import present_model
@@ -38,6 +38,7 @@ def open_session(o: TrainCommon, verb: str, resumed: Checkpoint | None) -> Sessi
     if o.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("mixed_precision fp16 needs a CUDA GPU and there is none here; take bf16 or no")
     accelerator = join(o, log_folder(o))
+    workers = threads.settle(o.threads, resumed.state.get("threads") if resumed else None, say=accelerator.print)
     if o.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     name = present_model(o.pretrained_model_name_or_path or "")
@@ -49,7 +50,9 @@ def open_session(o: TrainCommon, verb: str, resumed: Checkpoint | None) -> Sessi
     trainable(gate.unet, o.mode)
     named = {key: value for key, value in gate.unet.named_parameters() if value.requires_grad}
     ema = start_ema(named, o.ema_decay) if o.use_ema else None
-    return Session(o, verb, Path(o.output_dir), resumed, accelerator, gate, reference(gate, o.mode), named, ema)
+    return Session(
+        o, verb, Path(o.output_dir), resumed, accelerator, gate, reference(gate, o.mode), named, ema, workers
+    )
 
 
 def log_folder(o: TrainCommon) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusion_align.commands import threads
 from diffusion_align.commands.prompt_lists import listed_prompts
 from diffusion_align.commands.sample_layouts import check_layout, draw_folder, hand_over
 from diffusion_align.commands.sources import present_model
@@ -44,6 +45,7 @@ def sample(options: Sample) -> int:
 
     from diffusion_align.models import load_pipeline  # seconds, so after everything that can be refused
 
+    threads.settle(o.threads)
     gate = load_pipeline(name, device=o.device, revision=base["revision"], variant=base["variant"])
     if o.run:
         load_tuned(gate, o.run)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from diffusion_align.commands import grids, run_folder
 from diffusion_align.commands.best import Best
 from diffusion_align.commands.interrupt import Interrupted, Interruptible
+from diffusion_align.commands.threads import Threads
 from diffusion_align.commands.tracking import start_trackers, tracker_names
 from diffusion_align.commands.versions import versions, warn_of_versions
 from diffusion_align.options import to_yaml
@@ -59,6 +60,7 @@ class Session:
     reference: Predict
     named: dict[str, Parameter]
     ema: Ema | None
+    threads: Threads
     optimizer: torch.optim.Optimizer = field(init=False)
     scheduler: torch.optim.lr_scheduler.LRScheduler = field(init=False)
     identity: dict[str, Any] = field(init=False)
@@ -150,11 +152,13 @@ class Session:
                     if self.ema is not None and row.updated:
                         self.ema.update(self.named)
                     if accelerator.is_main_process:
-                        write(row.row())
+                        write({**row.row(), "threads": self.threads.count})
                         report(row.row())
                     figures = {name: f"{row.metrics[name]:.2f}" for name in shown if name in row.metrics}
                     bar.set_postfix({"loss": f"{row.loss:.4f}", **figures}, refresh=False)
                     bar.update()
+                    if changed := self.threads.look():
+                        tqdm.write(f"step {row.step}: {changed}", file=sys.stderr)
                     self.best.hear(row.row())
                     collapse = (alarm.hear(row.row()) if alarm else None) or collapse
                     if collapse and o.collapse_alarm == "warn":
@@ -209,6 +213,7 @@ class Session:
         if accelerator.is_main_process and not failed:
             tensors, state = pack(self.named, self.optimizer, self.scheduler, row.progress, self.ema)
             state |= {"identity": self.identity, "processes": accelerator.num_processes, "versions": versions()}
+            state["threads"] = self.threads.count
             state["best"] = best = self.best.with_this(row.step)
             protect = ({best["step"]} if best else set()) | ({self.resumed.step} if self.resumed else set())
             parts = range(accelerator.num_processes if row.round is not None else 0)

@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 
 from torch import Tensor
 
+from diffusion_align.commands import threads
 from diffusion_align.commands.plan_online import TINY_SEED
 from diffusion_align.commands.score import require_reward
 from diffusion_align.commands.sources import read_prompts
@@ -54,6 +55,7 @@ def synth(options: Synth) -> int:
     claim(out, o, prompts, sources)
     k, n = shard_of(o.shard)
     parts = parts_of(prompts)
+    threads.settle(o.threads)
     try:
         for number, source in enumerate(sources):
             draw(o, out, prompts, parts[k::n], source, number)

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_align import rng
+from diffusion_align.commands import threads
 from diffusion_align.commands.encode import encoded
 from diffusion_align.commands.interrupt import Interruptible
 from diffusion_align.commands.plan import describe_steps, steps_of
@@ -53,6 +54,7 @@ def train_spm(options: TrainSpm) -> int:
     from diffusion_align.models import load_pipeline  # seconds, so after everything that can be refused
 
     accelerator = join(o)
+    threads.settle(o.threads, say=accelerator.print)
     accelerator.print(f"pairs: {counts}; {len(training)} to train on, {len(held)} held out")
     name = present_model(o.pretrained_model_name_or_path or "")
     gate = load_pipeline(name, device=accelerator.device, revision=o.revision, variant=o.variant)

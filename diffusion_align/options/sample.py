@@ -34,6 +34,7 @@ class Sample:
 
     batch_size: int = option(8, "machine", "pictures at a time", at_least=1)
     device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
+    threads: int | None = option(None, "machine", "CPU threads (default: OMP_NUM_THREADS, else one for each core that other programs leave free)", at_least=1)
     mixed_precision: str = option("no", "machine", "precision of the network", choices=("no", "fp16", "bf16"))
     out: str = option("samples", "output", "folder for the pictures and samples.json", aliases=("output_dir",))
     layout: str = option("samples", "output", "how they lie there: samples (numbered, with samples.json), or as the scorers of GenEval, DPG-Bench or T2I-CompBench read them, going on where a run was cut off", choices=("samples", "geneval", "dpg", "compbench"))
@@ -65,6 +66,7 @@ class Evaluate:
     shard: str | None = option(None, "machine", "K/N: draw a share of the prompts, K from 0 to N - 1; all shards fill one folder, and the last one to end writes the report", saved=False)
     batch_size: int = option(64, "machine", "pictures at a time", at_least=1)
     device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
+    threads: int | None = option(None, "machine", "CPU threads (default: OMP_NUM_THREADS, else one for each core that other programs leave free)", at_least=1)
     mixed_precision: str = option("no", "machine", "precision of the network", choices=("no", "fp16", "bf16"))
     output_dir: str | None = option(None, "output", "where pictures and report go (default: the run, if it is alone; else evaluations/NAMES)")
     # fmt: on

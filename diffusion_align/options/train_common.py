@@ -56,6 +56,7 @@ class TrainCommon:
     use_8bit_adam: bool = option(False, "train", "AdamW in 8 bits; needs the extra [8bit]")
 
     device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
+    threads: int | None = option(None, "machine", "CPU threads (default: OMP_NUM_THREADS, else one for each core that other programs leave free)", at_least=1)
     mixed_precision: str = option("no", "machine", "precision of the network", choices=("no", "fp16", "bf16"))
     allow_tf32: bool = option(False, "machine", "TF32 products on NVIDIA GPUs")
     gradient_checkpointing: bool = option(False, "machine", "less memory, slower")

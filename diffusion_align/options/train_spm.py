@@ -41,6 +41,7 @@ class TrainSpm:
     max_grad_norm: float = option(1.0, "train", "gradients are clipped to this norm", above=0)
 
     device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
+    threads: int | None = option(None, "machine", "CPU threads (default: OMP_NUM_THREADS, else one for each core that other programs leave free)", at_least=1)
     mixed_precision: str = option("no", "machine", "precision of the networks; the weights stay in float32", choices=("no", "fp16", "bf16"))
     process_timeout: int = option(1800, "machine", "with several processes: seconds they wait for one that does not come; more than the longest that one alone is busy (encoding, a grid, a reward)", at_least=10)
 
