@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check stress tiny clean
+.PHONY: demo test check stress gpu tiny clean
 
 # The stamp is newer than the files that say what is installed, so an up-to-date environment costs nothing.
 $(VENV)/.installed: setup.cfg pyproject.toml
@@ -29,6 +29,10 @@ check: $(VENV)/.installed
 STRESS := resume numbers checkpoints processes files data loras offline long
 stress: $(VENV)/.installed
 	for name in $(STRESS); do echo "== $$name"; $(BIN)/python scripts/stress_$$name.py || exit 1; done
+
+# What only a GPU can show, in nine minutes; the same command again goes on where it ended.
+gpu: $(VENV)/.installed
+	$(BIN)/python scripts/gpu_check.py --minutes 9
 
 tiny: $(VENV)/.installed
 	$(BIN)/python scripts/build_tiny.py

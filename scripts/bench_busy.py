@@ -57,7 +57,7 @@ def run(argv: list[str], threads: int | None) -> str:
 def step_seconds(threads: int | None, steps: int, folder: Path) -> tuple[float, int]:
     """The median seconds of a training step, and the threads it had at the end."""
     name = f"{threads}-{time.monotonic_ns()}"
-    flags = f"train dpo --preset tiny --max_train_steps {steps + 1} --run_validation false --checkpointing_steps 10000"
+    flags = f"train dpo --preset tiny --max_train_steps {steps + 1} --run_validation=false --checkpointing_steps 10000"
     places = ["--cache_dir", str(folder / "cache"), "--output_dir", str(folder / name)]
     found = json.loads(run(["-c", STEP, *flags.split(), *places], threads))
     return statistics.median(found["seconds"]), int(found["threads"])

@@ -1,0 +1,158 @@
+"""One training command, run in this process and measured: rows, seconds a step, peak memory, operations."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusion_align import cli
+from diffusion_align.train import record
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Measured:
+    """What a command did. `seconds` of each step after the first; `peak` bytes since the first step; `flops` of the
+    second step, or 0 where nobody counted."""
+
+    code: int
+    said: str
+    rows: list[Row] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    peak: int = 0
+    flops: int = 0
+
+    def require(self) -> Measured:
+        """The same, or RuntimeError with the command's own error line."""
+        if self.code:
+            lines = [line for line in self.said.splitlines() if "error:" in line] or self.said.splitlines()[-1:]
+            raise RuntimeError(f"exit code {self.code}: {' '.join(lines)}")
+        return self
+
+
+def train(
+    argv: Sequence[str], device: str, *, count: bool = False, after: Callable[[Row], None] = lambda row: None
+) -> Measured:
+    """Run `train ...`, whatever its exit code. With `count` the second step's operations are counted; it is not timed
+    then, as counting slows it. `after` hears each row of metrics."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    found, times = Measured(0, ""), []
+    counter = FlopCounterMode(display=False)
+    counting = contextlib.ExitStack()
+
+    def recorder(path: Path) -> Callable[[Row], None]:
+        def write(row: Row) -> None:
+            _wait(device)
+            record.append(path, row)
+            found.rows.append(row)
+            times.append(time.perf_counter())
+            if len(found.rows) == 1:
+                reset_peak(device)
+                if count:
+                    counting.enter_context(counter)
+            elif len(found.rows) == 2 and count:
+                counting.close()
+                found.flops = counter.get_total_flops()
+                times[-1] = time.perf_counter()
+            after(row)
+
+        return write
+
+    said, real = io.StringIO(), record.recorder
+    record.recorder = recorder
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said), counting:
+            found.code = cli.main(list(argv))
+    finally:
+        record.recorder = real
+    found.said = said.getvalue()
+    found.seconds = [b - a for a, b in zip(times[count:], times[count + 1 :], strict=False)]
+    found.peak = peak(device)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return found
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def reset_peak(device: str) -> None:
+    """Count peak memory from here on: the allocator's on CUDA, this process's resident memory elsewhere."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(device: str) -> int:
+    """Bytes at the peak since `reset_peak`; 0 where the system does not tell."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+
+
+def matmul_peak(device: str, dtype: torch.dtype, side: int, repeats: int) -> float:
+    """Operations a second of a square matrix product, the best of five times `repeats`."""
+    source = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(side, side, generator=source).to(device, dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        _wait(device)
+        begun = time.perf_counter()
+        for _ in range(repeats):
+            torch.mm(a, b)
+        _wait(device)
+        best = min(best, time.perf_counter() - begun)
+    return 2 * side**3 * repeats / best
+
+
+@contextlib.contextmanager
+def memory_for(rows: int) -> Iterator[None]:
+    """A network that runs out of memory, in the allocator's own words, when it is given more than so many rows: for
+    machines whose memory cannot be limited."""
+    from diffusion_align.models import TextToImage
+
+    real = TextToImage.predict
+
+    def predict(self: Any, x: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+        if torch.is_grad_enabled() and len(x) > rows:
+            raise torch.OutOfMemoryError(f"simulated: {len(x)} rows where {rows} fit")
+        return real(self, x, *rest, **more)
+
+    TextToImage.predict = predict  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        TextToImage.predict = real  # type: ignore[method-assign]
+
+
+def fresh(folder: Path) -> Path:
+    """An empty place for a run."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def rows_of(run: Path) -> list[Row]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
