@@ -29,7 +29,7 @@ def learn_prdp(
     table, states, clean = runs.trajectory.table, runs.trajectory.states, runs.trajectory.clean
     assert clean is not None  # rollouts keep them
     scored = [k for k in range(len(table)) if table.stochastic[k]]
-    keep = decided(runs).to(states.device)
+    keep = decided(runs)
     reward = runs.reward.nan_to_num()
     unit = runs.dims if mean else 1
     over = unit * (len(scored) if mean else 1)
@@ -45,11 +45,10 @@ def learn_prdp(
         return step.log_ratio(reference, x)
 
     def loss(log_ratio: Tensor) -> Tensor:
-        now = _grouped(log_ratio[scored], groups)
-        before = _grouped(old, groups)
+        now, before = _grouped(log_ratio[scored], groups), _grouped(old, groups)
         bound = None if clip is None else clip * unit
         # (mean over T and D)^2 at beta is (1 / (T D))^2 times the sum's at beta / (T D): see objectives.regression.
-        of_groups = prdp(now, before, reward.to(now), beta / over, bound) / over**2
+        of_groups = prdp(now, before, reward, beta / over, bound) / over**2
         seen["loss"] = of_groups.detach()
         seen["log_ratio"] = now.detach().sum(2).mean(1)
         seen["drift"] = (now.detach() - before).abs().amax((1, 2))
@@ -57,7 +56,7 @@ def learn_prdp(
         return factor * of_groups[keep].sum()
 
     path_gradient(runs.under(policy), runs.trajectory, loss, measure=measure, known=clean if fresh else None)
-    seen["kl"] = kl.view(groups, size).mean(1)
+    seen["kl"] = kl.cpu().view(groups, size).mean(1)
     return {name: values[keep] for name, values in seen.items()}
 
 
@@ -66,5 +65,5 @@ def _after(runs: Runs, k: int) -> Tensor:
 
 
 def _grouped(log_ratio: Tensor, groups: int) -> Tensor:
-    """[T,B] -> [G,K,T]."""
-    return log_ratio.T.reshape(groups, -1, len(log_ratio))
+    """[T,B] -> [G,K,T] float64 on the CPU: next to targets of 1e9 nats, sums over steps need it."""
+    return log_ratio.cpu().to(torch.float64).T.reshape(groups, -1, len(log_ratio))

@@ -95,6 +95,23 @@ def test_prdp_is_its_definition(order, mean, clip, window):
     torch.testing.assert_close(toy.gradients(), wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item())
 
 
+def test_prdp_in_float32_has_the_gradient_of_float64_at_published_targets():
+    """Small-scale constants at Stable Diffusion 1.5's size: targets near 1e9 nats, a clip of 0.016 nats a step, which
+    about half of the steps are beyond."""
+    found = []
+    for double in (False, True):
+        toy = Toy(double=double, group=4)
+        runs = toy.draw(SAMPLES)
+        toy.move(0.003)
+        constants = {"beta": 3.7e-11 * 5 * 32, "clip": 0.016 / 32, "mean": True}
+        columns = learn_prdp(runs, toy.policy, 1.0, **constants)
+        found.append((toy.gradients(), columns["loss"], columns["clamped"]))
+    (narrow, loss, clamped), (wide, exact, share) = found
+    assert torch.equal(clamped, share.to(clamped)) and (0.2 < share).all() and (share < 0.8).all()
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-4, atol=0)
+    assert (narrow.double() - wide).norm() < 1e-3 * wide.norm()
+
+
 @pytest.mark.parametrize("order", [1, 2])
 def test_policy_gradient_is_its_definition(order):
     toy = Toy(double=True, order=order, group=4)
