@@ -51,8 +51,8 @@ def prdp(log_ratio: Tensor, log_ratio_old: Tensor, reward: Tensor, beta: float, 
     if clip is not None:
         held = _held(log_ratio, log_ratio_old, clip).sum(2)
         plain, clipped = _gaps(residual), _gaps(held - target)
-        # plain^2 >= clipped^2 as a product, whose first factor does not round the target. `maximum` of the squares would
-        # also halve the gradient where both are equal.
+        # plain^2 >= clipped^2 as a product, whose first factor does not round the target. `maximum` of the squares
+        # would also halve the gradient where both are equal.
         larger = (_gaps(total) - _gaps(held)).detach() * (plain + clipped).detach() >= 0
         # What is not finite takes the plain branch, so that it is seen.
         larger |= ~plain.isfinite()

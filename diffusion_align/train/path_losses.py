@@ -14,13 +14,14 @@ from diffusion_align.train.runs import Bind, Runs, decided
 
 
 def learn_prdp(
-    runs: Runs, policy: Bind, factor: float, *, beta: float, clip: float | None, mean: bool = False, fresh: bool = False
-) -> Columns:
+    runs: Runs, policy: Bind, factor: float, *,
+    beta: float, clip: float | None, mean: bool = False, fresh: bool = False, tolerance: float = 1e-4,
+) -> Columns:  # fmt: skip
     """Add the gradient of factor x the sum over decided groups of PRDP's loss; columns of those groups.
 
     With `mean` beta and clip are those of the paper's printed code, for log-ratios averaged over dims and steps; else
     they are in nats summed over both, where beta is the weight of the KL. `fresh`: no update since the runs were drawn,
-    so their own predictions serve as the first pass.
+    so their own predictions serve as the first pass. `tolerance`: see `path_gradient`.
 
     Columns: loss; log_ratio and kl, means over the group's runs of sums over the run, nats; clamped, the share of steps
     beyond the clip; drift, as in `learn_d3po`.
@@ -55,7 +56,8 @@ def learn_prdp(
         seen["clamped"] = prdp_clip_fraction(now, before, bound) if bound else torch.zeros_like(seen["loss"])
         return factor * of_groups[keep].sum()
 
-    path_gradient(runs.under(policy), runs.trajectory, loss, measure=measure, known=clean if fresh else None)
+    known = clean if fresh else None
+    path_gradient(runs.under(policy), runs.trajectory, loss, measure=measure, known=known, tolerance=tolerance)
     seen["kl"] = kl.cpu().view(groups, size).mean(1)
     return {name: values[keep] for name, values in seen.items()}
 

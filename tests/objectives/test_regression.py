@@ -214,8 +214,9 @@ def exactly(now, old, reward, beta, clip):
     """The loss of one group and its gradient [K,T], in rational numbers from the float32 ones that go in."""
     now, old = ([[Fraction(v) for v in run] for run in side.tolist()] for side in (now, old))
     reward, beta, clip = [Fraction(r) for r in reward.tolist()], Fraction(beta), Fraction(clip)
-    held = [[min(max(v, o - clip), o + clip) for v, o in zip(*pair, strict=True)] for pair in zip(now, old, strict=True)]
-    inside = [[v == h for v, h in zip(*pair, strict=True)] for pair in zip(now, held, strict=True)]
+    rows = [list(zip(*pair, strict=True)) for pair in zip(now, old, strict=True)]
+    held = [[min(max(v, o - clip), o + clip) for v, o in row] for row in rows]
+    inside = [[abs(v - o) <= clip for v, o in row] for row in rows]
     total, total_held = [sum(run) for run in now], [sum(run) for run in held]
     loss, count = Fraction(0), 0
     plain, clipped = [Fraction(0)] * len(now), [Fraction(0)] * len(now)  # slopes of a run's steps; if inside the clip

@@ -1,6 +1,7 @@
 """The online methods on a toy: counts of network calls, exact gradients, the start, and what they learn."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from diffusion_align.rewards import RewardError
 from diffusion_align.samplers.kernel import step_gaussian
 from diffusion_align.train.online import require_start
 from diffusion_align.train.path_losses import learn_prdp
+from diffusion_align.train.rounding import Allowed
 from diffusion_align.train.runs import checked, draw_runs, once_a_group
 from diffusion_align.train.step_losses import learn_d3po, learn_policy_gradient, pairs_of
 
@@ -242,11 +244,14 @@ def test_a_policy_that_is_not_its_reference_is_refused_at_the_start(name):
 
 def test_a_ratio_that_is_not_one_is_refused_at_the_start():
     columns = {"drift": torch.tensor([0.0, 2.0]), "log_ratio": torch.zeros(2)}
-    require_start(columns, dims=10**6)
-    with pytest.raises(RuntimeError, match="importance ratio is not 1"):
-        require_start(columns, dims=32)
+    check = partial(require_start, dims=32, allowed=Allowed(1e-3, step=1.5, run=6.0, name="TF32"))
+    with pytest.raises(RuntimeError, match="is not 1: .* is 2 nats over 32 dims, and rounding in TF32 explains 1.5"):
+        check(columns)
+    check({"drift": torch.tensor([1.4]), "log_ratio": torch.tensor([5.0])})
+    with pytest.raises(RuntimeError, match="differs from its reference: .* is 7 nats .* rounding in TF32 explains 6"):
+        check({"drift": torch.zeros(1), "log_ratio_w": torch.tensor([7.0])})
     # A number that is not finite makes the step be skipped; it is no sign of another policy.
-    require_start({"drift": torch.tensor([float("nan")]), "log_ratio": torch.tensor([float("inf")])}, dims=32)
+    check({"drift": torch.tensor([float("nan")]), "log_ratio": torch.tensor([float("inf")])})
 
 
 @pytest.mark.parametrize("name", METHODS)
