@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from ..prediction import Denoiser
 from ..tensors import widen
@@ -30,8 +31,8 @@ def relative_change(table: StepTable, k: int, x: Tensor, first: Tensor, second: 
     predicted noise, and near t = 1000 rounds like those, however little remains of them.
     """
     alpha = float(table.alpha[k])
-    size = first.norm() + ((x - alpha * first).norm() / alpha if alpha else 0)
-    return float((second - first).norm() / size) if bool((second != first).any()) else 0.0
+    size = vector_norm(first) + (vector_norm(x - alpha * first) / alpha if alpha else 0)
+    return float(vector_norm(second - first) / size) if bool((second != first).any()) else 0.0
 
 
 def _require_same(change: float, k: int, tolerance: float) -> bool:

@@ -46,7 +46,7 @@ def learn_prdp(
         return step.log_ratio(reference, x)
 
     def loss(log_ratio: Tensor) -> Tensor:
-        now, before = _grouped(log_ratio[scored], groups), _grouped(old, groups)
+        now, before = _grouped(log_ratio, groups)[:, :, scored], _grouped(old, groups)
         bound = None if clip is None else clip * unit
         # (mean over T and D)^2 at beta is (1 / (T D))^2 times the sum's at beta / (T D): see objectives.regression.
         of_groups = prdp(now, before, reward, beta / over, bound) / over**2
