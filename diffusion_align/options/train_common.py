@@ -58,7 +58,7 @@ class TrainCommon:
     device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
     threads: int | None = option(None, "machine", "CPU threads (default: OMP_NUM_THREADS, else one for each core that other programs leave free)", at_least=1)
     mixed_precision: str = option("no", "machine", "precision of the network", choices=("no", "fp16", "bf16"))
-    allow_tf32: bool = option(False, "machine", "TF32 products on NVIDIA GPUs")
+    allow_tf32: bool = option(False, "machine", "TF32 in products and convolutions on NVIDIA GPUs; else neither has it")
     gradient_checkpointing: bool = option(False, "machine", "less memory, slower")
     enable_xformers_memory_efficient_attention: bool = option(False, "machine", "attention by xformers, on CUDA; torch's own is as fast")
     process_timeout: int = option(1800, "machine", "with several processes: seconds they wait for one that does not come; more than the longest that one alone is busy (encoding, a grid, a reward)", at_least=10)

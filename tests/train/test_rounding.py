@@ -15,6 +15,7 @@ from helpers_online import EMPTY, METHODS, Toy
 from helpers_train import SCHEDULE, MemoryPairs, Network, make_run
 
 from diffusion_align import rng
+from diffusion_align.commands.opening import set_tf32
 from diffusion_align.gaussian import Gaussian
 from diffusion_align.objectives import gain_weights, rank_dpo
 from diffusion_align.prediction import to_clean
@@ -202,6 +203,12 @@ def test_what_is_allowed_follows_precision_and_device(no_tf32):
     assert between_outputs(Device("cpu")) == 0 and between_outputs(Device("cuda")) == FLOAT32
     assert between_outputs(Device("cpu", "bf16")) == 8 / 256 and between_outputs(Device("cuda", "fp16")) == 8 / 2048
     assert arithmetic(Device("cuda")) == "no"
-    torch.backends.cudnn.allow_tf32 = True
+    set_tf32(True)
     assert between_outputs(Device("cuda")) == 8 / 2048
     assert arithmetic(Device("cpu")) == arithmetic(Device("mps")) == "no"
+
+
+def test_the_option_switches_tf32_in_products_and_in_convolutions(no_tf32):
+    for allow in (True, False):
+        set_tf32(allow)
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == allow
