@@ -61,7 +61,7 @@ class TrainCommon:
     allow_tf32: bool = option(False, "machine", "TF32 in products and convolutions on NVIDIA GPUs; else neither has it")
     gradient_checkpointing: bool = option(False, "machine", "less memory, slower")
     enable_xformers_memory_efficient_attention: bool = option(False, "machine", "attention by xformers, on CUDA; torch's own is as fast")
-    process_timeout: int = option(1800, "machine", "with several processes: seconds they wait for one that does not come; more than the longest that one alone is busy (encoding, a grid, a reward)", at_least=10)
+    process_timeout: int = option(1800, "machine", "with several processes: seconds they wait for one that does not come; more than the longest that one alone is busy (a grid, a reward)", at_least=10)
     local_rank: int = option(-1, "machine", "set by old launchers", saved=False, unused="the rank is read from the environment")
     prior_generation_precision: str | None = option(None, "machine", "a leftover of DreamBooth scripts", choices=("no", "fp32", "fp16", "bf16"), unused="no prior is generated")
 
@@ -98,6 +98,7 @@ class TrainOffline(TrainCommon):
     dataset_split_name: str | None = option(None, "data", "split of a data set (default: train)", aliases=("split",))
     max_train_samples: int | None = option(None, "data", "use only the first N pairs", at_least=1)
     max_bad_fraction: float = option(0.01, "data", "share of broken rows that is left out and listed; with more the run stops", at_least=0, at_most=1)
+    encode_precision: str = option("no", "data", "precision in which pictures and prompts are encoded (no: float32); they are kept in float32", choices=("no", "fp16", "bf16"))
     proportion_empty_prompts: float = option(0.0, "data", "share of prompts replaced by the empty one", at_least=0, at_most=1)
     vae_encode_batch_size: int = option(8, "data", "pictures encoded at a time", at_least=1, unused="the cache encodes as many at a time as are new among 16 pairs, in chunks of 16")
     random_crop: bool = option(False, "data", "crop at random", unused=CACHED)

@@ -16,9 +16,10 @@ _POLL = 0.1  # seconds after which a worker whose consumer has left notices
 def prefetch(items: Iterable[Item], ahead: int = 2) -> Iterator[Item]:
     """The items in their order, made by one thread that is at most `ahead` finished ones in front.
 
-    Items on a GPU are made on the device that is current here: a new thread would begin on GPU 0. It pays where making an item leaves the interpreter's lock alone (decoding and resizing of pictures, reading files)
+    It pays where making an item leaves the interpreter's lock alone (decoding and resizing of pictures, reading files)
     or the consumer does (a GPU). An exception of `items` is raised here, after the items before it. Whoever stops
-    early, by `close()` or by dropping the generator, stops the thread too, at its next item.
+    early, by `close()` or by dropping the generator, stops the thread too, at its next item. The current CUDA device is
+    that of the consumer: a new thread would begin on GPU 0.
 
     Raises:
         ValueError: `ahead` is less than 1.
