@@ -22,7 +22,8 @@ class Gaussian:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", widen(self.mean))
-        object.__setattr__(self, "std", self.std.to(self.mean))  # a table's float64 must not promote the whole batch
+        # A table's float64 must not promote the whole batch, nor reach a device that has none.
+        object.__setattr__(self, "std", self.std.to(self.mean.dtype).to(self.mean.device))
         expand_to(self.std, self.mean)
         if not bool(((self.std > 0) & self.std.isfinite()).all()):
             raise ValueError("a Gaussian needs positive, finite std: a deterministic step (std 0) has no density")

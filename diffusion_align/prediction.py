@@ -26,10 +26,11 @@ KINDS = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
 
 def _level(value: Tensor | float, like: Tensor) -> Tensor | float:
-    """A schedule's float64 level in the dtype of `like`, which it would promote otherwise; [B] gains singleton dims."""
+    """A schedule's float64 level in the dtype of `like`, which it would promote otherwise, and then on its device,
+    which may have no float64; [B] gains singleton dims."""
     if not isinstance(value, Tensor) or value.ndim == 0:
         return float(value)
-    value = value.to(like)
+    value = value.to(like.dtype).to(like.device)
     return value if value.ndim == like.ndim else expand_to(value, like)
 
 

@@ -6,7 +6,8 @@ solvers walk along (lambda in Lu et al. 2022, DPM-Solver, arXiv 2206.00927). Two
     "vp"     alpha^2 + sigma^2 = 1, from a table of betas; t is an index into the table, 0 .. N - 1
     "flow"   alpha + sigma = 1, rectified flow; t = N * sigma, 0 .. N
 
-Everything is float64: 1 - alpha^2 near t = 0 loses four digits in float32.
+Everything is float64: 1 - alpha^2 near t = 0 loses four digits in float32. And everything is on the CPU, whatever the
+device of the times that are asked about, for not every device has float64 (Apple's MPS has none).
 """
 
 from __future__ import annotations
@@ -83,38 +84,37 @@ class Schedule:
         return cls("vp", len(table), prediction_type, table, zero_terminal, 1.0, offset, clip)
 
     def alpha(self, t: torch.Tensor | float) -> torch.Tensor:
-        """Signal level at network time t: float64, shape and device of t. Raises ValueError outside the schedule."""
+        """Signal level at network time t: float64 on the CPU, shape of t. Raises ValueError outside the schedule."""
         return self.levels(self.half_log_snr(t))[0]
 
     def sigma(self, t: torch.Tensor | float) -> torch.Tensor:
-        """Noise level at network time t: float64, shape and device of t. Raises ValueError outside the schedule."""
+        """Noise level at network time t: float64 on the CPU, shape of t. Raises ValueError outside the schedule."""
         return self.levels(self.half_log_snr(t))[1]
 
     def half_log_snr(self, t: torch.Tensor | float) -> torch.Tensor:
-        """log(alpha / sigma) at network time t: float64, shape and device of t. -inf is pure noise, +inf is clean.
+        """log(alpha / sigma) at network time t: float64 on the CPU, shape of t. -inf is pure noise, +inf is clean.
 
         Between the integers of a table it is linear in t, as diffusers' `sigma_to_t` has it.
         Raises ValueError for a t outside 0 .. N - 1 (vp) or 0 .. N (flow).
         """
-        t = torch.as_tensor(t)
-        t = t.to(torch.float64)
+        t = torch.as_tensor(t).cpu().to(torch.float64)
         last = self.num_timesteps if self.kind == "flow" else self.num_timesteps - 1
         if not bool(((t >= 0) & (t <= last)).all()):
             raise ValueError(f"a timestep lies outside 0 .. {last}, the range of this {self.kind} schedule")
         if self.kind == "flow":
             level = t / self.num_timesteps
             return torch.log1p(-level) - torch.log(level)
-        table = self.table.to(t.device)
+        table = self.table
         below = t.floor().long().clamp(max=self.num_timesteps - 2)
         value = torch.lerp(table[below], table[below + 1], t - below)
         return torch.where(t == last, -math.inf, value) if self.zero_terminal else value
 
     def timestep_at(self, half_log_snr: torch.Tensor) -> torch.Tensor:
-        """The inverse of `half_log_snr`: fractional network time, float64, clamped to the ends of a table."""
-        lam = half_log_snr.to(torch.float64)
+        """The inverse of `half_log_snr`: network time, float64 on the CPU, clamped to the ends of a table."""
+        lam = half_log_snr.cpu().to(torch.float64)
         if self.kind == "flow":
             return self.num_timesteps * torch.sigmoid(-lam)
-        falling = self.table.to(lam.device)
+        falling = self.table
         above = torch.searchsorted(-falling, -lam.contiguous()).clamp(1, self.num_timesteps - 1)
         below = above - 1
         fraction = (falling[below] - lam) / (falling[below] - falling[above])

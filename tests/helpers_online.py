@@ -10,6 +10,7 @@ from diffusion_align import rng
 from diffusion_align.samplers import noise_window, step_table
 from diffusion_align.train.branches import resample
 from diffusion_align.train.online import d3po_method, policy_gradient_method, prdp_method, spo_method
+from diffusion_align.train.rounding import along_runs
 from diffusion_align.train.rounds import run_rounds
 from diffusion_align.train.runs import binder, draw_runs
 
@@ -61,6 +62,7 @@ class Toy:
         if window is not None:
             self.table = noise_window(self.table, self.quiet, *window)
         self.group, self.share, self.reward, self.seed = group, share, reward, seed
+        self.guidance, self.shape = guidance, SHAPE
         self.parameters = [self.network.up, self.network.down]
         self.optimizer = torch.optim.SGD(self.parameters, lr=1.0)
         self.dims = 32
@@ -73,7 +75,7 @@ class Toy:
         prompts, text = self.texts(samples)
         return draw_runs(
             self.policy, self.reference, self.table, text, prompts, samples, self.reward,
-            group=self.group, share_noise=self.share, shape=SHAPE, seed=self.seed,
+            group=self.group, share_noise=self.share, shape=self.shape, seed=self.seed,
         )  # fmt: skip
 
     def logits(self, x, prompts, t):
@@ -85,22 +87,24 @@ class Toy:
         prompts, text = self.texts(samples)
         return resample(
             self.policy, self.table, text, prompts, samples, self.logits,
-            children=children, start=start, threshold=threshold, shape=SHAPE, seed=self.seed, segment=segment,
+            children=children, start=start, threshold=threshold, shape=self.shape, seed=self.seed, segment=segment,
             quiet=self.quiet, lookahead=lookahead, all_pairs=all_pairs,
         )  # fmt: skip
 
     def method(self, name, **more):
+        more = {"allowed": along_runs("no", self.table, self.dims, self.guidance, "epsilon")} | more
+        both = (self.policy, self.reference)
         if name == "d3po":
             settings = {"beta": 5.0, "clip": 0.1, "per_dim": True} | more
-            return d3po_method(self.draw, self.policy, self.dims, **settings)
+            return d3po_method(self.draw, *both, self.dims, **settings)
         if name == "prdp":
             settings = {"beta": 0.05, "clip": None, "mean": False, "fresh": True} | more
-            return prdp_method(self.draw, self.policy, self.dims, **settings)
+            return prdp_method(self.draw, *both, self.dims, **settings)
         if name == "ddpo":
             settings = {"clip": 0.1, "std": "group", "kl_weight": 0.0, "per_dim": True} | more
-            return policy_gradient_method(self.draw, self.policy, self.dims, **settings)
+            return policy_gradient_method(self.draw, *both, self.dims, **settings)
         settings = {"beta": 10.0, "clip": 0.1, "per_dim": True, "at_once": 5} | more
-        return spo_method(self.branch, self.policy, self.reference, self.table, self.dims, **settings)
+        return spo_method(self.branch, *both, self.table, self.dims, **settings)
 
     def rounds(self, method, *, progress=None, accelerator=None, **more):
         from diffusion_align.train.update import Progress

@@ -1,21 +1,26 @@
-"""Pictures and prompts of a run through their encoders, once, on the main process first."""
+"""Pictures and prompts of a run through their encoders, once, shared out over its processes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from accelerate import Accelerator
 
 from diffusion_align.data import Pair, PairCache, Ranking, build_cache
+from diffusion_align.data.encoding_job import Share
 from diffusion_align.data.readers import BadRow
 from diffusion_align.options import TrainOffline, TrainSpm
 from diffusion_align.train import watch
-from diffusion_align.train.agree import main_first
+from diffusion_align.train.agree import total
 
 if TYPE_CHECKING:
     from diffusion_align.models import TextToImage
+
+PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @watch.named()
@@ -28,7 +33,9 @@ def encoded(
 ) -> PairCache:
     """The cache of these pairs or rankings: in --cache_dir, which runs can share, or else in the run folder."""
     watch.doing("encoding")
-    with main_first(accelerator):
+    dtype = PRECISIONS[o.encode_precision]
+    _ = gate.empty_text  # the gate keeps it, for pictures that are drawn in full precision
+    with torch.autocast(gate.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
         return build_cache(
             gate,  # pyright: ignore[reportArgumentType]  (a cached property is a property)
             lists,
@@ -38,4 +45,6 @@ def encoded(
             known_bad=known_bad,
             max_bad_fraction=o.max_bad_fraction,
             progress=accelerator.is_main_process,
+            precision=o.encode_precision,
+            share=Share(accelerator.process_index, accelerator.num_processes, partial(total, accelerator)),
         )

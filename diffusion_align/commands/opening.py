@@ -39,8 +39,7 @@ def open_session(o: TrainCommon, verb: str, resumed: Checkpoint | None) -> Sessi
         raise ValueError("mixed_precision fp16 needs a CUDA GPU and there is none here; take bf16 or no")
     accelerator = join(o, log_folder(o))
     workers = threads.settle(o.threads, resumed.state.get("threads") if resumed else None, say=accelerator.print)
-    if o.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
+    set_tf32(o.allow_tf32)
     name = present_model(o.pretrained_model_name_or_path or "")
     gate = load_pipeline(name, device=accelerator.device, revision=o.revision, variant=o.variant)
     xformers = o.enable_xformers_memory_efficient_attention
@@ -53,6 +52,12 @@ def open_session(o: TrainCommon, verb: str, resumed: Checkpoint | None) -> Sessi
     return Session(
         o, verb, Path(o.output_dir), resumed, accelerator, gate, reference(gate, o.mode), named, ema, workers
     )
+
+
+def set_tf32(allow: bool) -> None:
+    """TF32 in matrix products and in convolutions alike, on or off. torch by itself has it on in convolutions only."""
+    torch.backends.cuda.matmul.allow_tf32 = allow
+    torch.backends.cudnn.allow_tf32 = allow
 
 
 def log_folder(o: TrainCommon) -> str:

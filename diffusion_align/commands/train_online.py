@@ -27,6 +27,7 @@ from diffusion_align.samplers import StepTable, noise_window, step_table
 from diffusion_align.train.branches import Comparisons, StepScore, resample
 from diffusion_align.train.method import Method
 from diffusion_align.train.online import Later, d3po_method, policy_gradient_method, prdp_method, spo_method
+from diffusion_align.train.rounding import along_runs, arithmetic
 from diffusion_align.train.rounds import run_rounds
 from diffusion_align.train.runs import Bind, Runs, Score, binder, draw_runs, scored
 from diffusion_align.train.steps import Sample
@@ -55,6 +56,9 @@ class Rollout:
             return binder(run, gate.schedule, gate.prediction_type, gate.empty_text, o.guidance)
 
         self.policy, self.reference = in_precision(gate.predict), in_precision(session.reference)
+        self.allowed = along_runs(
+            arithmetic(accelerator), self.table, self.dims, o.guidance, gate.prediction_type
+        )  # fmt: skip
         self.per_dim = getattr(o, "log_ratio_unit", "mean") == "mean"
 
     def table_of(self, round: int) -> StepTable:
@@ -100,8 +104,8 @@ class Rollout:
 def train_d3po(o: TrainD3po) -> int:
     def method(r: Rollout) -> Method[Any]:
         return d3po_method(
-            r.draw(o.reference == "round"), r.policy, r.dims,
-            beta=o.beta, clip=o.clip, per_dim=r.per_dim, later=r.later(),
+            r.draw(o.reference == "round"), r.policy, None if o.reference == "round" else r.reference, r.dims,
+            beta=o.beta, clip=o.clip, per_dim=r.per_dim, allowed=r.allowed, later=r.later(),
         )  # fmt: skip
 
     return train_online(o, "train d3po", method, shown=("reward_mean", "implicit_accuracy"))
@@ -110,8 +114,8 @@ def train_d3po(o: TrainD3po) -> int:
 def train_prdp(o: TrainPrdp) -> int:
     def method(r: Rollout) -> Method[Any]:
         return prdp_method(
-            r.draw(), r.policy, r.dims,
-            beta=o.beta, clip=o.clip, mean=r.per_dim, fresh=fresh(o), later=r.later(),
+            r.draw(), r.policy, r.reference, r.dims,
+            beta=o.beta, clip=o.clip, mean=r.per_dim, fresh=fresh(o), allowed=r.allowed, later=r.later(),
         )  # fmt: skip
 
     return train_online(o, "train prdp", method, shown=("reward_mean", "kl"))
@@ -120,8 +124,9 @@ def train_prdp(o: TrainPrdp) -> int:
 def train_ddpo(o: TrainDdpo) -> int:
     def method(r: Rollout) -> Method[Any]:
         return policy_gradient_method(
-            r.draw(), r.policy, r.dims,
-            clip=o.clip, std=o.advantage_std, kl_weight=o.kl_weight, per_dim=r.per_dim, later=r.later(),
+            r.draw(), r.policy, r.reference, r.dims,
+            clip=o.clip, std=o.advantage_std, kl_weight=o.kl_weight, per_dim=r.per_dim, allowed=r.allowed,
+            later=r.later(),
         )  # fmt: skip
 
     return train_online(o, "train ddpo", method, shown=("reward_mean", "kl"))
@@ -141,7 +146,7 @@ def train_spo(o: TrainSpo) -> int:
 
         return spo_method(
             branches, r.policy, r.reference, r.table, r.dims,
-            beta=o.beta, clip=o.clip, per_dim=r.per_dim, at_once=o.sample_chunk,
+            beta=o.beta, clip=o.clip, per_dim=r.per_dim, at_once=o.sample_chunk, allowed=r.allowed,
         )  # fmt: skip
 
     return train_online(o, "train spo", method, shown=("score_mean", "kept"))

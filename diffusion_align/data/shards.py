@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +27,28 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def make_shard(folder: Path, name: str, make: Callable[[], tuple[Tensor, dict[str, Any]]]) -> dict[str, Any]:
-    """Return what is known of shard `name`, calling `make() -> (values [N,...], facts)` only if it is not there whole.
-
-    A sealed shard whose tensors no longer match the seal is made again.
-    """
+def known_shard(folder: Path, name: str) -> dict[str, Any] | None:
+    """What is known of shard `name` where it is there whole; None also where its tensors do not match their seal."""
     seal, tensors = folder / f"{name}.json", folder / f"{name}.safetensors"
     if seal.is_file() and tensors.is_file():
         facts = json.loads(seal.read_text())
         if facts["sha256"] == sha256(tensors):
             return facts
-    values, facts = make()
+    return None
+
+
+def write_shard(folder: Path, name: str, values: Tensor, facts: dict[str, Any]) -> None:
+    """Write tensors [N,...], and what is known of them as their seal. DataError for values that are not finite."""
     if not torch.isfinite(values).all():
         raise DataError(
-            f"{name}: the encoder gave values that are not finite; encode in float32 "
-            "(the SDXL VAE overflows in float16: load it in float32, or take madebyollin/sdxl-vae-fp16-fix)"
+            f"{name}: the encoder gave values that are not finite; encode in float32 (--encode_precision no; the SDXL "
+            "VAE overflows in float16: load it in float32, or take madebyollin/sdxl-vae-fp16-fix)"
         )
     staged = folder / f".tmp-{name}.safetensors"
     save_file({"values": values.detach().cpu().contiguous()}, staged)
     facts = {"sha256": sha256(staged)} | facts
-    os.replace(staged, tensors)
-    write_bytes(seal, json.dumps(facts).encode())
-    return facts
+    os.replace(staged, folder / f"{name}.safetensors")
+    write_bytes(folder / f"{name}.json", json.dumps(facts).encode())
 
 
 class Shards:

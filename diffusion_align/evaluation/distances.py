@@ -22,7 +22,8 @@ def diversity(features: Tensor, groups: Tensor) -> Tensor:
 
     features [N,D]; groups [N] int64 numbers the prompts from 0.
     """
-    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    unit = torch.nn.functional.normalize(features.cpu().double(), dim=1)
+    groups = groups.cpu()
     count = int(groups.max()) + 1 if len(groups) else 0
     sums = torch.zeros(count, unit.shape[1], dtype=unit.dtype).index_add_(0, groups, unit)
     size = torch.bincount(groups, minlength=count).double()
@@ -86,7 +87,7 @@ def _sides(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"expected features [N,D] and [M,D], not {list(x.shape)} and {list(y.shape)}")
     if min(len(x), len(y)) < 2:
         raise ValueError(f"two or more pictures a side are needed, not {len(x)} and {len(y)}")
-    x, y = x.double(), y.double()
+    x, y = x.cpu().double(), y.cpu().double()  # in this order: the device may have no float64
     if not (math.isfinite(float(x.sum())) and math.isfinite(float(y.sum()))):
         raise ValueError("features are not finite")
     return x, y

@@ -125,7 +125,7 @@ def generate(
 def table_digest(table: StepTable) -> str:
     """A short hash of the numbers that make two samplers the same."""
     parts = (table.timesteps, table.cx, table.c, table.std)
-    return hashlib.blake2b(b"".join(p.double().cpu().numpy().tobytes() for p in parts), digest_size=8).hexdigest()
+    return hashlib.blake2b(b"".join(p.cpu().double().numpy().tobytes() for p in parts), digest_size=8).hexdigest()
 
 
 def save_pictures(

@@ -35,6 +35,8 @@ def guided_denoiser(
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         output = guided(predict, x, t, text, negative, scale)
-        return to_clean(output, x, schedule.alpha(t), schedule.sigma(t), prediction_type)
+        # Asked once, as t comes from the device.
+        alpha, sigma = schedule.levels(schedule.half_log_snr(t))
+        return to_clean(output, x, alpha, sigma, prediction_type)
 
     return denoise

@@ -8,6 +8,9 @@ Everything is in nats summed over dims and steps, where beta is the weight of th
 over the T steps (and its constants suggest over the D dims too). Its loss is ours, with its constants converted:
 
     mean over T and D, with beta and clip   =   1 / (T D)^2  x  sum, with beta / (T D) and clip D
+
+With those constants r / beta is 1e9 nats and more, where neighbouring float32 numbers are 64 apart, and a log-ratio is
+below 1. The scalars here are therefore float64. They are few, and they stay on the CPU: not every device has float64.
 """
 
 from __future__ import annotations
@@ -27,10 +30,12 @@ def prdp(log_ratio: Tensor, log_ratio_old: Tensor, reward: Tensor, beta: float, 
     and lc_ij the same with each step's log-ratio held to log_ratio_old +- clip. Deng et al. 2024, arXiv 2402.08714,
     eq. 10-21. `log_ratio` and `log_ratio_old` [G,K,T] in nats, of the policy and of the policy that made the runs, each
     over the frozen reference; `reward` [G,K]. Only `log_ratio` takes a gradient. A step that has moved beyond the clip
-    towards its target has none; one that has moved away is pulled back.
+    towards its target has none; one that has moved away is pulled back. Where the clip changes nothing the gradient is
+    that of l_ij.
 
     Ties are dropped, and a group without a preference gives 0. With clip None, a group without ties costs O(K): its
-    loss is twice the unbiased variance of R - r / beta. Raises ValueError for shapes that do not fit, K < 2, beta <= 0
+    loss is twice the unbiased variance of R - r / beta. Arithmetic is in float64 on the CPU; the loss comes back on the
+    device of `log_ratio` in its dtype, float32 at least. Raises ValueError for shapes that do not fit, K < 2, beta <= 0
     or clip <= 0.
     """
     require_positive(beta=beta)
@@ -38,30 +43,38 @@ def prdp(log_ratio: Tensor, log_ratio_old: Tensor, reward: Tensor, beta: float, 
     if reward.shape != log_ratio.shape[:2] or reward.shape[1] < 2:
         shapes = f"{list(reward.shape)} for {list(log_ratio.shape)}"
         raise ValueError(f"expected rewards [G,K], K >= 2, for log-ratios [G,K,T], got {shapes}")
-    log_ratio, reward = widen(log_ratio), widen(reward.detach())
-    # Centred first: r / beta is in the thousands at published betas, and float32 would lose the log-ratios beside it.
-    target = ((reward - reward.mean(1, keepdim=True)) / beta).to(log_ratio)
-    residual = log_ratio.sum(2) - target
+    like = widen(log_ratio.detach()[:0])
+    log_ratio, reward = _exact(log_ratio), _exact(reward.detach())
+    target = (reward - reward.mean(1, keepdim=True)) / beta
+    total = log_ratio.sum(2)
+    residual = total - target
     if clip is not None:
-        held = _held(log_ratio, log_ratio_old, clip).sum(2) - target
-        return _mean_over_pairs(_pairs(residual).maximum(_pairs(held)), reward)
+        held = _held(log_ratio, log_ratio_old, clip).sum(2)
+        plain, clipped = _gaps(residual), _gaps(held - target)
+        # plain^2 >= clipped^2 as a product, whose first factor does not round the target. `maximum` of the squares
+        # would also halve the gradient where both are equal.
+        larger = (_gaps(total) - _gaps(held)).detach() * (plain + clipped).detach() >= 0
+        # What is not finite takes the plain branch, so that it is seen.
+        larger |= ~plain.isfinite()
+        return _mean_over_pairs(torch.where(larger, plain, clipped).square(), reward).to(like)
 
     untied = (reward.sort(1).values.diff(dim=1) != 0).all(1)
     centred = residual[untied] - residual[untied].mean(1, keepdim=True)
     variance = centred.square().sum(1) / (reward.shape[1] - 1)
     loss = residual.new_zeros(len(residual)).masked_scatter(untied, 2 * variance)
-    return loss.masked_scatter(~untied, _mean_over_pairs(_pairs(residual[~untied]), reward[~untied]))
+    pairs = _mean_over_pairs(_gaps(residual[~untied]).square(), reward[~untied])
+    return loss.masked_scatter(~untied, pairs).to(like)
 
 
 @torch.no_grad()
 def prdp_clip_fraction(log_ratio: Tensor, log_ratio_old: Tensor, clip: float) -> Tensor:
     """The share of each group's steps, [G], whose log-ratio is further than `clip` from the old one; to be logged.
 
-    Such a step has a gradient only in the pairs where l_ij > lc_ij. Inputs [G,K,T] and errors as in `prdp`.
+    Such a step has a gradient only in the pairs where l_ij > lc_ij. Inputs [G,K,T], result and errors as in `prdp`.
     """
     _require_groups(log_ratio, log_ratio_old)
-    held = _held(widen(log_ratio), log_ratio_old, clip)
-    return (held != widen(log_ratio)).to(held.dtype).mean((1, 2))
+    now = _exact(log_ratio)
+    return (_held(now, log_ratio_old, clip) != now).to(now.dtype).mean((1, 2)).to(widen(log_ratio[:0]))
 
 
 def _require_groups(log_ratio: Tensor, log_ratio_old: Tensor) -> None:
@@ -70,15 +83,20 @@ def _require_groups(log_ratio: Tensor, log_ratio_old: Tensor) -> None:
         raise ValueError(f"log-ratios must be [G,K,T], groups of runs of steps, got {list(log_ratio.shape)}")
 
 
+def _exact(values: Tensor) -> Tensor:
+    """The same numbers in float64, on the CPU first: the device may have no float64."""
+    return values.cpu().to(torch.float64)
+
+
 def _held(log_ratio: Tensor, log_ratio_old: Tensor, clip: float) -> Tensor:
     require_positive(clip=clip)
-    old = log_ratio_old.detach().to(log_ratio)
+    old = _exact(log_ratio_old.detach())
     return log_ratio.clamp(old - clip, old + clip)
 
 
-def _pairs(residual: Tensor) -> Tensor:
-    """[G,K] -> [G,K,K], the squared difference of each pair."""
-    return (residual[:, :, None] - residual[:, None, :]).square()
+def _gaps(values: Tensor) -> Tensor:
+    """[G,K] -> [G,K,K], the difference of each pair."""
+    return values[:, :, None] - values[:, None, :]
 
 
 def _mean_over_pairs(loss: Tensor, reward: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ class TrainSpm:
     max_train_samples: int | None = option(None, "data", "use only the first N pairs, held-out ones among them", at_least=1)
     held_out: int = option(100, "data", "pairs, at least, that are kept from training to measure accuracy; whole prompts", at_least=0)
     max_bad_fraction: float = option(0.01, "data", "share of broken rows that is left out and listed; with more the run stops", at_least=0, at_most=1)
+    encode_precision: str = option("no", "data", "precision in which pictures and prompts are encoded (no: float32); they are kept in float32", choices=("no", "fp16", "bf16"))
     resolution: int | None = option(None, "data", "side of the pictures in pixels (default: the model's own)", at_least=8)
     cache_dir: str | None = option(None, "data", "where downloads and encoded pictures are kept (default: the hub's own place, and output_dir/cache)")
 
@@ -43,7 +44,7 @@ class TrainSpm:
     device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
     threads: int | None = option(None, "machine", "CPU threads (default: OMP_NUM_THREADS, else one for each core that other programs leave free)", at_least=1)
     mixed_precision: str = option("no", "machine", "precision of the networks; the weights stay in float32", choices=("no", "fp16", "bf16"))
-    process_timeout: int = option(1800, "machine", "with several processes: seconds they wait for one that does not come; more than the longest that one alone is busy (encoding, a grid, a reward)", at_least=10)
+    process_timeout: int = option(1800, "machine", "with several processes: seconds they wait for one that does not come; more than the longest that one alone is busy (a grid, a reward)", at_least=10)
 
     output_dir: str = option("runs/spm", "output", "folder for the model, accuracy.json and metrics.jsonl")
     overwrite_output_dir: bool = option(False, "output", "replace an earlier model in output_dir", saved=False)

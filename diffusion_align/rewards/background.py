@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+import torch
+
 Item = TypeVar("Item")
 _POLL = 0.1  # seconds after which a worker whose consumer has left notices
 
@@ -16,7 +18,8 @@ def prefetch(items: Iterable[Item], ahead: int = 2) -> Iterator[Item]:
 
     It pays where making an item leaves the interpreter's lock alone (decoding and resizing of pictures, reading files)
     or the consumer does (a GPU). An exception of `items` is raised here, after the items before it. Whoever stops
-    early, by `close()` or by dropping the generator, stops the thread too, at its next item.
+    early, by `close()` or by dropping the generator, stops the thread too, at its next item. The current CUDA device is
+    that of the consumer: a new thread would begin on GPU 0.
 
     Raises:
         ValueError: `ahead` is less than 1.
@@ -29,6 +32,7 @@ def prefetch(items: Iterable[Item], ahead: int = 2) -> Iterator[Item]:
 def _consume(items: Iterable[Item], ahead: int) -> Iterator[Item]:
     ready: queue.Queue[tuple[bool, object]] = queue.Queue(ahead)
     left = threading.Event()
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def put(more: bool, value: object) -> bool:
         """False when nobody is there to take it."""
@@ -42,6 +46,8 @@ def _consume(items: Iterable[Item], ahead: int) -> Iterator[Item]:
 
     def work() -> None:
         try:
+            if device is not None:
+                torch.cuda.set_device(device)
             for item in items:
                 if not put(True, item):
                     return

@@ -39,16 +39,17 @@ def standardised(reward: Reward) -> Reward:
     """
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
-        values = reward(images, prompts)
+        given = reward(images, prompts)
+        values = given.cpu().double()  # in this order: the device may have no float64
         finite = torch.isfinite(values)
         if not finite.any():
-            return torch.full_like(values, torch.nan)
-        known = values[finite].double()
+            return torch.full_like(given, torch.nan)
+        known = values[finite]
         spread = known.std(correction=0)
         # Float32 scores that are equal but for rounding would otherwise become +-1.
         flat = spread <= 1e-6 * known.abs().amax()
-        centred = (values.double() - known.mean()) / torch.where(flat, torch.inf, spread)
-        return torch.where(finite, centred, torch.nan).to(values.dtype)
+        centred = (values - known.mean()) / torch.where(flat, torch.inf, spread)
+        return torch.where(finite, centred, torch.nan).to(given.dtype).to(given.device)
 
     return score
 

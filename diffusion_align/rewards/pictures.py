@@ -20,8 +20,10 @@ def to_uint8(images: Tensor) -> Tensor:
     """
     if not images.is_floating_point():
         raise ValueError(f"pictures are floating point in [0, 1], not {images.dtype}")
-    # In float64, as in the PNG writer: in float32 a product can land on a half that the exact product misses.
-    return (images.detach().double().nan_to_num(0.0).clamp(0, 1) * 255).round().to(torch.uint8)
+    # In float64, as in the PNG writer: in float32 a product can land on a half that the exact product misses. On the
+    # CPU, as not every device has float64.
+    levels = (images.detach().cpu().double().nan_to_num(0.0).clamp(0, 1) * 255).round().to(torch.uint8)
+    return levels.to(images.device)
 
 
 def to_pil(levels: Tensor) -> list[Image.Image]:

@@ -173,7 +173,7 @@ def fit_patches(conv: nn.Conv2d, latents: Tensor, embeddings: Tensor) -> None:
     latent tower start near to what that tower knows. Raises ValueError for fewer patches than unknowns.
     """
     # On the CPU, where the solver also copes with latents that do not fill their space.
-    latents, embeddings = latents.double().cpu(), embeddings.double().cpu()
+    latents, embeddings = latents.cpu().double(), embeddings.cpu().double()
     patch = (int(conv.kernel_size[0]), int(conv.kernel_size[1]))
     grid = [side // p for side, p in zip(latents.shape[2:], patch, strict=True)]
     rows = F.unfold(latents, patch, stride=patch).transpose(1, 2).flatten(0, 1)

@@ -70,7 +70,7 @@ class StepTable:
         """
         values = getattr(self, name)[self.indices(k, like.shape[0])]
         dtype = torch.promote_types(like.dtype, torch.float32) if values.is_floating_point() else values.dtype
-        return values.to(device=like.device, dtype=dtype)
+        return values.to(dtype).to(like.device)  # in this order: the device may have no float64
 
 
 def step_table(

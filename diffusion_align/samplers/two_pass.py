@@ -9,10 +9,12 @@ autograd.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from ..prediction import Denoiser
 from ..tensors import widen
@@ -21,17 +23,27 @@ from .rollout import Measure, log_prob, path_log_prob, predict, scored_predictio
 from .tables import StepTable
 
 
-def _require_same(first: Tensor, second: Tensor, k: int, tolerance: float) -> bool:
+@torch.no_grad()
+def relative_change(table: StepTable, k: int, x: Tensor, first: Tensor, second: Tensor) -> float:
+    """How far two clean predictions at the state `x` before step k are apart, in norms over the whole batch.
+
+    It is relative to |clean| + |noise| sigma / alpha. A clean prediction is the difference of x / alpha and of the
+    predicted noise, and near t = 1000 rounds like those, however little remains of them.
+    """
+    alpha = float(table.alpha[k])
+    size = vector_norm(first) + (vector_norm(x - alpha * first) / alpha if alpha else 0)
+    return float(vector_norm(second - first) / size) if bool((second != first).any()) else 0.0
+
+
+def _require_same(change: float, k: int, tolerance: float) -> bool:
     """False for numbers that are not finite, of which nothing can be said."""
-    with torch.no_grad():
-        change = (second - first).square().sum().sqrt()
-        bound = tolerance * first.square().sum().sqrt()
-    if not bool(change.isfinite()):
+    if not math.isfinite(change):
         return False
-    if bool(change > bound):
+    if change > tolerance:
         raise RuntimeError(
-            f"the two passes of the denoiser differ at step {k} (by {change:.2e}, allowed {bound:.2e}): the gradient "
-            "would be wrong, so switch off dropout and anything else random, and leave the weights alone in between"
+            f"the two passes of the denoiser differ at step {k}, by {change:.1e} relative, and rounding explains "
+            f"{tolerance:.1e}: the gradient would be wrong. Switch off dropout and anything else random, and leave the "
+            "weights and the size of the batch alone in between"
         )
     return True
 
@@ -51,8 +63,8 @@ def path_gradient(
 
     `loss` maps log-probs [T,B] (nats, 0 at deterministic steps) to a scalar, and may depend on the parameters only
     through them; scale it there for gradient accumulation. `history` as in `replay`. The network runs twice at each
-    scored step, in order, and once backward; predictions of the two passes may differ by `tolerance` relative to their
-    norm, for kernels that are not deterministic.
+    scored step, in order, and once backward; predictions of the two passes may differ by `tolerance` (relative, see
+    `relative_change`), for kernels that are not deterministic.
 
     `measure(k, step, next_state) -> [B]` replaces the log-prob by another number of a step, such as its fused log-ratio
     to a reference, which has no cancellation. `known` [T,B,...] are the clean predictions of the denoiser as it is now
@@ -81,5 +93,6 @@ def path_gradient(
         if not clean.requires_grad:
             raise ValueError("nothing in the denoiser requires a gradient: there is nothing to train")
         # A gradient that cannot be told is nan, so that whoever steps can see it.
-        clean.backward(vector if _require_same(first[k], clean, k, tolerance) else torch.full_like(vector, torch.nan))
+        change = relative_change(table, k, widen(states[k]), first[k], clean)
+        clean.backward(vector if _require_same(change, k, tolerance) else torch.full_like(vector, torch.nan))
     return value.detach()

@@ -19,6 +19,7 @@ from diffusion_align.schedule import Schedule
 from diffusion_align.tensors import sum_dims
 from diffusion_align.train.pair_losses import PairLoss, PairOutputs, margin_of
 from diffusion_align.train.record import quantiles
+from diffusion_align.train.rounding import between_outputs
 from diffusion_align.train.steps import Progress, Sample, StepRecord, run_steps
 
 if TYPE_CHECKING:
@@ -126,7 +127,8 @@ def train_pairs(
         caption_dropout: probability of training a pair under the empty prompt (0.2 in the authors' code).
         max_grad_norm: clip the total gradient norm; None leaves it.
         progress: where to go on; None starts a fresh run.
-        check_start: stop a fresh run whose policy is not exactly its reference before the first update.
+        check_start: stop a fresh run whose policy is not its reference before the first update, up to the rounding
+            of the precision; in float32 on a CPU exactly.
         weights: [len(cache)] factors on the pairs' losses, such as the strength of a preference; the mean stays one
             over pairs, so `loss` starts at log 2 times their mean. None: 1 each.
 
@@ -134,7 +136,7 @@ def train_pairs(
     margin_p05, margin_p50, margin_p95 (beta times margin); grad_norm (before clipping), lr, samples, skipped.
 
     Raises:
-        RuntimeError: the first margins are not exactly 0 (see `check_start`).
+        RuntimeError: policy and reference differ before the first update (see `check_start`).
         ValueError: weights that are not one finite number >= 0 a pair, or as `steps.run_steps`. NonFiniteError: as
             there.
     """
@@ -159,7 +161,8 @@ def train_pairs(
         losses = loss(pairs)
         if of_pair is not None:
             losses = losses * of_pair[[index for _, index in samples]].to(losses)
-        return {"loss": losses, "margin": margin_of(pairs), "winner_gap": gap[0], "loser_gap": gap[1]}
+        columns = {"loss": losses, "margin": margin_of(pairs), "winner_gap": gap[0], "loser_gap": gap[1]}
+        return columns | ({"apart": apart(pairs.policy, pairs.reference, 2)} if check_start else {})
 
     def summarise(columns: dict[str, Tensor]) -> dict[str, float]:
         return {
@@ -185,19 +188,28 @@ def train_pairs(
         progress=progress or Progress(),
         max_skipped_in_row=max_skipped_in_row,
         spike=spike,
-        check_first=partial(require_zero, name="margin") if check_start else None,
+        check_first=partial(require_start, allowed=between_outputs(accelerator)) if check_start else None,
     )
 
 
-def require_zero(columns: dict[str, Tensor], *, name: str) -> None:
-    """Stop a fresh run whose column `name` is not exactly 0: policy and reference are one function then, so anything
-    else is a difference that nobody meant."""
+@torch.no_grad()
+def apart(policy: Tensor, reference: Tensor, entries: int) -> Tensor:
+    """How far the outputs [K b,...] of two networks on lists of K are apart, [b]: the largest relative difference of a
+    list's entries, whose rows are in the order of `Noised`."""
+    difference, size = (sum_dims(x.to(torch.float32).square()) for x in (policy - reference, reference))
+    relative = torch.where(difference > 0, difference / size, difference).sqrt()
+    return relative.view(entries, -1).amax(0)
+
+
+def require_start(columns: dict[str, Tensor], *, allowed: float) -> None:
+    """Stop a fresh run whose policy is further `apart` from its reference than rounding explains: both are one function
+    then, so more is a difference that nobody meant."""
     # A number that is not finite is the business of the step, which is then skipped.
-    largest = float(torch.where(columns[name].isfinite(), columns[name], 0).abs().max())
-    if largest != 0:
+    largest = float(torch.where(columns["apart"].isfinite(), columns["apart"], 0).max())
+    if largest > allowed:
         raise RuntimeError(
-            f"before the first update the policy already differs from its reference: |margin| is {largest:g}, not 0. "
-            "Usual causes: dropout is active in one of them; they run in different precision; the adapter does not "
-            "start at zero, or the policy was loaded with weights that the reference lacks. If that is meant, pass "
-            "check_start=False"
+            "before the first update the policy already differs from its reference: their outputs are "
+            f"{largest:.1e} apart, relative, and rounding explains {allowed:.1e}. Usual causes: dropout in the model "
+            "(make it 0 in unet/config.json); weights that only the policy has (start from a model without them); "
+            "kernels that round more (leave out xformers, or give --mixed_precision no)"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -15,7 +15,8 @@ from diffusion_align.train.branches import Comparisons
 from diffusion_align.train.method import Columns, Method
 from diffusion_align.train.path_losses import learn_prdp
 from diffusion_align.train.record import quantiles
-from diffusion_align.train.runs import Bind, Runs, decided
+from diffusion_align.train.rounding import Allowed
+from diffusion_align.train.runs import Bind, Runs, asked_again, decided
 from diffusion_align.train.step_losses import learn_d3po, learn_policy_gradient, pairs_of
 from diffusion_align.train.steps import Sample
 
@@ -37,7 +38,16 @@ NOW = Later(None)  # drawing scores
 
 
 def d3po_method(
-    draw: Draw, policy: Bind, dims: int, *, beta: float, clip: float | None, per_dim: bool, later: Later = NOW
+    draw: Draw,
+    policy: Bind,
+    reference: Bind | None,
+    dims: int,
+    *,
+    beta: float,
+    clip: float | None,
+    per_dim: bool,
+    allowed: Allowed,
+    later: Later = NOW,
 ) -> Method[Runs]:
     """D3PO (Yang et al. 2023, arXiv 2311.13231) on all pairs of a prompt's runs. Constants as in `objectives.d3po`."""
     learn = partial(learn_d3po, policy=policy, beta=beta, clip=clip, per_dim=per_dim)
@@ -49,13 +59,24 @@ def d3po_method(
         learn=lambda runs, factor: learn(runs, factor=factor),
         facts=facts_of,
         summarise=partial(summarise, dims=dims),
-        check_start=partial(require_start, dims=dims),
+        check_start=partial(require_start, dims=dims, allowed=allowed),
         nothing=ALL_TIED,
+        again=partial(asked_again, policy=policy, reference=reference),
     )
 
 
 def policy_gradient_method(
-    draw: Draw, policy: Bind, dims: int, *, clip: float, std: str, kl_weight: float, per_dim: bool, later: Later = NOW
+    draw: Draw,
+    policy: Bind,
+    reference: Bind | None,
+    dims: int,
+    *,
+    clip: float,
+    std: str,
+    kl_weight: float,
+    per_dim: bool,
+    allowed: Allowed,
+    later: Later = NOW,
 ) -> Method[Runs]:
     """DDPO, GRPO and DPOK: the clipped surrogate with advantages in the group, and a KL to the reference."""
     learn = partial(learn_policy_gradient, policy=policy, clip=clip, std=std, kl_weight=kl_weight, per_dim=per_dim)
@@ -67,17 +88,29 @@ def policy_gradient_method(
         learn=lambda runs, factor: learn(runs, factor=factor),
         facts=facts_of,
         summarise=partial(summarise, dims=dims),
-        check_start=partial(require_start, dims=dims),
+        check_start=partial(require_start, dims=dims, allowed=allowed),
         nothing=ALL_TIED,
+        again=partial(asked_again, policy=policy, reference=reference),
     )
 
 
 def prdp_method(
-    draw: Draw, policy: Bind, dims: int, *, beta: float, clip: float | None, mean: bool, fresh: bool, later: Later = NOW
+    draw: Draw,
+    policy: Bind,
+    reference: Bind | None,
+    dims: int,
+    *,
+    beta: float,
+    clip: float | None,
+    mean: bool,
+    fresh: bool,
+    allowed: Allowed,
+    later: Later = NOW,
 ) -> Method[Runs]:
     """PRDP (Deng et al. 2024, arXiv 2402.08714). `fresh`: each round's data are used for one step only, so the runs'
     own predictions are those of the policy and spare a pass."""
-    learn = partial(learn_prdp, policy=policy, beta=beta, clip=clip, mean=mean, fresh=fresh)
+    bound = allowed.prediction
+    learn = partial(learn_prdp, policy=policy, beta=beta, clip=clip, mean=mean, fresh=fresh, tolerance=bound)
     return Method(
         collect=draw,
         score=later.score,
@@ -86,8 +119,9 @@ def prdp_method(
         learn=lambda runs, factor: learn(runs, factor=factor),
         facts=facts_of,
         summarise=partial(summarise, dims=dims),
-        check_start=partial(require_start, dims=dims),
+        check_start=partial(require_start, dims=dims, allowed=allowed),
         nothing=ALL_TIED,
+        again=partial(asked_again, policy=policy, reference=reference),
     )
 
 
@@ -102,6 +136,7 @@ def spo_method(
     clip: float | None,
     per_dim: bool,
     at_once: int,
+    allowed: Allowed,
 ) -> Method[Comparisons]:
     """SPO (Liang et al. 2024, arXiv 2406.04314)."""
     learn = partial(learn_spo, policy=policy, reference=reference, table=table, beta=beta, clip=clip, per_dim=per_dim)
@@ -111,7 +146,8 @@ def spo_method(
         learn=lambda pairs, factor: learn(pairs, factor=factor, at_once=at_once),
         facts=lambda pairs: {"score": pairs.score, "kept": pairs.kept.float()},
         summarise=partial(summarise, dims=dims),
-        check_start=partial(require_start, dims=dims),
+        # Its log-ratios are of single steps.
+        check_start=partial(require_start, dims=dims, allowed=replace(allowed, run=allowed.step)),
         nothing="no two children of a state were far enough apart; lower --threshold, or look at the reward",
     )
 
@@ -154,11 +190,11 @@ def summarise(columns: Columns, facts: Columns, *, dims: int) -> dict[str, float
     return metrics
 
 
-def require_start(columns: Columns, *, dims: int) -> None:
+def require_start(columns: Columns, *, dims: int, allowed: Allowed) -> None:
     """Stop a fresh run whose policy is not what drew the runs, or not its reference, before the first update.
 
-    A ratio of 1 may miss by rounding where kernels differ with gradients on; a log-ratio to the reference may not miss
-    at all, as both are one function: a little is allowed for the same reason.
+    Both ratios are those of a function to itself: 1 up to the rounding that is `allowed` where kernels differ with
+    gradients on. Raises RuntimeError, which says how much that is.
     """
 
     def largest(values: torch.Tensor) -> float:
@@ -166,16 +202,17 @@ def require_start(columns: Columns, *, dims: int) -> None:
         return float(torch.where(values.isfinite(), values, 0).abs().max())
 
     drift = largest(columns.get("drift", torch.zeros(1)))
-    if drift / dims > 1e-4:
+    if drift > allowed.step:
         raise RuntimeError(
             "before the first update the importance ratio is not 1: a step's log-ratio to the policy that drew it is "
-            f"{drift:g} nats over {dims} dims. Usual causes: dropout, other batches in training than in rollout, half "
-            "precision; train in float32 or bfloat16"
+            f"{drift:.3g} nats over {dims} dims, and rounding in {allowed.name} explains {allowed.step:.3g}. Usual "
+            "causes: dropout or something else random in the model; weights that changed after drawing"
         )
     apart = max(largest(v) for name, v in columns.items() if name.startswith("log_ratio"))
-    if apart / dims > 1e-4:
+    if apart > allowed.run:
         raise RuntimeError(
-            f"before the first update the policy already differs from its reference: |log-ratio| is {apart:g} nats "
-            f"over {dims} dims, not 0. Usual causes: dropout is active; they run in different precision; the policy "
-            "was loaded with weights that the reference lacks"
+            f"before the first update the policy already differs from its reference: |log-ratio| is {apart:.3g} nats "
+            f"over {dims} dims, not 0, and rounding in {allowed.name} explains {allowed.run:.3g}. Usual causes: "
+            "dropout is active; they run in different precision; the policy was loaded with weights that the reference "
+            "lacks"
         )

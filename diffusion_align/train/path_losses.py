@@ -14,13 +14,14 @@ from diffusion_align.train.runs import Bind, Runs, decided
 
 
 def learn_prdp(
-    runs: Runs, policy: Bind, factor: float, *, beta: float, clip: float | None, mean: bool = False, fresh: bool = False
-) -> Columns:
+    runs: Runs, policy: Bind, factor: float, *,
+    beta: float, clip: float | None, mean: bool = False, fresh: bool = False, tolerance: float = 1e-4,
+) -> Columns:  # fmt: skip
     """Add the gradient of factor x the sum over decided groups of PRDP's loss; columns of those groups.
 
     With `mean` beta and clip are those of the paper's printed code, for log-ratios averaged over dims and steps; else
     they are in nats summed over both, where beta is the weight of the KL. `fresh`: no update since the runs were drawn,
-    so their own predictions serve as the first pass.
+    so their own predictions serve as the first pass. `tolerance`: see `path_gradient`.
 
     Columns: loss; log_ratio and kl, means over the group's runs of sums over the run, nats; clamped, the share of steps
     beyond the clip; drift, as in `learn_d3po`.
@@ -29,7 +30,7 @@ def learn_prdp(
     table, states, clean = runs.trajectory.table, runs.trajectory.states, runs.trajectory.clean
     assert clean is not None  # rollouts keep them
     scored = [k for k in range(len(table)) if table.stochastic[k]]
-    keep = decided(runs).to(states.device)
+    keep = decided(runs)
     reward = runs.reward.nan_to_num()
     unit = runs.dims if mean else 1
     over = unit * (len(scored) if mean else 1)
@@ -45,19 +46,19 @@ def learn_prdp(
         return step.log_ratio(reference, x)
 
     def loss(log_ratio: Tensor) -> Tensor:
-        now = _grouped(log_ratio[scored], groups)
-        before = _grouped(old, groups)
+        now, before = _grouped(log_ratio, groups)[:, :, scored], _grouped(old, groups)
         bound = None if clip is None else clip * unit
         # (mean over T and D)^2 at beta is (1 / (T D))^2 times the sum's at beta / (T D): see objectives.regression.
-        of_groups = prdp(now, before, reward.to(now), beta / over, bound) / over**2
+        of_groups = prdp(now, before, reward, beta / over, bound) / over**2
         seen["loss"] = of_groups.detach()
         seen["log_ratio"] = now.detach().sum(2).mean(1)
         seen["drift"] = (now.detach() - before).abs().amax((1, 2))
         seen["clamped"] = prdp_clip_fraction(now, before, bound) if bound else torch.zeros_like(seen["loss"])
         return factor * of_groups[keep].sum()
 
-    path_gradient(runs.under(policy), runs.trajectory, loss, measure=measure, known=clean if fresh else None)
-    seen["kl"] = kl.view(groups, size).mean(1)
+    known = clean if fresh else None
+    path_gradient(runs.under(policy), runs.trajectory, loss, measure=measure, known=known, tolerance=tolerance)
+    seen["kl"] = kl.cpu().view(groups, size).mean(1)
     return {name: values[keep] for name, values in seen.items()}
 
 
@@ -66,5 +67,5 @@ def _after(runs: Runs, k: int) -> Tensor:
 
 
 def _grouped(log_ratio: Tensor, groups: int) -> Tensor:
-    """[T,B] -> [G,K,T]."""
-    return log_ratio.T.reshape(groups, -1, len(log_ratio))
+    """[T,B] -> [G,K,T] float64 on the CPU: next to targets of 1e9 nats, sums over steps need it."""
+    return log_ratio.cpu().to(torch.float64).T.reshape(groups, -1, len(log_ratio))

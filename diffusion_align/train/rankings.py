@@ -20,12 +20,14 @@ from diffusion_align.schedule import Schedule
 from diffusion_align.train.offline import (
     Noised,
     Predict,
+    apart,
     denoising_errors,
     drop_captions,
     noised_lists,
-    require_zero,
+    require_start,
 )
 from diffusion_align.train.record import quantiles
+from diffusion_align.train.rounding import between_outputs
 from diffusion_align.train.steps import Progress, Sample, StepRecord, run_steps
 
 if TYPE_CHECKING:
@@ -103,7 +105,7 @@ def train_rankings(
     prompt's weights; and grad_norm, lr, samples, skipped.
 
     Raises:
-        RuntimeError: the first scores are not exactly 0 (see `check_start`).
+        RuntimeError: policy and reference differ before the first update (see `check_start`).
         ValueError: relevance that does not fit the cache.
         ValueError, NonFiniteError: as `steps.run_steps`.
     """
@@ -121,10 +123,12 @@ def train_rankings(
             latents, text, samples, schedule, prediction_type, seed, shared_noise=shared_noise
         )  # fmt: skip
         dims[:] = [latents[0, 0].numel()]
+        networks, seen = (predict_policy, predict_reference), ([], [])
         with accelerator.autocast():
-            scores = ranking_scores(predict_policy, predict_reference, noised, one_graph=one_graph)
+            scores = ranking_scores(*map(noted, networks, seen), noised, one_graph=one_graph)
         phi = torch.tensor([relevance[index] for index in indices], dtype=torch.float64).to(scores)
-        return {"loss": loss(scores, phi), **_columns(scores.detach(), phi, pair_weights(phi))}
+        columns = {"loss": loss(scores, phi), **_columns(scores.detach(), phi, pair_weights(phi))}
+        return columns | ({"apart": apart(*map(torch.cat, seen), noised.entries)} if check_start else {})
 
     def micro_batch(samples: list[Sample], _: list[Sample]) -> dict[str, Tensor]:
         lengths = [cache.lengths[index] for _, index in samples]
@@ -161,8 +165,19 @@ def train_rankings(
         progress=progress or Progress(),
         max_skipped_in_row=max_skipped_in_row,
         spike=spike,
-        check_first=partial(require_zero, name="furthest") if check_start else None,
+        check_first=partial(require_start, allowed=between_outputs(accelerator)) if check_start else None,
     )
+
+
+def noted(predict: Predict, outputs: list[Tensor]) -> Predict:
+    """The same network, which puts what it answers into a list as well, without its graph."""
+
+    def answer(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        output = predict(x, t, text)
+        outputs.append(output.detach())
+        return output
+
+    return answer
 
 
 def _columns(scores: Tensor, relevance: Tensor, weights: Tensor) -> dict[str, Tensor]:
@@ -177,5 +192,4 @@ def _columns(scores: Tensor, relevance: Tensor, weights: Tensor) -> dict[str, Te
         "winner_gap": 0 - winner,  # not -winner, which at the start would be the -0.0 of metrics.jsonl
         "loser_gap": 0 - loser,
         "margin": winner - loser,
-        "furthest": scores.abs().amax(1),
     }

@@ -18,6 +18,7 @@ from diffusion_align.memory import CURE, OutOfMemory, free, logger, ran_out
 from diffusion_align.train.agree import anywhere
 from diffusion_align.train.collect import draw_round
 from diffusion_align.train.method import Chunk, Columns, Method, Round
+from diffusion_align.train.recut import recut
 from diffusion_align.train.steps import samples_at
 from diffusion_align.train.update import Outcome, Progress, StepRecord, require_finite, require_plain_tools, update
 from diffusion_align.train.watch import doing
@@ -88,10 +89,10 @@ def run_rounds(
             chunks = round.chunks[number % len(steps)]
             last = number + 1 == passes * len(steps)
             consumed = prompts_per_round if last else 0
-            total = int(_sum(sum(method.items(chunk) for chunk in chunks), accelerator))
+            total = _sum(sum(method.items(chunk) for chunk in chunks), accelerator)
             # Gradients are averaged over the processes, so each must count its items as their number's share.
             factor = accelerator.num_processes / max(total, 1) * (progress.loss_scale or 1.0)
-            parts, progress = _learn(method, chunks, factor, round.halvings, progress, optimizer, accelerator)
+            parts, progress, round = _learn(method, round, number, factor, progress, optimizer, accelerator)
             columns = _gather(parts, accelerator)
             if fresh and total and method.check_start is not None:
                 method.check_start(columns)
@@ -119,25 +120,27 @@ def run_rounds(
 
 def _learn(
     method: Method[Chunk],
-    chunks: list[Chunk],
+    round: Round[Chunk],
+    number: int,
     factor: float,
-    drawn_at: int,
     progress: Progress,
     optimizer: torch.optim.Optimizer,
     accelerator: "Accelerator",
-) -> tuple[list[Columns], Progress]:
-    """The gradient of a step, and the columns of its items; chunks are cut in two wherever memory runs out."""
+) -> tuple[list[Columns], Progress, Round[Chunk]]:
+    """The gradient of step `number` of a round, the columns of its items, and the round as it now is: chunks are cut in
+    two wherever memory runs out."""
     while True:
         optimizer.zero_grad(set_to_none=True)
-        times = 2 ** (progress.halvings - drawn_at)
+        times = 2 ** (progress.halvings - round.halvings)
+        chunks = round.chunks[number % len(round.chunks)]
         pieces = [piece for chunk in chunks for piece in chunk.cut(times) if method.items(piece)]
-        parts = _try_pieces(method, pieces, factor, accelerator)
+        tried = _try_step(method, round, number, factor, progress, accelerator)
         can_halve = any(len(piece.cut(2)) > 1 for piece in pieces)
-        failed, stuck = anywhere(accelerator, parts is None, parts is None and not can_halve)
+        failed, stuck = anywhere(accelerator, tried is None, tried is None and not can_halve)
         if not failed:
-            assert parts is not None  # here, as it is nowhere
-            return parts, progress
-        parts = None
+            assert tried is not None  # here, as it is nowhere
+            return tried[0], progress, tried[1]
+        tried = None
         free()
         if stuck:
             raise OutOfMemory(f"step {progress.step + 1}: out of memory with the pictures of one prompt; {CURE}")
@@ -145,12 +148,16 @@ def _learn(
         progress = replace(progress, halvings=progress.halvings + 1)
 
 
-def _try_pieces(
-    method: Method[Chunk], pieces: list[Chunk], factor: float, accelerator: "Accelerator"
-) -> list[Columns] | None:
-    """None if memory ran out; the gradients are then those of a part."""
+def _try_step(
+    method: Method[Chunk], round: Round[Chunk], number: int, factor: float, progress: Progress,
+    accelerator: "Accelerator",
+) -> tuple[list[Columns], Round[Chunk]] | None:  # fmt: skip
+    """Columns of the pieces, and the round cut to the present size; None if memory ran out, and then the gradients are
+    those of a part."""
     try:
-        return [method.learn(piece.to(accelerator.device), factor) for piece in pieces]
+        round = recut(method, round, progress.halvings, progress.in_round == 0, accelerator.device)
+        pieces = [chunk for chunk in round.chunks[number % len(round.chunks)] if method.items(chunk)]
+        return [method.learn(piece.to(accelerator.device), factor) for piece in pieces], round
     except RuntimeError as error:
         if not ran_out(error):
             raise
@@ -177,12 +184,12 @@ def _skipped(progress: Progress, consumed: int, optimizer: torch.optim.Optimizer
     return Outcome(progress, float("nan"), 0.0, float(optimizer.param_groups[0]["lr"]), False)
 
 
-def _sum(value: float, accelerator: "Accelerator") -> float:
+def _sum(value: int, accelerator: "Accelerator") -> int:
     if accelerator.num_processes == 1:
         return value
-    total = accelerator.reduce(torch.tensor(float(value), dtype=torch.float64, device=accelerator.device), "sum")
+    total = accelerator.reduce(torch.tensor(value, dtype=torch.int64, device=accelerator.device), "sum")
     assert isinstance(total, Tensor)
-    return float(total)
+    return int(total)
 
 
 def _gather(parts: list[Columns], accelerator: "Accelerator") -> Columns:
@@ -190,7 +197,7 @@ def _gather(parts: list[Columns], accelerator: "Accelerator") -> Columns:
     from accelerate.utils import gather_object
 
     mine: Columns = {
-        name: torch.cat([part[name].detach().double().cpu().flatten() for part in parts]) for name in (parts or [{}])[0]
+        name: torch.cat([part[name].detach().cpu().double().flatten() for part in parts]) for name in (parts or [{}])[0]
     }
     every: list[Any] = gather_object([mine]) if accelerator.num_processes > 1 else [mine]
     names = next((list(columns) for columns in every if columns), [])

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from diffusion_align import rng
 from diffusion_align.gaussian import Gaussian
-from diffusion_align.memory import ran_out
+from diffusion_align.memory import logger, ran_out
 from diffusion_align.models.guidance import Predict, guided_denoiser
 from diffusion_align.prediction import Denoiser
 from diffusion_align.rewards import RewardError, one_each
 from diffusion_align.samplers import StepTable, rollout, step_gaussian
 from diffusion_align.samplers.rollout import earlier, predict, scored_predictions
+from diffusion_align.samplers.two_pass import relative_change
 from diffusion_align.schedule import Schedule
 from diffusion_align.tensors import widen
 from diffusion_align.train.steps import Sample
@@ -140,7 +141,8 @@ def draw_runs(
     if learn_steps is not None:
         run = replace(run, table=_first_steps(table, learn_steps))
     assert run.clean is not None  # rollouts keep them
-    other = run.clean if reference is None else _along(once_a_group(reference, text, group), run)
+    nothing = torch.zeros_like(run.clean)
+    other = run.clean if reference is None else _along(once_a_group(reference, text, group), run, nothing)
     runs = Runs(run, text, other, torch.full((len(prompts), group), torch.nan), prompts)
     return runs if score is None else scored(runs, score)
 
@@ -157,12 +159,41 @@ def _first_steps(table: StepTable, count: int) -> StepTable:
     return replace(table, stochastic=table.stochastic & (torch.arange(len(table)) < count))
 
 
-def _along(denoiser: Denoiser, run: Trajectory[StepTable]) -> Tensor:
-    """Clean predictions [T,B,...] at the states of a run that its scored steps use; zeros elsewhere."""
+def _along(denoiser: Denoiser, run: Trajectory[StepTable], elsewhere: Tensor) -> Tensor:
+    """Clean predictions [T,B,...] at the states of a run that its scored steps use, and `elsewhere` those given."""
     needed = scored_predictions(run, "recompute")
     found = {k: predict(denoiser, run.table, k, run.states[k]) for k in needed}
-    nothing = torch.zeros_like(found[needed[0]])
-    return torch.stack([found.get(k, nothing) for k in range(len(run.table))])
+    return torch.stack([found.get(k, elsewhere[k]) for k in range(len(run.table))])
+
+
+@torch.no_grad()
+def asked_again(runs: Runs, unmoved: bool, *, policy: Bind, reference: Bind | None) -> Runs:
+    """The same runs with their predictions made anew in a batch of this shape, as a larger one rounds differently.
+
+    Without `unmoved` the policy is no longer the one that ran, whose predictions then stay as they are. Without a
+    reference it is the policy that ran. States, noise and rewards stay.
+    """
+    run, group = runs.trajectory, runs.reward.shape[1]
+    assert run.clean is not None  # rollouts keep them
+    clean = _along(once_a_group(policy, runs.text, group), run, run.clean) if unmoved else run.clean
+    if unmoved:
+        _tell_rounding(run, clean)
+    if reference is None:
+        other = clean if unmoved else runs.reference
+    else:
+        other = _along(once_a_group(reference, runs.text, group), run, runs.reference)
+    return replace(runs, trajectory=replace(run, clean=clean), reference=other)
+
+
+def _tell_rounding(run: Trajectory[StepTable], clean: Tensor) -> None:
+    """Log by how much the predictions have changed, relative as in `path_gradient`."""
+    assert run.clean is not None
+    steps = scored_predictions(run, "recompute")
+    found = [relative_change(run.table, k, run.states[k], run.clean[k], clean[k]) for k in steps]
+    logger.info(
+        "predictions made anew in a batch of %d runs: they differ by up to %.1e, the rounding of another batch shape",
+        run.states.shape[1], max(found),
+    )  # fmt: skip
 
 
 def checked(score: Score, latents: Tensor, prompts: list[str]) -> Tensor:

@@ -9,67 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers_cache import SHAPE, SIZE, FakeGate, build, make_pairs, mean, picture
 
 from diffusion_align import rng
-from diffusion_align.data.cache import PairCache, build_cache
-from diffusion_align.data.images import encode_png, load_picture
+from diffusion_align.data.cache import PairCache
+from diffusion_align.data.images import load_picture
 from diffusion_align.data.pairs import Pair
 from diffusion_align.data.readers import BadRow, DataError
-
-SIZE = 16
-SHAPE = (4, 4, 4)
-
-
-class FakeGate:
-    """Encoders whose answers are easy to compute by hand, which count what they are given and can fail on the way."""
-
-    def __init__(self, name="fake", fail_at=None, pause=0.0):
-        self.name, self.fail_at, self.pause = name, fail_at, pause
-        self.pictures, self.prompts = 0, []
-
-    def fingerprint(self):
-        return self.name
-
-    def latent_shape(self, resolution=None):
-        return SHAPE
-
-    @property
-    def empty_text(self):
-        return torch.full((1, 3, 2), -1.0)
-
-    def encode_text(self, prompts):
-        self.prompts += prompts
-        return torch.stack([torch.full((3, 2), float(len(prompt))) for prompt in prompts])
-
-    def encode_images(self, images, noise):
-        self.pictures += len(images)
-        time.sleep(self.pause)
-        if self.fail_at is not None and self.pictures > self.fail_at:
-            raise KeyboardInterrupt
-        return mean(images) + noise / 100
-
-
-def mean(images):
-    """[B,3,SIZE,SIZE] -> [B,*SHAPE]: means over a 4 x 4 grid of blocks, and of the channels as the fourth one."""
-    blocks = torch.nn.functional.adaptive_avg_pool2d(images, 4)
-    return torch.cat([blocks, blocks.mean(1, keepdim=True)], 1)
-
-
-def picture(i):
-    return encode_png(rng.normal((3, SIZE, SIZE), 0, "picture", i).sigmoid())
-
-
-def make_pairs(count=40, pictures=30, prompts=7):
-    """Pairs that share pictures and prompts."""
-    return [
-        Pair(f"set:{i}", "p" * (1 + i % prompts), picture(7 * i % pictures), picture((7 * i + 1) % pictures))
-        for i in range(count)
-    ]
-
-
-def build(folder, pairs, gate=None, **options):
-    options = {"resolution": SIZE, "pairs_per_shard": 8, "prompts_per_shard": 3, "progress": False} | options
-    return build_cache(gate or FakeGate(), pairs, folder, **options)
 
 
 def test_batches_hold_the_winner_first_and_the_right_text(tmp_path):

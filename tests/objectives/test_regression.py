@@ -1,4 +1,5 @@
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -199,3 +200,74 @@ def test_refusals():
             call()
     with pytest.raises(TypeError, match="clip"):
         prdp(now, old, reward, 1.0)  # type: ignore[call-arg]
+
+
+PUBLISHED = [
+    pytest.param(beta, clip, dims, id=f"{size}-{dims}")
+    for size, beta, clip in (("small", 3e-5, 1e-6), ("large", 3e-6, 1e-4))  # arXiv 2402.08714, section 5
+    for dims in (4 * 64 * 64, 4 * 128 * 128)  # Stable Diffusion 1.5 and SDXL
+]
+RUNS, STEPS = 16, 50
+
+
+def exactly(now, old, reward, beta, clip):
+    """The loss of one group and its gradient [K,T], in rational numbers from the float32 ones that go in."""
+    now, old = ([[Fraction(v) for v in run] for run in side.tolist()] for side in (now, old))
+    reward, beta, clip = [Fraction(r) for r in reward.tolist()], Fraction(beta), Fraction(clip)
+    rows = [list(zip(*pair, strict=True)) for pair in zip(now, old, strict=True)]
+    held = [[min(max(v, o - clip), o + clip) for v, o in row] for row in rows]
+    inside = [[abs(v - o) <= clip for v, o in row] for row in rows]
+    total, total_held = [sum(run) for run in now], [sum(run) for run in held]
+    loss, count = Fraction(0), 0
+    plain, clipped = [Fraction(0)] * len(now), [Fraction(0)] * len(now)  # slopes of a run's steps; if inside the clip
+    for i, j in ((i, j) for i in range(len(now)) for j in range(len(now)) if reward[i] > reward[j]):
+        count += 1
+        gap, gap_held = (t[i] - t[j] - (reward[i] - reward[j]) / beta for t in (total, total_held))
+        slopes, gap = (plain, gap) if gap**2 >= gap_held**2 else (clipped, gap_held)
+        loss += gap**2
+        slopes[i] += 2 * gap
+        slopes[j] -= 2 * gap
+    slope = [
+        [float((p + c * within) / count) for within in row] for p, c, row in zip(plain, clipped, inside, strict=True)
+    ]
+    return float(loss / count), torch.tensor(slope, dtype=torch.float64)
+
+
+def published_runs(clip, moved):
+    """Float32 log-ratios now and then [1,K,T] and rewards [1,K]; `moved` is a factor on the clip for each run [K]."""
+    old = (clip * draw(RUNS, STEPS, seed=3)).float()
+    reward = (0.27 + 0.02 * draw(RUNS, seed=4)).float()
+    # Ranks, so that the better run of every pair has moved further up, and no two runs alike.
+    rank = (reward.argsort().argsort().double() - (RUNS - 1) / 2)[:, None]
+    now = (old + clip * moved(rank).expand(RUNS, STEPS)).float()
+    return now[None].requires_grad_(), old[None], reward[None]
+
+
+MOVES = {
+    "tied": lambda rank: 0 * rank,
+    "towards": lambda rank: rank.sign() * (1.5 + 0.1 * rank.abs()),
+    "away": lambda rank: -rank.sign() * (1.5 + 0.1 * rank.abs()),
+    "inside": lambda rank: 0.1 * rank,
+    "mixed": lambda rank: 1.5 * draw(RUNS, STEPS, seed=5),
+}
+
+
+@pytest.mark.parametrize("moved", MOVES)
+@pytest.mark.parametrize(("beta", "clip", "dims"), PUBLISHED)
+def test_at_published_constants_float32_inputs_give_the_exact_loss_and_gradient(beta, clip, dims, moved):
+    """Targets are 1e9 nats and more, where one step of float32 is 64 nats or more, and the clip 0.016 to 6.6."""
+    beta, clip = beta / (STEPS * dims), clip * dims
+    now, old, reward = published_runs(clip, MOVES[moved])
+    loss = prdp(now, old, reward, beta, clip)
+    slope = gradient(loss, now)[0]
+    expected, exact = exactly(now[0].detach(), old[0], reward[0], beta, clip)
+    assert loss.dtype == slope.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    # A slope is a sum over 15 pairs, each to about 2^-53 of the largest target, and is rounded to float32 once.
+    bound = 1e-6 * exact.abs() + 1e-9 * exact.abs().max()
+    assert ((slope[0].double() - exact).abs() <= bound).all()
+    full = gradient(prdp(now, old, reward, beta, None), now)[0]
+    if moved == "towards":
+        assert (slope == 0).all() and prdp_clip_fraction(now, old, clip).item() == 1
+    elif moved != "mixed":  # pulled back with the whole gradient, or not held at all
+        assert full.abs().min() > 0 and torch.allclose(slope, full, rtol=1e-6)

@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from diffusion_align.rewards import prefetch
 
@@ -80,3 +81,22 @@ def test_making_and_using_overlap():
 def test_one_ahead_at_least():
     with pytest.raises(ValueError, match="at least 1, not 0"):
         prefetch([], ahead=0)
+
+
+def test_work_is_done_on_the_device_that_is_current_where_it_is_asked_for(monkeypatch):
+    """CUDA's current device is each thread's own and begins at 0; here a stand-in of the same kind."""
+    current = threading.local()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(current, "index", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: setattr(current, "index", index))
+    torch.cuda.set_device(3)
+    assert list(prefetch(torch.cuda.current_device() for _ in range(2))) == [3, 3]
+
+
+def test_no_device_is_touched_where_cuda_has_not_begun(monkeypatch):
+    def touched(*_):
+        raise AssertionError("a context would be opened")
+
+    for name in ("current_device", "set_device"):
+        monkeypatch.setattr(torch.cuda, name, touched)
+    assert list(prefetch(range(3))) == [0, 1, 2]

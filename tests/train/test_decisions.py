@@ -114,7 +114,7 @@ BAD = [
     ("steps", "run_steps", "columns = _gather", "if not torch.isfinite(parts[0]['loss']).all(): return"),
     ("steps", "run_steps", "outcome = update", "if len(parts) == 1: break"),
     ("steps", "run_steps", "outcome = update", "if accelerator.process_index and anywhere(accelerator, True): pass"),
-    ("rounds", "run_rounds", "total = int", "if not chunks: continue"),
+    ("rounds", "run_rounds", "total = _sum", "if not chunks: continue"),
     ("rounds", "run_rounds", "columns = _gather", "if not parts: break"),
     ("rounds", "run_rounds", "if total:", "if method.items(chunks[0]): _gather(parts, accelerator)"),
     ("rounds", "run_rounds", "facts = _gather", "if not round.chunks[0]: continue"),

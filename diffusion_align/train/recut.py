@@ -1,0 +1,36 @@
+"""A round whose chunks turn out too large to learn from: cut, and what depends on the batch asked again.
+
+A network rounds differently in a batch of another shape. Predictions that were stored while drawing and predictions of
+a smaller piece would then differ before anything is learnt, and the ratio of policies with them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from diffusion_align.train.method import Chunk, Method, Round
+
+
+def recut(
+    method: Method[Chunk], round: Round[Chunk], halvings: int, unmoved: bool, device: torch.device
+) -> Round[Chunk]:
+    """The round in chunks that were halved `halvings` times in all; the same one where it is already.
+
+    `unmoved`: the policy is still the one that drew the round. If not, its predictions cannot be asked again, and keep
+    the rounding of the larger batch.
+    """
+    times = 2 ** (halvings - round.halvings)
+    if times == 1:
+        return round
+    chunks = []
+    for of_step in round.chunks:
+        chunks.append([])
+        for chunk in of_step:
+            parts = chunk.cut(times)
+            for part in parts:
+                if len(parts) > 1 and method.again is not None and method.items(part):
+                    part = method.again(part.to(device), unmoved).to("cpu")
+                chunks[-1].append(part)
+    return replace(round, chunks=chunks, halvings=halvings)

@@ -1,0 +1,210 @@
+"""Encoding shared out over processes: the same bits as by one, a little at a time, resumed, and nobody lost unnamed."""
+
+import os
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers_cache import SIZE, FakeGate, build, make_pairs, picture
+from stress_jobs import launch
+
+from diffusion_align.commands import encode
+from diffusion_align.data import Ranking
+from diffusion_align.data.encoding_job import CHUNK, Share
+from diffusion_align.data.pairs import Pair
+from diffusion_align.data.readers import BadRow, DataError
+from diffusion_align.train import watch
+from diffusion_align.train.agree import total
+
+
+class Meeting:
+    """Threads that meet as processes do: each says a number, and gets the sum."""
+
+    def __init__(self, count):
+        self.said, self.barrier = [0] * count, threading.Barrier(count)
+
+    def of(self, rank, heard=lambda: None):
+        def meet(number):
+            self.said[rank] = int(number)
+            self.barrier.wait(30)
+            result = sum(self.said)
+            self.barrier.wait(30)
+            heard()
+            return result
+
+        return meet
+
+
+def build_together(folder, pairs, gates, heard=lambda rank: None, **options):
+    """The caches of all ranks, or the error of each."""
+    meeting, found = Meeting(len(gates)), [None] * len(gates)
+
+    def work(rank):
+        share = Share(rank, len(gates), meeting.of(rank, lambda: heard(rank)))
+        try:
+            found[rank] = build(folder, pairs, gates[rank], share=share, **options)
+        except BaseException as error:  # the others must not wait for it, as they would not for a process that is gone
+            found[rank] = error
+            meeting.barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(gates))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def some_pairs(tmp_path):
+    """Pictures and prompts in several rows, some rows broken."""
+    pairs = make_pairs(60)
+    cut = picture(3)[:200]
+    pairs[4] = Pair("set:4", "p", cut, picture(1))
+    pairs[50] = Pair("set:50", "p", picture(2), cut)
+    pairs[31] = Pair("set:31", "p", tmp_path / "absent.png", picture(2))
+    return pairs
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_any_number_of_processes_makes_the_same_files(tmp_path, ranks):
+    pairs, options = some_pairs(tmp_path), {"max_bad_fraction": 0.1, "known_bad": [BadRow("set:99", "no prompt")]}
+    whole, alone = FakeGate(), build(tmp_path / "one", pairs, **options)
+    build(tmp_path / "count", pairs, whole, **options)
+    gates = [FakeGate() for _ in range(ranks)]
+    caches = build_together(tmp_path / "many", pairs, gates, **options)
+    assert files(tmp_path / "many") == files(tmp_path / "one")
+    assert all(cache.kept == alone.kept and cache.bad == alone.bad == 4 for cache in caches)
+    # Each picture and prompt once in all, and nobody does it all.
+    assert sum(gate.pictures for gate in gates) == whole.pictures == alone.pictures
+    assert max(gate.pictures for gate in gates) < whole.pictures
+    assert sorted(sum((gate.prompts for gate in gates), [])) == sorted(whole.prompts)
+
+
+def test_nobody_works_for_long_before_all_meet(tmp_path):
+    """One shard, so one process has all the work: the other meets it after every 16 rankings of 3."""
+    rankings = [
+        Ranking(str(i), "p", tuple(picture(3 * i + k) for k in range(3)), (1.0, 0.5, 0.0)) for i in range(4 * CHUNK)
+    ]
+    gates, most, last = [FakeGate(), FakeGate()], [], [0, 0]
+
+    def heard(rank):
+        most.append(gates[rank].pictures - last[rank])
+        last[rank] = gates[rank].pictures
+
+    caches = build_together(tmp_path, rankings, gates, heard, pairs_per_shard=1024)
+    assert [gate.pictures for gate in gates] == [12 * CHUNK, 0] and len(caches[1]) == 4 * CHUNK
+    assert max(most) == 3 * CHUNK
+
+
+def test_a_process_that_fails_leaves_what_others_go_on_from(tmp_path):
+    """Then with another number of processes."""
+    pairs = make_pairs(60, pictures=120)
+    whole = build(tmp_path / "whole", pairs)
+    gates = [FakeGate(), FakeGate(fail_at=30)]
+    found = build_together(tmp_path / "cut", pairs, gates)
+    assert isinstance(found[1], KeyboardInterrupt) and isinstance(found[0], threading.BrokenBarrierError)
+    again = [FakeGate() for _ in range(3)]
+    build_together(tmp_path / "cut", pairs, again)
+    assert 0 < sum(gate.pictures for gate in again) <= whole.pictures - 32 and not any(gate.prompts for gate in again)
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_too_many_broken_rows_stop_all(tmp_path):
+    pairs = make_pairs(100)
+    for i in range(40, 50):
+        pairs[i] = Pair(f"set:{i}", "p", b"junk%d" % i, picture(1))
+    found = build_together(tmp_path, pairs, [FakeGate(), FakeGate()])
+    errors = [error for error in found if isinstance(error, DataError)]
+    assert len(errors) == 1 and "of 100 rows are broken" in str(errors[0])
+
+
+def test_a_picture_that_changes_on_the_way_is_named(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(picture(0))
+
+    def meet(number):
+        if list(tmp_path.rglob("names-*.json")):  # the digests are written
+            path.write_bytes(picture(1))
+        return number
+
+    with pytest.raises(DataError, match=r"a.png: has changed since encoding began; delete .* and start again"):
+        build(tmp_path / "cache", [Pair("0", "p", path, picture(2))], share=Share(meet=meet))
+
+
+def options_of(folder, precision="no"):
+    return SimpleNamespace(
+        cache_dir=None, output_dir=str(folder), resolution=SIZE, seed=0, max_bad_fraction=0.01,
+        encode_precision=precision,
+    )  # fmt: skip
+
+
+class Gate(FakeGate):
+    """A gate that knows its device and notes the precision in which it is asked."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, **more):
+        super().__init__(**more)
+        self.asked = set()
+
+    def encode_images(self, images, noise):
+        self.asked.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return super().encode_images(images, noise)
+
+    def encode_text(self, prompts):
+        self.asked.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return super().encode_text(prompts)
+
+
+def test_precision_is_an_option_and_part_of_the_key(tmp_path):
+    accelerator, pairs, folders = Accelerator(cpu=True), make_pairs(4), set()
+    for name, dtype in (("no", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        gate = Gate()
+        cache = encode.encoded(options_of(tmp_path, name), gate, accelerator, pairs)
+        assert gate.asked == {dtype} and cache.identity.get("precision", "no") == name
+        assert cache.batch([0])[0].dtype == torch.float32
+        folders.add(cache.folder)
+    assert len(folders) == 3
+    # The key of float32 is what it was, so that earlier caches are found.
+    assert "precision" not in encode.encoded(options_of(tmp_path), Gate(), accelerator, pairs).identity
+
+
+def test_two_processes_encode_together(tmp_path):
+    pairs = make_pairs(60)
+    build(tmp_path / "run" / "cache", pairs, pairs_per_shard=1024, prompts_per_shard=1024)
+    expected = files(tmp_path / "run" / "cache")
+
+    def work(rank):
+        accelerator = Accelerator(cpu=True)
+        watch.start(tmp_path / ".ranks", rank, 2)
+        cache = encode.encoded(options_of(tmp_path / "shared"), Gate(), accelerator, pairs)
+        assert total(accelerator, len(cache) + rank) == 121
+        watch.stop()
+        return 0
+
+    ended = launch(2, work, tmp_path / "logs")
+    assert ended.codes == [0, 0], ended.text
+    assert files(tmp_path / "shared" / "cache") == expected
+
+
+def test_a_process_that_is_gone_while_encoding_is_named(tmp_path):
+    def work(rank):
+        accelerator = Accelerator(cpu=True)
+        watch.start(tmp_path / ".ranks", rank, 2)
+        gate = Gate(pause=0.01)
+        if rank == 1:
+            gate.encode_images = lambda images, noise: os._exit(9)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(encode, "build_cache", lambda *a, **k: build(a[2], a[1], a[0], share=k["share"]))
+            encode.encoded(options_of(tmp_path / "run"), gate, accelerator, make_pairs(40))
+        return 0
+
+    ended = launch(2, work, tmp_path / "logs", patience=10)
+    assert ended.codes[1] == 9 and ended.codes[0] != 0 and not ended.hung
+    assert "rank 1 at step 0 (encoding) is gone, killed perhaps" in ended.said[0], ended.text
