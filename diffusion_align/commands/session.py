@@ -23,6 +23,7 @@ from tqdm import tqdm
 from diffusion_align.commands import grids, run_folder
 from diffusion_align.commands.best import Best
 from diffusion_align.commands.interrupt import Interrupted, Interruptible
+from diffusion_align.commands.pasted import pasted
 from diffusion_align.commands.threads import Threads
 from diffusion_align.commands.tracking import start_trackers, tracker_names
 from diffusion_align.commands.versions import versions, warn_of_versions
@@ -96,7 +97,7 @@ class Session:
         self.prompts = grids.grid_prompts(o.validation_prompts, prompts)
         self.base = torch.empty(0)
         if self.accelerator.is_main_process:
-            run_folder.claim(self.run, to_yaml(o, self.verb), step=at, overwrite=o.overwrite_output_dir)
+            run_folder.claim(self.run, to_yaml(o, self.verb, settle=True), step=at, overwrite=o.overwrite_output_dir)
             with self.accelerator.autocast():  # before the checkpoint's weights are put in: now the policy is the base
                 folder = self.run / run_folder.SAMPLES / "base"
                 self.base = grids.base_pictures(self.gate, self.prompts, folder, **self._look)
@@ -255,7 +256,7 @@ class Session:
             self.draw(steps)
             if self.accelerator.is_main_process:
                 written = (save_lora if self.options.mode == "lora" else save_unet)(self.gate.unet, self.run)
-                print(f"trained weights: {written}\nnext: diffusion-align evaluate {self.run}")
+                print(f"trained weights: {written}\nnext: {pasted('evaluate', self.run)}")
         meet(self.accelerator)
         watch.stop()
         return 0
