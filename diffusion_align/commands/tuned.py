@@ -34,7 +34,7 @@ def base_of(
     """Name, revision and variant of the model that a run started from, or of `model` in its place.
 
     Raises:
-        FileNotFoundError: it was a folder and is not there; with the `cure`, by default the option that says where it is now.
+        FileNotFoundError: it was a folder and is not there; with the `cure`.
     """
     section = config.get("model") or {}
     base = {key: section.get(key) for key in ("pretrained_model_name_or_path", "revision", "variant")}

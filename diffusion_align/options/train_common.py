@@ -71,6 +71,7 @@ class TrainCommon:
     checkpoints_total_limit: int | None = option(None, "output", "newest checkpoints to keep (default: all)", at_least=1)
     keep_best: str | None = option(None, "output", "also keep the checkpoint before which this metric was highest, such as reward_mean (-loss: lowest)")
     resume_from_checkpoint: str | None = option(None, "output", "latest, auto (latest if there is one), a checkpoint of this run by name (step-00000300), or the path of a checkpoint or of a run", aliases=("resume",), saved=False, path="resume")
+    extend: bool = option(False, "output", "resume with more steps than the run was to have: a rate that decays follows its course drawn anew over all of them", saved=False)
     report_to: str | None = option(None, "output", "trackers to report to beside metrics.jsonl: tensorboard, wandb, ... (several with commas), all, none")
     tracker_name: str | None = option(None, "output", "project name in a tracker", aliases=("tracker_project_name",))
     logging_dir: str | None = option(None, "output", "folder of trackers that write files, inside output_dir unless absolute (default: logs)", path="inside")
@@ -120,6 +121,8 @@ def check_train(options: TrainCommon) -> None:
         raise UsageError("which model? --pretrained_model_name_or_path FOLDER, a hub id, or tiny")
     if options.resume_from_checkpoint is not None and options.overwrite_output_dir:
         raise UsageError("--overwrite_output_dir deletes what --resume_from_checkpoint wants to continue")
+    if options.extend and options.resume_from_checkpoint is None:
+        raise UsageError("--extend lengthens a run that is resumed: give --resume_from_checkpoint as well")
     if options.mixed_precision == "fp16" and options.device == "cpu":
         raise UsageError("machine.mixed_precision fp16 needs a GPU; take bf16 or no on a CPU")
 
