@@ -45,7 +45,8 @@ def _launcher(given: Sequence[str]) -> list[str] | None:
     if not given or end < 1 or parent[end:] != list(given) or parent == _words_of(os.getpid()):
         return None
     before = parent[:end]
-    if len(before) > 1 and Path(before[0]).name.startswith("python") and os.access(before[1], os.X_OK):
+    python = Path(before[0]).name.startswith("python")
+    if python and len(before) > 1 and Path(before[1]).is_absolute() and os.access(before[1], os.X_OK):
         before = before[1:]  # a script that names its own interpreter
     name = Path(before[0]).name
     return [name if shutil.which(name) == before[0] else before[0], *before[1:]]
