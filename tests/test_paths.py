@@ -187,3 +187,28 @@ def test_the_current_folder_and_what_leads_there_are_outputs(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     for place in (".", "a/b/../c", str(tmp_path), os.path.join("..", tmp_path.name, "x")):
         require_outputs(TrainDpo(output_dir=place))
+
+
+def test_a_run_whose_model_has_moved_is_evaluated_and_drawn_from_where_it_is_now(tmp_path, capsys):
+    run, gone, new = tmp_path / "run", tmp_path / "gone", tmp_path / "new"
+    run.mkdir()
+    new.mkdir()
+    (run / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    options = TrainDpo(str(gone), dataset_name="tiny", revision="abc", variant="fp16")
+    (run / "config.yaml").write_text(to_yaml(options, "train dpo", settle=True))
+    with pytest.raises(FileNotFoundError, match=f"trained from, {gone}, is not there: --model says where it is now"):
+        contender(str(run))
+    # The revision was one of the repository that the model was fetched from.
+    wanted = {"pretrained_model_name_or_path": str(new), "revision": None, "variant": "fp16"}
+    assert contender(str(run), str(new)).base == wanted
+    assert read([str(run), "--model", str(new)], "evaluate").options.pretrained_model_name_or_path == str(new)
+    for argv in (["evaluate", str(run)], ["sample", "--run", str(run), "--prompt", "a"]):
+        assert cli.main(argv) == 1
+        said = capsys.readouterr().err
+        assert "--model says where it is now" in said and said.count("\n") == 1
+
+
+def test_home_in_the_words_that_are_no_options(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.main(["presets", "cp", "tiny", "~/mine.yaml"]) == 0 and (tmp_path / "mine.yaml").is_file()
+    assert read(["--config=~/mine.yaml"]).options.pretrained_model_name_or_path == "tiny"

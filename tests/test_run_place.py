@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusion_align import cli
 from diffusion_align.commands import pasted as pasted_module
 from diffusion_align.commands import run_folder
 from diffusion_align.commands.data_inspect import describe
 from diffusion_align.commands.pasted import again, pasted
+from diffusion_align.data import write_pairs_parquet
+from diffusion_align.data.images import encode_png
 from diffusion_align.data.recognise import recognise
 from diffusion_align.data.summary import summarise
 from diffusion_align.models.hub import asset
@@ -116,6 +119,8 @@ def test_a_checkpoint_by_name_number_path_or_run(tmp_path, monkeypatch):
             assert run_folder.find_checkpoint(elsewhere, resume).step == step
     monkeypatch.chdir(run / "checkpoints")
     assert run_folder.find_checkpoint(tmp_path / "b", "step-00000003").step == 3
+    (run / "checkpoints" / "3").mkdir()  # a folder of that name here is not what "3" means
+    assert run_folder.find_checkpoint(run, "3").step == 3
     assert step_named("step-") is None and step_named("last") is None
 
 
@@ -259,3 +264,13 @@ def test_where_the_launcher_is_not_to_be_seen_torchrun_starts_as_many(monkeypatc
         "diffusion_align.cli",
     )
     assert args.training_script_args == ["train", "dpo", "--config", "c d"]
+
+
+def test_the_next_command_of_a_conversion_can_be_pasted(tmp_path, capsys):
+    out = tmp_path / ODD
+    picture = encode_png(torch.zeros(3, 16, 16))
+    write_pairs_parquet(tmp_path / "p.parquet", ["a"], [picture], [encode_png(torch.ones(3, 16, 16))], [1.0])
+    assert cli.main(["data", "convert", str(tmp_path / "p.parquet"), "--out", str(out)]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("next"))
+    words = shlex.split(line.partition(": ")[2])
+    assert words == ["diffusion-align", "train", "dpo", "--model", "MODEL", "--train_data_dir", str(out)]

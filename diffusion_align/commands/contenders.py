@@ -70,11 +70,10 @@ def contender(where: str, model: str | None = None) -> Contender:
     if (path / "model_index.json").is_file() or not path.exists():
         return Contender(path.name, {"pretrained_model_name_or_path": present_model(where), **_PLAIN})
     config = run_config(run)
-    base = base_of(run, config, model)
     if run == path:
         trained_weights(path)
-        return Contender(path.resolve().name, base, path, config)
-    return Contender(f"{run.resolve().name} {path.name}", base, path, config)
+    name = run.resolve().name if run == path else f"{run.resolve().name} {path.name}"
+    return Contender(name, base_of(run, config, model), path, config)
 
 
 _PLAIN = {"revision": None, "variant": None}

@@ -57,12 +57,10 @@ def find_checkpoint(run: Path, resume: str | None) -> Checkpoint | None:
 
 def _named(run: Path, resume: str) -> Checkpoint:
     """A checkpoint by its name in this run, by its path or that of a file in it, or by the path of its run."""
-    path, step = Path(resume), step_named(resume)
+    path, here, step = Path(resume), run / CHECKPOINTS, step_named(resume)
+    if step is not None and (here / f"step-{step:08d}").is_dir():
+        return checkpoint.load(here / f"step-{step:08d}")
     if not path.exists():
-        here = run / CHECKPOINTS
-        named = here / f"step-{step:08d}" if step is not None else here / resume
-        if named.is_dir():
-            return checkpoint.load(named)
         there = ", ".join(place.name for place in checkpoints_in(here)[:5]) or "none"
         raise FileNotFoundError(
             f"--resume_from_checkpoint {resume}: no such checkpoint; in {here} there is {there} (the newest first)"

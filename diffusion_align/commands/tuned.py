@@ -41,8 +41,9 @@ def base_of(
     if model is not None:  # a revision is one of the repository that the run had
         return base | {"pretrained_model_name_or_path": present_model(model), "revision": None}
     name = base["pretrained_model_name_or_path"] = present_model(base["pretrained_model_name_or_path"] or "")
-    if name != "tiny" and not Path(name).expanduser().exists() and not on_hub(name):
-        raise FileNotFoundError(f"{run}: the model that it was trained from, {name}, is not there: {cure}")
+    here = name == "tiny" or (name != "" and Path(name).expanduser().exists())
+    if not here and not on_hub(name):
+        raise FileNotFoundError(f"{run}: the model that it was trained from, {name or 'unnamed'}, is not there: {cure}")
     return base
 
 
