@@ -11,7 +11,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from helpers_tiny import make_tiny_folder
 
 from diffusion_align import cli
-from diffusion_align.commands.tracking import start_trackers, tracker_names
+from diffusion_align.commands.tracking import finish_trackers, start_trackers, tracker_names
 from diffusion_align.data import write_pairs_parquet
 from diffusion_align.data.images import encode_png
 from diffusion_align.options import UsageError
@@ -186,3 +186,12 @@ def test_tensorboard_forgets_the_steps_that_are_done_again(tmp_path):
     events = EventAccumulator(str(folder / "mine"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1), (2, 2), (3, 3), (4, 34), (5, 35), (6, 36)]
+
+
+def test_trackers_end_without_the_group_of_processes_which_still_has_weights_to_write():
+    """accelerate's own `end_training` destroys the group, and the processes then could not wait for the weights."""
+    ended = []
+    tracker = types.SimpleNamespace(finish=lambda: ended.append("tracker"))
+    accelerator = types.SimpleNamespace(trackers=[tracker, tracker], end_training=lambda: ended.append("group"))
+    finish_trackers(accelerator)
+    assert ended == ["tracker", "tracker"]
