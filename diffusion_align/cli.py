@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from diffusion_align.options import VERBS, UsageError, build_parser, parse, preset_names, resolve, unknown
+from diffusion_align.options.paths import require_outputs
 from diffusion_align.printable import printable
 
 PROG = "diffusion-align"
@@ -88,6 +89,7 @@ def _run_verb(words: str, argv: list[str]) -> int:
     parsed = parse(parser, verb.options, argv, words, verb.positional)
     resolved = resolve(verb.options, words, preset=parsed.preset, config=parsed.config, settings=parsed.settings)
     verb.check(resolved.options)
+    require_outputs(resolved.options)
     for note in [*resolved.notes(), *verb.notes(resolved.options, resolved.origins)]:
         _complain(note, "note")
     if parsed.dry_run:

@@ -1,4 +1,4 @@
-"""`data inspect` takes names as training does: the embedded pairs, and an address on the hub, which is fetched."""
+"""`data inspect` takes a path, `tiny`, and with --dataset_name an address on the hub, which is fetched."""
 
 import shutil
 
@@ -25,7 +25,7 @@ def test_a_set_on_the_hub_is_fetched_as_training_fetches_it(tmp_path, monkeypatc
         return tmp_path
 
     monkeypatch.setattr(data_inspect, "fetch_pairs", fetch)
-    assert cli.main(["data", "inspect", "yuvalkirstain/pickapic_v1", "--split", "validation"]) == 0
+    assert cli.main(["data", "inspect", "--dataset_name", "yuvalkirstain/pickapic_v1", "--split", "validation"]) == 0
     assert asked == [("pickapic-anonymous/pickapic_v1", "validation", None)]
     said = capsys.readouterr().out
     assert "fetching the parquet files of pickapic-anonymous/pickapic_v1, split validation" in said
@@ -34,9 +34,16 @@ def test_a_set_on_the_hub_is_fetched_as_training_fetches_it(tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     ("word", "said"),
-    [("owner/name", "no such path here, and the hub says"), ("./owner/name", "no such file or folder")],
+    [
+        (["--dataset_name", "owner/name"], "no such path here, and the hub says"),
+        (["./owner/name"], "no such file or folder"),
+        (["my_pairs/trian"], "no such file or folder here; for a data set on the hub: --dataset_name my_pairs/trian"),
+        (["--dataset_name", "runs/pairs"], "no such file or folder"),
+    ],
 )
-def test_what_is_neither_here_nor_there_is_one_line(word, said, capsys):
-    assert cli.main(["data", "inspect", word]) == 1
+def test_what_is_neither_here_nor_there_is_one_line(word, said, capsys, monkeypatch):
+    if said.startswith("no such file"):
+        monkeypatch.setattr(data_inspect, "fetch_pairs", lambda *a: pytest.fail("the hub was asked"))
+    assert cli.main(["data", "inspect", *word]) == 1
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1

@@ -118,7 +118,8 @@ def test_an_interrupted_run_goes_on_as_if_it_never_stopped(toys, finished, tmp_p
 
 
 def test_what_may_not_be_resumed(toys, finished, capsys):
-    cases = [("beta", ("--beta=100",), {}), ("relevance", (), {"data": "others.jsonl"}),
+    labels = "the relevance of the rankings' pictures changed: --train_data_dir"
+    cases = [("beta", ("--beta=100",), {}), (labels, (), {"data": "others.jsonl"}),
              ("shared_noise", ("--shared_noise",), {}), ("discount", ("--discount=log2",), {}),
              ("pair_norm", ("--pair_norm=num_pairs",), {})]  # fmt: skip
     for name, more, where in cases:

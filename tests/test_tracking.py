@@ -11,7 +11,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from helpers_tiny import make_tiny_folder
 
 from diffusion_align import cli
-from diffusion_align.commands.tracking import start_trackers, tracker_names
+from diffusion_align.commands.tracking import finish_trackers, start_trackers, tracker_names
 from diffusion_align.data import write_pairs_parquet
 from diffusion_align.data.images import encode_png
 from diffusion_align.options import UsageError
@@ -169,3 +169,29 @@ def test_a_run_ends_well_whatever_its_tracker_does(toys, tmp_path, monkeypatch, 
     said = [r.getMessage() for r in caplog.records if r.name == "diffusion_align.commands.tracking"]
     assert len(said) == 1 and said[0].startswith("tracker tensorboard ") and "\n" not in said[0]
     assert (" ".join(str(error).split()) or "Odd") in said[0]
+
+
+def test_tensorboard_forgets_the_steps_that_are_done_again(tmp_path):
+    """A run is killed after step 5, with a checkpoint of step 3: of steps 4 and 5 only the second time counts."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / "run" / "logs"
+    for start, end in ((0, 5), (3, 6)):
+        accelerator = Accelerator(cpu=True, project_dir=str(folder))
+        report = start_trackers(accelerator, ["tensorboard"], "mine", tmp_path / "run", {}, start)
+        for step in range(start + 1, end + 1):
+            report({"step": step, "loss": step + 10.0 * start})
+        accelerator.end_training()
+        AcceleratorState._reset_state(True)
+    events = EventAccumulator(str(folder / "mine"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1), (2, 2), (3, 3), (4, 34), (5, 35), (6, 36)]
+
+
+def test_trackers_end_without_the_group_of_processes_which_still_has_weights_to_write():
+    """accelerate's own `end_training` destroys the group, and the processes then could not wait for the weights."""
+    ended = []
+    tracker = types.SimpleNamespace(finish=lambda: ended.append("tracker"))
+    accelerator = types.SimpleNamespace(trackers=[tracker, tracker], end_training=lambda: ended.append("group"))
+    finish_trackers(accelerator)
+    assert ended == ["tracker", "tracker"]

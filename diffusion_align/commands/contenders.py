@@ -10,6 +10,7 @@ import torch
 
 from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.tuned import base_of, load_tuned, run_config, trained_weights, weights_digest
+from diffusion_align.models.hub import on_hub
 
 if TYPE_CHECKING:
     from diffusion_align.models import TextToImage
@@ -54,26 +55,25 @@ class Contender:
         return gate
 
 
-def contender(where: str) -> Contender:
+def contender(where: str, model: str | None = None) -> Contender:
     """What a word on the command line means: a run folder, RUN/checkpoints/step-..., or a model's folder or hub id.
 
+    `model` takes the place of the one that a run's configuration names.
+
     Raises:
-        FileNotFoundError: a folder that is none of them, or a run without trained weights.
+        FileNotFoundError: a folder that is none of them, a run without trained weights, or one whose model is gone.
     """
     path = Path(where).expanduser()
     run = path.parent.parent if path.parent.name == CHECKPOINTS else path
-    on_hub = where == "tiny" or (where.count("/") == 1 and not where.startswith((".", "/", "~")))
-    if not path.exists() and (run != path or not on_hub):
+    if not path.exists() and (run != path or not (where == "tiny" or on_hub(where))):
         raise FileNotFoundError(f"{where}: no such run, checkpoint or model")
     if (path / "model_index.json").is_file() or not path.exists():
         return Contender(path.name, {"pretrained_model_name_or_path": present_model(where), **_PLAIN})
     config = run_config(run)
-    base = base_of(config)
-    base["pretrained_model_name_or_path"] = present_model(base["pretrained_model_name_or_path"])
     if run == path:
         trained_weights(path)
-        return Contender(path.resolve().name, base, path, config)
-    return Contender(f"{run.resolve().name} {path.name}", base, path, config)
+    name = run.resolve().name if run == path else f"{run.resolve().name} {path.name}"
+    return Contender(name, base_of(run, config, model), path, config)
 
 
 _PLAIN = {"revision": None, "variant": None}

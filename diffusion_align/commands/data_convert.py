@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 from tqdm import tqdm
 
+from diffusion_align.commands.pasted import pasted
 from diffusion_align.data.convert import convert
 from diffusion_align.data.pairs import comparing
 from diffusion_align.data.readers import DataError
@@ -45,6 +45,6 @@ def data_convert(options: DataConvert) -> int:
     print(
         f"{counts['rows']} rows: {counts['written']} {o.to} written, {counts['ties']} ties dropped, "
         f"{counts['broken']} broken, in {out}\n"
-        f"next: diffusion-align train dpo --model MODEL --train_data_dir {shlex.quote(str(out))}, or train rankdpo"
+        f"next, or with train rankdpo: {pasted('train', 'dpo', '--model', 'MODEL', '--train_data_dir', out)}"
     )
     return 0

@@ -3,37 +3,45 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from diffusion_align.commands.pasted import pasted
 from diffusion_align.commands.sources import fetch_pairs, pairs_on_disk, present_pairs
 from diffusion_align.data.formats import Format
 from diffusion_align.data.match import wanted
+from diffusion_align.data.readers import DataError
 from diffusion_align.data.recognise import Source, recognise
 from diffusion_align.data.records import PROMPTS
 from diffusion_align.data.summary import Summary, summarise
 from diffusion_align.data.tables import SUFFIXES, columns_of
+from diffusion_align.models.hub import on_hub
 from diffusion_align.options.data import DataInspect
 from diffusion_align.printable import printable
 
 
 def data_inspect(options: DataInspect) -> int:
-    """Print layout, mapping, counts, first broken rows, and the command that would train on it."""
-    assert options.path is not None  # the options' own check says so
-    name = present_pairs(options.path)
-    path = pairs_on_disk(name)
+    """Print layout, mapping, counts, first broken rows, and the command that would train on it.
+
+    Raises:
+        DataError: nothing there, or nothing known. FileNotFoundError: not on the hub, where that was asked.
+    """
+    o = options
+    name = present_pairs(o.dataset_name or o.path or "")
+    path = pairs_on_disk(name, hub=o.dataset_name is not None)
     if path is None:
-        print(f"fetching the parquet files of {name}, split {options.split}, as a training would", flush=True)
-        path = fetch_pairs(name, options.split, None)
-    source = recognise(path, options.split)
-    by_name = f"--dataset_name {name}" if path != Path(name).expanduser() else None
+        print(f"fetching the parquet files of {name}, split {o.split}, as a training would", flush=True)
+        path = fetch_pairs(name, o.split, None)
+    if o.dataset_name is None and not path.exists() and on_hub(name):
+        raise DataError(f"{name}: no such file or folder here; for a data set on the hub: --dataset_name {name}")
+    source = recognise(path, o.split)
+    by_name = name if path != Path(name).expanduser() else None
     print("\n".join(map(printable, describe(source, summarise(source), by_name))))
     return 0
 
 
 def describe(source: Source, found: Summary, by_name: str | None = None) -> Iterator[str]:
-    """The report, line by line. `by_name` is the flag that names a set whose path nobody types."""
+    """The report, line by line. `by_name` is the name of a set whose path nobody types."""
     known = source.format
     first, *others = source.files
     files = f"{len(source.files):,} files" if others else first.name
@@ -84,17 +92,19 @@ def present(known: Format, columns: list[str]) -> list[tuple[str, str]]:
 
 def _uses(source: Source, found: Summary, by_name: str | None) -> Iterator[str]:
     """Commands that take this set as it is."""
-    path = shlex.quote(str(source.path))
-    split = f" --dataset_split_name {source.split}" if source.path.is_dir() and source.split != "train" else ""
+    path, named = source.path, source.path.is_dir() and source.split != "train"
+    split = ["--dataset_split_name", source.split] if named else []
+    data = ["--dataset_name", by_name] if by_name else ["--train_data_dir", path]
     if not found.used:
         yield "none: nothing is left"
     elif source.format.holds in ("pairs", "rankings"):
         verbs = ("dpo", "rankdpo") if source.format.holds == "pairs" else ("rankdpo", "dpo")
         for verb in verbs:
-            yield f"diffusion-align train {verb} --model MODEL {by_name or f'--train_data_dir {path}'}{split}"
-        yield f"diffusion-align data check {path}{split}   (pictures were not looked at)"
+            yield pasted("train", verb, "--model", "MODEL", *data, *split)
+        yield f"{pasted('data', 'check', path, *split)}   # pictures were not looked at"
     elif source.format.holds == "prompts":
-        yield f"diffusion-align train d3po --model MODEL --reward NAME --prompts {path}   (or spo, prdp, ddpo)"
-        yield f"diffusion-align data synth --models MODEL --rewards NAME --prompts {path}"
+        prompts = ["--prompts", path]
+        yield f"{pasted('train', 'd3po', '--model', 'MODEL', '--reward', 'NAME', *prompts)}   # or spo, prdp, ddpo"
+        yield pasted("data", "synth", "--models", "MODEL", "--rewards", "NAME", *prompts)
     else:
         yield "none: captions say nothing of what people prefer, and no training here learns from captions alone"

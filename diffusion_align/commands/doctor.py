@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import platform
+import shlex
 from importlib import metadata
 
 from diffusion_align.options import UsageError
@@ -27,7 +28,8 @@ def doctor(argv: list[str]) -> int:
         print(f"{name:13} {line}")
     for name, extra in EXTRAS.items():
         line, works = check(name)
-        print(f"{name:13} {line if works else f'not there (optional): pip install diffusion_align[{extra}]'}")
+        install = shlex.join(["pip", "install", f"diffusion_align[{extra}]"])
+        print(f"{name:13} {line if works else f'not there (optional): {install}'}")
     if check("torch")[1]:
         print(f"device        {_devices()}")
     print("all there" if not broken else f"{broken} broken: a run will not start")

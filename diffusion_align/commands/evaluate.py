@@ -34,8 +34,8 @@ DRAWN_BY = ("torch", "diffusers", "transformers", "peft")
 def evaluate(options: Evaluate) -> int:
     """Evaluate models against their base; writes report.html, .json and .csv, and pairs.png."""
     o = options
-    models = [contender(where) for where in o.run]
-    base = contender(o.base) if o.base is not None else base_contender(models[0])
+    models = [contender(where, o.pretrained_model_name_or_path) for where in o.run]
+    base = contender(o.base, o.pretrained_model_name_or_path) if o.base is not None else base_contender(models[0])
     prompts = evaluation_prompts(o.prompts, o.num_prompts)
     in_world = all(caption_of(prompt.text) for prompt in prompts)
     check_judging(o, in_world)

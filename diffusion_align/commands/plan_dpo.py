@@ -13,7 +13,7 @@ from diffusion_align.commands.plan import (
     describe_trained,
     steps_of,
 )
-from diffusion_align.commands.sources import fetch_pairs, pairs_on_disk, present_model, present_pairs
+from diffusion_align.commands.sources import fetch_pairs, pairs_name, pairs_of, present_model
 from diffusion_align.data import Counts, Pair, read_pairs
 from diffusion_align.options import TrainDpo, TrainSpm, to_yaml
 from diffusion_align.schedule import Schedule
@@ -21,10 +21,8 @@ from diffusion_align.schedule import Schedule
 
 def read_training_pairs(o: TrainDpo | TrainSpm) -> tuple[list[Pair], Counts]:
     """The pairs that the options name, from this disk or else from the hub."""
-    split = o.dataset_split_name or "train"
-    name = present_pairs(o.train_data_dir or o.dataset_name or "")
-    path = pairs_on_disk(name)
-    found = path if path is not None else fetch_pairs(name, split, o.cache_dir)
+    split, path = o.dataset_split_name or "train", pairs_of(o)
+    found = path if path is not None else fetch_pairs(pairs_name(o), split, o.cache_dir)
     return read_pairs(found, split=split, max_bad_fraction=o.max_bad_fraction)
 
 
@@ -62,10 +60,8 @@ def plan_dpo(o: TrainDpo) -> list[str]:
 
 def _count(o: TrainDpo) -> tuple[int | None, str]:
     """How many pairs there are, if they are on this disk; nothing is downloaded to plan."""
-    name = present_pairs(o.train_data_dir or o.dataset_name or "")
-    path = pairs_on_disk(name)
-    if path is None:
-        return None, f"{name}, on the hub: not counted"
+    if pairs_of(o) is None:
+        return None, f"{pairs_name(o)}, on the hub: not counted"
     _, counts = read_training_pairs(o)
     used = min(counts.used, o.max_train_samples or counts.used)
     return used, f"{counts}" + (f", of which the first {used}" if used < counts.used else "")

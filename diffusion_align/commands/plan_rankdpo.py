@@ -18,7 +18,7 @@ from diffusion_align.commands.plan import (
     describe_trained,
     steps_of,
 )
-from diffusion_align.commands.sources import fetch_pairs, pairs_on_disk, present_model, present_pairs
+from diffusion_align.commands.sources import fetch_pairs, pairs_name, pairs_of, present_model
 from diffusion_align.data import Counts, Ranking, read_rankings
 from diffusion_align.models.hub import asset
 from diffusion_align.objectives import gain_weights, rank_dpo
@@ -34,9 +34,8 @@ def rankings_on_disk(o: TrainRankdpo) -> Path | None:
     Raises:
         FileNotFoundError: the embedded rankings have not been built, with two cures.
     """
-    name = _source(o)
-    if name != "tiny":
-        return pairs_on_disk(name)
+    if pairs_name(o) != "tiny":
+        return pairs_of(o)
     try:
         return asset(TINY)
     except FileNotFoundError as error:
@@ -49,12 +48,8 @@ def rankings_on_disk(o: TrainRankdpo) -> Path | None:
 def read_training_rankings(o: TrainRankdpo) -> tuple[list[Ranking], Counts]:
     """The rankings that the options name, from this disk or else from the hub."""
     split, path = o.dataset_split_name or "train", rankings_on_disk(o)
-    found = path if path is not None else fetch_pairs(_source(o), split, o.cache_dir)
+    found = path if path is not None else fetch_pairs(pairs_name(o), split, o.cache_dir)
     return read_rankings(found, split=split, max_bad_fraction=o.max_bad_fraction)
-
-
-def _source(o: TrainRankdpo) -> str:
-    return present_pairs(o.train_data_dir or o.dataset_name or "")
 
 
 def dry_run(o: TrainRankdpo) -> int:
@@ -71,7 +66,7 @@ def plan_rankdpo(o: TrainRankdpo) -> list[str]:
     here = rankings_on_disk(o) is not None
     rankings, counts = read_training_rankings(o) if here else ([], None)
     used = rankings[: o.max_train_samples]
-    said = f"{_source(o)}, on the hub: not counted" if counts is None else str(counts)
+    said = f"{pairs_name(o)}, on the hub: not counted" if counts is None else str(counts)
     some = f", of which the first {len(used)}" if len(used) < len(rankings) else ""
     devices = int(os.environ.get("WORLD_SIZE", "1"))
     pieces = (o.train_batch_size, devices, o.gradient_accumulation_steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -24,12 +25,12 @@ def presets(word: str, argv: list[str]) -> int:
     else:
         _expect(argv, 1, 2, "presets cp METHOD/NAME [FILE]")
         source = _path(argv[0])
-        target = Path(argv[1] if len(argv) == 2 else source.name)
+        target = Path(argv[1] if len(argv) == 2 else source.name).expanduser()
         target = target / source.name if target.is_dir() else target
         if target.exists():
             raise UsageError(f"{target} exists; give another name")
         shutil.copyfile(source, target)
-        print(f"{target}: edit it and use it with --config {target}")
+        print(f"{target}: edit it and use it with --config {shlex.quote(str(target))}")
     return 0
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 from pathlib import Path
 
+from diffusion_align.commands.pasted import again
+from diffusion_align.options.paths import settled_reward
+from diffusion_align.options.place import CHECKPOINTS, CONFIG, LATEST, METRICS, step_named
 from diffusion_align.train import checkpoint, record
 from diffusion_align.train.checkpoint import Checkpoint
+from diffusion_align.train.checkpoint_folder import found as checkpoints_in
 
-CONFIG, METRICS, CHECKPOINTS, SAMPLES = "config.yaml", "metrics.jsonl", "checkpoints", "samples"
+SAMPLES = "samples"
 RESULTS = ("pytorch_lora_weights.safetensors", "unet")
 # Everything a run or its evaluation writes, but not the cache, which any run with the same data can use.
 RECORDS = (CONFIG, METRICS, CHECKPOINTS, SAMPLES, *RESULTS, "evaluation", "report.html", "report.json", "pairs.png")
@@ -31,22 +34,44 @@ def require_free(run: Path, *, resuming: bool, overwrite: bool) -> None:
 
 
 def find_checkpoint(run: Path, resume: str | None) -> Checkpoint | None:
-    """The checkpoint to go on from: None for a fresh start, `latest`, `auto` (the latest, if there is one) or a path.
+    """The checkpoint to go on from, None for a fresh start.
+
+    `resume` is `latest`, `auto` (the latest, if there is one), the name of one of the run's checkpoints (step-00000300,
+    or 300), the path of a checkpoint, or the folder of a run, whose latest is then taken.
 
     Raises:
-        FileNotFoundError: `latest`, but there is none.
+        FileNotFoundError: `latest`, but there is none, or no such checkpoint; with those there are.
         CheckpointError: it is damaged, or all of them are.
     """
     if resume is None:
         return None
-    if resume not in ("latest", "auto"):
-        return checkpoint.load(resume)
+    if resume not in LATEST:
+        return _named(run, resume)
     found = checkpoint.latest_good(run / CHECKPOINTS)
     if found is None and resume == "latest":
         raise FileNotFoundError(
             f"{run / CHECKPOINTS}: no checkpoint to resume; --resume_from_checkpoint auto starts afresh"
         )
     return found
+
+
+def _named(run: Path, resume: str) -> Checkpoint:
+    """A checkpoint by its name in this run, by its path or that of a file in it, or by the path of its run."""
+    path, here, step = Path(resume), run / CHECKPOINTS, step_named(resume)
+    if step is not None and (here / f"step-{step:08d}").is_dir():
+        return checkpoint.load(here / f"step-{step:08d}")
+    if not path.exists():
+        there = ", ".join(place.name for place in checkpoints_in(here)[:5]) or "none"
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint {resume}: no such checkpoint; in {here} there is {there} (the newest first)"
+        )
+    path = path.parent if path.is_file() else path
+    for folder in (path / CHECKPOINTS, path):
+        if checkpoints_in(folder):
+            latest = checkpoint.latest_good(folder)
+            assert latest is not None  # there is one, and if none is whole it has raised
+            return latest
+    return checkpoint.load(path)
 
 
 def claim(run: Path, config: str, *, step: int, overwrite: bool) -> None:
@@ -65,6 +90,10 @@ def claim(run: Path, config: str, *, step: int, overwrite: bool) -> None:
 
 
 def resume_line(run: Path, verb: str, reward: str | None = None) -> str:
-    """What to type to go on; a reward that is a program is run on the user's word only, so it is named again."""
-    again = f" --reward {shlex.quote(reward)}" if reward and "python:" in reward else ""
-    return f"diffusion-align {verb} --config {run / CONFIG} --resume_from_checkpoint latest{again}"
+    """What to type, from any folder, to go on.
+
+    A reward that is a program is run on the user's word only, so it is named again.
+    """
+    program = ["--reward", settled_reward(reward)] if reward and "python:" in reward else []
+    config = os.path.abspath(run / CONFIG)
+    return again(verb, ["--config", config, "--resume_from_checkpoint", "latest", *program])

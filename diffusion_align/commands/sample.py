@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from diffusion_align.commands import threads
 from diffusion_align.commands.prompt_lists import listed_prompts
+from diffusion_align.commands.sample_folder import SAMPLES, claim
 from diffusion_align.commands.sample_layouts import check_layout, draw_folder, hand_over
 from diffusion_align.commands.sources import present_model
-from diffusion_align.commands.tuned import base_of, load_tuned, run_config
+from diffusion_align.commands.tuned import base_of, load_tuned, run_config, weights_digest
 from diffusion_align.data.images import encode_png
 from diffusion_align.data.prompts import Prompt
 from diffusion_align.evaluation.report import versions
@@ -40,16 +41,31 @@ def sample(options: Sample) -> int:
     prompts = [Prompt(text) for text in o.prompt]
     prompts += listed_prompts(o.prompts_file)[: o.num_prompts] if o.prompts_file else []
     check_layout(prompts, o)
-    base = base_of(run_config(o.run)) if o.run else {"revision": o.revision, "variant": o.variant}
-    name = present_model(o.pretrained_model_name_or_path or base["pretrained_model_name_or_path"] or "")
+    base = base_of(o.run, run_config(o.run), o.pretrained_model_name_or_path) if o.run else {}
+    name = base.get("pretrained_model_name_or_path") or present_model(o.pretrained_model_name_or_path or "")
+    revision, variant = o.revision or base.get("revision"), o.variant or base.get("variant")
+
+    order = o.order if o.solver == "dpmpp" else 1
+    about = {
+        "pictures": pictures_of(prompts, o.num_images_per_prompt),
+        "model": name,
+        "run": o.run,
+        "weights": weights_digest(o.run) if o.run else "base",
+        "seed": o.seed,
+        "guidance": o.guidance,
+        "negative_prompt": o.negative_prompt,
+        "sampler": {"solver": o.solver, "order": order, "steps": o.steps, "eta": o.eta, "spacing": o.spacing},
+        "mixed_precision": o.mixed_precision,
+    } | ({"resolution": o.resolution} if o.resolution else {})
+    if o.layout == "samples":
+        claim(Path(o.out), about, overwrite=o.overwrite)
 
     from diffusion_align.models import load_pipeline  # seconds, so after everything that can be refused
 
     threads.settle(o.threads)
-    gate = load_pipeline(name, device=o.device, revision=base["revision"], variant=base["variant"])
+    gate = load_pipeline(name, device=o.device, revision=revision, variant=variant)
     if o.run:
         load_tuned(gate, o.run)
-    order = o.order if o.solver == "dpmpp" else 1
     table = step_table(gate.schedule, o.steps, solver=o.solver, order=order, eta=o.eta, spacing=o.spacing)
 
     def these(wanted: list[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], Tensor]]:
@@ -61,39 +77,30 @@ def sample(options: Sample) -> int:
 
     if o.layout != "samples":
         return draw_folder(gate, prompts, table, these, o)
-    files = write_pictures(prompts, these, o)
-    about = {
-        "pictures": files,
-        "model": name,
-        "fingerprint": gate.fingerprint(),
-        "run": o.run,
-        "seed": o.seed,
-        "guidance": o.guidance,
-        "negative_prompt": o.negative_prompt,
-        "sampler": {"solver": o.solver, "order": order, "steps": o.steps, "eta": o.eta, "spacing": o.spacing},
-        "resolution": o.resolution or gate.resolution,
-        "mixed_precision": o.mixed_precision,
-        "versions": versions(),
-    }
-    (Path(o.out) / "samples.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    print(f"{len(files)} pictures and samples.json in {Path(o.out)}")
+    write_pictures(about["pictures"], these, Path(o.out))
+    about |= {"fingerprint": gate.fingerprint(), "resolution": o.resolution or gate.resolution, "versions": versions()}
+    (Path(o.out) / SAMPLES).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(about['pictures'])} pictures and {SAMPLES} in {Path(o.out)}")
     return 0
 
 
-def write_pictures(prompts: Sequence[Prompt], these: Draw, o: Sample) -> list[dict[str, Any]]:
-    """All pictures in one folder, and of each its file and its prompt."""
-    out = Path(o.out)
+def pictures_of(prompts: Sequence[Prompt], per_prompt: int) -> list[dict[str, Any]]:
+    """Of each picture its file and its prompt. Numbers make file names, for a prompt may hold anything."""
+    return [
+        {"file": f"{number:04d}-{image:02d}.png", "prompt": prompt.text, "prompt_number": number, "image": image}
+        for number, prompt in enumerate(prompts)
+        for image in range(per_prompt)
+    ]
+
+
+def write_pictures(files: Sequence[dict[str, Any]], these: Draw, out: Path) -> None:
+    """Draw all pictures into one folder."""
     out.mkdir(parents=True, exist_ok=True)
-    wanted = [(number, image) for number in range(len(prompts)) for image in range(o.num_images_per_prompt)]
-    files = []
-    with tqdm(total=len(wanted), unit="picture", disable=None) as bar:
-        for (number, image), picture in these(wanted):
-            # Numbers, not prompts, make file names: a prompt may hold anything.
-            file = f"{number:04d}-{image:02d}.png"
-            (out / file).write_bytes(encode_png(picture))
-            files.append({"file": file, "prompt": prompts[number].text, "prompt_number": number, "image": image})
+    drawn = these([(entry["prompt_number"], entry["image"]) for entry in files])
+    with tqdm(total=len(files), unit="picture", disable=None) as bar:
+        for entry, (_, picture) in zip(files, drawn, strict=True):
+            (out / entry["file"]).write_bytes(encode_png(picture))
             bar.update()
-    return files
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,8 @@ def scorer(paths: Sequence[Path], drawn: Drawn, home: Path, layout: str) -> str:
     """How the benchmark's own repository takes these files."""
     if layout == "compbench":
         folders = list(dict.fromkeys(str(path.parent.parent) for path in paths))
-        return f"--out_dir {folders[0]}" + (f", and {len(folders) - 1} other folders" if folders[1:] else "")
+        return f"--out_dir {shlex.quote(folders[0])}" + (
+            f", and {len(folders) - 1} other folders" if folders[1:] else ""
+        )
     side = read_png(paths[0]).shape[-1] // (2 if drawn.per_prompt == 4 else 1)
-    return f"PIC_NUM={drawn.per_prompt} bash dpg_bench/dist_eval.sh {home} {side}"
+    return f"PIC_NUM={drawn.per_prompt} bash dpg_bench/dist_eval.sh {shlex.quote(str(home))} {side}"

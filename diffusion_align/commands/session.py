@@ -5,7 +5,6 @@ A verb's command reads its data, opens a session, builds its loop, and hands the
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
 from collections.abc import Iterable, Sequence
@@ -21,17 +20,20 @@ from torch.nn import Parameter
 from tqdm import tqdm
 
 from diffusion_align.commands import grids, run_folder
+from diffusion_align.commands.alarm import alarm_of
 from diffusion_align.commands.best import Best
+from diffusion_align.commands.identity import Facts, facts_of, require_same_run
 from diffusion_align.commands.interrupt import Interrupted, Interruptible
+from diffusion_align.commands.pasted import pasted
+from diffusion_align.commands.setup import extend_rate
 from diffusion_align.commands.threads import Threads
-from diffusion_align.commands.tracking import start_trackers, tracker_names
+from diffusion_align.commands.tracking import finish_trackers, trackers_of
 from diffusion_align.commands.versions import versions, warn_of_versions
 from diffusion_align.options import to_yaml
-from diffusion_align.options.schema import options_of
 from diffusion_align.train import NonFiniteError, Progress, StepRecord, checkpoint, record, watch
 from diffusion_align.train.agree import alike, anywhere, meet, most
-from diffusion_align.train.alarm import CollapseAlarm, CollapseError
-from diffusion_align.train.buffer import pack_round, round_name, round_of
+from diffusion_align.train.alarm import CollapseError
+from diffusion_align.train.buffer import round_name, round_of, write_round
 from diffusion_align.train.checkpoint import Checkpoint, CheckpointError
 from diffusion_align.train.ema import Ema
 from diffusion_align.train.method import Round
@@ -62,8 +64,9 @@ class Session:
     ema: Ema | None
     threads: Threads
     optimizer: torch.optim.Optimizer = field(init=False)
-    scheduler: torch.optim.lr_scheduler.LRScheduler = field(init=False)
+    scheduler: torch.optim.lr_scheduler.LambdaLR = field(init=False)
     identity: dict[str, Any] = field(init=False)
+    facts: Facts = field(init=False)
     prompts: list[str] = field(init=False)
     base: Tensor = field(init=False)
     round: Round[Any] | None = field(init=False, default=None)
@@ -82,21 +85,23 @@ class Session:
     def start(
         self,
         optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        scheduler: torch.optim.lr_scheduler.LambdaLR,
         identity: dict[str, Any],
-        prompts: Iterable[str],
+        prompts: Sequence[str],
     ) -> Progress:
         """Claim the run folder, draw the base's pictures, and restore a checkpoint; where the loop is to begin."""
-        o, resumed = self.options, self.resumed
+        o, resumed, extended = self.options, self.resumed, None
+        self.facts = facts_of(o, number=len(prompts))
         self.optimizer, self.scheduler, self.identity = optimizer, scheduler, identity
         at = resumed.step if resumed else 0
         alike(self.accelerator, at, "as the step to go on from: give all the same output_dir, on a disk they share")
         if resumed is not None:
-            checkpoint.require_same_identity(resumed.state["identity"], identity)
+            processes = self.accelerator.num_processes
+            extended = require_same_run(o, resumed, identity, self.facts, processes)
         self.prompts = grids.grid_prompts(o.validation_prompts, prompts)
         self.base = torch.empty(0)
         if self.accelerator.is_main_process:
-            run_folder.claim(self.run, to_yaml(o, self.verb), step=at, overwrite=o.overwrite_output_dir)
+            run_folder.claim(self.run, to_yaml(o, self.verb, settle=True), step=at, overwrite=o.overwrite_output_dir)
             with self.accelerator.autocast():  # before the checkpoint's weights are put in: now the policy is the base
                 folder = self.run / run_folder.SAMPLES / "base"
                 self.base = grids.base_pictures(self.gate, self.prompts, folder, **self._look)
@@ -105,6 +110,8 @@ class Session:
         if resumed is not None:
             warn_of_versions(resumed.state.get("versions", {}))
             progress = restore(resumed, self.named, optimizer, scheduler, self.ema)
+            if extended is not None:
+                self.accelerator.print(extend_rate(o, scheduler, extended, identity["steps"], at))
             if progress.in_round:
                 self.round = round_of(resumed, self.accelerator.process_index, self.accelerator.num_processes)
         meet(self.accelerator)
@@ -129,10 +136,7 @@ class Session:
         o, accelerator = self.options, self.accelerator
         if progress.step:
             accelerator.print(f"resumed at step {progress.step} of {steps}")
-        described = options_of(type(o))  # a tracker writes what it is given to disk: no token
-        config = {name: value for name, value in dataclasses.asdict(o).items() if described[name].saved}
-        names = tracker_names(o.report_to)
-        report = start_trackers(accelerator, names, o.tracker_name or "diffusion_align", self.run, config)
+        report = trackers_of(o, accelerator, self.run, progress.step)
         bar = tqdm(
             total=steps,
             initial=progress.step,
@@ -142,7 +146,7 @@ class Session:
             mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file gets a line now and then
         )
         write = record.recorder(self.run / run_folder.METRICS)
-        due, alarm, collapse, saved = False, self.alarm(), None, progress.step
+        due, alarm, collapse, saved = False, alarm_of(o, self.run / run_folder.METRICS), None, progress.step
         last = StepRecord(progress.step, 0, 0.0, {}, progress, round=self.round)
         # Within the interrupt: the launcher's SIGTERM, once one process has failed, must not cut off what another says.
         with bar, self.interrupt, watch.named(NonFiniteError, NothingToLearn, CollapseError):
@@ -184,8 +188,7 @@ class Session:
             (stop,) = most(accelerator, self.interrupt.asked)
             if stop and last.step < steps:  # the loop has ended early, while it drew
                 self.stopped(last.step, stop, self.save(last))
-        if names:
-            accelerator.end_training()
+        finish_trackers(accelerator)
         return self.export(steps)
 
     def stopped(self, step: int, number: int, kept: bool) -> NoReturn:
@@ -195,25 +198,17 @@ class Session:
         go_on = run_folder.resume_line(self.run, self.verb, getattr(self.options, "reward", None))
         raise Interrupted(f"{what}; go on with: {go_on}", number)
 
-    def alarm(self) -> CollapseAlarm | None:
-        """The collapse alarm, with what the run wrote before it was resumed."""
-        o, path = self.options, self.run / run_folder.METRICS
-        if o.collapse_alarm == "off":
-            return None
-        past = record.read(path) if path.exists() else []
-        return CollapseAlarm(o.collapse_winner_error, o.collapse_diversity, o.collapse_patience, past)
-
     def save(self, row: StepRecord) -> bool:
         """Write a checkpoint of where a record stands; a full disk now is no reason to lose the run. False, on every
         process, where there is none."""
         watch.doing("saving", row.step)
         accelerator, folder = self.accelerator, self.run / run_folder.CHECKPOINTS
-        error = self.write_round(folder, row) if row.round is not None else None
+        error = write_round(folder, accelerator.process_index, row.round) if row.round is not None else None
         (failed,) = anywhere(accelerator, error is not None)
         if accelerator.is_main_process and not failed:
             tensors, state = pack(self.named, self.optimizer, self.scheduler, row.progress, self.ema)
-            state |= {"identity": self.identity, "processes": accelerator.num_processes, "versions": versions()}
-            state["threads"] = self.threads.count
+            state |= {"identity": self.identity, "facts": self.facts, "processes": accelerator.num_processes}
+            state |= {"versions": versions(), "threads": self.threads.count}
             state["best"] = best = self.best.with_this(row.step)
             protect = ({best["step"]} if best else set()) | ({self.resumed.step} if self.resumed else set())
             parts = range(accelerator.num_processes if row.round is not None else 0)
@@ -228,14 +223,6 @@ class Session:
         if error is not None:
             logger.warning("%s; the training goes on", error)
         return not anywhere(accelerator, error is not None)[0]
-
-    def write_round(self, folder: Path, row: StepRecord) -> CheckpointError | None:
-        """This process's data of the round, beside the checkpoints; what went wrong, as another may have succeeded."""
-        try:
-            checkpoint.write_part(folder, round_name(self.accelerator.process_index), pack_round(row.round))
-        except CheckpointError as problem:
-            return problem
-        return None
 
     def draw(self, step: int) -> None:
         """The sample grid of this step, beside the base's pictures."""
@@ -255,7 +242,7 @@ class Session:
             self.draw(steps)
             if self.accelerator.is_main_process:
                 written = (save_lora if self.options.mode == "lora" else save_unet)(self.gate.unet, self.run)
-                print(f"trained weights: {written}\nnext: diffusion-align evaluate {self.run}")
+                print(f"trained weights: {written}\nnext: {pasted('evaluate', self.run)}")
         meet(self.accelerator)
         watch.stop()
         return 0

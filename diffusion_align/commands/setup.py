@@ -7,15 +7,15 @@ from typing import Any
 
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from diffusion_align.options import TrainCommon
-from diffusion_align.train.optimizer import adamw, lr_schedule
+from diffusion_align.train.optimizer import adamw, lr_schedule, redraw_rate
 
 
 def make_optimizer(
     o: TrainCommon, parameters: Sequence[Parameter], learning_rate: float, steps: int
-) -> tuple[Optimizer, LRScheduler]:
+) -> tuple[Optimizer, LambdaLR]:
     """AdamW, and the course of its learning rate over the run."""
     optimizer = adamw(
         parameters,
@@ -30,6 +30,15 @@ def make_optimizer(
     name = o.lr_scheduler.removesuffix("_with_warmup")
     scheduler = lr_schedule(optimizer, name, warmup=warmup, total=steps, cycles=o.lr_num_cycles, power=o.lr_power)
     return optimizer, scheduler
+
+
+def extend_rate(o: TrainCommon, scheduler: LambdaLR, was: int, steps: int, step: int) -> str:
+    """Go on by the course over all `steps`, where `was` had been planned; what that does to the rate, in a line."""
+    before, after = redraw_rate(scheduler)
+    return (
+        f"extended from {was} to {steps} steps: the {o.lr_scheduler} rate follows its course over {steps}; "
+        f"after step {step} it is {after:.4g}, where the course over {was} had {before:.4g}"
+    )
 
 
 def optimizer_identity(o: TrainCommon, *, learning_rate: float, steps: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from torch import Tensor
 
 from diffusion_align.commands import threads
+from diffusion_align.commands.pasted import pasted
 from diffusion_align.commands.plan_online import TINY_SEED
 from diffusion_align.commands.score import require_reward
 from diffusion_align.commands.sources import read_prompts
@@ -151,10 +152,11 @@ def write_tables(o: Synth, out: Path, prompts: list[str], sources: list[Source],
         write_rankings_parquet(staged / f"{stem}rankings.parquet", rankings)
         write_best_and_worst(staged / f"{stem}pairs.parquet", rankings, o.seed)
         (staged / f"{stem}report.json").write_text(json.dumps(plain(report), indent=1), encoding="utf-8")
+    model = sources[0].base["pretrained_model_name_or_path"]
     print(
         f"{len(rankings)} rankings of {len(prompts)} prompts ({tied} all tied, {few} with too few scores) in {out}\n"
-        f"next: diffusion-align train rankdpo --train_data_dir {out / f'{stem}rankings.parquet'}, "
-        f"or train dpo --train_data_dir {out / f'{stem}pairs.parquet'}"
+        f"next: {pasted('train', 'rankdpo', '--model', model, '--train_data_dir', out / f'{stem}rankings.parquet')}\n"
+        f"or: {pasted('train', 'dpo', '--model', model, '--train_data_dir', out / f'{stem}pairs.parquet')}"
     )
     return 0
 

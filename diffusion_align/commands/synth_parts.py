@@ -51,8 +51,9 @@ class Source:
 def source_of(name: str) -> Source:
     """A model by name, or by the folder of a run; nothing is loaded."""
     run = name if (Path(name) / "config.yaml").is_file() else None
-    base = base_of(run_config(run)) if run else dict[str, Any](revision=None, variant=None)
-    base["pretrained_model_name_or_path"] = model = present_model(base.get("pretrained_model_name_or_path") or name)
+    plain = {"pretrained_model_name_or_path": present_model(name), "revision": None, "variant": None}
+    base = base_of(run, run_config(run), cure="correct its config.yaml") if run else plain
+    model = base["pretrained_model_name_or_path"]
     weights = folder_digest(locate(model, revision=base["revision"], variant=base["variant"]))
     return Source(name, base, run, f"{weights}+{weights_digest(run)}" if run else weights)
 

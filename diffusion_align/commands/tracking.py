@@ -6,12 +6,14 @@ start to a lost connection in the middle, may cost a run more than its curve the
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_align.options import UsageError, unknown
+from diffusion_align.options import TrainCommon, UsageError, unknown
+from diffusion_align.options.schema import options_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -67,10 +69,27 @@ class Guarded:
             _warn(self.name, trouble, error)
 
 
+def trackers_of(o: TrainCommon, accelerator: Accelerator, run: Path, step: int) -> Callable[[Row], None]:
+    """Start the trackers that a run's options ask for; what reports a row of metrics of the steps after `step`."""
+    described = options_of(type(o))  # a tracker writes what it is given to disk: no token
+    config = {name: value for name, value in dataclasses.asdict(o).items() if described[name].saved}
+    project = o.tracker_name or "diffusion_align"
+    return start_trackers(accelerator, tracker_names(o.report_to), project, run, config, step)
+
+
+def finish_trackers(accelerator: Accelerator) -> None:
+    """End them, but not the processes' group, as accelerate would: the weights are still to be written."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
 def start_trackers(
-    accelerator: Accelerator, names: list[str], project: str, run: Path, config: Row
+    accelerator: Accelerator, names: list[str], project: str, run: Path, config: Row, step: int = 0
 ) -> Callable[[Row], None]:
-    """Start the trackers and return what reports one row of metrics to them. On every process, one of which reports."""
+    """Start the trackers and return what reports one row of metrics to them. On every process, one of which reports.
+
+    TensorBoard is told to forget what a run that was killed had written of steps after `step`, which are done again.
+    """
     if not names:
         return lambda row: None
     # Trackers take flat values only.
@@ -80,7 +99,8 @@ def start_trackers(
         accelerator.trackers = []  # accelerate would start those before it again
         try:
             accelerator.log_with = [name]  # pyright: ignore[reportAttributeAccessIssue]
-            accelerator.init_trackers(project, config=flat, init_kwargs={"wandb": {"name": run.name}})
+            given = {"wandb": {"name": run.name}, "tensorboard": {"purge_step": step + 1}}
+            accelerator.init_trackers(project, config=flat, init_kwargs=given)
             started += map(Guarded, accelerator.trackers)
         except Exception as error:
             _warn(name, "could not start and is left out", error)

@@ -33,7 +33,7 @@ def train_dpo(options: TrainDpo) -> int:
     rate = o.learning_rate * (batch if o.scale_lr else 1)
     optimizer, scheduler = make_optimizer(o, session.parameters, rate, steps)
     identity = identity_of(o, cache.identity, beta=beta, batch=batch, learning_rate=rate, steps=steps)
-    progress = session.start(optimizer, scheduler, identity, (pair.prompt for pair in pairs))
+    progress = session.start(optimizer, scheduler, identity, [pair.prompt for pair in pairs])
     records = train_pairs(
         cache,
         gate.predict,

@@ -42,7 +42,7 @@ def train_rankdpo(options: TrainRankdpo) -> int:
         **identity_of(o, relevance, beta=beta, batch=batch),
         **optimizer_identity(o, learning_rate=rate, steps=steps),
     }
-    progress = session.start(optimizer, scheduler, identity, (ranking.prompt for ranking in rankings))
+    progress = session.start(optimizer, scheduler, identity, [ranking.prompt for ranking in rankings])
     records = train_rankings(
         cache,
         relevance,

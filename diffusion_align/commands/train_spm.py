@@ -114,7 +114,7 @@ def train_spm(options: TrainSpm) -> int:
     before = accuracy() if main else {}
     if main:
         home.mkdir(parents=True, exist_ok=True)
-        (home / CONFIG).write_text(to_yaml(o, VERB), encoding="utf-8")
+        (home / CONFIG).write_text(to_yaml(o, VERB, settle=True), encoding="utf-8")
         (home / METRICS).unlink(missing_ok=True)
     step, asked, write = 0, False, record.recorder(home / METRICS)
     bar = tqdm(records, total=steps, desc=VERB, unit="step", disable=not main, mininterval=1)

@@ -6,6 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusion_align.commands.sources import present_model
+from diffusion_align.models.hub import on_hub
 from diffusion_align.options import read_yaml
 
 if TYPE_CHECKING:
@@ -26,10 +28,23 @@ def run_config(run: str | Path) -> dict[str, Any]:
     return read_yaml(path)
 
 
-def base_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Name, revision and variant of the model that a run started from."""
+def base_of(
+    run: str | Path, config: dict[str, Any], model: str | None = None, cure: str = "--model says where it is now"
+) -> dict[str, Any]:
+    """Name, revision and variant of the model that a run started from, or of `model` in its place.
+
+    Raises:
+        FileNotFoundError: it was a folder and is not there; with the `cure`.
+    """
     section = config.get("model") or {}
-    return {key: section.get(key) for key in ("pretrained_model_name_or_path", "revision", "variant")}
+    base = {key: section.get(key) for key in ("pretrained_model_name_or_path", "revision", "variant")}
+    if model is not None:  # a revision is one of the repository that the run had
+        return base | {"pretrained_model_name_or_path": present_model(model), "revision": None}
+    name = base["pretrained_model_name_or_path"] = present_model(base["pretrained_model_name_or_path"] or "")
+    here = name == "tiny" or (name != "" and Path(name).expanduser().exists())
+    if not here and not on_hub(name):
+        raise FileNotFoundError(f"{run}: the model that it was trained from, {name or 'unnamed'}, is not there: {cure}")
+    return base
 
 
 def load_tuned(gate: TextToImage, run: str | Path) -> None:

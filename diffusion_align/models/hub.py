@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ COMPONENTS = {
     "text_encoder": "CLIPTextModel",
     "tokenizer": "CLIPTokenizer",
 }
+# A word that begins or ends so is a path. Nobody publishes models or pairs under these names.
+OWN_FOLDERS = "runs run out output outputs results models model checkpoints data datasets samples evaluations".split()
+FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".yaml", ".json", ".jsonl", ".parquet", ".csv", ".tar")
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 SECOND_ENCODER = {"text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": "CLIPTokenizer"}
 
@@ -37,6 +41,18 @@ def asset(name: str) -> Path:
         if (folder / name).exists():
             return folder / name
     raise FileNotFoundError(f"assets/{name} is not there: build it with `python scripts/build_tiny.py`")
+
+
+def on_hub(name: str) -> bool:
+    """Whether a name that is not here is an address on the hub, owner/name, and not the path of something missing.
+
+    A word that begins with a folder that is here, or that people call their own folders, is a path: a slip in it is
+    then told at once, without a question to the hub.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) or name.endswith(FILES):
+        return False
+    owner = name.partition("/")[0]
+    return owner.lower() not in OWN_FOLDERS and not Path(owner).exists()
 
 
 def locate(name_or_path: str | os.PathLike[str], *, revision: str | None = None, variant: str | None = None) -> Path:
@@ -54,7 +70,7 @@ def locate(name_or_path: str | os.PathLike[str], *, revision: str | None = None,
         return checked(folder)
     if folder.is_file():
         raise ValueError(f"{name} is a single file: convert the checkpoint to a folder in diffusers format first")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not on_hub(name):
         raise FileNotFoundError(
             f'no model at {name}: give a folder in diffusers format, a hub id such as owner/name, or "tiny"'
         )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..plain_json import read_json
 from .adapters import add_lora, require_no_lora
+from .header import sort_header
 from .lora_files import METADATA, Source, read_lora
 from .pipeline import TextToImage
 
@@ -41,6 +42,7 @@ def save_lora(unet: UNet2DConditionModel, folder: str | os.PathLike[str]) -> Pat
     StableDiffusionPipeline.save_lora_weights(
         folder, unet_lora_layers=dict(_lora_state(unet)), unet_lora_adapter_metadata=_unprefixed(metadata)
     )
+    sort_header(Path(folder) / LORA_FILE)
     return Path(folder) / LORA_FILE
 
 

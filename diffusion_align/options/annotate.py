@@ -12,7 +12,7 @@ from .schema import option
 @dataclass(frozen=True)
 class Annotate:
     # fmt: off
-    folder: str | None = option(None, "data", "folder that `sample --num_images_per_prompt K` wrote: pictures and samples.json")
+    folder: str | None = option(None, "data", "folder that `sample --num_images_per_prompt K` wrote: pictures and samples.json", path="in")
 
     mode: str = option("best", "page", "best: pick one of a prompt's K pictures; rank: press them in order of preference; pairs: two at a time", choices=("best", "rank", "pairs"))
     seed: int = option(0, "page", "places on the page, and the order of pairs, are keyed by it", at_least=0)

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from .names import UsageError, nearest
+from .paths import expanded
 from .schema import Option
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -34,7 +35,7 @@ def convert(option: Option, value: Any, origin: str) -> Any:
         hint = str(error) if "did you mean" in str(error) else ""
         message = f"{origin}: {option.key} must be {option.expected}, not {value!r}"
         raise UsageError(f"{message}; {hint}" if hint else message) from None
-    return converted
+    return expanded(option, converted, origin)
 
 
 def _check_range(option: Option, value: Any) -> None:

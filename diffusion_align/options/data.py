@@ -16,7 +16,8 @@ MAX_BAD = "share of broken rows that is left out and listed; with more the comma
 @dataclass(frozen=True)
 class DataInspect:
     # fmt: off
-    path: str | None = option(None, "data", PATH)
+    path: str | None = option(None, "data", PATH, path="in", one_of="source")
+    dataset_name: str | None = option(None, "data", "in place of a path: tiny, or a data set on the hub, which is fetched as a training would", path="name", one_of="source")
     split: str = option("train", "data", SPLIT, aliases=("dataset_split_name",))
     # fmt: on
 
@@ -24,22 +25,22 @@ class DataInspect:
 @dataclass(frozen=True)
 class DataCheck:
     # fmt: off
-    path: str | None = option(None, "data", PATH)
+    path: str | None = option(None, "data", PATH, path="in")
     split: str = option("train", "data", SPLIT, aliases=("dataset_split_name",))
     max_bad_fraction: float = option(0.01, "data", MAX_BAD, at_least=0, at_most=1)
 
-    bad_rows: str = option("bad_rows.jsonl", "output", "file for the broken rows and their reasons")
+    bad_rows: str = option("bad_rows.jsonl", "output", "file for the broken rows and their reasons", path="file")
     # fmt: on
 
 
 @dataclass(frozen=True)
 class DataConvert:
     # fmt: off
-    path: str | None = option(None, "data", PATH)
+    path: str | None = option(None, "data", PATH, path="in")
     split: str = option("train", "data", SPLIT, aliases=("dataset_split_name",))
     max_bad_fraction: float = option(0.01, "data", MAX_BAD, at_least=0, at_most=1)
 
-    out: str | None = option(None, "output", "folder for the shards", aliases=("output_dir",))
+    out: str | None = option(None, "output", "folder for the shards", aliases=("output_dir",), path="folder")
     to: str = option("rankings", "output", "rankings: all pictures of a row together; pairs: a row for every two of which one is preferred", choices=("rankings", "pairs"))
     rows_per_shard: int = option(4096, "output", "rows of the source in each file; what a killed conversion loses at most", at_least=1)
     # fmt: on
@@ -51,7 +52,10 @@ def check_data(options: DataInspect | DataCheck | DataConvert) -> None:
     Raises:
         UsageError: no path, or nowhere to convert to.
     """
-    if options.path is None:
+    by_name = options.dataset_name if isinstance(options, DataInspect) else None
+    if options.path is not None and by_name is not None:
+        raise UsageError("two sources of data: give a path or --dataset_name, not both")
+    if options.path is None and by_name is None:
         verb = {DataInspect: "inspect", DataCheck: "check", DataConvert: "convert"}[type(options)]
         raise UsageError(f"which data? diffusion-align data {verb} PATH")
     if isinstance(options, DataConvert) and options.out is None:

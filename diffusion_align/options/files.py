@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from .names import UsageError, unknown
+from .paths import settled
 from .schema import by_any_name, options_of
 
 PRESETS = Path(__file__).parent / "presets"
@@ -47,7 +48,7 @@ def preset_path(name: str, verb: str) -> Path:
 
 def config_path(name: str, verb: str) -> Path:
     """A configuration file, or the `config.yaml` of a run folder or of a folder inside one, such as a checkpoint."""
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_dir():
         places = [path, *path.resolve().parents[:2]]
         found = next((place / "config.yaml" for place in places if (place / "config.yaml").is_file()), None)
@@ -121,13 +122,17 @@ def _in(origin: str, error: UsageError) -> UsageError:
     return UsageError(f"{origin}: {error}")
 
 
-def to_yaml(options: Any, verb: str) -> str:
-    """The resolved options by section, as --config reads them back, without secrets and what concerns one start."""
+def to_yaml(options: Any, verb: str, *, settle: bool = False) -> str:
+    """The resolved options by section, as --config reads them back, without secrets and what concerns one start.
+
+    With `settle` relative paths are made absolute, for a file that is read from other folders.
+    """
     content: dict[str, Any] = {"verb": verb}
     values = dataclasses.asdict(options)
     for described in options_of(type(options)).values():
         if described.saved:
             value = values[described.name]
+            value = settled(described, value) if settle else value
             value = list(value) if isinstance(value, tuple) else value
             content.setdefault(described.section, {})[described.name] = value
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)

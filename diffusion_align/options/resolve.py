@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from .convert import convert
 from .files import config_path, preset_path, read_yaml, settings_of
 from .names import UsageError
-from .schema import by_any_name, options_of
+from .place import output_of
+from .schema import Option, by_any_name, options_of
 
 Options = TypeVar("Options")
 
@@ -19,11 +21,13 @@ class Resolved(Generic[Options]):
 
     options: Options
     origins: dict[str, str]
+    moved: str = ""  # where the run was when its configuration was written, if it is elsewhere now
 
     def notes(self) -> list[str]:
         """One line for everything that was set and has no effect."""
         described = options_of(type(self.options))
-        return [
+        moved = [f"the run is in {getattr(self.options, 'output_dir', '')}; it was in {self.moved}"]
+        return (moved if self.moved else []) + [
             f"{name} has no effect: {described[name].unused}"
             for name in self.origins
             if described[name].unused and getattr(self.options, name) != described[name].default
@@ -57,8 +61,8 @@ def resolve(
     if preset is not None:
         origin = f"preset {preset}"
         layers.append((origin, settings_of(read_yaml(preset_path(preset, verb)), options_class, verb, origin)))
-    if config is not None:
-        path = config_path(config, verb)
+    path = config_path(config, verb) if config is not None else None
+    if path is not None:
         layers.append((str(path), settings_of(read_yaml(path), options_class, verb, str(path))))
     layers.append(("command line", settings or []))
 
@@ -75,8 +79,21 @@ def resolve(
             if in_this_layer.setdefault(name, value) != value:
                 both = f"{in_this_layer[name]!r} and to {value!r}"
                 raise UsageError(f"{origin}: {names[key].key} is set twice, to {both}")
-        for name in in_this_layer:
-            values.pop(options[name].replaces, None)
+        for name in _replaced(in_this_layer, options):
+            values.pop(name, None)
+            origins.pop(name, None)
         values |= in_this_layer
         origins |= dict.fromkeys(in_this_layer, origin)
-    return Resolved(options_class(**values), origins)
+    stored = values.get("output_dir")
+    place = output_of(values, origins, path) if "overwrite_output_dir" in options else None
+    if place is None:
+        return Resolved(options_class(**values), origins)
+    values["output_dir"], origins["output_dir"] = place
+    moved = stored is not None and os.path.realpath(stored) != os.path.realpath(place[0])
+    return Resolved(options_class(**values), origins, stored if moved else "")
+
+
+def _replaced(layer: dict[str, Any], options: dict[str, Option]) -> list[str]:
+    """The options that those of a layer take the place of: in a group, what is given later counts."""
+    groups = {options[name].one_of for name, value in layer.items() if value is not None} - {""}
+    return [name for name, option in options.items() if option.one_of in groups and name not in layer]

@@ -16,22 +16,22 @@ REWARD = "a name of `diffusion-align reward ls`, one of its forms, or several: 0
 @dataclass(frozen=True)
 class RewardScore:
     # fmt: off
-    reward: str | None = option(None, "reward", REWARD)
+    reward: str | None = option(None, "reward", REWARD, path="reward")
     seed: int = option(0, "reward", "of the reward random", at_least=0)
 
-    images: tuple[str, ...] = option((), "data", "a picture, or a folder of pictures, which are taken by name; may be repeated")
-    prompts_file: str | None = option(None, "data", "file with one prompt a line, one for each picture or one for all (default: those of the samples.json in the folder)", aliases=("prompts",))
+    images: tuple[str, ...] = option((), "data", "a picture, or a folder of pictures, which are taken by name; may be repeated", path="in")
+    prompts_file: str | None = option(None, "data", "file with one prompt a line, one for each picture or one for all (default: those of the samples.json in the folder)", aliases=("prompts",), path="name")
 
     batch_size: int = option(16, "machine", "pictures at a time", at_least=1)
     device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
-    out: str = option("scores.jsonl", "output", "file for one line a picture: its name, its prompt and its score")
+    out: str = option("scores.jsonl", "output", "file for one line a picture: its name, its prompt and its score", path="file")
     # fmt: on
 
 
 @dataclass(frozen=True)
 class RewardServe:
     # fmt: off
-    reward: str | None = option(None, "reward", REWARD)
+    reward: str | None = option(None, "reward", REWARD, path="reward")
     seed: int = option(0, "reward", "of the reward random", at_least=0)
 
     port: int = option(8000, "server", "port", at_least=1, at_most=65535)

@@ -12,13 +12,13 @@ from .schema import option
 @dataclass(frozen=True)
 class Sample:
     # fmt: off
-    run: str | None = option(None, "model", "run folder whose trained weights are used")
-    pretrained_model_name_or_path: str | None = option(None, "model", "folder or hub id in diffusers format, or tiny (default: the run's base)", aliases=("model",))
+    run: str | None = option(None, "model", "run folder whose trained weights are used", path="in")
+    pretrained_model_name_or_path: str | None = option(None, "model", "folder or hub id in diffusers format, or tiny (default: the run's base)", aliases=("model",), path="name")
     revision: str | None = option(None, "model", "branch, tag or commit on the hub")
     variant: str | None = option(None, "model", "variant of the weights' files, such as fp16")
 
     prompt: tuple[str, ...] = option((), "prompts", "a prompt; may be repeated")
-    prompts_file: str | None = option(None, "prompts", "file with one prompt a line, or another list of prompts: a file, a folder, or a name such as parti, hpdv2 or dpg-bench (docs/evaluation.md)", aliases=("prompts",))
+    prompts_file: str | None = option(None, "prompts", "file with one prompt a line, or another list of prompts: a file, a folder, or a name such as parti, hpdv2 or dpg-bench (docs/evaluation.md)", aliases=("prompts",), path="name")
     num_prompts: int | None = option(None, "prompts", "of that list, use the first N", at_least=1)
     negative_prompt: str = option("", "prompts", "what guidance steers away from")
     num_images_per_prompt: int = option(1, "prompts", "pictures of each prompt", at_least=1)
@@ -36,19 +36,21 @@ class Sample:
     device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
     threads: int | None = option(None, "machine", "CPU threads (default: OMP_NUM_THREADS, else one for each core that other programs leave free)", at_least=1)
     mixed_precision: str = option("no", "machine", "precision of the network", choices=("no", "fp16", "bf16"))
-    out: str = option("samples", "output", "folder for the pictures and samples.json", aliases=("output_dir",))
+    out: str = option("samples", "output", "folder for the pictures and samples.json", aliases=("output_dir",), path="folder")
+    overwrite: bool = option(False, "output", "remove the pictures that an earlier command left in that folder", saved=False)
     layout: str = option("samples", "output", "how they lie there: samples (numbered, with samples.json), or as the scorers of GenEval, DPG-Bench or T2I-CompBench read them, going on where a run was cut off", choices=("samples", "geneval", "dpg", "compbench"))
-    from_pictures: str | None = option(None, "output", "draw nothing: arrange a folder in GenEval's layout, such as RUN/evaluation/tuned-KEY/dpmpp, as --layout dpg or compbench")
+    from_pictures: str | None = option(None, "output", "draw nothing: arrange a folder in GenEval's layout, such as RUN/evaluation/tuned-KEY/dpmpp, as --layout dpg or compbench", path="in")
     # fmt: on
 
 
 @dataclass(frozen=True)
 class Evaluate:
     # fmt: off
-    run: tuple[str, ...] = option((), "models", "run folders, checkpoints in them (RUN/checkpoints/step-...), or models by folder or hub id")
-    base: str | None = option(None, "models", "what they are compared with: a run, checkpoint or model (default: the base of the first run)")
+    run: tuple[str, ...] = option((), "models", "run folders, checkpoints in them (RUN/checkpoints/step-...), or models by folder or hub id", path="name")
+    pretrained_model_name_or_path: str | None = option(None, "models", "the model that the runs were trained from, where it is not what their configurations say", aliases=("model",), path="name")
+    base: str | None = option(None, "models", "what they are compared with: a run, checkpoint or model (default: the base of the first run)", path="name")
 
-    prompts: str = option("held-out", "prompts", "a list of prompts: a file or folder, a name (parti, geneval; hpdv2, drawbench, t2i-compbench, dpg-bench, which are fetched), or held-out (captions of the embedded world that no training set names)")
+    prompts: str = option("held-out", "prompts", "a list of prompts: a file or folder, a name (parti, geneval; hpdv2, drawbench, t2i-compbench, dpg-bench, which are fetched), or held-out (captions of the embedded world that no training set names)", path="name")
     num_prompts: int = option(500, "prompts", "use the first N prompts", at_least=2)
     num_images_per_prompt: int = option(1, "prompts", "pictures of each prompt; diversity needs two", at_least=1)
 
@@ -57,10 +59,10 @@ class Evaluate:
     guidance: float = option(4.0, "sampler", "classifier-free guidance; 1 is none", aliases=("guidance_scale",), at_least=0)
     seed: int = option(0, "sampler", "prompt i starts from the same noise, keyed by (seed, i), in every model", at_least=0)
 
-    reward: str = option("tiny", "score", "reward beside the judge, usually the one trained on: any of `diffusion-align reward ls`, or none")
-    held_out_reward: tuple[str, ...] = option((), "score", "further rewards, which training has not seen: what they do not gain is the gap of reward hacking")
-    features: str = option("tiny", "score", "network whose features measure diversity and distances: tiny, an open_clip name such as ViT-L-14-336:openai, or none")
-    reference_pictures: str | None = option(None, "score", "folder of real pictures to measure distances to (default: for the embedded world its renderings, else none)")
+    reward: str = option("tiny", "score", "reward beside the judge, usually the one trained on: any of `diffusion-align reward ls`, or none", path="reward")
+    held_out_reward: tuple[str, ...] = option((), "score", "further rewards, which training has not seen: what they do not gain is the gap of reward hacking", path="reward")
+    features: str = option("tiny", "score", "network whose features measure diversity and distances: tiny, an open_clip name such as ViT-L-14-336:openai, or none", path="reward")
+    reference_pictures: str | None = option(None, "score", "folder of real pictures to measure distances to (default: for the embedded world its renderings, else none)", path="in")
     pictures: int = option(24, "score", "pairs of pictures shown in the report", at_least=0)
 
     shard: str | None = option(None, "machine", "K/N: draw a share of the prompts, K from 0 to N - 1; all shards fill one folder, and the last one to end writes the report", saved=False)
@@ -68,7 +70,7 @@ class Evaluate:
     device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
     threads: int | None = option(None, "machine", "CPU threads (default: OMP_NUM_THREADS, else one for each core that other programs leave free)", at_least=1)
     mixed_precision: str = option("no", "machine", "precision of the network", choices=("no", "fp16", "bf16"))
-    output_dir: str | None = option(None, "output", "where pictures and report go (default: the run, if it is alone; else evaluations/NAMES)")
+    output_dir: str | None = option(None, "output", "where pictures and report go (default: the run, if it is alone; else evaluations/NAMES)", path="folder")
     # fmt: on
 
 
@@ -86,6 +88,8 @@ def check_sample(options: Sample) -> None:
         raise UsageError('which prompts? --prompt "..." (may be repeated) or --prompts_file FILE')
     if options.layout == "dpg" and options.num_images_per_prompt not in (1, 4):
         raise UsageError("output.layout dpg is four pictures of a prompt, or one: --num_images_per_prompt 4")
+    if options.overwrite and options.layout != "samples":
+        raise UsageError(f"output.overwrite is for layout samples; for {options.layout} give a new --out")
     if options.order == 3 and options.eta > 0:
         raise UsageError("sampler.order 3 is for sampler.eta 0 only")
 

@@ -30,7 +30,8 @@ class Option:
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
-    replaces: str = ""  # the option of an earlier layer that this one takes the place of
+    one_of: str = ""  # a group of options of which the one given later counts; together they are in the command's hands
+    path: str = ""  # that it names a file or folder, and how: see `paths`
     unused: str = ""  # why the option is accepted without effect; told to whoever sets it
     saved: bool = True  # False for what must not reach a saved configuration: secrets, and what concerns one start only
 

@@ -13,13 +13,13 @@ from .schema import option
 @dataclass(frozen=True)
 class Synth:
     # fmt: off
-    models: tuple[str, ...] = option((), "model", "model to draw with: folder or hub id in diffusers format, tiny, or a run folder (its base with what was trained); may be repeated", aliases=("model",))
+    models: tuple[str, ...] = option((), "model", "model to draw with: folder or hub id in diffusers format, tiny, or a run folder (its base with what was trained); may be repeated", aliases=("model",), path="name")
 
-    prompts: str | None = option(None, "data", "file with one prompt a line, or tiny (captions of the embedded world's training split)", aliases=("prompts_file",))
+    prompts: str | None = option(None, "data", "file with one prompt a line, or tiny (captions of the embedded world's training split)", aliases=("prompts_file",), path="name")
     num_prompts: int | None = option(None, "data", "use the first N prompts (default: all; of tiny, 800)", at_least=1)
     pictures: int = option(4, "data", "pictures of each prompt, over all models, which take turns", aliases=("num_images_per_prompt",), at_least=2)
 
-    rewards: tuple[str, ...] = option((), "reward", "scorer: a name of `diffusion-align reward ls`, or one of its forms; may be repeated", aliases=("reward",))
+    rewards: tuple[str, ...] = option((), "reward", "scorer: a name of `diffusion-align reward ls`, or one of its forms; may be repeated", aliases=("reward",), path="reward")
     random_labels: bool = option(False, "reward", "a control: the relevances of each prompt's pictures are dealt out at random; files are named random_*")
 
     steps: int = option(25, "sampler", "steps", aliases=("num_inference_steps",), at_least=1)
@@ -36,7 +36,7 @@ class Synth:
     device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
     threads: int | None = option(None, "machine", "CPU threads (default: OMP_NUM_THREADS, else one for each core that other programs leave free)", at_least=1)
     mixed_precision: str = option("no", "machine", "precision of the network", choices=("no", "fp16", "bf16"))
-    out: str = option("synth", "output", "folder for pictures, scores, rankings.parquet, pairs.parquet and report.json", aliases=("output_dir",))
+    out: str = option("synth", "output", "folder for pictures, scores, rankings.parquet, pairs.parquet and report.json", aliases=("output_dir",), path="folder")
     # fmt: on
 
 

@@ -20,13 +20,13 @@ NO_UPLOAD = "nothing is uploaded; the run folder is what to upload"
 @dataclass(frozen=True)
 class TrainCommon:
     # fmt: off
-    pretrained_model_name_or_path: str | None = option(None, "model", "folder or hub id in diffusers format, or tiny (the embedded model)", aliases=("model",))
+    pretrained_model_name_or_path: str | None = option(None, "model", "folder or hub id in diffusers format, or tiny (the embedded model)", aliases=("model",), path="name")
     revision: str | None = option(None, "model", "branch, tag or commit on the hub")
     variant: str | None = option(None, "model", "variant of the weights' files, such as fp16")
-    pretrained_vae_model_name_or_path: str | None = option(None, "model", "another VAE", unused="the model's own VAE is used; give a model folder that holds the other one")
+    pretrained_vae_model_name_or_path: str | None = option(None, "model", "another VAE", unused="the model's own VAE is used; give a model folder that holds the other one", path="name")
 
     resolution: int | None = option(None, "data", "side of the pictures in pixels (default: the model's own)", at_least=8)
-    cache_dir: str | None = option(None, "data", "where downloads and encoded pictures are kept (default: the hub's own place, and output_dir/cache)")
+    cache_dir: str | None = option(None, "data", "where downloads and encoded pictures are kept (default: the hub's own place, and output_dir/cache)", path="folder")
 
     mode: str = option("lora", "adapter", "train a LoRA, or the full UNet", choices=("lora", "full"))
     rank: int = option(4, "adapter", "rank of the LoRA", aliases=("network_dim",), at_least=1)
@@ -34,7 +34,7 @@ class TrainCommon:
     lora_targets: str = option("attention", "adapter", "layers that get a LoRA: attention (its projections), or wide (also feed-forward layers and convolutions)", choices=("attention", "wide"))
 
     seed: int = option(0, "train", "every draw is keyed by it", at_least=0)
-    max_train_steps: int | None = option(None, "train", "steps of the optimizer; overrides num_train_epochs", at_least=1)
+    max_train_steps: int | None = option(None, "train", "steps of the optimizer; overrides num_train_epochs", at_least=1, one_of="length")
     learning_rate: float = option(5e-4, "train", "learning rate after warm-up", aliases=("lr", "unet_lr"), above=0)
     scale_lr: bool = option(False, "train", "multiply the learning rate by the effective batch size")
     lr_scheduler: str = option("constant", "train", "course of the learning rate", choices=("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"))
@@ -65,15 +65,16 @@ class TrainCommon:
     local_rank: int = option(-1, "machine", "set by old launchers", saved=False, unused="the rank is read from the environment")
     prior_generation_precision: str | None = option(None, "machine", "a leftover of DreamBooth scripts", choices=("no", "fp32", "fp16", "bf16"), unused="no prior is generated")
 
-    output_dir: str = option("runs/dpo", "output", "the run folder")
+    output_dir: str = option("runs/dpo", "output", "the run folder", path="folder")
     overwrite_output_dir: bool = option(False, "output", "delete the records of an earlier run in output_dir", saved=False)
     checkpointing_steps: int = option(500, "output", "steps between checkpoints", at_least=1)
     checkpoints_total_limit: int | None = option(None, "output", "newest checkpoints to keep (default: all)", at_least=1)
     keep_best: str | None = option(None, "output", "also keep the checkpoint before which this metric was highest, such as reward_mean (-loss: lowest)")
-    resume_from_checkpoint: str | None = option(None, "output", "latest, a checkpoint's path, or auto (latest if there is one)", aliases=("resume",), saved=False)
+    resume_from_checkpoint: str | None = option(None, "output", "latest, auto (latest if there is one), a checkpoint of this run by name (step-00000300), or the path of a checkpoint or of a run", aliases=("resume",), saved=False, path="resume")
+    extend: bool = option(False, "output", "resume with more steps than the run was to have: a rate that decays follows its course drawn anew over all of them", saved=False)
     report_to: str | None = option(None, "output", "trackers to report to beside metrics.jsonl: tensorboard, wandb, ... (several with commas), all, none")
     tracker_name: str | None = option(None, "output", "project name in a tracker", aliases=("tracker_project_name",))
-    logging_dir: str | None = option(None, "output", "folder of trackers that write files, inside output_dir unless absolute (default: logs)")
+    logging_dir: str | None = option(None, "output", "folder of trackers that write files, inside output_dir unless absolute (default: logs)", path="inside")
 
     run_validation: bool = option(False, "validation", "draw sample grids during training, not only at the end")
     validation_steps: int = option(200, "validation", "steps between sample grids", at_least=1)
@@ -92,8 +93,8 @@ class TrainOffline(TrainCommon):
     """Those of methods that learn from a fixed set of pictures."""
 
     # fmt: off
-    train_data_dir: str | None = option(None, "data", "pairs on disk: a folder or a file", aliases=("data",), replaces="dataset_name")
-    dataset_name: str | None = option(None, "data", "pairs by name: a path, a data set on the hub, or tiny", replaces="train_data_dir")
+    train_data_dir: str | None = option(None, "data", "pairs on disk: a folder or a file", aliases=("data",), one_of="source", path="name")
+    dataset_name: str | None = option(None, "data", "pairs by name: a path, a data set on the hub, or tiny", one_of="source", path="name")
     dataset_config_name: str | None = option(None, "data", "configuration of a data set on the hub", unused="the data set's default is read")
     dataset_split_name: str | None = option(None, "data", "split of a data set (default: train)", aliases=("split",))
     max_train_samples: int | None = option(None, "data", "use only the first N pairs", at_least=1)
@@ -107,7 +108,7 @@ class TrainOffline(TrainCommon):
 
     train_batch_size: int = option(4, "train", "pairs per device and step of accumulation", at_least=1)
     gradient_accumulation_steps: int = option(1, "train", "batches summed into one step", at_least=1)
-    num_train_epochs: int = option(1, "train", "passes over the pairs, where max_train_steps is not given", at_least=1)
+    num_train_epochs: int = option(1, "train", "passes over the pairs, where max_train_steps is not given", at_least=1, one_of="length")
     # fmt: on
 
 
@@ -121,6 +122,8 @@ def check_train(options: TrainCommon) -> None:
         raise UsageError("which model? --pretrained_model_name_or_path FOLDER, a hub id, or tiny")
     if options.resume_from_checkpoint is not None and options.overwrite_output_dir:
         raise UsageError("--overwrite_output_dir deletes what --resume_from_checkpoint wants to continue")
+    if options.extend and options.resume_from_checkpoint is None:
+        raise UsageError("--extend lengthens a run that is resumed: give --resume_from_checkpoint as well")
     if options.mixed_precision == "fp16" and options.device == "cpu":
         raise UsageError("machine.mixed_precision fp16 needs a GPU; take bf16 or no on a CPU")
 

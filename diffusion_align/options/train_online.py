@@ -20,7 +20,7 @@ UNITS = "unit of beta and clip: mean (log-ratios averaged over dims, as publishe
 @dataclass(frozen=True)
 class TrainOnline(TrainCommon):
     # fmt: off
-    prompts: str | None = option(None, "data", "file with one prompt a line, or tiny (captions of the embedded world's training split)", aliases=("prompts_file",))
+    prompts: str | None = option(None, "data", "file with one prompt a line, or tiny (captions of the embedded world's training split)", aliases=("prompts_file",), path="name")
     num_prompts: int | None = option(None, "data", "use the first N prompts (default: all; of tiny, 4000)", at_least=1)
 
     solver: str = option("ddim", "rollout", "sampler of the runs: ddim, or dpmpp (SDE-DPM-Solver++)", choices=("dpmpp", "ddim"))
@@ -31,26 +31,26 @@ class TrainOnline(TrainCommon):
     guidance: float = option(5.0, "rollout", "classifier-free guidance in rollout, log-probs and training alike; 1 is none", aliases=("guidance_scale",), at_least=0)
     prompts_per_round: int = option(16, "rollout", "prompts of a round, over all devices: drawn with one policy", at_least=1)
     group_size: int = option(2, "rollout", "pictures of each prompt", at_least=2)
-    learn_steps: int | None = option(None, "rollout", "learn from the first N steps of a run only (default: all with a density); not for spo", at_least=1)
-    noise_window: int | None = option(None, "rollout", "noise, and learning, in N steps of a run only, a window drawn anew each round; the others are noise-free (default: noise in all). spo compares in the window only", at_least=1)
+    learn_steps: int | None = option(None, "rollout", "learn from the first N steps of a run only (default: all with a density); not for spo", at_least=1, one_of="learnt")
+    noise_window: int | None = option(None, "rollout", "noise, and learning, in N steps of a run only, a window drawn anew each round; the others are noise-free (default: noise in all). spo compares in the window only", at_least=1, one_of="learnt")
     window_first: int = option(0, "rollout", "first step at which a noise_window may start", at_least=0)
     window_last: int | None = option(None, "rollout", "last step at which it may start (default: where it ends before the last step)", at_least=0)
     sample_chunk: int = option(16, "rollout", "pictures in the network at a time, in rollout and training; memory follows it", at_least=1)
     share_initial_noise: bool = option(True, "rollout", "the pictures of a prompt start from the same noise")
 
-    reward: str | None = option(None, "reward", "a name of `diffusion-align reward ls`, one of its forms, or several: 0.5:pickscore,0.5:hpsv2.1. people: you choose, in a page on this machine, while the run waits")
+    reward: str | None = option(None, "reward", "a name of `diffusion-align reward ls`, one of its forms, or several: 0.5:pickscore,0.5:hpsv2.1. people: you choose, in a page on this machine, while the run waits", path="reward")
 
     prompts_per_step: int | None = option(None, "train", "prompts of an optimizer step, over all devices (default: those of a round)", at_least=1)
     passes: int = option(1, "train", "times that a round's pictures are learnt from", aliases=("num_inner_epochs",), at_least=1)
     checkpointing_steps: int = option(50, "output", "steps between checkpoints; each is written at the end of a round", at_least=1)
-    num_rounds: int = option(100, "train", "rounds, where max_train_steps is not given", at_least=1)
+    num_rounds: int = option(100, "train", "rounds, where max_train_steps is not given", at_least=1, one_of="length")
     # fmt: on
 
 
 @dataclass(frozen=True)
 class TrainD3po(TrainOnline):
     # fmt: off
-    output_dir: str = option("runs/d3po", "output", "the run folder")
+    output_dir: str = option("runs/d3po", "output", "the run folder", path="folder")
     beta: float = option(0.1, "train", "scale of the log-ratios, in log_ratio_unit", above=0)
     clip: float | None = option(0.1, "train", "each ratio is clamped to 1 -+ this, in log_ratio_unit; none: no clamp", above=0, below=1)
     log_ratio_unit: str = option("mean", "train", UNITS, choices=("mean", "nats"))
@@ -61,24 +61,24 @@ class TrainD3po(TrainOnline):
 @dataclass(frozen=True)
 class TrainSpo(TrainOnline):
     # fmt: off
-    output_dir: str = option("runs/spo", "output", "the run folder")
+    output_dir: str = option("runs/spo", "output", "the run folder", path="folder")
     beta: float = option(10.0, "train", "scale of the log-ratios, in log_ratio_unit", above=0)
     clip: float | None = option(0.1, "train", "each ratio is clamped to 1 -+ this, in log_ratio_unit; none: no clamp", above=0, below=1)
     log_ratio_unit: str = option("mean", "train", UNITS, choices=("mean", "nats"))
     children: int = option(4, "rollout", "continuations compared at each step; K of the paper", at_least=2)
-    start: int = option(4, "rollout", "first step at which continuations are compared; with a noise_window they are compared there", at_least=0)
+    start: int = option(4, "rollout", "first step at which continuations are compared; with a noise_window they are compared there", at_least=0, one_of="learnt")
     threshold: float = option(0.3, "rollout", "a pair is kept where the softmax of its scores differs by more", at_least=0, below=1)
     pairs: str = option("best_worst", "rollout", "of a state's continuations: best_worst, one pair as published, or all, each that threshold lets through", choices=("best_worst", "all"))
     segment: int = option(1, "rollout", "steps between comparisons; above 1 it is the paper's MSPO for SDXL, which has 4", at_least=1)
     lookahead: int = option(0, "rollout", "noise-free steps that each continuation goes on before its predicted picture is compared, for rewards of finished pictures; as many as steps: to the end", at_least=0)
-    preference_model: str | None = option(None, "reward", "folder of a step-aware preference model (reward train-spm); default: the reward, on the predicted picture at every step")
+    preference_model: str | None = option(None, "reward", "folder of a step-aware preference model (reward train-spm); default: the reward, on the predicted picture at every step", path="in")
     # fmt: on
 
 
 @dataclass(frozen=True)
 class TrainPrdp(TrainOnline):
     # fmt: off
-    output_dir: str = option("runs/prdp", "output", "the run folder")
+    output_dir: str = option("runs/prdp", "output", "the run folder", path="folder")
     beta: float = option(3e-5, "train", "weight of the KL beside the reward, in log_ratio_unit", above=0)
     clip: float | None = option(1e-4, "train", "how far a step's log-ratio may move from the policy that drew it, in log_ratio_unit; none: any", above=0)
     log_ratio_unit: str = option("mean", "train", "unit of beta and clip: mean (over dims, and for beta over steps, as in the paper's code) or nats (summed over both)", choices=("mean", "nats"))
@@ -88,7 +88,7 @@ class TrainPrdp(TrainOnline):
 @dataclass(frozen=True)
 class TrainDdpo(TrainOnline):
     # fmt: off
-    output_dir: str = option("runs/ddpo", "output", "the run folder")
+    output_dir: str = option("runs/ddpo", "output", "the run folder", path="folder")
     clip: float = option(1e-4, "train", "the ratio to the policy that drew a run is clipped to 1 -+ this, in log_ratio_unit", above=0, below=1)
     advantage_std: str = option("group", "train", "rewards are centred in their group and divided by the group's standard deviation (GRPO), or by none", choices=("group", "none"))
     kl_weight: float = option(0.0, "train", "weight of the nats to the reference, a step (DPOK, GRPO)", at_least=0)

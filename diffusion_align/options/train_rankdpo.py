@@ -17,13 +17,13 @@ from .train_common import TrainOffline, check_train
 @dataclass(frozen=True)
 class TrainRankdpo(TrainOffline):
     # fmt: off
-    output_dir: str = option("runs/rankdpo", "output", "the run folder")
-    train_data_dir: str | None = option(None, "data", "rankings on disk (or pairs, as rankings of two): a folder or a file", aliases=("data",), replaces="dataset_name")
-    dataset_name: str | None = option(None, "data", "rankings by name: a path, a data set on the hub, or tiny", replaces="train_data_dir")
+    output_dir: str = option("runs/rankdpo", "output", "the run folder", path="folder")
+    train_data_dir: str | None = option(None, "data", "rankings on disk (or pairs, as rankings of two): a folder or a file", aliases=("data",), one_of="source", path="name")
+    dataset_name: str | None = option(None, "data", "rankings by name: a path, a data set on the hub, or tiny", one_of="source", path="name")
     max_train_samples: int | None = option(None, "data", "use only the first N rankings", at_least=1)
 
     train_batch_size: int = option(4, "train", "prompts per device and step of accumulation, with all their pictures", at_least=1)
-    num_train_epochs: int = option(1, "train", "passes over the rankings, where max_train_steps is not given", at_least=1)
+    num_train_epochs: int = option(1, "train", "passes over the rankings, where max_train_steps is not given", at_least=1, one_of="length")
     beta_dpo: float = option(2500.0, "train", "pull towards the reference, in the unit of beta_convention", aliases=("beta",), above=0)
     beta_convention: str = option("diffusers", "train", "unit of beta_dpo: diffusers (mean over dims), salesforce (mean over dims and a hidden 1/2, so 5000 there is 2500 here) or sum (over dims)", choices=("diffusers", "salesforce", "sum"))
     pair_norm: str = option("sum", "train", "the pairs of a prompt are added up (sum, the paper), averaged by weight (sum_weights) or divided by their number (num_pairs)", choices=("sum", "sum_weights", "num_pairs"))

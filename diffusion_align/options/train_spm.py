@@ -12,29 +12,29 @@ from .schema import option
 @dataclass(frozen=True)
 class TrainSpm:
     # fmt: off
-    pretrained_model_name_or_path: str | None = option(None, "model", "base whose predictions are judged: folder or hub id in diffusers format, or tiny", aliases=("model",))
+    pretrained_model_name_or_path: str | None = option(None, "model", "base whose predictions are judged: folder or hub id in diffusers format, or tiny", aliases=("model",), path="name")
     revision: str | None = option(None, "model", "branch, tag or commit on the hub")
     variant: str | None = option(None, "model", "variant of the weights' files, such as fp16")
 
-    reward: str = option("tiny", "reward", "CLIP reward to start from: tiny (the embedded one), a folder in open_clip's format, or an open_clip name")
+    reward: str = option("tiny", "reward", "CLIP reward to start from: tiny (the embedded one), a folder in open_clip's format, or an open_clip name", path="reward")
     inputs: str = option("pictures", "reward", "what it reads: pictures (decoded predictions), or latents (no decoder; patches fitted to the reward's)", choices=("pictures", "latents"))
     guidance: float = option(5.0, "reward", "classifier-free guidance of the base's predictions; use that of the runs to come", aliases=("guidance_scale",), at_least=0)
 
-    train_data_dir: str | None = option(None, "data", "pairs on disk: a folder or a file", aliases=("data",), replaces="dataset_name")
-    dataset_name: str | None = option(None, "data", "pairs by name: a path, a data set on the hub, or tiny", replaces="train_data_dir")
+    train_data_dir: str | None = option(None, "data", "pairs on disk: a folder or a file", aliases=("data",), one_of="source", path="name")
+    dataset_name: str | None = option(None, "data", "pairs by name: a path, a data set on the hub, or tiny", one_of="source", path="name")
     dataset_split_name: str | None = option(None, "data", "split of a data set (default: train)", aliases=("split",))
     max_train_samples: int | None = option(None, "data", "use only the first N pairs, held-out ones among them", at_least=1)
     held_out: int = option(100, "data", "pairs, at least, that are kept from training to measure accuracy; whole prompts", at_least=0)
     max_bad_fraction: float = option(0.01, "data", "share of broken rows that is left out and listed; with more the run stops", at_least=0, at_most=1)
     encode_precision: str = option("no", "data", "precision in which pictures and prompts are encoded (no: float32); they are kept in float32", choices=("no", "fp16", "bf16"))
     resolution: int | None = option(None, "data", "side of the pictures in pixels (default: the model's own)", at_least=8)
-    cache_dir: str | None = option(None, "data", "where downloads and encoded pictures are kept (default: the hub's own place, and output_dir/cache)")
+    cache_dir: str | None = option(None, "data", "where downloads and encoded pictures are kept (default: the hub's own place, and output_dir/cache)", path="folder")
 
     seed: int = option(0, "train", "every draw is keyed by it", at_least=0)
     train_batch_size: int = option(16, "train", "pairs per device and step of accumulation", at_least=1)
     gradient_accumulation_steps: int = option(1, "train", "batches summed into one step", at_least=1)
-    num_train_epochs: int = option(1, "train", "passes over the pairs, where max_train_steps is not given", at_least=1)
-    max_train_steps: int | None = option(None, "train", "steps of the optimizer; overrides num_train_epochs", at_least=1)
+    num_train_epochs: int = option(1, "train", "passes over the pairs, where max_train_steps is not given", at_least=1, one_of="length")
+    max_train_steps: int | None = option(None, "train", "steps of the optimizer; overrides num_train_epochs", at_least=1, one_of="length")
     learning_rate: float = option(3e-6, "train", "learning rate after warm-up (the authors have 1e-6 for SDXL)", aliases=("lr",), above=0)
     lr_scheduler: str = option("linear", "train", "course of the learning rate", choices=("constant", "linear", "cosine"))
     lr_warmup_steps: int = option(500, "train", "steps of warm-up", at_least=0)
@@ -46,7 +46,7 @@ class TrainSpm:
     mixed_precision: str = option("no", "machine", "precision of the networks; the weights stay in float32", choices=("no", "fp16", "bf16"))
     process_timeout: int = option(1800, "machine", "with several processes: seconds they wait for one that does not come; more than the longest that one alone is busy (a grid, a reward)", at_least=10)
 
-    output_dir: str = option("runs/spm", "output", "folder for the model, accuracy.json and metrics.jsonl")
+    output_dir: str = option("runs/spm", "output", "folder for the model, accuracy.json and metrics.jsonl", path="folder")
     overwrite_output_dir: bool = option(False, "output", "replace an earlier model in output_dir", saved=False)
     # fmt: on
 

@@ -6,6 +6,7 @@ What the records are is written in JSON, which goes as bytes among the tensors; 
 import dataclasses
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from diffusion_align.samplers import StepTable
 from diffusion_align.train.branches import Comparisons
-from diffusion_align.train.checkpoint import Checkpoint, CheckpointError
+from diffusion_align.train.checkpoint import Checkpoint, CheckpointError, write_part
 from diffusion_align.train.method import Round
 from diffusion_align.train.runs import Runs
 from diffusion_align.trajectory import Trajectory
@@ -25,6 +26,15 @@ _SHAPE = "shape.json"
 def round_name(rank: int) -> str:
     """The group of a checkpoint that holds what one process has of a round."""
     return f"round_{rank}"
+
+
+def write_round(folder: Path, rank: int, round: Round[Any]) -> CheckpointError | None:
+    """Write what this process has of a round beside the checkpoints; what went wrong, as another may have succeeded."""
+    try:
+        write_part(folder, round_name(rank), pack_round(round))
+    except CheckpointError as problem:
+        return problem
+    return None
 
 
 def round_of(checkpoint: Checkpoint, rank: int, processes: int) -> Round[Any]:

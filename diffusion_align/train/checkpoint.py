@@ -138,13 +138,18 @@ def latest_good(folder: str | os.PathLike[str]) -> Checkpoint | None:
     return None
 
 
-def require_same_identity(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Raise CheckpointError, with both values of each differing field, unless a run is the one that was saved."""
+def require_same_identity(
+    saved: Mapping[str, Any], current: Mapping[str, Any], words: Mapping[str, str] | None = None
+) -> None:
+    """Raise CheckpointError, with both values of each differing field, unless a run is the one that was saved.
+
+    `words` say instead what a field's difference means, where two values, such as digests, do not.
+    """
     # Through JSON, as the saved one went: a tuple is a list there.
     current = json.loads(json.dumps(dict(current)))
     names = [*saved, *(name for name in current if name not in saved)]
     differ = [
-        f"{name} was {saved.get(name, 'absent')!r} and is now {current.get(name, 'absent')!r}"
+        (words or {}).get(name, f"{name} was {saved.get(name, 'absent')!r} and is now {current.get(name, 'absent')!r}")
         for name in names
         if name not in saved or name not in current or saved[name] != current[name]
     ]

@@ -53,6 +53,21 @@ def lr_factor(step: int, *, name: str, warmup: int, total: int, cycles: int = 1,
     return 0.0 if done == 1.0 else 0.5 * (1.0 + math.cos(math.pi * (cycles * done % 1.0)))
 
 
+def redraw_rate(scheduler: LambdaLR) -> tuple[float, float]:
+    """Set the rate of the next step to what the scheduler's own course says there; (before, after), of the first group.
+
+    A restored optimizer has the rate of the course that it was saved under, which may have been a shorter one.
+    """
+    groups = scheduler.optimizer.param_groups
+    before = float(groups[0]["lr"])
+    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+    return before, float(rates[0])
+
+
 def lr_schedule(
     optimizer: torch.optim.Optimizer,
     name: str,

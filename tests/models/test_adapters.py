@@ -21,6 +21,7 @@ from diffusion_align.models import (
     trainable,
 )
 from diffusion_align.models.adapters import ATTENTION, WIDE
+from diffusion_align.models.header import sort_header
 from diffusion_align.rng import generator, normal
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -280,3 +281,21 @@ def test_another_network_is_refused(gate, tmp_path):
         save_unet(other, tmp_path)
         with pytest.raises(ValueError, match=words):
             load_unet(gate, tmp_path)
+
+
+def test_equal_weights_make_equal_files(gate, tmp_path):
+    """safetensors writes a header's metadata in an order drawn anew each time; of 12 files half would differ."""
+    add_lora(gate.unet, 4, 8.0)
+    files = [save_lora(gate.unet, tmp_path / str(i)) for i in range(12)]
+    assert len({file.read_bytes() for file in files}) == 1
+    with safe_open(files[0], "pt") as file:
+        assert file.metadata()["format"] == "pt" and len(file.metadata()) == 2
+    assert sorted(path.name for path in files[0].parent.iterdir()) == [FILE]
+    data = files[0].read_bytes()
+    assert int.from_bytes(data[:8], "little") % 8 == 0
+    raw = {"é": torch.arange(3.0), "b": torch.ones(2, dtype=torch.float16)}
+    save_file(raw, tmp_path / "raw.safetensors", metadata={"z": '\u00e9 "quoted"\n', "a": "1", "format": "pt"})
+    sort_header(tmp_path / "raw.safetensors")
+    with safe_open(tmp_path / "raw.safetensors", "pt") as file:
+        assert list(file.metadata().items()) and file.metadata() == {"z": '\u00e9 "quoted"\n', "a": "1", "format": "pt"}
+    assert all(torch.equal(value, raw[name]) for name, value in load_file(tmp_path / "raw.safetensors").items())

@@ -1,0 +1,101 @@
+"""Whether a resumed run is the one that was saved; where it is not, what changed, in words and by the options' names.
+
+Weights and data are compared by digests, which say nothing to a person. Beside them a checkpoint keeps facts (paths,
+counts, the options that choose among the data), so that the refusal can say what became of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusion_align.options import TrainCommon, TrainOffline, TrainOnline
+from diffusion_align.options.paths import settled, without_folders
+from diffusion_align.options.schema import options_of
+from diffusion_align.train.checkpoint import Checkpoint, require_same_identity
+
+# Fields that hold digests, as a person calls what they stand for.
+DIGESTS = {
+    "model": "the model",
+    "data": "the data (pictures, prompts, weights or their order)",
+    "prompts": "the list of prompts",
+    "preference_model": "the preference model",
+    "relevance": "the relevance of the rankings' pictures",
+}
+# Numbers that are made of several options.
+MADE_OF = {
+    "batch": "--train_batch_size x --gradient_accumulation_steps x processes",
+    "beta": "made of --beta_dpo, --beta_convention and --resolution",
+}
+Facts = dict[str, dict[str, Any]]
+
+
+def facts_of(o: TrainCommon, *, number: int) -> Facts:
+    """What a checkpoint keeps of model and data in words; `number` is of pairs, rankings or prompts."""
+
+    def chosen(*names: str) -> dict[str, Any]:
+        described = options_of(type(o))
+        return {f"--{name}": settled(described[name], getattr(o, name)) for name in names if name in described}
+
+    facts = {"model": chosen("pretrained_model_name_or_path", "revision", "variant")}
+    if isinstance(o, TrainOffline):
+        names = ("train_data_dir", "dataset_name", "dataset_split_name", "max_train_samples")
+        facts["data"] = {"their number": number, **chosen(*names)}
+        facts["relevance"] = facts["data"]
+    if isinstance(o, TrainOnline):
+        facts["prompts"] = {"their number": number, **chosen("prompts", "num_prompts")}
+        facts["preference_model"] = chosen("preference_model")
+    return facts
+
+
+def require_same_run(
+    o: TrainCommon, resumed: Checkpoint, identity: Mapping[str, Any], facts: Facts, processes: int
+) -> int | None:
+    """Compare with what a checkpoint was saved under; the steps that the run was to have, where it is extended.
+
+    An option that the saved version did not have is the same at its default. A reward is called by its name wherever
+    its file lies.
+
+    Raises:
+        CheckpointError: what changed, field by field.
+    """
+    saved, now = dict(resumed.state["identity"]), dict(identity)
+    described = options_of(type(o))
+    for name in now.keys() - saved.keys() & described.keys():
+        if now[name] == described[name].default:
+            del now[name]
+    for fields in (saved, now):
+        if isinstance(fields.get("reward"), str):
+            fields["reward"] = without_folders(fields["reward"])
+    was, steps, extended = saved.get("steps"), now.get("steps"), None
+    if was is not None and steps is not None and steps > was and o.extend:
+        extended, saved["steps"] = was, steps
+    require_same_identity(saved, now, _words(resumed, saved, now, facts, processes))
+    return extended
+
+
+def _words(
+    resumed: Checkpoint, saved: Mapping[str, Any], now: Mapping[str, Any], facts: Facts, processes: int
+) -> dict[str, str]:
+    """A sentence for each field whose two values alone do not tell what to do."""
+
+    def both(name: str) -> str:
+        return f"{name} was {saved.get(name)!r} and is now {now.get(name)!r}"
+
+    earlier: Facts = resumed.state.get("facts", {})
+    words = {name: _changed(what, earlier.get(name), facts.get(name, {})) for name, what in DIGESTS.items()}
+    words |= {name: f"{both(name)} ({made})" for name, made in MADE_OF.items()}
+    drew = resumed.state.get("processes", processes)
+    if drew != processes and saved.get("batch") != now.get("batch"):
+        words["batch"] = f"{both('batch')} (it was saved by {drew} processes, and there are now {processes})"
+    if isinstance(saved.get("steps"), int) and isinstance(now.get("steps"), int) and now["steps"] > saved["steps"]:
+        words["steps"] = f"{both('steps')} (--extend goes on, with the rate's course drawn anew over {now['steps']})"
+    return words
+
+
+def _changed(what: str, was: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
+    if was is None:  # saved by a version that kept no facts
+        return f"{what} changed"
+    differ = [f"{key} was {was.get(key)} and is now {value}" for key, value in now.items() if was.get(key) != value]
+    given = [f"{key} {value}" for key, value in now.items() if value is not None]
+    return f"{what} changed: " + (", ".join(differ) or f"other content under {', '.join(given)}")

@@ -1,0 +1,61 @@
+"""Commands that are printed to be typed: quoted for a shell, and with the launcher of a job of several processes."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+PROG = "diffusion-align"
+
+
+def pasted(*words: object) -> str:
+    """`diffusion-align WORDS` as a shell reads it, whatever a path holds."""
+    return shlex.join([PROG, *map(str, words)])
+
+
+def again(verb: str, words: Sequence[str]) -> str:
+    """The command that starts this verb with these words, in as many processes as there are now.
+
+    A launcher's command is repeated as this process's parent was given it, up to the script.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes == 1:
+        return pasted(*verb.split(), *words)
+    given = sys.argv[1:]
+    # A script of one verb (scripts/finetune_*.py) is given its options only.
+    named = verb.split() if given[: len(verb.split())] == verb.split() else []
+    launcher = _launcher(given)
+    if launcher is None:
+        local = os.environ.get("LOCAL_WORLD_SIZE", str(processes))
+        nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
+        more = ["--nnodes", nodes] if nodes != "1" else []
+        launcher, named = ["torchrun", "--nproc_per_node", local, *more, "-m", "diffusion_align.cli"], verb.split()
+    return shlex.join([*launcher, *named, *words])
+
+
+def _launcher(given: Sequence[str]) -> list[str] | None:
+    """The words of the parent process before those that this one was given; None where they are not to be had."""
+    parent = _words_of(os.getppid())
+    end = len(parent) - len(given)
+    # A fork has its parent's own words: that parent is no launcher.
+    if not given or end < 1 or parent[end:] != list(given) or parent == _words_of(os.getpid()):
+        return None
+    before = parent[:end]
+    python = Path(before[0]).name.startswith("python")
+    if python and len(before) > 1 and Path(before[1]).is_absolute() and os.access(before[1], os.X_OK):
+        before = before[1:]  # a script that names its own interpreter
+    name = Path(before[0]).name
+    return [name if shutil.which(name) == before[0] else before[0], *before[1:]]
+
+
+def _words_of(process: int) -> list[str]:
+    """A process's command line, where the system tells it (Linux)."""
+    try:
+        words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")[:-1]
+    except OSError:
+        return []
+    return [os.fsdecode(word) for word in words]
