@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -23,6 +22,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
+from helpers_machine import free_port  # pyright: ignore[reportMissingImports]
 from helpers_train import _join as join_ranks  # pyright: ignore[reportMissingImports]
 from stress_runs import train
 
@@ -54,12 +54,6 @@ class Fault:
     rank: int = 0
     step: int = 3
     doing: str = "learning"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def launch(
