@@ -29,7 +29,9 @@ from stress_runs import train
 from diffusion_align.commands import encode, train_dpo, train_online
 from diffusion_align.train import checkpoint, collect, rounds, steps, watch
 
-LIMIT, GRACE, POLL = 60.0, 3.0, 0.1  # seconds: for a job, from SIGTERM to SIGKILL, and between two looks
+# Seconds: for a job before it counts as hung, from SIGTERM to SIGKILL, and between two looks. The first two bound what
+# never ends, on a machine as busy as it likes; how long jobs take is for the scripts to print.
+LIMIT, GRACE, POLL = 600.0, 60.0, 0.1
 
 
 @dataclass
