@@ -1,7 +1,6 @@
 """`reward ls`, `reward score` and `reward serve` as they are typed."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -33,18 +32,15 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("argv", [["reward", "ls"], *MISTAKES], ids=" ".join)
-def test_the_list_and_mistakes_answer_at_once_without_torch(argv):
-    """Processor time, as whatever else the machine does is not the command's."""
+def test_the_list_and_mistakes_are_answered_without_torch(argv):
+    """Counted in modules, of which torch alone has more than 1000: seconds are the machine's affair."""
     heavy = ("torch", "numpy", "PIL", "open_clip", "transformers")
     program = (
         f"import sys; from diffusion_align.cli import main; code = main({argv!r}); "
-        f"print('HEAVY', [name for name in {heavy!r} if name in sys.modules]); sys.exit(code)"
+        f"print('HEAVY', [name for name in {heavy!r} if name in sys.modules], len(sys.modules) < 400); sys.exit(code)"
     )
-    before = os.times()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    after = os.times()
-    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.5
-    assert done.stdout.splitlines()[-1] == "HEAVY []"
+    assert done.stdout.splitlines()[-1] == "HEAVY [] True"
     assert done.returncode == (2 if argv in MISTAKES else 0)
     if argv in MISTAKES:
         assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("diffusion-align: error: ")
