@@ -406,7 +406,7 @@ def test_two_processes_that_accumulate_see_the_same_samples(tmp_path):
     alone = losses(accumulation=4)
     for rank in range(2):
         found = load_file(tmp_path / f"{rank}.safetensors")
-        assert torch.allclose(found["loss"], alone, rtol=1e-6, atol=0)
+        assert torch.allclose(found["loss"], alone, rtol=1e-5, atol=0)
         assert found["order"].tolist() == [float(i) for _, i in samples_at(0, 40, 10, SEED)]
 
 
