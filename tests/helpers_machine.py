@@ -29,6 +29,7 @@ def assert_rounded(found, expected, depth):
     errors of both signs come together, it leaves room for some ulps an operation. Depths are counted roughly: a small
     CLIP 50, a small UNet or VAE 100 to 200.
     """
+    found, expected = found.detach(), expected.detach()
     scale = max(float(expected.abs().max()), float(found.abs().max()))
     atol = depth * torch.finfo(expected.dtype).eps * scale
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)

@@ -45,8 +45,10 @@ def test_policy_is_its_reference_exactly_until_it_moves(gate, item, mode, half):
     parameters = add_lora(gate.unet, 4, 8.0) if mode == "lora" else trainable(gate.unet, "full")
     frozen = reference(gate, mode)
     before = frozen(*item)
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        assert torch.equal(frozen(*item), gate.predict(*item).detach())
+    with torch.autocast("cpu", torch.bfloat16, enabled=half), torch.no_grad():
+        assert torch.equal(frozen(*item), gate.predict(*item))
+    # Where gradients flow torch may take another kernel for the same product of matrices.
+    assert_rounded(gate.predict(*item), before, depth=200)
     assert not frozen(*item).requires_grad
     disturb(parameters)
     assert torch.equal(frozen(*item), before)
@@ -85,7 +87,7 @@ def test_plain_diffusers_reloads_the_same_function(gate, item, tiny_folder, tmp_
     plain = StableDiffusionPipeline.from_pretrained(tiny_folder)
     plain.load_lora_weights(tmp_path)
     x, t, text = item
-    assert_rounded(plain.unet(x, t, text).sample.detach(), expected, depth=200)
+    assert_rounded(plain.unet(x, t, text).sample, expected, depth=200)
 
 
 def test_masters_are_float32_on_a_half_precision_network(tiny_folder):

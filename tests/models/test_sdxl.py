@@ -258,8 +258,10 @@ def test_policy_is_its_reference_exactly_until_it_moves(sdxl, item, mode, half):
     parameters = add_lora(sdxl.unet, 4, 8.0) if mode == "lora" else trainable(sdxl.unet, "full")
     frozen = reference(sdxl, mode)
     before = frozen(*item)
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        assert torch.equal(frozen(*item), sdxl.predict(*item).detach())
+    with torch.autocast("cpu", torch.bfloat16, enabled=half), torch.no_grad():
+        assert torch.equal(frozen(*item), sdxl.predict(*item))
+    # Where gradients flow torch may take another kernel for the same product of matrices.
+    assert_rounded(sdxl.predict(*item), before, depth=200)
     disturb(parameters)
     assert torch.equal(frozen(*item), before)
     assert not torch.allclose(sdxl.predict(*item), before, atol=1e-3)
@@ -281,7 +283,7 @@ def test_plain_diffusers_reloads_the_same_function(sdxl, item, sdxl_folder, tmp_
     hidden, pooled, _ = parts(item[2])
     added = {"text_embeds": pooled, "time_ids": torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 3)}
     theirs = pipe.unet(*item[:2], hidden, added_cond_kwargs=added).sample
-    assert_rounded(theirs.detach(), expected, depth=200)
+    assert_rounded(theirs, expected, depth=200)
 
 
 def test_full_weights_round_trip(sdxl, item, gate, sdxl_folder, tmp_path):
@@ -289,7 +291,8 @@ def test_full_weights_round_trip(sdxl, item, gate, sdxl_folder, tmp_path):
     save_unet(sdxl.unet, tmp_path)
     fresh = load_pipeline(sdxl_folder, device="cpu")
     load_unet(fresh, tmp_path)
-    assert torch.equal(fresh.predict(*item), sdxl.predict(*item).detach())
+    with torch.no_grad():
+        assert torch.equal(fresh.predict(*item), sdxl.predict(*item))
     plain = UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet")
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, sdxl.unet.state_dict()[name])
