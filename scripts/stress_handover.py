@@ -76,6 +76,20 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def killed_at(child: int, home: Path, files: int, seconds: float) -> bool:
+    """Kill a child once it has made so many files and a little longer; False when it came to its end before.
+
+    Counted in files and not in seconds from its start: how fast a child comes to a file is the machine's affair.
+    """
+    while sum(path.is_file() for path in home.rglob("*")) < files:
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            break
+        time.sleep(0.001)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
 def killed(work: Path, layout: str, count: int, kills: int, seed: int) -> tuple[int, int, int, int]:
     """(kills that hit a run, files looked at after them, files not whole, files wrong at the end)."""
     source = draw_source(work / "drawn", layout, count)
@@ -86,9 +100,7 @@ def killed(work: Path, layout: str, count: int, kills: int, seed: int) -> tuple[
     hits = seen = broken = 0
     while hits < kills:
         child = arrange_in_child(source, out, layout)
-        time.sleep(moments.uniform(0, length))
-        os.kill(child, signal.SIGKILL)
-        hits += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        hits += killed_at(child, home, moments.randint(0, len(whole)), moments.uniform(0, 2 * length / len(whole)))
         files = [path for path in home.rglob("*") if path.is_file()]
         seen += len(files)
         broken += sum(not is_whole(path) for path in files)

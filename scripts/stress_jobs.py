@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -23,13 +22,16 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
+from helpers_machine import free_port  # pyright: ignore[reportMissingImports]
 from helpers_train import _join as join_ranks  # pyright: ignore[reportMissingImports]
 from stress_runs import train
 
 from diffusion_align.commands import encode, train_dpo, train_online
 from diffusion_align.train import checkpoint, collect, rounds, steps, watch
 
-LIMIT, GRACE, POLL = 60.0, 3.0, 0.1  # seconds: for a job, from SIGTERM to SIGKILL, and between two looks
+# Seconds: for a job before it counts as hung, from SIGTERM to SIGKILL, and between two looks. The first two bound what
+# never ends, on a machine as busy as it likes; how long jobs take is for the scripts to print.
+LIMIT, GRACE, POLL = 600.0, 60.0, 0.1
 
 
 @dataclass
@@ -54,12 +56,6 @@ class Fault:
     rank: int = 0
     step: int = 3
     doing: str = "learning"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def launch(

@@ -113,8 +113,9 @@ def signals(world: Path, count: int, seed: int = 0) -> tuple[Counter[str], list[
             torch.set_num_threads(1)
             os._exit(train(argv)[0])
         # From the moment that it trains: before, there is nothing to save, and a signal ends it as it ends anything.
-        until = time.time() + 60
-        while not (run / "metrics.jsonl").exists() and time.time() < until:
+        while not (run / "metrics.jsonl").exists():
+            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                break
             time.sleep(0.005)
         time.sleep(chance.uniform(0, 1.0))
         os.kill(child, sent)

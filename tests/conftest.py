@@ -6,12 +6,16 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# One thread: a busy neighbour then costs a test its share of the core and no more. It also keeps the command from
-# choosing the number by the load of the machine, on which the last bits of a run would hang.
+# One thread for each test and for what it starts, as tests run side by side: threads that spin for one another on the
+# same cores take many times as long. It also keeps the command from choosing the number by the load of the machine, on
+# which the last bits of a run would hang. Torch reads it when it is imported, hence before that.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+if "ROUNDING" in os.environ:
+    from other_rounding import pytest_sessionfinish, pytest_sessionstart  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

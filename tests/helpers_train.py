@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
+from helpers_machine import free_port
 from torch import nn
 
 from diffusion_align import rng
@@ -133,9 +134,9 @@ def make_run(mode="lora", ema=False, optimizer="adamw", warmup=2, total=20, **se
     )
 
 
-def in_processes(count, work, port):
+def in_processes(count, work):
     """Run `work(rank)` in forked processes joined by gloo; True when all of them ended well."""
-    children = []
+    port, children = free_port(), []
     for rank in range(count):
         child = os.fork()
         if child == 0:

@@ -20,6 +20,7 @@ from itertools import combinations, permutations
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers_machine import HANG
 from PIL import Image
 
 from diffusion_align import cli
@@ -72,7 +73,7 @@ class Client:
         return self.post(str(at), {"choice": choice, "picked": picked, "seconds": seconds})["next"]
 
     def open(self, request):
-        with self.opener.open(request, timeout=20) as reply:
+        with self.opener.open(request, timeout=HANG) as reply:
             self.headers, self.address = reply.headers, reply.url
             return reply.read()
 
@@ -128,7 +129,7 @@ def test_what_was_seen_on_the_left_wins_when_1_is_pressed(tmp_path):
         assert [client.answer(i + 1, "pick", i % 2, seconds=0.25 * i) for i in range(4)] == [2, 3, 4, 5]
         assert client.answer(5, "tie") == 6 and client.answer(6, "skip") == 7
         assert "Every question has an answer" in client.get().decode() and client.address == client.base + "7"
-        assert client.post("stop")["stopped"] and client.server.stopped.wait(5)
+        assert client.post("stop")["stopped"] and client.server.stopped.wait(HANG)
     rows = stored(folder)
     assert [row["choice"] for row in rows] == ["winner"] * 4 + ["tie", "skip"]
     assert [row["seconds"] for row in rows[:4]] == [0, 0.25, 0.5, 0.75]
@@ -392,7 +393,7 @@ def test_the_policy_lets_nothing_but_this_page_act(tmp_path):
 
 def raw(server, method, path, headers, body=b""):
     """A request as it is spelled; returns (status, content)."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=HANG)
     try:
         connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
         for name, value in headers:
@@ -610,7 +611,7 @@ def test_the_command_serves_until_ctrl_c_and_leaves_files_to_train_on(tmp_path, 
 
     def person():
         try:
-            client = Client(started.get(timeout=20))
+            client = Client(started.get(timeout=HANG))
             client.get()
             client.answer(1, "pick", 0)
             client.answer(2, "tie")

@@ -1,6 +1,5 @@
 """The command: fast answers, one-line errors, exit codes."""
 
-import os
 import subprocess
 import sys
 
@@ -72,14 +71,16 @@ def test_a_plan_does_not_import_diffusers(tmp_path):
     assert done.stdout.splitlines()[-1] == "HEAVY []"
 
 
-def test_help_costs_less_than_half_a_second():
-    """Processor time, not the clock's: whatever else the machine is doing, this is what the command itself takes."""
-    before = os.times()
-    subprocess.run(
-        [sys.executable, "-m", "diffusion_align.cli", "train", "dpo", "--help"], check=True, capture_output=True
+def test_help_imports_little():
+    """Counted in modules, of which torch alone has more than 1000: seconds are the machine's affair."""
+    program = (
+        "import sys, contextlib\nfrom diffusion_align.cli import main\n"
+        "with contextlib.suppress(SystemExit): main(['train', 'dpo', '--help'])\n"
+        f"print('MODULES', len(sys.modules), [name for name in {HEAVY!r} if name in sys.modules])"
     )
-    after = os.times()
-    assert (after.children_user + after.children_system) - (before.children_user + before.children_system) < 0.5
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    _, count, heavy = done.stdout.splitlines()[-1].split(maxsplit=2)
+    assert heavy == "[]" and int(count) < 400
 
 
 def test_exit_codes_and_one_line(capsys, monkeypatch):

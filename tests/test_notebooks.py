@@ -4,6 +4,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from helpers_machine import HANG
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
@@ -19,6 +20,6 @@ def test_it_runs(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)
     NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        notebook, timeout=HANG, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
     assert notebook.cells[-1]["outputs"]

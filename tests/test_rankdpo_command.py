@@ -272,7 +272,7 @@ def test_a_run_is_a_model_that_synth_draws_with_and_its_rankings_train(toys, fin
     # Alone a model draws both pictures of a prompt, so the batches differ, and with them the rounding of a few levels;
     # the short training moves many more.
     rounding, moved = (abs(levels(out) - levels("base")).mean() for out in ("both", "tuned"))
-    assert rounding < 0.002 and moved > 10 * rounding and moved > 0.002
+    assert rounding < 0.01 and moved > max(10 * rounding, 0.1)
     weights = json.loads((tmp_path / "both" / "report.json").read_text())["models"]
     assert weights[1]["weights"].startswith(weights[0]["weights"] + "+")
     rankings, _ = read_rankings(tmp_path / "both" / "rankings.parquet")

@@ -1,15 +1,14 @@
 """`reward ls`, `reward score` and `reward serve` as they are typed."""
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
+from helpers_machine import HANG, free_port
 from helpers_rewards import pictures
 from PIL import Image
 
@@ -33,18 +32,15 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("argv", [["reward", "ls"], *MISTAKES], ids=" ".join)
-def test_the_list_and_mistakes_answer_at_once_without_torch(argv):
-    """Processor time, as whatever else the machine does is not the command's."""
+def test_the_list_and_mistakes_are_answered_without_torch(argv):
+    """Counted in modules, of which torch alone has more than 1000: seconds are the machine's affair."""
     heavy = ("torch", "numpy", "PIL", "open_clip", "transformers")
     program = (
         f"import sys; from diffusion_align.cli import main; code = main({argv!r}); "
-        f"print('HEAVY', [name for name in {heavy!r} if name in sys.modules]); sys.exit(code)"
+        f"print('HEAVY', [name for name in {heavy!r} if name in sys.modules], len(sys.modules) < 400); sys.exit(code)"
     )
-    before = os.times()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    after = os.times()
-    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.5
-    assert done.stdout.splitlines()[-1] == "HEAVY []"
+    assert done.stdout.splitlines()[-1] == "HEAVY [] True"
     assert done.returncode == (2 if argv in MISTAKES else 0)
     if argv in MISTAKES:
         assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("diffusion-align: error: ")
@@ -130,22 +126,17 @@ def test_score_says_what_it_lacks(folder, tmp_path, capsys):
 
 
 def test_serve_answers_until_it_is_interrupted():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     argv = [*COMMAND, "reward", "serve", "--reward", "jpeg-large", "--port", str(port)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         try:
             assert f"jpeg-large at http://127.0.0.1:{port}; Ctrl-C ends it" in process.stdout.readline()
             images = pictures(3, (24, 24))
-            scores = http_reward(f"http://127.0.0.1:{port}", timeout=20)(images, ["x"] * 3)
+            scores = http_reward(f"http://127.0.0.1:{port}", timeout=HANG)(images, ["x"] * 3)
             torch.testing.assert_close(scores, load_reward("jpeg-large")(images, ["x"] * 3))
             process.send_signal(signal.SIGINT)
-            start = time.monotonic()
-            assert process.wait(10) == 0 and time.monotonic() - start < 5
+            assert process.wait(HANG) == 0
             assert process.stdout.read() == "stopped\n" and process.stderr.read() == ""
         finally:
             process.kill()

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -100,24 +99,35 @@ def test_a_killed_conversion_goes_on_and_ends_the_same(tmp_path, capsys):
     words = ["--rows_per_shard", "20", "--max_bad_fraction", "0.1"]
     assert convert(path, tmp_path / "whole", *words) == 0
     out = tmp_path / "killed"
-    program = (
-        "import sys, time; from diffusion_align.data import convert as c; from diffusion_align.cli import main\n"
-        "write = c._write\ndef slow(*a):\n    time.sleep(0.03)\n    return write(*a)\nc._write = slow\n"
-        f"sys.exit(main(['data', 'convert', {str(path)!r}, '--out', {str(out)!r}, *{words!r}]))"
-    )
-    stopped = 0
-    for _ in range(10):
-        child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    program = """
+import os, signal, sys, threading
+from diffusion_align.data import convert as c
+from diffusion_align.cli import main
+write, started, when = c._write, [], sys.argv.pop(1)
+def counted(*a):
+    started.append(a)
+    if len(started) == 4:
+        if when == "during":
+            threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGKILL)).start()
+        elif when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+    result = write(*a)
+    if len(started) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+c._write = counted
+sys.exit(main(sys.argv[1:]))
+"""
+    had = 0
+    for when in ("before", "during", "after"):  # its fourth shard; during: wherever the signal meets it
+        argv = [sys.executable, "-c", program, when, "data", "convert", str(path), "--out", str(out), *words]
+        killed = subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        assert killed.returncode == -signal.SIGKILL
+        assert not json.loads((out / "convert.json").read_text())["complete"]
+        assert len(list(out.glob("rows-*"))) >= had + 3
         had = len(list(out.glob("rows-*")))
-        while child.poll() is None and len(list(out.glob("rows-*"))) < had + 3:
-            time.sleep(0.005)
-        child.send_signal(signal.SIGKILL)
-        stopped += child.wait() == -signal.SIGKILL
-        if (done := json.loads((out / "convert.json").read_text())["complete"]) or stopped == 2:
-            break
         with pytest.raises(DataError, match="data convert has not finished; the same command goes on"):
             read_pairs(out)
-    assert stopped and not done
     for shard in out.glob("rows-*"):
         assert pq.read_table(shard).num_rows > 0  # none is half a file
     assert convert(path, out, *words) == 0

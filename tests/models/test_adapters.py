@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from helpers_machine import assert_rounded
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -45,8 +46,10 @@ def test_policy_is_its_reference_exactly_until_it_moves(gate, item, mode, half):
     parameters = add_lora(gate.unet, 4, 8.0) if mode == "lora" else trainable(gate.unet, "full")
     frozen = reference(gate, mode)
     before = frozen(*item)
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        assert torch.equal(frozen(*item), gate.predict(*item).detach())
+    with torch.autocast("cpu", torch.bfloat16, enabled=half), torch.no_grad():
+        assert torch.equal(frozen(*item), gate.predict(*item))
+    # Where gradients flow torch may take another kernel for the same product of matrices.
+    assert_rounded(gate.predict(*item), before, depth=200)
     assert not frozen(*item).requires_grad
     disturb(parameters)
     assert torch.equal(frozen(*item), before)
@@ -85,7 +88,7 @@ def test_plain_diffusers_reloads_the_same_function(gate, item, tiny_folder, tmp_
     plain = StableDiffusionPipeline.from_pretrained(tiny_folder)
     plain.load_lora_weights(tmp_path)
     x, t, text = item
-    torch.testing.assert_close(plain.unet(x, t, text).sample.detach(), expected, rtol=0, atol=1e-6)
+    assert_rounded(plain.unet(x, t, text).sample, expected, depth=200)
 
 
 def test_masters_are_float32_on_a_half_precision_network(tiny_folder):
@@ -179,10 +182,12 @@ def test_full_weights_round_trip_and_wrong_networks_are_refused(gate, item, tiny
     save_unet(gate.unet, tmp_path)
     fresh = load_pipeline(tiny_folder, device="cpu")
     load_unet(fresh, tmp_path)
-    assert torch.equal(fresh.predict(*item), gate.predict(*item).detach())
+    with torch.no_grad():
+        assert torch.equal(fresh.predict(*item), gate.predict(*item))
     plain = UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet")
     x, t, text = item
-    assert torch.equal(plain(x, t, text).sample.detach(), gate.predict(*item).detach())
+    with torch.no_grad():
+        assert torch.equal(plain(x, t, text).sample, gate.predict(*item))
     with pytest.raises(FileNotFoundError, match="not there"):
         load_unet(fresh, tmp_path / "nowhere")
     with torch.no_grad():

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from helpers_machine import assert_rounded
 from lora_doors import make_run, pictures_of_64, resumed, through
 from lora_families import families, heard, verdict
 from lora_faults import ALPHA, FORMATS, RANK, read, without_alpha, write
@@ -52,7 +53,7 @@ def test_a_file_is_the_same_function_here_and_in_diffusers(both, tmp_path, which
     load_lora(gate, path)
     theirs = load_theirs(family, path)
     assert (theirs - family.plain).abs().max() > 1e-2
-    torch.testing.assert_close(family.answer(gate), theirs, rtol=0, atol=1e-5)
+    assert_rounded(family.answer(gate), theirs, depth=200)
 
 
 def test_a_folder_of_pefts_own_loads_with_its_strength(both, tmp_path):
@@ -66,7 +67,7 @@ def test_a_folder_of_pefts_own_loads_with_its_strength(both, tmp_path):
     with torch.random.fork_rng():
         theirs.unet = PeftModel.from_pretrained(theirs.unet, tmp_path)
     assert "peft names read, such as base_model.model." in messages[0] and "alpha" not in messages[0]
-    torch.testing.assert_close(family.answer(gate), family.answer(theirs), rtol=0, atol=1e-6)
+    assert_rounded(family.answer(gate), family.answer(theirs), depth=200)
 
 
 def merged(gate, tensors):
@@ -93,11 +94,11 @@ def test_ranks_and_strengths_of_each_layers_own_are_kept(both, tmp_path, same_st
     gate = family.fresh()
     with heard() as messages:
         load_lora(gate, write(tmp_path / "mixed.safetensors", tensors))
-    torch.testing.assert_close(family.answer(gate), family.answer(merged(family.fresh(), tensors)), rtol=0, atol=2e-5)
+    assert_rounded(family.answer(gate), family.answer(merged(family.fresh(), tensors)), depth=200)
     assert "filled up with zeros to 4" in messages[0] and ("multiplied in" in messages[0]) != same_strength
     save_lora(gate.unet, tmp_path / "again")
-    torch.testing.assert_close(
-        load_theirs(family, tmp_path / "again" / "pytorch_lora_weights.safetensors"), family.answer(gate)
+    assert_rounded(
+        load_theirs(family, tmp_path / "again" / "pytorch_lora_weights.safetensors"), family.answer(gate), depth=200
     )
 
 
@@ -189,7 +190,7 @@ def test_a_part_of_the_layers_is_loaded_only_where_that_is_allowed(both, tmp_pat
         load_lora(gate, path)
     load_lora(gate, path, allow_partial=True)
     due = family.answer(merged(family.fresh(), middle))
-    torch.testing.assert_close(family.answer(gate), due, rtol=0, atol=1e-5)
+    assert_rounded(family.answer(gate), due, depth=200)
 
 
 def test_a_missing_alpha_is_taken_for_the_rank_as_others_do(both, tmp_path):
@@ -199,7 +200,7 @@ def test_a_missing_alpha_is_taken_for_the_rank_as_others_do(both, tmp_path):
     gate = family.fresh()
     with heard() as messages:
         load_lora(gate, path)
-    torch.testing.assert_close(family.answer(gate), load_theirs(family, path), rtol=0, atol=1e-5)
+    assert_rounded(family.answer(gate), load_theirs(family, path), depth=200)
     assert "alpha is missing, so taken to be the rank" in messages[0]
 
 

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from helpers_machine import assert_rounded
 from helpers_sdxl import PACKED_SHAPE, POOLED, TOKENS, make_tiny_sdxl_folder
 from safetensors.torch import load_file, save_file
 
@@ -62,13 +63,14 @@ def test_text_encoding_is_diffusers_own(request, folder):
         text, empty, pooled, empty_pooled = plain.encode_prompt(PROMPTS, device="cpu", negative_prompt=None)
     ours = gate.encode_text(PROMPTS)
     assert ours.shape[1:] == PACKED_SHAPE and ours.dtype == torch.float32
-    assert torch.equal(parts(ours)[0], text) and torch.equal(parts(ours)[1], pooled)
+    assert_rounded(parts(ours)[0], text, depth=50)
+    assert_rounded(parts(ours)[1], pooled, depth=50)
     assert not ours[:, TOKENS, POOLED:].any() and not ours[:, TOKENS + 1].any()
     for ours in (gate.empty_text.expand(2, -1, -1), gate.encode_text(["", ""])):
-        torch.testing.assert_close(parts(ours)[0], empty)
-        torch.testing.assert_close(parts(ours)[1], empty_pooled)
+        assert_rounded(parts(ours)[0], empty, depth=50)
+        assert_rounded(parts(ours)[1], empty_pooled, depth=50)
     assert bool(gate.empty_text.any()) == (not gate.second.zero_empty) == bool(empty.any())
-    torch.testing.assert_close(gate.encode_text([*PROMPTS, ""], chunk=1), gate.encode_text([*PROMPTS, ""]))
+    assert_rounded(gate.encode_text([*PROMPTS, ""], chunk=1), gate.encode_text([*PROMPTS, ""]), depth=50)
     assert gate.encode_text([]).shape == (0, *PACKED_SHAPE)
 
 
@@ -176,8 +178,8 @@ def test_pictures_and_latents_are_diffusers_own(sdxl, sdxl_folder):
         posterior = vae.encode(images * 2 - 1).latent_dist
         sampled = (posterior.mean + posterior.std * noise) * 0.13025
         decoded = (vae.decode(sampled / 0.13025).sample / 2 + 0.5).clamp(0, 1)
-    torch.testing.assert_close(sdxl.encode_images(images, noise, chunk=2), sampled)
-    torch.testing.assert_close(sdxl.decode(sampled, chunk=2), decoded)
+    assert_rounded(sdxl.encode_images(images, noise, chunk=2), sampled, depth=100)
+    assert_rounded(sdxl.decode(sampled, chunk=2), decoded, depth=200)
 
 
 def change_config(folder, part, **values):
@@ -204,7 +206,7 @@ def test_a_vae_with_means_and_deviations(sdxl_folder, tmp_path):
     images = torch.rand(2, 3, 32, 32, generator=generator(1, "images"))
     z = gate.vae.encode(images * 2 - 1).latent_dist.mean.detach()
     by_hand = (z - torch.tensor(means).view(4, 1, 1)) / torch.tensor(stds).view(4, 1, 1) * 0.13025
-    torch.testing.assert_close(gate.encode_images(images), by_hand)
+    assert_rounded(gate.encode_images(images), by_hand, depth=100)
 
 
 @pytest.fixture(scope="module")
@@ -256,8 +258,10 @@ def test_policy_is_its_reference_exactly_until_it_moves(sdxl, item, mode, half):
     parameters = add_lora(sdxl.unet, 4, 8.0) if mode == "lora" else trainable(sdxl.unet, "full")
     frozen = reference(sdxl, mode)
     before = frozen(*item)
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        assert torch.equal(frozen(*item), sdxl.predict(*item).detach())
+    with torch.autocast("cpu", torch.bfloat16, enabled=half), torch.no_grad():
+        assert torch.equal(frozen(*item), sdxl.predict(*item))
+    # Where gradients flow torch may take another kernel for the same product of matrices.
+    assert_rounded(sdxl.predict(*item), before, depth=200)
     disturb(parameters)
     assert torch.equal(frozen(*item), before)
     assert not torch.allclose(sdxl.predict(*item), before, atol=1e-3)
@@ -279,7 +283,7 @@ def test_plain_diffusers_reloads_the_same_function(sdxl, item, sdxl_folder, tmp_
     hidden, pooled, _ = parts(item[2])
     added = {"text_embeds": pooled, "time_ids": torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 3)}
     theirs = pipe.unet(*item[:2], hidden, added_cond_kwargs=added).sample
-    torch.testing.assert_close(theirs.detach(), expected, rtol=0, atol=1e-6)
+    assert_rounded(theirs, expected, depth=200)
 
 
 def test_full_weights_round_trip(sdxl, item, gate, sdxl_folder, tmp_path):
@@ -287,7 +291,8 @@ def test_full_weights_round_trip(sdxl, item, gate, sdxl_folder, tmp_path):
     save_unet(sdxl.unet, tmp_path)
     fresh = load_pipeline(sdxl_folder, device="cpu")
     load_unet(fresh, tmp_path)
-    assert torch.equal(fresh.predict(*item), sdxl.predict(*item).detach())
+    with torch.no_grad():
+        assert torch.equal(fresh.predict(*item), sdxl.predict(*item))
     plain = UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet")
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, sdxl.unet.state_dict()[name])

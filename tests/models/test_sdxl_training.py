@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionXLPipeline
+from helpers_machine import assert_rounded
 from helpers_sdxl import POOLED, TOKENS
 
 from diffusion_align.data import read_pairs, write_pairs_parquet
@@ -71,7 +72,7 @@ def test_gradients_of_a_guided_run_in_two_passes_are_autograds(sdxl):
     trajectory = rollout(denoiser, table, normal((2, 4, 8, 8), 0, "x"), generator(0, "noise"))
     value = replay(denoiser, trajectory).sum()
     expected = torch.autograd.grad(value, parameters)
-    assert torch.allclose(path_gradient(denoiser, trajectory, torch.sum), value.detach())
+    assert_rounded(path_gradient(denoiser, trajectory, torch.sum), value, depth=400)
     whole = torch.cat([gradient.flatten() for gradient in expected])
     ours = torch.cat([parameter.grad.flatten() for parameter in parameters])
     assert whole.norm() > 1 and (ours - whole).norm() < 1e-4 * whole.norm()
@@ -107,4 +108,4 @@ def test_the_command_trains_it_and_the_pipeline_loads_the_run(sdxl_folder, pairs
     pipe.load_lora_weights(run)
     added = {"text_embeds": text[:, TOKENS, :POOLED], "time_ids": torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 2)}
     theirs = pipe.unet(x, t, text[:, :TOKENS], added_cond_kwargs=added).sample.detach()
-    torch.testing.assert_close(theirs, tuned, rtol=0, atol=1e-5)
+    assert_rounded(theirs, tuned, depth=200)

@@ -1,22 +1,22 @@
 """Working ahead: the same items in the same order, never too far, with every error told and no thread left behind."""
 
+import queue
 import threading
-import time
 
 import pytest
 import torch
+from helpers_machine import HANG
 
-from diffusion_align.rewards import prefetch
+from diffusion_align.rewards import background, prefetch
 
 
 def workers():
     return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
-def gone(within=2.0):
-    end = time.monotonic() + within
-    while workers() and time.monotonic() < end:
-        time.sleep(0.01)
+def gone():
+    for worker in workers():
+        worker.join(HANG)
     return not workers()
 
 
@@ -28,20 +28,32 @@ def test_items_come_in_their_order():
 
 
 @pytest.mark.parametrize("ahead", [1, 3])
-def test_it_runs_ahead_and_no_further(ahead):
-    made, enough = [], threading.Event()
+def test_it_runs_ahead_and_no_further(ahead, monkeypatch):
+    """Turned away from a full queue three times, the worker still holds the one item that it made for it."""
+    made, turned_away = [], threading.Semaphore(0)
+
+    class Counted(queue.Queue):
+        def put(self, item, timeout):
+            try:
+                super().put(item, timeout=0.01)
+            except queue.Full:
+                turned_away.release()
+                raise
 
     def items():
         for i in range(20):
             made.append(i)
-            if len(made) == ahead + 2:
-                enough.set()
             yield i
 
+    monkeypatch.setattr(background.queue, "Queue", Counted)
     source = prefetch(items(), ahead=ahead)
     assert next(source) == 0
-    assert enough.wait(2)  # the one that waits at the door is made as well
-    time.sleep(0.3)
+    for _ in range(3):
+        assert turned_away.acquire(timeout=HANG)
+    while len(made) < ahead + 2:  # these may have been turned away before the first one was taken
+        assert turned_away.acquire(timeout=HANG)
+    for _ in range(3):
+        assert turned_away.acquire(timeout=HANG)
     assert len(made) == ahead + 2
     source.close()
     assert gone()
@@ -61,21 +73,19 @@ def test_an_error_comes_after_the_items_before_it():
 
 
 def test_making_and_using_overlap():
-    """Twenty items that take 10 ms to make and 10 ms to use take little more than 200 ms, not 400."""
+    """An item is used while the next one is being made: each of the two waits until the other has begun."""
+    both = threading.Barrier(2, timeout=HANG)
 
     def items():
-        for i in range(20):
-            time.sleep(0.01)
+        yield 0
+        for i in range(1, 20):
+            both.wait()
             yield i
 
-    start = time.perf_counter()
-    for _ in prefetch(items()):
-        time.sleep(0.01)
-    overlapped = time.perf_counter() - start
-    start = time.perf_counter()
-    for _ in items():
-        time.sleep(0.01)
-    assert overlapped < 0.8 * (time.perf_counter() - start)
+    for i in prefetch(items()):
+        if i < 19:
+            both.wait()
+    assert gone()
 
 
 def test_one_ahead_at_least():

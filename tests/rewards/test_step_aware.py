@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
+from helpers_machine import HANG, assert_rounded
 from open_clip.transformer import Transformer
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -122,7 +123,7 @@ def test_at_the_start_the_embedded_reward_scores_as_ever():
     expected = clip_scorer("tiny", device="cpu", scale=scale)(images, prompts)
     for start in (0, 437):
         found = step_aware_scorer(model)(images, prompts, torch.arange(start, start + 6))
-        torch.testing.assert_close(found, expected, atol=1e-6 * scale, rtol=0)
+        torch.testing.assert_close(found, expected, atol=1e-5 * scale, rtol=0)  # a cosine in float32, some 80 ulps
     assert torch.equal(found, step_aware_scorer("tiny-init", device="cpu")(images, prompts, torch.zeros(6)))
     assert expected.std() > 0.1
 
@@ -136,6 +137,10 @@ def test_modulation_is_what_folds_into_open_clips_own_weights(tower):
     first, _, second = model.time.embed
     freqs = 10000 ** (-torch.arange(128, dtype=torch.float64) / 128)
     wave = torch.cat([(t * freqs).cos(), (t * freqs).sin()])
+    # The model's sinusoid is float32: 437 times a frequency that is off by some ulps. The rest is compared in float64.
+    single = sinusoid(torch.tensor([t]))[0].double()
+    torch.testing.assert_close(single, wave, rtol=0, atol=437 * 8 * 2**-24)
+    wave = single
     hidden = F.silu(second.weight @ F.silu(first.weight @ wave + first.bias) + second.bias)
 
     def refit(norm, shift, scale):
@@ -153,7 +158,7 @@ def test_modulation_is_what_folds_into_open_clips_own_weights(tower):
         refit(folded.ln_post, *(model.time.final.weight @ hidden + model.time.final.bias).view(2, WIDTH))
         expected, plain = folded(pixels), model.clip.visual(pixels)
         found = encode(model.clip.visual, model.time, pixels, torch.full((3,), t))
-    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)  # the sinusoid is float32
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9)
     assert (found - plain).abs().max() > 0.1
 
 
@@ -278,14 +283,14 @@ def test_scorer_chunks_keeps_rows_apart_and_has_no_gradient():
     images, prompts, t = pictures(5, 40, torch.float32), ["ab", "cd", "ab", "x", "y"], torch.arange(5) * 200
     score = step_aware_scorer(model, chunk=2)
     found = score(images, prompts, t)
-    torch.testing.assert_close(found, model(images, prompts, t).detach())
+    assert_rounded(found, model(images, prompts, t), depth=60)
     assert found.dtype == torch.float32 and not found.requires_grad
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(score(images, prompts, t), found)
     images[1, 0, 0, 0], images[3, 0, 0, 0] = math.nan, math.inf
     spoilt = score(images, prompts, t)
     assert spoilt.isnan().tolist() == [False, True, False, True, False]
-    torch.testing.assert_close(spoilt[[0, 2, 4]], found[[0, 2, 4]])
+    assert_rounded(spoilt[[0, 2, 4]], found[[0, 2, 4]], depth=60)
     assert score(images[:0], [], t[:0]).shape == (0,)
     for wrong in ((images, prompts[:4], t), (images, prompts, t[:4]), (images[:, :2], prompts, t), (images[0], [], t)):
         with pytest.raises(ValueError, match="expected"):
@@ -369,4 +374,4 @@ def test_towers_that_cannot_be_conditioned_are_refused():
 
 def test_open_clip_is_not_imported_with_the_room():
     code = "import sys, diffusion_align.rewards.step_aware; sys.exit('open_clip' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=300).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=HANG).returncode == 0

@@ -194,8 +194,10 @@ def test_spo_is_its_definition(order, segment, all_pairs):
     (0.5 * expected).backward()
     wanted = toy.gradients()
     columns = learn_spo(pairs, toy.policy, toy.reference, toy.table, 0.5, beta=10.0, clip=0.1, at_once=3)
-    assert columns["loss"].sum().item() == pytest.approx(expected.item(), rel=1e-6)
-    torch.testing.assert_close(toy.gradients(), wanted, rtol=1e-5, atol=1e-7)
+    # States, and the coefficients of steps that are gathered for a batch, are float32: an ulp of a mean (1.2e-7) over a
+    # step's deviation, some tens of ulps of a log-ratio.
+    assert columns["loss"].sum().item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(toy.gradients(), wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
 
 
 def test_the_identity_of_one_parent():
@@ -211,7 +213,9 @@ def test_the_identity_of_one_parent():
             means.append(step_gaussian(toy.table, pairs.k, pairs.parent[0], bind(pairs.text)(pairs.parent[0], t))[0])
     std = toy.table.std[pairs.k]
     apart = ((means[0] - means[1]) * (pairs.child[0] - pairs.child[1])).flatten(1).sum(1) / std**2
-    torch.testing.assert_close(columns["log_ratio_w"] - columns["log_ratio_l"], apart, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        columns["log_ratio_w"] - columns["log_ratio_l"], apart, rtol=0, atol=1e-5 * apart.abs().max().item()
+    )
 
 
 def test_segments_go_on_by_themselves_and_all_their_transitions_count():

@@ -1,7 +1,6 @@
 """Diffusion-DPO's loop against plain torch and diffusers, its start, its bad numbers, and its processes."""
 
 import math
-import socket
 
 import pytest
 import torch
@@ -78,8 +77,10 @@ def test_noise_and_target_are_those_of_diffusers(prediction_type):
     noise = rng.normal_batch(SHAPE, SEED, "noise", samples).repeat(2, 1, 1, 1)
     velocity = theirs.get_velocity(clean, noise, made.t)
     wanted = {"epsilon": noise, "sample": clean, "v_prediction": velocity}[prediction_type]
-    assert torch.allclose(made.x, theirs.add_noise(clean, noise, made.t), atol=2e-6)
-    assert torch.allclose(made.target, wanted, atol=2e-6)
+    # Two rounded factors, two products and a sum in float32, here and there: 8 half ulps (2^-24) of terms up to 8.
+    torch.testing.assert_close(made.x, theirs.add_noise(clean, noise, made.t), rtol=0, atol=4e-6)
+    torch.testing.assert_close(made.target, wanted, rtol=0, atol=4e-6)
+    assert torch.stack([clean, noise]).abs().max() < 4
     assert torch.equal(made.text, torch.cat([cache.text, cache.text]))
 
 
@@ -346,12 +347,6 @@ def test_accumulation_changes_only_the_rounding():
         assert torch.allclose(weight, cut.weights()[name], atol=1e-6)
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_two_processes_are_accumulation_2_bit_for_bit(tmp_path):
     def work(rank):
         run = make_run(accelerator=Accelerator(cpu=True), caption_dropout=0.3)
@@ -360,7 +355,7 @@ def test_two_processes_are_accumulation_2_bit_for_bit(tmp_path):
         values = {"rows": torch.tensor(rows, dtype=torch.float64)}
         save_file(run.weights() | values, tmp_path / f"{rank}.safetensors")
 
-    assert in_processes(2, work, free_port())
+    assert in_processes(2, work)
     alone = make_run(accumulation=2, caption_dropout=0.3)
     rows = torch.tensor([list(record.row().values()) for record in alone.steps()], dtype=torch.float64)
     for rank in range(2):
@@ -407,11 +402,11 @@ def test_two_processes_that_accumulate_see_the_same_samples(tmp_path):
         found = {"loss": losses(accelerator=accelerator, accumulation=2), "order": order(accelerator)}
         save_file(found, tmp_path / f"{rank}.safetensors")
 
-    assert in_processes(2, work, free_port())
+    assert in_processes(2, work)
     alone = losses(accumulation=4)
     for rank in range(2):
         found = load_file(tmp_path / f"{rank}.safetensors")
-        assert torch.allclose(found["loss"], alone, rtol=1e-6, atol=0)
+        assert torch.allclose(found["loss"], alone, rtol=1e-5, atol=0)
         assert found["order"].tolist() == [float(i) for _, i in samples_at(0, 40, 10, SEED)]
 
 
@@ -422,7 +417,7 @@ def test_a_bad_number_on_one_process_skips_the_step_on_both(tmp_path):
         updated = [record.updated for record in run.steps(predict_policy=policy)]
         save_file(run.weights() | {"updated": torch.tensor(updated)}, tmp_path / f"{rank}.safetensors")
 
-    assert in_processes(2, work, free_port())
+    assert in_processes(2, work)
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
     assert first["updated"].tolist() == [step not in (2, 6) for step in range(1, 13)]
     assert all(torch.equal(first[name], second[name]) and first[name].isfinite().all() for name in first)

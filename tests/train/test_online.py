@@ -61,7 +61,7 @@ def test_d3po_is_its_definition_over_all_pairs(order, guidance, window):
     columns = learn_d3po(runs, toy.policy, 0.25, beta=5.0, clip=0.1)
     assert len(columns["loss"]) == count == 6
     assert columns["loss"].sum().item() == pytest.approx(expected.item(), rel=1e-6)
-    torch.testing.assert_close(toy.gradients(), wanted, rtol=1e-6, atol=1e-6 * wanted.abs().max().item())
+    torch.testing.assert_close(toy.gradients(), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize("window", [None, (2, 2)])
@@ -94,7 +94,7 @@ def test_prdp_is_its_definition(order, mean, clip, window):
     wanted = toy.gradients()
     columns = learn_prdp(runs, toy.policy, 1.0, beta=0.05, clip=clip, mean=mean)
     assert columns["loss"].sum().item() == pytest.approx(expected.item(), rel=1e-5)
-    torch.testing.assert_close(toy.gradients(), wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item())
+    torch.testing.assert_close(toy.gradients(), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
 
 
 def test_prdp_in_float32_has_the_gradient_of_float64_at_published_targets():
@@ -146,7 +146,7 @@ def test_a_kl_weight_pulls_towards_the_reference():
     expected.backward()
     wanted = toy.gradients()
     learn_policy_gradient(runs, toy.policy, 1.0, clip=0.01, kl_weight=0.3, std="none")
-    torch.testing.assert_close(toy.gradients(), wanted, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(toy.gradients(), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -288,8 +288,9 @@ def test_only_the_first_steps_are_learnt_from_where_asked(order):
     q = ((now - reference) / 32)[:3]
     expected = -torch.nn.functional.logsigmoid(q[:, winner] - q[:, loser]).mean(0).sum()
     expected.backward()
-    torch.testing.assert_close(found, toy.gradients(), rtol=1e-6, atol=1e-9)
-    assert columns["loss"].sum().item() == pytest.approx(expected.item(), rel=1e-6)
+    wanted = toy.gradients()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+    assert columns["loss"].sum().item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_a_reference_that_is_renewed_every_round_is_the_policy_that_ran():

@@ -5,13 +5,16 @@ import os
 import random
 import re
 import signal
+import sys
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 
 import pytest
 import stress_equal
 import stress_processes
 import torch
+from helpers_machine import HANG
 from helpers_train import make_run
 from stress_jobs import Fault, Tally, command, launch
 from stress_runs import flags, make_world
@@ -71,16 +74,17 @@ def test_the_one_at_fault_is_named_with_place_and_time(others, said):
 
 def test_a_note_whose_process_is_gone_is_known_by_its_lock(tmp_path):
     told, tell = os.pipe()
+    before = time.time()
     child = os.fork()
     if child == 0:
         watch.start(tmp_path, 1, 2)
         watch.doing("scoring", 7)
         os.write(tell, b"there")
-        time.sleep(60)
+        time.sleep(HANG)
         os._exit(0)
     assert os.read(told, 5) == b"there"
     (note,) = read_notes(tmp_path, [1])
-    assert (note.step, note.doing, note.gone) == (7, "scoring", False) and time.time() - note.time < 60
+    assert (note.step, note.doing, note.gone) == (7, "scoring", False) and before <= note.time <= time.time()
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     os.close(told)
@@ -121,13 +125,27 @@ def test_any_error_text_fits_a_note(alone):
     assert note.error and (alone / "rank-0").stat().st_size == notes.LENGTH
 
 
-def test_a_note_costs_less_than_a_tenth_of_a_millisecond(alone):
-    took = []
-    for step in range(300):
-        begun = time.perf_counter()
-        watch.doing("learning", step)
-        took.append(time.perf_counter() - begun)
-    assert sorted(took)[150] < 1e-4
+def test_a_note_costs_one_write_of_a_page_in_memory(alone, monkeypatch):
+    """300 notes are 300 writes into the file that is open already; nothing is opened, moved, locked or synced."""
+    calls, writes = [], []
+
+    def called(frame, event, function):
+        if event == "c_call" and function.__module__ in ("posix", "fcntl", "_io"):
+            calls.append(function.__name__)
+
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda *given: writes.append(given) or pwrite(*given))
+    before = sys.getprofile()
+    sys.setprofile(called)
+    try:
+        for step in range(300):
+            watch.doing("learning", step)
+    finally:
+        sys.setprofile(before)
+    assert calls == ["pwrite"] * 300
+    assert {(len(line), place) for _, line, place in writes} == {(notes.LENGTH, 0)}
+    (note,) = read_notes(alone, [0])
+    assert (note.doing, note.step) == ("learning", 299)
 
 
 def test_the_time_limit_reaches_the_process_group(tmp_path):
@@ -162,36 +180,58 @@ def test_processes_that_found_other_checkpoints_do_not_start(tmp_path):
     assert ended.codes == [0, 0], ended.text
 
 
+@contextmanager
+def ending(act):
+    try:
+        yield
+    finally:
+        act()
+
+
 @pytest.mark.parametrize("number", [0, 3])
-def test_a_job_that_is_hurt_ends_and_names_the_rank(world, number):
+def test_a_job_that_is_hurt_ends_and_names_the_rank(world, number, monkeypatch):
     """Killed while learning, and a reward that fails: as the cases are numbered."""
+    # The others wait for the word of the one at fault, which comes; two seconds of it are enough on a quiet machine.
+    monkeypatch.setattr(watch, "_SETTLING", HANG)
     tally = Tally()
     stress_processes.hurt(world, number, random.Random(number), tally, compare=False)
-    assert tally.wrong == [] and tally.slowest < 60
+    assert tally.wrong == []
 
 
 def test_a_process_that_stands_still_is_named_by_those_who_wait(tmp_path):
-    """Although its note is the newest. With a limit of 2 s, which the command does not allow."""
+    """Although its note is the newest. They wait 2 s, which the command does not allow, and only from when it stands
+    still: before that no process may run out of time, however slow it is."""
+    dreams = tmp_path / "dreams"
+
+    def until(files, count):
+        while len(list(tmp_path.glob(files))) < count:
+            time.sleep(0.01)
 
     def work(rank):
         from accelerate import Accelerator
-        from accelerate.utils import InitProcessGroupKwargs
 
-        limit = InitProcessGroupKwargs(timeout=timedelta(seconds=2))
-        run = make_run(batch_size=6, accelerator=Accelerator(cpu=True, kwargs_handlers=[limit]))
+        run = make_run(batch_size=6, accelerator=Accelerator(cpu=True))
         watch.start(tmp_path / ".ranks", rank, 3)
-        with watch.named():
+        with ending(lambda: (tmp_path / f"ended-{rank}").touch()), watch.named():
             for record in run.steps():
-                if rank == 1 and record.step == 2:
-                    time.sleep(0.7)
+                if record.step != 2:
+                    continue
+                if rank == 1:
+                    until("waits-*", 2)
                     watch.doing("dreaming")
-                    time.sleep(60)
+                    dreams.touch()
+                    until("ended-*", 2)
+                    os._exit(9)
+                (tmp_path / f"waits-{rank}").touch()
+                until("dreams", 1)
+                group = torch.distributed.distributed_c10d._get_default_group()
+                torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=2), group)
         return 0
 
-    ended = launch(3, work, tmp_path)
+    ended = launch(3, work, tmp_path, patience=HANG)
     for rank in (0, 2):
-        assert re.search(r"rank 1 has not moved since step 2 \(dreaming\), \d s ago", ended.said[rank]), ended.text
-    assert ended.codes == [1, -signal.SIGTERM, 1] and not ended.hung
+        assert re.search(r"rank 1 has not moved since step 2 \(dreaming\), \d+ s ago", ended.said[rank]), ended.text
+    assert ended.codes == [1, 9, 1] and not ended.hung
 
 
 def test_a_part_that_cannot_be_written_is_told_and_the_round_is_drawn_again(world):
