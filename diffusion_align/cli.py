@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from diffusion_align.consoles import steady
 from diffusion_align.options import VERBS, UsageError, build_parser, parse, preset_names, resolve, unknown
 from diffusion_align.options.paths import require_outputs
 from diffusion_align.printable import printable
@@ -27,7 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done, 1 the work failed, 2 the command line is wrong, 128 + n stopped by signal n (130: Ctrl-C).
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    with steady():
+        return _main(list(sys.argv[1:] if argv is None else argv))
+
+
+def _main(argv: list[str]) -> int:
     traceback = os.environ.get("DIFFUSION_ALIGN_TRACEBACK", "0") not in ("", "0") or "--traceback" in argv
     try:
         return _run(argv)
@@ -35,10 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A command that can be continued says how in the exception it raises.
         _complain(f"interrupted{'; ' + str(interrupt) if str(interrupt) else ''}")
         return 128 + getattr(interrupt, "number", signal.SIGINT)
-    except BrokenPipeError:
-        # The reader left (`| head`): nobody is there to be told. Point stdout away so that the exit stays silent too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except SystemExit as error:  # code that is not ours, such as a library's or a reward's, cannot say that all is done
+        _complain(f"something below the command called exit({error.code!r}); its work is not done")
+        return 1
     except UsageError as error:
         if traceback:
             raise

@@ -263,3 +263,49 @@ def test_what_is_refused_before_anything_is_drawn(run, tmp_path, capsys, more, c
     assert evaluate(tmp_path / "out", run, *words)[0] == code
     assert message in capsys.readouterr().err
     assert not Path(tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def small_run(run):
+    """The same model trained at 32 pixels, half its own side, with grids and without."""
+    folder = run.parent
+    argv = f"""train dpo --pretrained_model_name_or_path {folder / "model"} --train_data_dir {folder / "pairs.parquet"}
+        --cache_dir {folder / "cache-32"} --resolution 32 --max_train_steps 1 --validation_sampling_steps 1
+        --validation_prompt circle --device cpu""".split()
+    for name, more in (("run-32", []), ("no-grids", ["--run_validation=false"])):
+        AcceleratorState._reset_state(True)
+        assert cli.main([*argv, "--output_dir", str(folder / name), *more]) == 0
+    return folder / "run-32"
+
+
+def sides(folder):
+    found = set()
+    for path in folder.rglob("*.png"):
+        with Image.open(path) as picture:
+            found.add(picture.size)
+    return found
+
+
+def test_a_run_is_drawn_at_the_resolution_that_it_was_trained_at(small_run, tmp_path):
+    assert sides(small_run / "samples" / "base") == {(32, 32)}
+    assert evaluate(tmp_path / "own", small_run, "--reward", "random")[0] == 0
+    assert sides(tmp_path / "own" / "evaluation") == {(32, 32)}
+    assert evaluate(tmp_path / "asked", small_run, "--resolution", "64")[0] == 0
+    assert sides(tmp_path / "asked" / "evaluation") == {(64, 64)}
+    draw = ["sample", "--run", str(small_run), "--prompt", "a circle", "--steps", "1", "--device", "cpu", "--out"]
+    for more, side in (([], 32), (["--resolution=64"], 64)):
+        out = tmp_path / f"sample-{side}"
+        assert cli.main([*draw, str(out), *more]) == 0
+        assert sides(out) == {(side, side)} and json.loads((out / "samples.json").read_text())["resolution"] == side
+
+
+def test_runs_of_two_resolutions_need_a_word(run, small_run, tmp_path, capsys):
+    assert evaluate(tmp_path, run, small_run)[0] == 1
+    said = capsys.readouterr().err
+    assert "different resolutions (run: its own, run-32: 32): choose one with --resolution" in said
+    assert not (tmp_path / "evaluation").exists()
+
+
+def test_a_run_without_grids_draws_none(small_run):
+    run = small_run.parent / "no-grids"
+    assert not (run / "samples").exists() and (run / "pytorch_lora_weights.safetensors").is_file()

@@ -36,7 +36,7 @@ def test_a_signal_saves_and_exits_with_its_number(world, tmp_path, number):
 
 
 def test_a_second_signal_ends_at_once_and_says_that_nothing_was_saved():
-    with pytest.raises(Interrupted, match="nothing saved since") as caught, Interruptible() as interrupt:
+    with pytest.raises(Interrupted, match="nothing saved since") as caught, Interruptible(grace=0) as interrupt:
         os.kill(os.getpid(), signal.SIGTERM)
         assert interrupt.asked == signal.SIGTERM
         os.kill(os.getpid(), signal.SIGUSR1)

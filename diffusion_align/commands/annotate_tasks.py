@@ -8,11 +8,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from diffusion_align import rng
 from diffusion_align.data.images import ImageError, decode_image
 from diffusion_align.data.readers import DataError, digest, inside
+from diffusion_align.progress import progress_bar
 
 TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 _ENTRY = {"file": str, "prompt": str, "prompt_number": int, "image": int}
@@ -80,7 +79,9 @@ def read_pictures(folder: Path) -> list[Picture]:
         raise DataError(f"{listing}: is not what sample writes; draw the pictures again") from error
     if not isinstance(entries, list):
         raise DataError(f"{listing}: pictures is {type(entries).__name__}, not a list; draw the pictures again")
-    pictures = [_picture(folder, i, entry) for i, entry in enumerate(tqdm(entries, unit="picture", disable=None))]
+    pictures = [
+        _picture(folder, i, entry) for i, entry in enumerate(progress_bar(entries, desc="read", unit="picture"))
+    ]
     prompts: dict[int, str] = {}
     seen: set[Any] = set()
     for picture in pictures:

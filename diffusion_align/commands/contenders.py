@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusion_align.commands.sources import present_model
-from diffusion_align.commands.tuned import base_of, load_tuned, run_config, trained_weights, weights_digest
+from diffusion_align.commands.tuned import base_of, load_tuned, run_config, trained_at, trained_weights, weights_digest
 from diffusion_align.models.hub import on_hub
 
 if TYPE_CHECKING:
@@ -37,6 +37,11 @@ class Contender:
         if self.trained is None:
             return "base"
         return weights_digest(self.trained, "model.safetensors" if self.is_checkpoint else None)
+
+    @property
+    def resolution(self) -> int | None:
+        """What it was trained at; None: its model's own."""
+        return trained_at(self.config)
 
     def load(self, device: str | None) -> TextToImage:
         """The gate with its weights in place.

@@ -6,8 +6,6 @@ import json
 import os
 from pathlib import Path
 
-from tqdm import tqdm
-
 from diffusion_align.data.check import checked
 from diffusion_align.data.pairs import check_bad_fraction
 from diffusion_align.data.readers import BadRow, DataError
@@ -15,6 +13,7 @@ from diffusion_align.data.recognise import recognise
 from diffusion_align.data.rows import is_tie
 from diffusion_align.data.summary import summarise
 from diffusion_align.options.data import DataCheck
+from diffusion_align.progress import progress_bar
 
 
 def data_check(options: DataCheck) -> int:
@@ -34,7 +33,7 @@ def data_check(options: DataCheck) -> int:
     staged = target.with_name(f".tmp-{target.name}")
     bad: list[BadRow] = []
     good = ties = alike = 0
-    with staged.open("w", encoding="utf-8") as lines, tqdm(total=total, desc="check", unit="row") as bar:
+    with staged.open("w", encoding="utf-8") as lines, progress_bar(total=total, desc="check", unit="row") as bar:
         for row, same in checked(source):
             bar.update()
             if isinstance(row, BadRow):

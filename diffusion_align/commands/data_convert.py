@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tqdm import tqdm
-
 from diffusion_align.commands.pasted import pasted
 from diffusion_align.data.convert import convert
 from diffusion_align.data.pairs import comparing
@@ -13,6 +11,7 @@ from diffusion_align.data.readers import DataError
 from diffusion_align.data.recognise import LAYOUTS
 from diffusion_align.data.summary import summarise
 from diffusion_align.options.data import DataConvert
+from diffusion_align.progress import progress_bar
 
 
 def data_convert(options: DataConvert) -> int:
@@ -30,7 +29,7 @@ def data_convert(options: DataConvert) -> int:
             f"{source.path}: {found.rows} rows, {found.ties} ties, {found.broken} broken: nothing to convert"
         )
     try:
-        with tqdm(total=found.rows, desc="convert", unit="row") as bar:
+        with progress_bar(total=found.rows, desc="convert", unit="row") as bar:
             counts = convert(
                 source,
                 out,

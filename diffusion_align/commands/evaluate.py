@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_align.commands import threads
 from diffusion_align.commands.contenders import Contender, base_contender, contender
@@ -23,6 +22,7 @@ from diffusion_align.evaluation import Measured, missing_pictures, read_pictures
 from diffusion_align.evaluation.report import versions
 from diffusion_align.options import Evaluate
 from diffusion_align.options.names import shard_of
+from diffusion_align.progress import progress_bar
 
 if TYPE_CHECKING:
     from diffusion_align.models import TextToImage
@@ -45,20 +45,22 @@ def evaluate(options: Evaluate) -> int:
         names = {"base": base, **{_unused(model.name, i, models): model for i, model in enumerate(models)}}
     out = Path(o.output_dir or _place(models))
 
-    facts = _facts(o, prompts)
+    resolution = _resolution(o, [*models, base])
+    facts = _facts(o, prompts) | ({"resolution": resolution} if resolution else {})
     workers = threads.settle(o.threads)
     folders: dict[tuple[str, str], Path] = {}
-    resolution = 0
+    side = 0
     for name, who in names.items():
         gate = who.load(o.device)
-        resolution = gate.resolution
+        side = resolution or gate.resolution
         about = {"model": who.base["pretrained_model_name_or_path"], "fingerprint": gate.fingerprint()}
         about["weights"] = who.weights()
         key = _key({**facts, **about, "prompts": [prompt.text for prompt in prompts]})
         facts.setdefault("models", {})[name] = about
         for solver in o.sampler:
             folder = folders[name, solver] = out / "evaluation" / f"{'base' if who is base else 'tuned'}-{key}" / solver
-            _draw(gate, prompts, folder, f"{name} {solver}", o, solver, {"weights": about["weights"]}, workers)
+            made = {"weights": about["weights"]}
+            _draw(gate, prompts, folder, f"{name} {solver}", o, solver, made, workers, resolution)
         del gate
     count = len(prompts) * o.num_images_per_prompt
     left = sum(len(missing_pictures(folder, count, o.num_images_per_prompt)) for folder in folders.values())
@@ -66,10 +68,25 @@ def evaluate(options: Evaluate) -> int:
         print(f"share {o.shard} is drawn; {left} pictures are left to other shares, of which the last one reports")
         return 0
 
-    judging = open_judging(o, in_world, resolution)
+    judging = open_judging(o, in_world, side)
     texts = [prompt.text for prompt in prompts for _ in range(o.num_images_per_prompt)]
     measured = {place: _measure(place, folder, texts, judging, o, workers) for place, folder in folders.items()}
     return report(o, out, names, prompts, texts, judging, measured, folders, facts)
+
+
+def _resolution(o: Evaluate, models: Sequence[Contender]) -> int | None:
+    """The side of all pictures: as asked for, else that of the runs; None: the model's own.
+
+    Raises:
+        ValueError: the runs were trained at different ones.
+    """
+    sides = {model.resolution: model.name for model in models if model.trained is not None}
+    if o.resolution is not None or not sides:
+        return o.resolution
+    if len(sides) > 1:
+        told = ", ".join(f"{name}: {side or 'its own'}" for side, name in sides.items())
+        raise ValueError(f"the runs were trained at different resolutions ({told}): choose one with --resolution")
+    return next(iter(sides))
 
 
 def _place(models: Sequence[Contender]) -> Path:
@@ -107,7 +124,7 @@ def _key(facts: dict[str, Any]) -> str:
 
 def _draw(
     gate: TextToImage, prompts: Sequence[Prompt], folder: Path, title: str, o: Evaluate, solver: str,
-    facts: dict[str, Any], workers: Threads,
+    facts: dict[str, Any], workers: Threads, resolution: int | None,
 ) -> None:  # fmt: skip
     table = sampler_table(gate.schedule, solver, o.steps)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(o.mixed_precision)
@@ -115,14 +132,14 @@ def _draw(
     total = len(range(shard[0], len(prompts), shard[1])) * o.num_images_per_prompt
     with (
         torch.autocast(gate.device.type, dtype=half, enabled=half is not None),
-        tqdm(total=total, desc=title, unit="picture", disable=None) as bar,
+        progress_bar(total=total, desc=title, unit="picture") as bar,
     ):
         drawn = save_pictures(
             gate, [prompt.text for prompt in prompts], folder,
             seed=o.seed, table=table, guidance=o.guidance, batch_size=o.batch_size,
             per_prompt=o.num_images_per_prompt, shard=shard,
             facts={**facts, "solver": solver, "timesteps": table.timesteps.tolist(), "versions": versions()},
-            extras=[prompt.extra for prompt in prompts],
+            extras=[prompt.extra for prompt in prompts], resolution=resolution,
         )  # fmt: skip
         for numbers in drawn:
             bar.update(len(numbers))
@@ -138,7 +155,7 @@ def _measure(
 
     def pictures() -> Iterator[tuple[list[int], Tensor]]:
         batches = read_pictures(folder, len(texts), per_prompt=o.num_images_per_prompt)
-        for numbers, images in tqdm(batches, desc=f"score {' '.join(place)}", unit="batch", disable=None):
+        for numbers, images in progress_bar(batches, desc=f"score {' '.join(place)}", unit="batch"):
             if features is not None:
                 parts.append(features(images).float().cpu())
             yield numbers, images

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusion_align.evaluation import evaluation_table, generate, pairs_picture, read_pictures, save_pictures
 from diffusion_align.models import TextToImage
+from diffusion_align.progress import progress_bar
 
 DEFAULT_PROMPTS = 4
 SHEET_SIDE = 192  # pixels of a picture, for small models; larger pictures keep their size
@@ -22,22 +23,33 @@ def grid_prompts(given: tuple[str, ...], of_the_data: Iterable[str]) -> list[str
 
 
 def base_pictures(
-    gate: TextToImage, prompts: list[str], folder: Path, *, seed: int, steps: int, guidance: float
-) -> Tensor:
+    gate: TextToImage, prompts: list[str], folder: Path, *, seed: int, steps: int, guidance: float,
+    resolution: int | None,
+) -> Tensor:  # fmt: skip
     """Draw and keep the base's pictures [N,3,H,W]; call it while the policy still is the base. Kept ones are read."""
     table = evaluation_table(gate.schedule, steps)
-    for _ in save_pictures(gate, prompts, folder, seed=seed, table=table, guidance=guidance, batch_size=BATCH):
-        pass  # each step of the iteration has written some
+    drawn = save_pictures(
+        gate, prompts, folder, seed=seed, table=table, guidance=guidance, batch_size=BATCH, resolution=resolution
+    )
+    with progress_bar(total=len(prompts), desc="sample grid of the base", unit="picture") as bar:
+        for numbers in drawn:
+            bar.update(len(numbers))
     return torch.cat([pictures for _, pictures in read_pictures(folder, len(prompts))])
 
 
 def write_grid(
-    gate: TextToImage, prompts: list[str], base: Tensor, path: Path, *, seed: int, steps: int, guidance: float
-) -> None:
+    gate: TextToImage, prompts: list[str], base: Tensor, path: Path, *, seed: int, steps: int, guidance: float,
+    resolution: int | None,
+) -> None:  # fmt: skip
     """Draw the same prompts with the present weights and write both side by side."""
     table = evaluation_table(gate.schedule, steps)
-    drawn = generate(gate, prompts, seed=seed, table=table, guidance=guidance, batch_size=BATCH)
-    now = torch.cat([pictures for _, pictures in drawn])
+    drawn = generate(gate, prompts, seed=seed, table=table, guidance=guidance, batch_size=BATCH, resolution=resolution)
+    parts = []
+    with progress_bar(total=len(prompts), desc=f"sample grid {path.stem}", unit="picture") as bar:
+        for numbers, pictures in drawn:
+            parts.append(pictures)
+            bar.update(len(numbers))
+    now = torch.cat(parts)
     path.parent.mkdir(parents=True, exist_ok=True)
     factor = max(1, SHEET_SIDE // now.shape[-1])
     pairs_picture(base, now, prompts, [(None, None)] * len(prompts), path, columns=2, factor=factor)

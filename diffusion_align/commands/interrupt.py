@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # a terminal's, a scheduler's, and Slurm's early warning
+
+
+# Seconds in which a repeated signal is still the first one: under a launcher, which repeats it, and alone.
+LAUNCHED, ALONE = 5.0, 0.5
 
 
 class Interrupted(KeyboardInterrupt):
@@ -20,13 +27,17 @@ class Interrupted(KeyboardInterrupt):
 class Interruptible:
     """Within this context the first signal only sets `asked`, so that the step in hand can be finished and saved.
 
-    `asked` is the signal's number, or 0. A second signal interrupts at once. Outside the main thread, where no signals
-    arrive, it does nothing.
+    `asked` is the signal's number, or 0. A second signal interrupts at once, if it comes `grace` seconds later or more:
+    a scheduler sends SIGTERM to a launcher and to its workers, and the launcher passes it on to them again. Outside the
+    main thread, where no signals arrive, it does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grace: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.asked = 0
         self._before = {}
+        self._grace = (LAUNCHED if "LOCAL_RANK" in os.environ else ALONE) if grace is None else grace
+        self._clock = clock
+        self._first = 0.0
 
     def __enter__(self) -> Interruptible:
         if threading.current_thread() is threading.main_thread():
@@ -35,9 +46,10 @@ class Interruptible:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if not self.asked:
+            self.asked, self._first = number, self._clock()
+        elif self._clock() - self._first >= self._grace:
             raise Interrupted("a second signal: stopped at once, nothing saved since the last checkpoint", number)
-        self.asked = number
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

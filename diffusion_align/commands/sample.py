@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_align.commands import threads
 from diffusion_align.commands.prompt_lists import listed_prompts
 from diffusion_align.commands.sample_folder import SAMPLES, claim
-from diffusion_align.commands.sample_layouts import check_layout, draw_folder, hand_over
+from diffusion_align.commands.sample_layouts import check_layout, draw_folder, hand_over, side_of
 from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.tuned import base_of, load_tuned, run_config, weights_digest
 from diffusion_align.data.images import encode_png
 from diffusion_align.data.prompts import Prompt
 from diffusion_align.evaluation.report import versions
 from diffusion_align.options import Sample
+from diffusion_align.progress import progress_bar
 from diffusion_align.rng import draw_normal, generator
 from diffusion_align.samplers import StepTable, step_table
 from diffusion_align.samplers import sample as run_sampler
@@ -45,8 +45,9 @@ def sample(options: Sample) -> int:
     name = base.get("pretrained_model_name_or_path") or present_model(o.pretrained_model_name_or_path or "")
     revision, variant = o.revision or base.get("revision"), o.variant or base.get("variant")
 
+    resolution = side_of(o)
     order = o.order if o.solver == "dpmpp" else 1
-    about = {
+    about: dict[str, Any] = {
         "pictures": pictures_of(prompts, o.num_images_per_prompt),
         "model": name,
         "run": o.run,
@@ -56,7 +57,7 @@ def sample(options: Sample) -> int:
         "negative_prompt": o.negative_prompt,
         "sampler": {"solver": o.solver, "order": order, "steps": o.steps, "eta": o.eta, "spacing": o.spacing},
         "mixed_precision": o.mixed_precision,
-    } | ({"resolution": o.resolution} if o.resolution else {})
+    } | ({"resolution": resolution} if resolution else {})
     if o.layout == "samples":
         claim(Path(o.out), about, overwrite=o.overwrite)
 
@@ -71,14 +72,14 @@ def sample(options: Sample) -> int:
     def these(wanted: list[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], Tensor]]:
         return draw(
             gate, [prompt.text for prompt in prompts], wanted, table, seed=o.seed, guidance=o.guidance,
-            negative_prompt=o.negative_prompt, resolution=o.resolution, batch_size=o.batch_size,
+            negative_prompt=o.negative_prompt, resolution=resolution, batch_size=o.batch_size,
             mixed_precision=o.mixed_precision,
         )  # fmt: skip
 
     if o.layout != "samples":
         return draw_folder(gate, prompts, table, these, o)
     write_pictures(about["pictures"], these, Path(o.out))
-    about |= {"fingerprint": gate.fingerprint(), "resolution": o.resolution or gate.resolution, "versions": versions()}
+    about |= {"fingerprint": gate.fingerprint(), "resolution": resolution or gate.resolution, "versions": versions()}
     (Path(o.out) / SAMPLES).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     print(f"{len(about['pictures'])} pictures and {SAMPLES} in {Path(o.out)}")
     return 0
@@ -97,7 +98,7 @@ def write_pictures(files: Sequence[dict[str, Any]], these: Draw, out: Path) -> N
     """Draw all pictures into one folder."""
     out.mkdir(parents=True, exist_ok=True)
     drawn = these([(entry["prompt_number"], entry["image"]) for entry in files])
-    with tqdm(total=len(files), unit="picture", disable=None) as bar:
+    with progress_bar(total=len(files), desc="draw", unit="picture") as bar:
         for entry, (_, picture) in zip(files, drawn, strict=True):
             (out / entry["file"]).write_bytes(encode_png(picture))
             bar.update()

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 
-from diffusion_align.commands.tuned import weights_digest
+from diffusion_align.commands.tuned import run_config, trained_at, weights_digest
 from diffusion_align.data.prompts import Prompt
 from diffusion_align.evaluation.generate import table_digest
 from diffusion_align.evaluation.layouts import TARGETS, Drawn, arrange, read_drawn
 from diffusion_align.evaluation.picture_folder import Batch, fill, read_png
 from diffusion_align.evaluation.report import versions
 from diffusion_align.options import Sample
+from diffusion_align.progress import progress_bar
 
 if TYPE_CHECKING:
     from diffusion_align.commands.sample import Draw
@@ -48,7 +48,7 @@ def draw_folder(gate: TextToImage, prompts: Sequence[Prompt], table: StepTable, 
         per_prompt=k, extras=[prompt.extra for prompt in prompts],
     )  # fmt: skip
     new = 0
-    with tqdm(unit="picture", disable=None) as bar:
+    with progress_bar(desc="draw", unit="picture", total=len(prompts) * k) as bar:
         for numbers in drawn:
             new += len(numbers)
             bar.update(len(numbers))
@@ -63,6 +63,11 @@ def check_layout(prompts: Sequence[Prompt], o: Sample) -> None:
         TARGETS[o.layout](Drawn(Path(o.out), {}, rows, o.num_images_per_prompt))
 
 
+def side_of(o: Sample) -> int | None:
+    """The resolution that is asked for, or that the run was trained at; None: the model's own."""
+    return o.resolution or (trained_at(run_config(o.run)) if o.run else None)
+
+
 def made_with(gate: TextToImage, table: StepTable, o: Sample) -> dict[str, Any]:
     """What decides the pictures: a folder made with anything else is not gone on with."""
     return {
@@ -74,7 +79,7 @@ def made_with(gate: TextToImage, table: StepTable, o: Sample) -> dict[str, Any]:
         "negative_prompt": o.negative_prompt,
         "steps": len(table),
         "sampler": table_digest(table),
-        "resolution": o.resolution or gate.resolution,
+        "resolution": side_of(o) or gate.resolution,
         "mixed_precision": o.mixed_precision,
         "versions": versions(),
     }
@@ -84,7 +89,7 @@ def hand_over(folder: str | Path, o: Sample) -> int:
     """Arrange pictures that are drawn as another benchmark's scorers read them."""
     drawn = read_drawn(folder)
     home = Path(o.out) / o.layout
-    with tqdm(desc=o.layout, unit="file", disable=None) as bar:
+    with progress_bar(desc=o.layout, unit="file") as bar:
         paths = []
         for path in arrange(drawn, o.out, o.layout):
             paths.append(path)

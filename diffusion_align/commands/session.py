@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import Parameter
 from tqdm import tqdm
@@ -30,6 +31,7 @@ from diffusion_align.commands.threads import Threads
 from diffusion_align.commands.tracking import finish_trackers, trackers_of
 from diffusion_align.commands.versions import versions, warn_of_versions
 from diffusion_align.options import to_yaml
+from diffusion_align.progress import progress_bar
 from diffusion_align.train import NonFiniteError, Progress, StepRecord, checkpoint, record, watch
 from diffusion_align.train.agree import alike, anywhere, meet, most
 from diffusion_align.train.alarm import CollapseError
@@ -102,9 +104,10 @@ class Session:
         self.base = torch.empty(0)
         if self.accelerator.is_main_process:
             run_folder.claim(self.run, to_yaml(o, self.verb, settle=True), step=at, overwrite=o.overwrite_output_dir)
-            with self.accelerator.autocast():  # before the checkpoint's weights are put in: now the policy is the base
-                folder = self.run / run_folder.SAMPLES / "base"
-                self.base = grids.base_pictures(self.gate, self.prompts, folder, **self._look)
+            if o.run_validation is not False:
+                with self.accelerator.autocast():  # before the checkpoint's weights come: the policy is the base now
+                    folder = self.run / run_folder.SAMPLES / "base"
+                    self.base = grids.base_pictures(self.gate, self.prompts, folder, **self._look)
         progress = first_progress(o.mixed_precision)
         self.best = Best(o.keep_best, resumed.state.get("best") if resumed else None)
         if resumed is not None:
@@ -120,7 +123,8 @@ class Session:
     @property
     def _look(self) -> dict[str, Any]:
         o = self.options
-        return {"seed": o.seed, "steps": o.validation_sampling_steps, "guidance": o.validation_guidance}
+        sampler = {"steps": o.validation_sampling_steps, "guidance": o.validation_guidance}
+        return {"seed": o.seed, "resolution": o.resolution, **sampler}
 
     def follow(self, records: Iterable[StepRecord], progress: Progress, steps: int, shown: Sequence[str]) -> int:
         """Run the loop to its end: metrics, checkpoints, grids, and at last the trained weights.
@@ -137,14 +141,8 @@ class Session:
         if progress.step:
             accelerator.print(f"resumed at step {progress.step} of {steps}")
         report = trackers_of(o, accelerator, self.run, progress.step)
-        bar = tqdm(
-            total=steps,
-            initial=progress.step,
-            desc=self.verb,
-            unit="step",
-            disable=not accelerator.is_main_process,
-            mininterval=0.1 if sys.stderr.isatty() else 30,  # a log file gets a line now and then
-        )
+        hidden = not accelerator.is_main_process
+        bar = progress_bar(total=steps, initial=progress.step, desc=self.verb, unit="step", hidden=hidden)
         write = record.recorder(self.run / run_folder.METRICS)
         due, alarm, collapse, saved = False, alarm_of(o, self.run / run_folder.METRICS), None, progress.step
         last = StepRecord(progress.step, 0, 0.0, {}, progress, round=self.round)
@@ -225,7 +223,9 @@ class Session:
         return not anywhere(accelerator, error is not None)[0]
 
     def draw(self, step: int) -> None:
-        """The sample grid of this step, beside the base's pictures."""
+        """The sample grid of this step, beside the base's pictures; nothing where the run is to have none."""
+        if self.options.run_validation is False:
+            return
         watch.doing("drawing the sample grid", step)
         if self.accelerator.is_main_process:
             with self.accelerator.autocast():
@@ -241,7 +241,14 @@ class Session:
         with self.ema.applied(self.named) if self.ema is not None else nullcontext():
             self.draw(steps)
             if self.accelerator.is_main_process:
-                written = (save_lora if self.options.mode == "lora" else save_unet)(self.gate.unet, self.run)
+                try:
+                    written = (save_lora if self.options.mode == "lora" else save_unet)(self.gate.unet, self.run)
+                except (OSError, SafetensorError) as error:  # a full disk, above all
+                    go_on = run_folder.resume_line(self.run, self.verb, getattr(self.options, "reward", None))
+                    raise OSError(
+                        f"the trained weights could not be written to {self.run}: {error}. They are safe in the "
+                        f"checkpoint of step {steps}; make room, then {go_on} writes them"
+                    ) from error
                 print(f"trained weights: {written}\nnext: {pasted('evaluate', self.run)}")
         meet(self.accelerator)
         watch.stop()

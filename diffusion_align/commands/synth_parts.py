@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_align.commands.score import reward_by_name
 from diffusion_align.commands.sources import present_model
@@ -28,6 +27,7 @@ from diffusion_align.data.readers import digest
 from diffusion_align.data.shards import write_bytes
 from diffusion_align.models.hub import folder_digest, locate
 from diffusion_align.options import Synth
+from diffusion_align.progress import progress_bar
 from diffusion_align.rewards import Reward, RewardError, one_each
 from diffusion_align.rng import draw_normal, generator
 from diffusion_align.samplers import sample, step_table
@@ -104,7 +104,7 @@ def draw(o: Synth, out: Path, prompts: list[str], parts: Sequence[int], source: 
     gate = load_pipeline(name, device=o.device, revision=source.base["revision"], variant=source.base["variant"])
     if source.run:
         load_tuned(gate, source.run)
-    with tqdm(total=sum(map(len, left)), desc=f"draw {source.name}", unit="picture", disable=None) as bar:
+    with progress_bar(total=sum(map(len, left)), desc=f"draw {source.name}", unit="picture") as bar:
         for batch in left:
             addresses = [(prompts[n], m, places.index(place)) for n, place in batch]
             for (number, place), picture in zip(batch, _pictures(gate, o, addresses), strict=True):
@@ -141,7 +141,7 @@ def score(o: Synth, out: Path, prompts: list[str], parts: Sequence[int], name: s
     (out / "scores").mkdir(exist_ok=True)
     device = torch.device(o.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     reward = reward_by_name(name, device=device, seed=o.seed)
-    for part in tqdm(left, desc=f"score {name}", unit="part", disable=None):
+    for part in progress_bar(left, desc=f"score {name}", unit="part"):
         addresses = [(number, place) for number in numbers_of(part, prompts) for place in range(o.pictures)]
         values: list[float] = []
         faults: list[str] = []

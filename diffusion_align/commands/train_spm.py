@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_align import rng
 from diffusion_align.commands import threads
@@ -25,6 +24,7 @@ from diffusion_align.data import Pair, PairCache
 from diffusion_align.data.readers import BadRow
 from diffusion_align.options import to_yaml
 from diffusion_align.options.train_spm import TrainSpm
+from diffusion_align.progress import progress_bar
 from diffusion_align.rewards.step_aware import WEIGHTS, save_step_aware, start_step_aware, step_aware_scorer
 from diffusion_align.train import NonFiniteError, record, watch
 from diffusion_align.train.agree import meet, most
@@ -117,7 +117,7 @@ def train_spm(options: TrainSpm) -> int:
         (home / CONFIG).write_text(to_yaml(o, VERB, settle=True), encoding="utf-8")
         (home / METRICS).unlink(missing_ok=True)
     step, asked, write = 0, False, record.recorder(home / METRICS)
-    bar = tqdm(records, total=steps, desc=VERB, unit="step", disable=not main, mininterval=1)
+    bar = progress_bar(records, total=steps, desc=VERB, unit="step", hidden=not main)
     with Interruptible() as interrupt:
         for row in bar:
             step = row.step

@@ -47,6 +47,11 @@ def base_of(
     return base
 
 
+def trained_at(config: dict[str, Any]) -> int | None:
+    """The resolution that a run was trained at; None: the model's own."""
+    return (config.get("data") or {}).get("resolution")
+
+
 def load_tuned(gate: TextToImage, run: str | Path) -> None:
     """Put a run's trained weights, a LoRA or a whole UNet, into the gate of its base.
 

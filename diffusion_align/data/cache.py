@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_align.data.encoding import encode_pictures, encode_texts
 from diffusion_align.data.encoding_job import Encoders, Job, Share, together
@@ -35,6 +34,7 @@ from diffusion_align.data.pairs import check_bad_fraction, fingerprint
 from diffusion_align.data.readers import BadRow, DataError, digest, jsonl_rows
 from diffusion_align.data.room import bytes_of, require_room
 from diffusion_align.data.shards import Shards, known_shard, write_bytes, write_shard
+from diffusion_align.progress import progress_bar
 
 ALONE = Share()
 FORMAT = 1
@@ -189,7 +189,7 @@ def _progress(what: str, total: int, unit: str, show: bool) -> Iterator[Callable
         # Not even a disabled bar: tqdm's lock is shared with forked processes, and one killed with it blocks all.
         yield lambda done: None
         return
-    with tqdm(total=total, desc=what, unit=unit) as bar:
+    with progress_bar(total=total, desc=what, unit=unit) as bar:
         yield lambda done: bar.update(done - bar.n)
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusion_align.data.readers import DataError
+from diffusion_align.file_modes import readable
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -46,6 +47,7 @@ def write_shard(folder: Path, name: str, values: Tensor, facts: dict[str, Any]) 
         )
     staged = folder / f".tmp-{name}.safetensors"
     save_file({"values": values.detach().cpu().contiguous()}, staged)
+    readable(staged)
     facts = {"sha256": sha256(staged)} | facts
     os.replace(staged, folder / f"{name}.safetensors")
     write_bytes(folder / f"{name}.json", json.dumps(facts).encode())

@@ -42,7 +42,7 @@ class Gate(Protocol):
     def device(self) -> torch.device: ...
     def encode_text(self, prompts: list[str]) -> Tensor: ...
     def denoiser(self, text: Tensor, guidance: float = 1.0) -> Denoiser: ...
-    def latent_shape(self) -> tuple[int, ...]: ...
+    def latent_shape(self, resolution: int | None = None) -> tuple[int, ...]: ...
     def decode(self, latents: Tensor) -> Tensor: ...
     def fingerprint(self) -> str: ...
 
@@ -74,9 +74,11 @@ def address(number: int, per_prompt: int) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def _draw(gate: Gate, prompts: list[str], sources: list[torch.Generator], table: StepTable, guidance: float) -> Tensor:
+def _draw(
+    gate: Gate, prompts: list[str], sources: list[torch.Generator], table: StepTable, guidance: float, side: int | None
+) -> Tensor:
     # Each source goes on to the noise of stochastic steps.
-    noise = torch.stack([draw_normal(gate.latent_shape(), source) for source in sources]).to(gate.device)
+    noise = torch.stack([draw_normal(gate.latent_shape(side), source) for source in sources]).to(gate.device)
     denoiser = gate.denoiser(gate.encode_text(prompts), guidance=guidance)
     return gate.decode(sample(denoiser, table, noise, sources)).float().cpu()
 
@@ -91,6 +93,7 @@ def generate(
     batch_size: int,
     per_prompt: int = 1,
     numbers: Sequence[int] | None = None,
+    resolution: int | None = None,
 ) -> Iterator[Batch]:
     """Draw `per_prompt` pictures of each prompt, batch after batch.
 
@@ -102,6 +105,7 @@ def generate(
         table: the sampler's steps, usually `evaluation_table`; a stochastic one will do as well.
         guidance: classifier-free guidance scale; 1 is none.
         numbers: which of the N x per_prompt pictures to draw; all, unless they are given.
+        resolution: side of the pictures in pixels; the model's own, unless it is given.
 
     Yields:
         Numbers of b pictures and the pictures [b,3,H,W], float32 in [0, 1], on the CPU.
@@ -115,7 +119,7 @@ def generate(
     for start in range(0, len(wanted), batch_size):
         part = wanted[start : start + batch_size]
         sources = [generator(seed, PURPOSE, *address(number, per_prompt)) for number in part]
-        images = _draw(gate, [prompts[number // per_prompt] for number in part], sources, table, guidance)
+        images = _draw(gate, [prompts[number // per_prompt] for number in part], sources, table, guidance, resolution)
         for number, image in zip(part, images, strict=True):
             if not torch.isfinite(image).all():
                 raise ValueError(f"the picture of prompt {number // per_prompt} is not finite: the model has diverged")
@@ -141,21 +145,24 @@ def save_pictures(
     shard: tuple[int, int] = (0, 1),
     facts: Mapping[str, Any] | None = None,
     extras: Sequence[Mapping[str, Any]] | None = None,
+    resolution: int | None = None,
 ) -> Iterator[list[int]]:
     """Generate into a folder in GenEval's layout; see `fill` for what resumes, `extras` and `shard`.
 
-    Written down are seed, guidance, sampler, model and prompts. `facts` joins them: name the adapter there, for the
-    gate's fingerprint knows files only.
+    Written down are seed, guidance, sampler, model, prompts and a resolution that is given. `facts` joins them: name
+    the adapter there, for the gate's fingerprint knows files only.
 
     Raises:
         ValueError: the folder holds other pictures, a shard that there is not, and as `generate`.
     """
     made = {"seed": seed, "guidance": float(guidance), "steps": len(table), "sampler": table_digest(table)}
+    made |= {"resolution": resolution} if resolution is not None else {}
 
     def draw(numbers: list[int]) -> Iterator[Batch]:
         return generate(
             gate, prompts,
             seed=seed, table=table, guidance=guidance, batch_size=batch_size, per_prompt=per_prompt, numbers=numbers,
+            resolution=resolution,
         )  # fmt: skip
 
     facts = {**made, "model": gate.fingerprint(), **(facts or {})}

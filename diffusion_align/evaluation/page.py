@@ -24,7 +24,8 @@ CURVES = (
     ("Squared error above the reference, mean over dims: down is learnt", ("winner_error_gap", "loser_error_gap")),
     ("Implicit accuracy: share of pairs whose winner gained more than its loser", ("implicit_accuracy",)),
 )
-TABS = {"tab-result": "Result", "tab-kinds": "Breakdown", "tab-pictures": "Pictures", "tab-how": "How it was made"}
+# Pictures first: people would rather look than read. The sentence above the tabs says the result.
+TABS = {"tab-pictures": "Pictures", "tab-result": "Result", "tab-kinds": "Breakdown", "tab-how": "How it was made"}
 CONFIG_LIMIT = 50_000
 
 
@@ -69,6 +70,7 @@ def render(
     gap_rows = [gap_row(reward, judge, gap) for reward, judges in gaps.items() for judge, gap in judges.items()]
     source = escape(report.get("features", "none"))
     panels = {
+        "tab-pictures": [_section("Pictures", grid(report, shots), "Base and tuned start from the same noise.")],
         "tab-result": [
             _section("Attributes", table(head, metric_rows(metrics, share=True)),
                      "Percent of the pictures to which the attribute applies; differences in points, pair by pair, "
@@ -92,7 +94,6 @@ def render(
                      f"Features: {source}, so not comparable with figures from other networks. CMMD is 1000 times the "
                      "squared distance; few: below 2,048 pictures a Frechet distance says more about their number."),
         ],
-        "tab-pictures": [_section("Pictures", grid(report, shots), "Base and tuned start from the same noise.")],
         "tab-how": [
             _section("Training", _curves(rows)),
             _section("What made this", f"<dl>{_facts({**report['facts'], **report['versions']})}</dl>"),

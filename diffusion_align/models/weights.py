@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor
 
+from ..file_modes import readable
 from ..plain_json import read_json
 from .adapters import add_lora, require_no_lora
 from .header import sort_header
@@ -39,11 +42,25 @@ def save_lora(unet: UNet2DConditionModel, folder: str | os.PathLike[str]) -> Pat
         "unet.lora_alpha": config.lora_alpha,
         "unet.target_modules": sorted(config.target_modules),
     }
-    StableDiffusionPipeline.save_lora_weights(
-        folder, unet_lora_layers=dict(_lora_state(unet)), unet_lora_adapter_metadata=_unprefixed(metadata)
-    )
-    sort_header(Path(folder) / LORA_FILE)
+    with _staged(Path(folder) / LORA_FILE) as partial:
+        StableDiffusionPipeline.save_lora_weights(
+            partial, unet_lora_layers=dict(_lora_state(unet)), unet_lora_adapter_metadata=_unprefixed(metadata)
+        )
+        sort_header(partial / LORA_FILE)
+        os.replace(partial / LORA_FILE, Path(folder) / LORA_FILE)
     return Path(folder) / LORA_FILE
+
+
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A folder beside `target` to write in, so that an older file there stays until the new one is whole."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an attempt that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def load_lora(gate: TextToImage, folder: str | os.PathLike[str], *, allow_partial: bool = False) -> None:
@@ -111,7 +128,13 @@ def save_unet(unet: UNet2DConditionModel, folder: str | os.PathLike[str]) -> Pat
     """Write the whole network to `folder/unet`, loadable by `UNet2DConditionModel.from_pretrained(folder,
     subfolder="unet")`."""
     path = Path(folder) / "unet"
-    unet.save_pretrained(path)
+    with _staged(path) as partial:
+        unet.save_pretrained(partial / "new")
+        for file in (partial / "new").iterdir():
+            readable(file)
+        if path.exists():
+            os.replace(path, partial / "old")
+        os.replace(partial / "new", path)
     return path
 
 

@@ -30,7 +30,7 @@ class Sample:
     order: int = option(2, "sampler", "order of DPM-Solver++", at_least=1, at_most=3)
     eta: float = option(0.0, "sampler", "0: deterministic, 1: the stochastic solver", at_least=0)
     spacing: str = option("trailing", "sampler", "where the steps lie", choices=("trailing", "leading", "linspace", "karras", "lu", "exponential", "ays"))
-    resolution: int | None = option(None, "sampler", "side of the pictures in pixels (default: the model's own)", at_least=8)
+    resolution: int | None = option(None, "sampler", "side of the pictures in pixels (default: that of the run, else the model's own)", at_least=8)
 
     batch_size: int = option(8, "machine", "pictures at a time", at_least=1)
     device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
@@ -58,6 +58,7 @@ class Evaluate:
     steps: int = option(15, "sampler", "steps, trailing, for every model and sampler", aliases=("num_inference_steps",), at_least=1)
     guidance: float = option(4.0, "sampler", "classifier-free guidance; 1 is none", aliases=("guidance_scale",), at_least=0)
     seed: int = option(0, "sampler", "prompt i starts from the same noise, keyed by (seed, i), in every model", at_least=0)
+    resolution: int | None = option(None, "sampler", "side of all pictures in pixels (default: what the runs were trained at, else the model's own)", at_least=8)
 
     reward: str = option("tiny", "score", "reward beside the judge, usually the one trained on: any of `diffusion-align reward ls`, or none", path="reward")
     held_out_reward: tuple[str, ...] = option((), "score", "further rewards, which training has not seen: what they do not gain is the gap of reward hacking", path="reward")

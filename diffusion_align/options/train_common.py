@@ -76,7 +76,7 @@ class TrainCommon:
     tracker_name: str | None = option(None, "output", "project name in a tracker", aliases=("tracker_project_name",))
     logging_dir: str | None = option(None, "output", "folder of trackers that write files, inside output_dir unless absolute (default: logs)", path="inside")
 
-    run_validation: bool = option(False, "validation", "draw sample grids during training, not only at the end")
+    run_validation: bool | None = option(None, "validation", "sample grids: true, also every validation_steps; false, none at all (default: of the base at the start, and at the end)")
     validation_steps: int = option(200, "validation", "steps between sample grids", at_least=1)
     validation_prompts: tuple[str, ...] = option((), "validation", "prompt of the sample grids; may be repeated (default: the first of the data)", aliases=("validation_prompt",))
     validation_guidance: float = option(7.5, "validation", "guidance of the sample grids", at_least=0)

@@ -9,6 +9,7 @@ The file is run as it is, with the rights of whoever starts the command.
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,10 @@ def python_reward(where: str) -> Reward:
     spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
     assert spec is not None and spec.loader is not None  # a file that ends in .py has both
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickles of the file look themselves up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit would end the command as if its work were done
         raise RewardError(f"reward python:{where}: {_said(error)}") from error
     function: Any = getattr(module, name, None)
     if not callable(function):
@@ -45,12 +47,12 @@ def python_reward(where: str) -> Reward:
         try:
             values: Any = function(images, prompts)
             values = values if isinstance(values, Tensor) else torch.tensor([float(value) for value in values])
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise RewardError(f"reward python:{where}: {_said(error)}") from error
         return one_each(values, len(prompts), f"reward python:{where}").to(images.device)
 
     return reward
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

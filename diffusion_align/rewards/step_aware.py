@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffusion_align.file_modes import readable
+
 from ..plain_json import read_json
 from ..tensors import widen
 from .clip import resolve_source
@@ -120,6 +122,7 @@ def save_step_aware(model: StepAware, folder: str | os.PathLike[str]) -> Path:
     (home / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     partial = home / f".{WEIGHTS}.partial"
     save_file({name: weight.detach().contiguous() for name, weight in model.state_dict().items()}, partial)
+    readable(partial)
     os.replace(partial, home / WEIGHTS)
     return home
 

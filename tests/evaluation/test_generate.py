@@ -39,7 +39,7 @@ class FakeGate:
         self.guidance.append(guidance)
         return gaussian_denoiser(SCHEDULE, text[:, :, :, None].expand(-1, *SHAPE), torch.tensor(0.1))
 
-    def latent_shape(self):
+    def latent_shape(self, resolution=None):
         return SHAPE
 
     def decode(self, latents):

@@ -142,7 +142,7 @@ def test_the_page_has_every_part_and_touches_nothing_outside(tmp_path):
     assert ("meta", "content", CSP) in page.attributes and markup.index("Content-Security") < markup.index("<title")
     headings = re.findall(r"<h2>(.*?)</h2>", markup)
     assert headings == [
-        "Attributes", "Rewards", "Win rate", "Reward against judge", "Pictures", "Training", "What made this", "Config",
+        "Pictures", "Attributes", "Rewards", "Win rate", "Reward against judge", "Training", "What made this", "Config",
     ]  # fmt: skip
     assert report["headline"]["sentence"] in page.text.replace("\xa0", " ") and "prefers-color-scheme:dark" in markup
     assert markup.count('class="chart"') == 3 and page.tags.count("img") == 2 * N
