@@ -109,7 +109,8 @@ def last_kl(run: Path) -> float | None:
 def network_evaluations(argv: list[str]) -> int:
     """Of the whole training, from its options: rollout, policy and reference, a forward pass each, with gradient or
     without; those of SPO if every pair is kept."""
-    from diffusion_align.commands.plan_online import evaluations, rounds_of
+    from diffusion_align.commands.plan_online import rounds_of
+    from diffusion_align.commands.run_tables import evaluations, planned_tables
     from diffusion_align.options import VERBS, TrainOnline, build_parser, parse, resolve
 
     words = " ".join(argv[:2])
@@ -117,8 +118,9 @@ def network_evaluations(argv: list[str]) -> int:
     parsed = parse(build_parser(verb.options, words, ""), verb.options, argv[2:], words)
     o = resolve(verb.options, words, preset=parsed.preset, settings=parsed.settings).options
     if isinstance(o, TrainOnline):
-        plan = rounds_of(o, 1)
-        return round(sum(evaluations(o).values()) * o.prompts_per_round) * (plan.steps // plan.steps_per_round)
+        tables = planned_tables(o)
+        each = sum(evaluations(o, tables).values())
+        return round(each * o.prompts_per_round) * rounds_of(o, 1, tables).rounds
     pictures = 2 if words == "train dpo" else 4
     return (o.max_train_steps or 0) * o.train_batch_size * o.gradient_accumulation_steps * pictures * 2
 

@@ -18,7 +18,7 @@ LORA_LAYERS = {"attention": _ATTENTION, "wide": (*_ATTENTION, *_REST)}
 # What is assumed of a model that is not on this disk. SDXL has Stable Diffusion's betas and latents at twice the side.
 STABLE_DIFFUSION, SDXL = "Stable Diffusion 1.5", "SDXL"
 RESOLUTION = {STABLE_DIFFUSION: 512, SDXL: 1024}
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SDXL_OF_512 = ("stabilityai/sdxl-turbo",)
 
 

@@ -168,7 +168,7 @@ class Session:
                         collapse = None
                     # Each has read metrics.jsonl for itself, and a network disk may have shown it another file.
                     stop, alarmed = most(accelerator, self.interrupt.asked, int(collapse is not None))
-                    due = due or bool(alarmed) or row.step % o.checkpointing_steps == 0 or row.step >= steps
+                    due = due or bool(alarmed) or row.step % o.checkpointing_steps == 0 or row.step >= steps or row.ends
                     if stop or (due and row.round is None):
                         kept = self.save(row)
                         due, saved = False, row.step if kept else saved
@@ -184,10 +184,10 @@ class Session:
                     self.save(last)
                 raise
             (stop,) = most(accelerator, self.interrupt.asked)
-            if stop and last.step < steps:  # the loop has ended early, while it drew
+            if stop and last.step < steps and not last.ends:  # the loop has ended early, while it drew
                 self.stopped(last.step, stop, self.save(last))
         finish_trackers(accelerator)
-        return self.export(steps)
+        return self.export(last.step)
 
     def stopped(self, step: int, number: int, kept: bool) -> NoReturn:
         """End the run for signal `number`, when all is saved or cannot be."""

@@ -14,16 +14,17 @@ from torch import Tensor
 from diffusion_align import rng
 from diffusion_align.commands.opening import claim_early, open_session
 from diffusion_align.commands.people import people
-from diffusion_align.commands.plan_online import describe_constants, describe_rounds, fresh, rounds_of, training_prompts
+from diffusion_align.commands.plan_online import describe_constants, describe_rounds, rounds_of, training_prompts
+from diffusion_align.commands.run_tables import fresh, run_tables
 from diffusion_align.commands.score import decoded, require_reward, reward_by_name
 from diffusion_align.commands.session import Session
 from diffusion_align.commands.setup import make_optimizer, optimizer_identity
 from diffusion_align.data.readers import digest
-from diffusion_align.options import TrainCommon, TrainD3po, TrainDdpo, TrainOnline, TrainPrdp, TrainSpo
-from diffusion_align.options.train_online import compared_from, window_starts
+from diffusion_align.options import TrainCommon, TrainD3po, TrainDdpo, TrainOnline, TrainPrdp, TrainSpo, options_of
+from diffusion_align.options.train_online import compared_from
 from diffusion_align.rewards.spec import read_spec
 from diffusion_align.rewards.step_aware import WEIGHTS, latent_scorer
-from diffusion_align.samplers import StepTable, noise_window, step_table
+from diffusion_align.samplers import StepTable
 from diffusion_align.train.branches import Comparisons, StepScore, resample
 from diffusion_align.train.method import Method
 from diffusion_align.train.online import Later, d3po_method, policy_gradient_method, prdp_method, spo_method
@@ -42,11 +43,7 @@ class Rollout:
         self.session, self.options, self.prompts = session, o, prompts
         self.shape = gate.latent_shape(o.resolution)
         self.dims = math.prod(self.shape)
-        sampler = {"solver": o.solver, "order": o.order if o.solver == "dpmpp" else 1, "spacing": o.spacing}
-        self.table: StepTable = step_table(gate.schedule, o.steps, eta=o.eta, **sampler)
-        self.quiet = quiet = step_table(gate.schedule, o.steps, eta=0.0, **sampler)
-        count = o.noise_window
-        self.tables = [noise_window(self.table, quiet, k, count) for k in window_starts(o)] if count else [self.table]
+        self.tables = run_tables(o, gate.schedule)
 
         def in_precision(predict: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Bind:
             def run(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
@@ -63,7 +60,8 @@ class Rollout:
 
     def table_of(self, round: int) -> StepTable:
         """The sampler of a round: with a noise window, one of the places where that may be."""
-        return self.tables[int(rng.integers_batch(0, len(self.tables), self.options.seed, "window", [round]))]
+        tables = self.tables.of_rounds
+        return tables[int(rng.integers_batch(0, len(tables), self.options.seed, "window", [round]))]
 
     def draw(self, renewed: bool = False) -> Callable[[list[Sample], int], Runs]:
         """samples -> runs of their prompts; with a `renewed` reference against the policy that drew them."""
@@ -141,11 +139,11 @@ def train_spo(o: TrainSpo) -> int:
             return resample(
                 r.policy, r.table_of(round), text, prompts, samples, score,
                 children=o.children, start=compared_from(o), threshold=o.threshold, segment=o.segment,
-                all_pairs=o.pairs == "all", shape=r.shape, seed=o.seed, quiet=r.quiet, lookahead=o.lookahead,
+                all_pairs=o.pairs == "all", shape=r.shape, seed=o.seed, quiet=r.tables.quiet, lookahead=o.lookahead,
             )  # fmt: skip
 
         return spo_method(
-            branches, r.policy, r.reference, r.table, r.dims,
+            branches, r.policy, r.reference, r.tables.whole, r.dims,
             beta=o.beta, clip=o.clip, per_dim=r.per_dim, at_once=o.sample_chunk, allowed=r.allowed,
         )  # fmt: skip
 
@@ -170,9 +168,10 @@ def train_online(o: TrainOnline, verb: str, method: Callable[[Rollout], Method[A
     require_reward(o.reward)
     session = open_session(o, verb, resumed)
     rollout = Rollout(session, prompts)
-    plan = rounds_of(o, session.accelerator.num_processes)
-    session.accelerator.print("\n".join(describe_rounds(plan) + describe_constants(o, rollout.dims)))
-    rate = o.learning_rate * (plan.pictures_per_step if o.scale_lr else 1)
+    plan = rounds_of(o, session.accelerator.num_processes, rollout.tables)
+    said = describe_rounds(plan) + describe_constants(o, rollout.dims, rollout.tables)
+    session.accelerator.print("\n".join(said))
+    rate = o.learning_rate * (plan.batch if o.scale_lr else 1)
     optimizer, scheduler = make_optimizer(o, session.parameters, rate, plan.steps)
     progress = session.start(optimizer, scheduler, online_identity(o, rollout, rate, plan.steps), prompts)
     records = run_rounds(
@@ -188,6 +187,8 @@ def train_online(o: TrainOnline, verb: str, method: Callable[[Rollout], Method[A
         accelerator=session.accelerator,
         seed=o.seed,
         max_steps=plan.steps,
+        items_per_step=plan.pairs_per_step,
+        max_rounds=plan.max_rounds,
         max_grad_norm=o.max_grad_norm,
         progress=progress,
         round=session.round,
@@ -202,6 +203,9 @@ def online_identity(o: TrainOnline, rollout: Rollout, rate: float, steps: int) -
     own = {field.name for field in dataclasses.fields(o)} - {field.name for field in dataclasses.fields(TrainCommon)}
     # The files behind these two count, not their names; the others may change.
     apart = {"prompts", "preference_model", "num_rounds", "sample_chunk"}
+    # Younger options count where they are used only: runs that were saved before they came can still go on.
+    described = options_of(type(o))
+    apart |= {name for name in own & {"final", "pairs_per_step"} if getattr(o, name) == described[name].default}
     return {
         "model": rollout.session.gate.fingerprint(),
         "prompts": digest("\n".join(rollout.prompts).encode()),

@@ -28,13 +28,14 @@ class TrainOnline(TrainCommon):
     eta: float = option(1.0, "rollout", "noise dial; log-probs need some", above=0)
     steps: int = option(20, "rollout", "steps of a run", aliases=("num_inference_steps",), at_least=2)
     spacing: str = option("trailing", "rollout", "where the steps lie", choices=("trailing", "leading", "linspace", "karras", "lu", "exponential", "ays"))
+    final: str = option("zero", "rollout", "where a run ends: zero (noise-free, so its last step has no noise and is not learnt from), or sigma_min (at the noise level of t = 0, as diffusers' DDIM with set_alpha_to_one false: the last step has noise and is learnt from)", choices=("zero", "sigma_min"))
     guidance: float = option(5.0, "rollout", "classifier-free guidance in rollout, log-probs and training alike; 1 is none", aliases=("guidance_scale",), at_least=0)
     prompts_per_round: int = option(16, "rollout", "prompts of a round, over all devices: drawn with one policy", at_least=1)
     group_size: int = option(2, "rollout", "pictures of each prompt", at_least=2)
     learn_steps: int | None = option(None, "rollout", "learn from the first N steps of a run only (default: all with a density); not for spo", at_least=1, one_of="learnt")
     noise_window: int | None = option(None, "rollout", "noise, and learning, in N steps of a run only, a window drawn anew each round; the others are noise-free (default: noise in all). spo compares in the window only", at_least=1, one_of="learnt")
     window_first: int = option(0, "rollout", "first step at which a noise_window may start", at_least=0)
-    window_last: int | None = option(None, "rollout", "last step at which it may start (default: where it ends before the last step)", at_least=0)
+    window_last: int | None = option(None, "rollout", "last step at which it may start (default: where it ends with the last step that has noise)", at_least=0)
     sample_chunk: int = option(16, "rollout", "pictures in the network at a time, in rollout and training; memory follows it", at_least=1)
     share_initial_noise: bool = option(True, "rollout", "the pictures of a prompt start from the same noise")
 
@@ -71,6 +72,7 @@ class TrainSpo(TrainOnline):
     pairs: str = option("best_worst", "rollout", "of a state's continuations: best_worst, one pair as published, or all, each that threshold lets through", choices=("best_worst", "all"))
     segment: int = option(1, "rollout", "steps between comparisons; above 1 it is the paper's MSPO for SDXL, which has 4", at_least=1)
     lookahead: int = option(0, "rollout", "noise-free steps that each continuation goes on before its predicted picture is compared, for rewards of finished pictures; as many as steps: to the end", at_least=0)
+    pairs_per_step: int | None = option(None, "train", "an optimizer step for every N pairs of a round, over all devices, in an order drawn anew each round; the last step of a round takes what is left (default: a step for prompts_per_step prompts)", at_least=1)
     preference_model: str | None = option(None, "reward", "folder of a step-aware preference model (reward train-spm); default: the reward, on the predicted picture at every step", path="in")
     # fmt: on
 
@@ -129,9 +131,20 @@ def check_online(options: TrainOnline) -> None:
         )
 
 
-def window_starts(options: TrainOnline) -> range:
-    """The steps at which a noise window may start; the last step of a run has no noise and is in none."""
-    last = options.steps - 1 - (options.noise_window or 1)
+def noisy_steps(options: TrainOnline) -> int:
+    """How many of a run's steps have noise, as far as the options tell: all but a last one to a noise-free end.
+
+    Three grids reach t = 0 by themselves: there `sigma_min` leaves the last step nothing to do, and the table of the
+    run has one step less. So has a leading one of a model without steps_offset, which only its table knows.
+    """
+    o = options
+    reaches = o.spacing in ("karras", "lu", "exponential") or (o.spacing == "linspace" and o.solver == "ddim")
+    return o.steps - 1 if o.final == "zero" or reaches else o.steps
+
+
+def window_starts(options: TrainOnline, noisy: int | None = None) -> range:
+    """The steps at which a noise window may start. `noisy`: steps with noise, where the table of the run is known."""
+    last = (noisy_steps(options) if noisy is None else noisy) - (options.noise_window or 1)
     return range(options.window_first, min(last, last if options.window_last is None else options.window_last) + 1)
 
 
@@ -140,10 +153,11 @@ def _check_window(o: TrainOnline) -> None:
         return
     if o.learn_steps is not None:
         raise UsageError("rollout.noise_window and rollout.learn_steps each say which steps to learn from: give one")
-    if not window_starts(o) or (o.window_last or 0) > o.steps - 1 - o.noise_window:
+    latest = noisy_steps(o) - o.noise_window
+    if not window_starts(o) or (o.window_last or 0) > latest:
         last = f" .. {o.window_last}" if o.window_last is not None else ""
         raise UsageError(
-            f"a window of {o.noise_window} of {o.steps} steps starts at one of 0 .. {o.steps - 1 - o.noise_window}, "
+            f"a window of {o.noise_window} of {o.steps} steps starts at one of 0 .. {latest}, "
             f"not at {o.window_first}{last} (rollout.window_first, window_last)"
         )
 
@@ -158,7 +172,9 @@ def check_spo(options: TrainSpo) -> None:
     check_online(options)
     if options.learn_steps is not None:
         raise UsageError("rollout.learn_steps is not for spo, which learns where it compares: --start, --noise_window")
-    if options.noise_window is None and options.start >= options.steps - 1:
+    if options.pairs_per_step is not None and options.prompts_per_step is not None:
+        raise UsageError("train.pairs_per_step and train.prompts_per_step each say what a step takes: give one")
+    if options.noise_window is None and options.start >= noisy_steps(options):
         raise UsageError(f"rollout.start {options.start} leaves none of {options.steps} steps to compare at")
 
 
@@ -178,6 +194,11 @@ def notes_spo(options: TrainSpo, given: Collection[str]) -> list[str]:
         for name in ("group_size", "share_initial_noise")
         if name in given
     ]
+    if options.pairs_per_step and options.max_train_steps is None and not options.lr_scheduler.startswith("constant"):
+        notes.append(
+            f"lr_scheduler {options.lr_scheduler} is laid over the most steps that num_rounds can have and ends above 0 "
+            "where pairs are not kept; with max_train_steps the run has exactly that many steps"
+        )
     if options.noise_window is not None and "start" in given:
         notes.append("start has no effect with noise_window: spo compares in the window")
     return notes + notes_online(options, given)

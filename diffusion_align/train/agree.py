@@ -27,6 +27,17 @@ def most(accelerator: Accelerator, *values: int) -> tuple[int, ...]:
         return tuple(every.amax(0).tolist())
 
 
+def each(accelerator: Accelerator, value: int) -> list[int]:
+    """What each process has, in their order, alike on each."""
+    if accelerator.num_processes == 1:
+        return [value]
+    mine = torch.tensor([value], dtype=torch.int64, device=accelerator.device)
+    with waiting():
+        every = accelerator.gather(mine)
+        assert isinstance(every, torch.Tensor)  # [P]
+        return every.tolist()
+
+
 def anywhere(accelerator: Accelerator, *flags: bool) -> tuple[bool, ...]:
     """Whether each is so on any process."""
     return tuple(bool(value) for value in most(accelerator, *map(int, flags)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,25 @@ def learn_spo(
         }
         parts.append({name: values.detach() for name, values in columns.items()})
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def pick_pairs(chunks: list[Comparisons], numbers: Tensor, at_once: int) -> list[Comparisons]:
+    """Pairs by their numbers [m], rising, in the order of prompts and steps over all chunks (`Comparisons.by_prompt`).
+
+    They are put together first and cut into parts of `at_once` families then, for of each chunk a step may take few.
+    """
+    parts, first, families = [], 0, 0
+    for chunk in chunks:
+        here = numbers[(numbers >= first) & (numbers < first + len(chunk))] - first
+        if len(here):
+            part = chunk.of(chunk.by_prompt()[here])
+            _, family = part.family.unique_consecutive(return_inverse=True)
+            parts.append(replace(part, family=family + families))
+            families += int(family[-1]) + 1
+        first += len(chunk)
+    joined = {name: torch.cat([getattr(p, name) for p in parts], 1) for name in ("before", "parent", "child")}
+    joined |= {name: torch.cat([getattr(p, name) for p in parts]) for name in ("k", "text", "gap", "family")}
+    return replace(parts[0], **joined).cut(-(-families // at_once))
 
 
 def _whole_families(pairs: Comparisons, at_once: int) -> list[Tensor]:

@@ -68,9 +68,10 @@ class Comparisons:
         if length >= len(sizes):
             return [self]
         ends = [int(part.sum()) for part in sizes.split(length)]
-        return [self._part(rows) for rows in torch.arange(len(self)).split(ends)]
+        return [self.of(rows) for rows in torch.arange(len(self)).split(ends)]
 
-    def _part(self, rows: Tensor) -> Comparisons:
+    def of(self, rows: Tensor) -> Comparisons:
+        """These pairs only."""
         states = {name: getattr(self, name)[:, rows] for name in ("before", "parent", "child")}
         return replace(self, **states, **{name: getattr(self, name)[rows] for name in ("k", "text", "gap", "family")})
 
@@ -78,6 +79,11 @@ class Comparisons:
     def dims(self) -> int:
         """D, the latent dims."""
         return self.final[0].numel()
+
+    def by_prompt(self) -> Tensor:
+        """The rows [M] by prompt, and by step within a prompt: one order however the prompts were cut into chunks."""
+        prompts, family = len(self.final), self.family.cpu()
+        return ((family % prompts) * (int(family.max()) + 1) + family).argsort(stable=True) if len(self) else family
 
 
 @torch.no_grad()

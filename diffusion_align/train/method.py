@@ -41,6 +41,8 @@ class Method(Generic[Chunk]):
     facts: chunk -> columns of its pictures, such as "reward".
     summarise: (columns of the items of a step, facts of its round) -> metrics. The items may be none.
     check_start: called with the columns of the first step of a fresh run, before the update; raises to stop.
+    pick: (chunks, numbers [m], rising) -> chunks of those items alone. Items are counted from 0 in the order of their
+        prompts, whatever the chunks are. None where items are not learnt from apart from their groups.
     nothing: what to do about a step without items, for the message that ends a run of such steps.
     """
 
@@ -54,6 +56,7 @@ class Method(Generic[Chunk]):
     score: Callable[[Chunk], Chunk] | None = None
     again: Callable[[Chunk, bool], Chunk] | None = None
     ahead: bool = False
+    pick: Callable[[list[Chunk], Tensor], list[Chunk]] | None = None
 
 
 @dataclass(frozen=True, eq=False)

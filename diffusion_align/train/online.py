@@ -10,7 +10,7 @@ import torch
 
 from diffusion_align.objectives import implicit_accuracy
 from diffusion_align.samplers import StepTable
-from diffusion_align.train.branch_loss import learn_spo
+from diffusion_align.train.branch_loss import learn_spo, pick_pairs
 from diffusion_align.train.branches import Comparisons
 from diffusion_align.train.method import Columns, Method
 from diffusion_align.train.path_losses import learn_prdp
@@ -144,6 +144,7 @@ def spo_method(
         collect=branch,
         items=len,
         learn=lambda pairs, factor: learn(pairs, factor=factor, at_once=at_once),
+        pick=partial(pick_pairs, at_once=at_once),
         facts=lambda pairs: {"score": pairs.score, "kept": pairs.kept.float()},
         summarise=partial(summarise, dims=dims),
         # Its log-ratios are of single steps.

@@ -6,6 +6,7 @@ and learnt from in one piece. A round's data belong to the policy that drew them
 checkpoint needs them too: each record there carries them.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from torch.nn import Parameter
 
 from diffusion_align.memory import CURE, OutOfMemory, free, logger, ran_out
 from diffusion_align.train.agree import anywhere
+from diffusion_align.train.batches import steps_of
 from diffusion_align.train.collect import draw_round
 from diffusion_align.train.method import Chunk, Columns, Method, Round
 from diffusion_align.train.recut import recut
@@ -49,6 +51,8 @@ def run_rounds(
     progress: Progress,
     max_skipped_in_row: int = 5,
     spike: float | None = None,
+    items_per_step: int | None = None,
+    max_rounds: int | None = None,
     round: Round[Chunk] | None = None,
     asked: Callable[[], bool] = lambda: False,
 ) -> Iterator[StepRecord]:
@@ -58,6 +62,10 @@ def run_rounds(
     a step for each `prompts_per_step`. A step is the mean loss over all items of all processes. One without items, or
     with a number that is not finite, is skipped everywhere and counted. Where memory runs out on any process, all go
     on with chunks cut in two.
+
+    With `items_per_step` a step takes so many of the items of the whole round instead (`batches`), so a round has as
+    many steps as its items fill; one without any is one skipped step. The run then ends at `max_steps` exactly, or
+    after `max_rounds` rounds, whichever comes first.
 
     Args:
         spike: skip steps with a gradient norm so many standard deviations above that of the steps before (`update`).
@@ -70,12 +78,15 @@ def run_rounds(
         NothingToLearn, NonFiniteError: so many steps in a row were skipped; the last record has been yielded before.
     """
     _check_settings(n, prompts_per_round, prompts_per_step, passes, max_steps, accelerator)
+    if items_per_step is not None and (items_per_step < 1 or prompts_per_step != prompts_per_round):
+        raise ValueError("items_per_step is at least 1 and replaces prompts_per_step: leave that at prompts_per_round")
     require_plain_tools(parameters, lr_scheduler, accelerator)
     tools = {"parameters": parameters, "optimizer": optimizer, "lr_scheduler": lr_scheduler}
     fresh = progress.step == 0
     if (round is None) == (progress.in_round > 0):
         raise ValueError(f"a run that stands after step {progress.in_round} of a round needs that round's data")
-    while progress.step < max_steps:
+    end = math.inf if max_rounds is None else max_rounds * prompts_per_round
+    while progress.step < max_steps and progress.samples < end:
         samples = samples_at(progress.samples, prompts_per_round, n, seed)
         steps = [samples[i : i + prompts_per_step] for i in range(0, len(samples), prompts_per_step)]
         if round is None:
@@ -84,10 +95,11 @@ def run_rounds(
                 return
             round, progress = found
         facts = _gather([method.facts(chunk) for chunks in round.chunks for chunk in chunks], accelerator)
-        for number in range(progress.in_round, passes * len(steps)):
+        count, batch = steps_of(method, round, items_per_step, (seed, progress.samples), accelerator)
+        for number in range(progress.in_round, passes * count):
             doing("learning", progress.step + 1)
-            chunks = round.chunks[number % len(steps)]
-            last = number + 1 == passes * len(steps)
+            chunks = batch(number)
+            last = number + 1 == passes * count or (items_per_step is not None and progress.step + 1 >= max_steps)
             consumed = prompts_per_round if last else 0
             total = _sum(sum(method.items(chunk) for chunk in chunks), accelerator)
             # Gradients are averaged over the processes, so each must count its items as their number's share.
@@ -107,14 +119,18 @@ def run_rounds(
                 outcome = _skipped(progress, consumed, optimizer)
             progress = replace(outcome.progress, in_round=0 if last else number + 1)
             metrics = method.summarise(columns, facts) | {"items": float(total)} | outcome.metrics()
+            ends = last and (progress.step >= max_steps or progress.samples >= end)
             yield StepRecord(
-                progress.step, samples[-1][0], outcome.loss, metrics, progress, outcome.updated, None if last else round
-            )
+                progress.step, samples[-1][0], outcome.loss, metrics, progress, outcome.updated,
+                None if last else round, ends,
+            )  # fmt: skip
             if not total and progress.skipped_in_row >= max_skipped_in_row:
                 raise NothingToLearn(
                     f"{progress.skipped_in_row} steps in a row had nothing to learn from: {method.nothing}"
                 )
             require_finite(outcome, max_skipped_in_row)
+            if last:
+                break
         round = None
 
 

@@ -56,6 +56,7 @@ class StepRecord:
     """One step: `loss` and `metrics` are means over the global batch; `updated` is False for a skipped step.
 
     `round`: in the middle of a round, what this process has of the round's data; a run cannot go on from here without.
+    `ends`: the run is finished with this step, where only the loop can know.
     """
 
     step: int
@@ -65,6 +66,7 @@ class StepRecord:
     progress: Progress = field(repr=False)
     updated: bool = True
     round: Any = field(default=None, repr=False)
+    ends: bool = False
 
     def row(self) -> dict[str, Any]:
         """The record as one flat row of metrics.jsonl."""
