@@ -42,8 +42,9 @@ class Toy:
     """Policy, reference and settings; `method(name)` is what a round asks, `rounds(method)` the loop."""
 
     def __init__(
-        self, *, guidance=3.0, order=1, steps=6, group=2, share=True, double=False, reward=darkness, seed=0, window=None
-    ):
+        self, *, guidance=3.0, order=1, steps=6, group=2, share=True, double=False, reward=darkness, seed=0, window=None,
+        final="zero",
+    ):  # fmt: skip
         self.network = Network()
         self.network.requires_grad_(False)
         self.network.up.requires_grad_(True)
@@ -57,8 +58,8 @@ class Toy:
         empty = EMPTY.to(self.dtype)
         self.policy = binder(self.policy_calls, SCHEDULE, "epsilon", empty, guidance)
         self.reference = binder(self.reference_calls, SCHEDULE, "epsilon", empty, guidance)
-        self.table = step_table(SCHEDULE, steps, solver="dpmpp", order=order, eta=1.0)
-        self.quiet = step_table(SCHEDULE, steps, solver="dpmpp", order=order, eta=0.0)
+        self.table = step_table(SCHEDULE, steps, solver="dpmpp", order=order, eta=1.0, final=final)
+        self.quiet = step_table(SCHEDULE, steps, solver="dpmpp", order=order, eta=0.0, final=final)
         if window is not None:
             self.table = noise_window(self.table, self.quiet, *window)
         self.group, self.share, self.reward, self.seed = group, share, reward, seed

@@ -11,6 +11,7 @@ from helpers_samplers import SD15, noise, walk
 
 from diffusion_align.prediction import to_clean
 from diffusion_align.samplers import step_table
+from diffusion_align.samplers.kernel import step_gaussian
 from diffusion_align.samplers.tables import solver_table
 from diffusion_align.schedule import Schedule
 from diffusion_align.time_grids import time_grid
@@ -142,6 +143,35 @@ def test_ddim(spacing, counts, eta):
         for k, t in enumerate(scheduler.timesteps):
             theirs = scheduler.step(network(theirs, t), t, theirs, eta=eta, variance_noise=draws[k] if eta else None)[0]
         torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize(("count", "deviations"), [(20, [0.0406, 0.0206]), (50, [0.0206])])
+def test_the_published_ddim_of_stable_diffusion_has_noise_in_every_step(count, deviations):
+    """D3PO, SPO and DDPO train every step of it. Mean and deviation of each, the last from t = 1 to the level of t = 0
+    included, are those of diffusers' scheduler, whose step is here given its constants in float64."""
+    scheduler = diffusers.DDIMScheduler(**SD15, set_alpha_to_one=False, clip_sample=False)
+    assert scheduler.config.timestep_spacing == "leading"
+    schedule = Schedule.from_config(scheduler.config)
+    betas = torch.linspace(SD15["beta_start"] ** 0.5, SD15["beta_end"] ** 0.5, 1000, dtype=torch.float64).square()
+    scheduler.alphas_cumprod = (1 - betas).cumprod(0)
+    scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    scheduler.set_timesteps(count)
+    table = step_table(schedule, count, solver="ddim", eta=1.0, spacing="leading", final="sigma_min")
+    assert table.timesteps.tolist() == scheduler.timesteps.tolist() and bool(table.stochastic.all())
+    assert len(table) == count and int(table.timesteps[-1]) == 1
+    for k, t in enumerate(scheduler.timesteps):
+        x, output = noise(*SHAPE, seed=k), noise(*SHAPE, seed=100 + k)
+        clean = to_clean(output, x, table.alpha[k], table.sigma[k], "epsilon")
+        mean, std = step_gaussian(table, k, x, clean)
+        quiet, loud = (
+            scheduler.step(output, t, x, eta=1.0, variance_noise=z).prev_sample
+            for z in (torch.zeros_like(x), torch.ones_like(x))
+        )
+        # 1 - abar at t = 1 is 1.7e-3, where float64's 1.1e-16 is 7e-14, and the deviation takes a difference of two.
+        torch.testing.assert_close(mean, quiet, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(std.expand(x.shape[0]), (loud - quiet).mean((1, 2)), rtol=1e-9, atol=1e-9)
+    assert [round(float(s), 4) for s in table.std[-len(deviations) :]] == deviations  # to t = 1 and from there
+    assert not bool(step_table(schedule, count, solver="ddim", spacing="leading").stochastic[-1])
 
 
 @pytest.mark.parametrize("order", [2, 3])

@@ -38,8 +38,9 @@ def test_equal_to_full_autograd(order, scale, final):
     torch.testing.assert_close(gradients(network), expected, rtol=1e-12, atol=1e-12 * expected.abs().max().item())
 
 
-def test_frozen_history_is_that_of_two_passes():
-    network, denoise, run, reference = setting(2)
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+def test_frozen_history_is_that_of_two_passes(final):
+    network, denoise, run, reference = setting(2, final=final)
     of_step, of_path = per_step(run, reference)
     path_gradient(denoise, run, of_path, history="frozen")
     expected = gradients(network)

@@ -107,6 +107,32 @@ def test_in_a_window_the_children_of_one_step_are_compared_on_a_noise_free_way(o
             assert sum(bool(torch.allclose(side, x, rtol=1e-4, atol=1e-4)) for x in drawn) == 1
 
 
+@pytest.mark.parametrize("segment", [1, 4])
+def test_with_noise_in_the_last_step_every_step_is_compared_the_last_by_the_finished_picture(segment):
+    """The published 20 steps from 4 on: 16 transitions a prompt, in 16 comparisons or, in segments of 4, in four.
+    Behind the last step stand the children themselves, scored as finished pictures at time 0."""
+    toy, seen = Toy(steps=20, guidance=1.0, final="sigma_min"), []
+    logits = toy.logits
+
+    def record(x, prompts, t):
+        seen.append((x, t))
+        return logits(x, prompts, t)
+
+    toy.logits = record
+    pairs = toy.branch(SAMPLES[:2], start=4, segment=segment)
+    assert sorted(pairs.k.tolist()) == sorted([*range(4, 20)] * 2) and pairs.score.shape == (16 // segment, 2)
+    times = [float(t[0]) for _, t in seen]
+    assert times == [float(toy.table.timesteps[k]) for k in range(4 + segment, 20, segment)] + [0.0]
+    finished, _ = seen[-1]
+    last = pairs.k == 19
+    for side in pairs.child[:, last].unbind(0):
+        assert all(any(torch.equal(one, other) for other in finished) for one in side)
+    # The noise-free table ends at the same level, and a look ahead from there is no step.
+    assert float(toy.quiet.half_log_snr[-1]) == float(toy.table.half_log_snr[-1]) < math.inf
+    ahead = Toy(steps=20, guidance=1.0, final="sigma_min").branch(SAMPLES[:2], start=4, segment=segment, lookahead=99)
+    assert sorted(ahead.k.tolist()) == sorted(pairs.k.tolist())
+
+
 def test_the_next_parent_is_a_child_of_the_last_and_any_child_as_likely():
     """Chi-square over which of the three children goes on; the winner would raise the score, the loser lower it."""
     counts = torch.zeros(3)
@@ -168,11 +194,11 @@ def test_all_pairs_of_a_state_are_those_that_are_clearly_apart(threshold):
 
 
 @pytest.mark.parametrize("all_pairs", [False, True])
-@pytest.mark.parametrize("segment", [1, 2])
+@pytest.mark.parametrize(("segment", "final"), [(1, "zero"), (2, "zero"), (2, "sigma_min")])
 @pytest.mark.parametrize("order", [1, 2])
-def test_spo_is_its_definition(order, segment, all_pairs):
+def test_spo_is_its_definition(order, segment, final, all_pairs):
     """eq. 5 with the clamp, by torch's Normal and plain autograd, pair by pair, history through the network too."""
-    toy = Toy(double=True, order=order)
+    toy = Toy(double=True, order=order, final=final)
     pairs = toy.branch(SAMPLES[:2], start=2, segment=segment, all_pairs=all_pairs)
     toy.move()
     expected = 0.0

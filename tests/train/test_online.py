@@ -38,12 +38,16 @@ def by_hand(toy, runs):
     return of(toy.policy), reference
 
 
-@pytest.mark.parametrize("window", [None, (2, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("window", "final"),
+    [(None, "zero"), ((2, 1), "zero"), ((1, 2), "zero"), (None, "sigma_min"), ((5, 1), "sigma_min")],
+)
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_d3po_is_its_definition_over_all_pairs(order, guidance, window):
+def test_d3po_is_its_definition_over_all_pairs(order, guidance, window, final):
     """Yang et al., eq. 14 with the code's clamp, written out: loops over pairs and steps, sums by Normal."""
-    toy = Toy(double=True, order=order, guidance=guidance, group=3, window=window)
+    toy = Toy(double=True, order=order, guidance=guidance, group=3, window=window, final=final)
+    assert int(toy.table.stochastic.sum()) == (window[1] if window else 6 if final == "sigma_min" else 5)
     toy.move()
     runs = toy.draw(SAMPLES)
     now, reference = by_hand(toy, runs)
@@ -64,12 +68,12 @@ def test_d3po_is_its_definition_over_all_pairs(order, guidance, window):
     torch.testing.assert_close(toy.gradients(), wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
 
 
-@pytest.mark.parametrize("window", [None, (2, 2)])
+@pytest.mark.parametrize(("window", "final"), [(None, "zero"), ((2, 2), "zero"), (None, "sigma_min")])
 @pytest.mark.parametrize(("mean", "clip"), [(False, None), (False, 0.5), (True, 1e-2)])
 @pytest.mark.parametrize("order", [1, 2])
-def test_prdp_is_its_definition(order, mean, clip, window):
+def test_prdp_is_its_definition(order, mean, clip, window, final):
     """Deng et al., App. G, in the unit of their code (`mean`) and in nats, after the policy has moved off the runs."""
-    toy = Toy(double=True, order=order, group=3, window=window)
+    toy = Toy(double=True, order=order, group=3, window=window, final=final)
     toy.move()
     runs = toy.draw(SAMPLES)
     toy.move(0.02)
@@ -114,9 +118,10 @@ def test_prdp_in_float32_has_the_gradient_of_float64_at_published_targets():
     assert (narrow.double() - wide).norm() < 1e-3 * wide.norm()
 
 
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
 @pytest.mark.parametrize("order", [1, 2])
-def test_policy_gradient_is_its_definition(order):
-    toy = Toy(double=True, order=order, group=4)
+def test_policy_gradient_is_its_definition(order, final):
+    toy = Toy(double=True, order=order, group=4, final=final)
     toy.move()
     runs = toy.draw(SAMPLES)
     toy.move(0.02)
