@@ -42,8 +42,8 @@ class Toy:
     """Policy, reference and settings; `method(name)` is what a round asks, `rounds(method)` the loop."""
 
     def __init__(
-        self, *, guidance=3.0, order=1, steps=6, group=2, share=True, double=False, reward=darkness, seed=0, window=None,
-        final="zero",
+        self, *, guidance=3.0, order=1, steps=6, group=2, share=True, double=False, reward=darkness, seed=0,
+        window=None, final="zero",
     ):  # fmt: skip
         self.network = Network()
         self.network.requires_grad_(False)

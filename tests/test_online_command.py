@@ -83,6 +83,46 @@ def test_a_run_that_is_interrupted_goes_on_as_if_it_never_stopped(toys, name, tm
     assert weights_of(cut) == weights_of(whole)
 
 
+def test_spo_may_step_for_pairs_and_stop_between_them(toys, tmp_path, monkeypatch, capsys):
+    """Two rounds with a noisy last step, 2 prompts x 3 pairs each, 4 pairs a step: two steps a round. Ctrl-C after the
+    first: the rest of the round is learnt from when it goes on. The run is over after its rounds, wherever that is."""
+    more = ("--final", "sigma_min", "--pairs_per_step", "4", "--num_rounds", "2", "--checkpointing_steps", "99")
+    whole, cut, append = tmp_path / "whole", tmp_path / "cut", record.append
+    assert cli.main(argv(toys, "spo", whole, *more)) == 0
+    assert "steps            up to 4, up to 2 a round, of 4 pairs" in capsys.readouterr().out
+    rows = record.read(whole / "metrics.jsonl")
+    assert [row["items"] for row in rows] == [4, 2, 4, 2] and [row["samples"] for row in rows] == [0, 2, 2, 4]
+    assert (whole / "checkpoints" / "step-00000004").is_dir() and (whole / "samples" / "step-00000004.png").exists()
+
+    def ctrl_c(path, row):
+        append(path, row)
+        if row["step"] == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    AcceleratorState._reset_state(True)
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "append", ctrl_c)
+        assert cli.main(argv(toys, "spo", cut, *more)) == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    AcceleratorState._reset_state(True)
+    assert cli.main([*said.partition("go on with: diffusion-align ")[2].split(), "--final", "zero"]) == 1
+    assert "final was 'sigma_min' and is now 'absent'" in capsys.readouterr().err.splitlines()[-1]
+    AcceleratorState._reset_state(True)
+    assert cli.main(said.partition("go on with: diffusion-align ")[2].split()) == 0
+    assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert weights_of(cut) == weights_of(whole)
+
+
+def test_a_run_that_ends_with_fewer_steps_than_planned_is_saved_where_it_ends(toys, tmp_path):
+    """A threshold that keeps some pairs only: the last step is not the most that there can be."""
+    more = ("--pairs_per_step", "1", "--num_rounds", "2", "--checkpointing_steps", "99", "--threshold", "0.2")
+    assert cli.main(argv(toys, "spo", tmp_path / "run", *more)) == 0
+    steps = len(record.read(tmp_path / "run" / "metrics.jsonl"))
+    assert 2 <= steps < 2 * 2 * 2
+    assert (tmp_path / "run" / "checkpoints" / f"step-{steps:08d}").is_dir()
+    assert (tmp_path / "run" / "samples" / f"step-{steps:08d}.png").exists()
+
+
 @pytest.mark.parametrize("name", ONLINE)
 def test_every_online_method_runs_on_an_sdxl_format_folder(name, tmp_path):
     make_tiny_sdxl_folder(tmp_path / "xl")
