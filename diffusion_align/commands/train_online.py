@@ -20,7 +20,7 @@ from diffusion_align.commands.score import decoded, require_reward, reward_by_na
 from diffusion_align.commands.session import Session
 from diffusion_align.commands.setup import make_optimizer, optimizer_identity
 from diffusion_align.data.readers import digest
-from diffusion_align.options import TrainCommon, TrainD3po, TrainDdpo, TrainOnline, TrainPrdp, TrainSpo, options_of
+from diffusion_align.options import TrainCommon, TrainD3po, TrainDdpo, TrainOnline, TrainPrdp, TrainSpo
 from diffusion_align.options.train_online import compared_from
 from diffusion_align.rewards.spec import read_spec
 from diffusion_align.rewards.step_aware import WEIGHTS, latent_scorer
@@ -203,9 +203,6 @@ def online_identity(o: TrainOnline, rollout: Rollout, rate: float, steps: int) -
     own = {field.name for field in dataclasses.fields(o)} - {field.name for field in dataclasses.fields(TrainCommon)}
     # The files behind these two count, not their names; the others may change.
     apart = {"prompts", "preference_model", "num_rounds", "sample_chunk"}
-    # Younger options count where they are used only: runs that were saved before they came can still go on.
-    described = options_of(type(o))
-    apart |= {name for name in own & {"final", "pairs_per_step"} if getattr(o, name) == described[name].default}
     return {
         "model": rollout.session.gate.fingerprint(),
         "prompts": digest("\n".join(rollout.prompts).encode()),

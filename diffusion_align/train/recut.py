@@ -16,13 +16,14 @@ from diffusion_align.train.method import Chunk, Method, Round
 def recut(
     method: Method[Chunk], round: Round[Chunk], halvings: int, unmoved: bool, device: torch.device
 ) -> Round[Chunk]:
-    """The round in chunks that were halved `halvings` times in all; the same one where it is already.
+    """The round in chunks that were halved `halvings` times in all; the same one where it is already, or where nothing
+    in it depends on the batch it was drawn in (SPO), so that it may be cut anew in each step.
 
     `unmoved`: the policy is still the one that drew the round. If not, its predictions cannot be asked again, and keep
     the rounding of the larger batch.
     """
     times = 2 ** (halvings - round.halvings)
-    if times == 1:
+    if times == 1 or method.again is None:
         return round
     chunks = []
     for of_step in round.chunks:
@@ -30,7 +31,7 @@ def recut(
         for chunk in of_step:
             parts = chunk.cut(times)
             for part in parts:
-                if len(parts) > 1 and method.again is not None and method.items(part):
+                if len(parts) > 1 and method.items(part):
                     part = method.again(part.to(device), unmoved).to("cpu")
                 chunks[-1].append(part)
     return replace(round, chunks=chunks, halvings=halvings)

@@ -9,6 +9,7 @@ checkpoint needs them too: each record there carries them.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,16 +96,17 @@ def run_rounds(
                 return
             round, progress = found
         facts = _gather([method.facts(chunk) for chunks in round.chunks for chunk in chunks], accelerator)
-        count, batch = steps_of(method, round, items_per_step, (seed, progress.samples), accelerator)
+        count, chunks_of = steps_of(method, round, items_per_step, (seed, progress.samples), accelerator)
         for number in range(progress.in_round, passes * count):
             doing("learning", progress.step + 1)
-            chunks = batch(number)
             last = number + 1 == passes * count or (items_per_step is not None and progress.step + 1 >= max_steps)
             consumed = prompts_per_round if last else 0
-            total = _sum(sum(method.items(chunk) for chunk in chunks), accelerator)
+            total = _sum(sum(method.items(chunk) for chunk in chunks_of(round, number)), accelerator)
             # Gradients are averaged over the processes, so each must count its items as their number's share.
             factor = accelerator.num_processes / max(total, 1) * (progress.loss_scale or 1.0)
-            parts, progress, round = _learn(method, round, number, factor, progress, optimizer, accelerator)
+            parts, progress, round = _learn(
+                method, round, partial(chunks_of, number=number), factor, progress, optimizer, accelerator
+            )
             columns = _gather(parts, accelerator)
             if fresh and total and method.check_start is not None:
                 method.check_start(columns)
@@ -137,20 +139,19 @@ def run_rounds(
 def _learn(
     method: Method[Chunk],
     round: Round[Chunk],
-    number: int,
+    chunks_of: Callable[[Round[Chunk]], list[Chunk]],
     factor: float,
     progress: Progress,
     optimizer: torch.optim.Optimizer,
     accelerator: "Accelerator",
 ) -> tuple[list[Columns], Progress, Round[Chunk]]:
-    """The gradient of step `number` of a round, the columns of its items, and the round as it now is: chunks are cut in
-    two wherever memory runs out."""
+    """The gradient of a step that takes `chunks_of` its round, the columns of its items, and the round as it now is:
+    chunks are cut in two wherever memory runs out."""
     while True:
         optimizer.zero_grad(set_to_none=True)
         times = 2 ** (progress.halvings - round.halvings)
-        chunks = round.chunks[number % len(round.chunks)]
-        pieces = [piece for chunk in chunks for piece in chunk.cut(times) if method.items(piece)]
-        tried = _try_step(method, round, number, factor, progress, accelerator)
+        pieces = [piece for chunk in chunks_of(round) for piece in chunk.cut(times) if method.items(piece)]
+        tried = _try_step(method, round, chunks_of, factor, progress, accelerator)
         can_halve = any(len(piece.cut(2)) > 1 for piece in pieces)
         failed, stuck = anywhere(accelerator, tried is None, tried is None and not can_halve)
         if not failed:
@@ -165,14 +166,15 @@ def _learn(
 
 
 def _try_step(
-    method: Method[Chunk], round: Round[Chunk], number: int, factor: float, progress: Progress,
-    accelerator: "Accelerator",
+    method: Method[Chunk], round: Round[Chunk], chunks_of: Callable[[Round[Chunk]], list[Chunk]], factor: float,
+    progress: Progress, accelerator: "Accelerator",
 ) -> tuple[list[Columns], Round[Chunk]] | None:  # fmt: skip
     """Columns of the pieces, and the round cut to the present size; None if memory ran out, and then the gradients are
     those of a part."""
     try:
         round = recut(method, round, progress.halvings, progress.in_round == 0, accelerator.device)
-        pieces = [chunk for chunk in round.chunks[number % len(round.chunks)] if method.items(chunk)]
+        times = 2 ** (progress.halvings - round.halvings)  # more than 1 where nothing depends on the batch
+        pieces = [piece for chunk in chunks_of(round) for piece in chunk.cut(times) if method.items(piece)]
         return [method.learn(piece.to(accelerator.device), factor) for piece in pieces], round
     except RuntimeError as error:
         if not ran_out(error):
