@@ -54,7 +54,7 @@ class Rollout:
 
         self.policy, self.reference = in_precision(gate.predict), in_precision(session.reference)
         self.allowed = along_runs(
-            arithmetic(accelerator), self.table, self.dims, o.guidance, gate.prediction_type
+            arithmetic(accelerator), self.tables.whole, self.dims, o.guidance, gate.prediction_type
         )  # fmt: skip
         self.per_dim = getattr(o, "log_ratio_unit", "mean") == "mean"
 
