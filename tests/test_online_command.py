@@ -106,7 +106,7 @@ def test_spo_may_step_for_pairs_and_stop_between_them(toys, tmp_path, monkeypatc
     said = capsys.readouterr().err.splitlines()[-1]
     AcceleratorState._reset_state(True)
     assert cli.main([*said.partition("go on with: diffusion-align ")[2].split(), "--final", "zero"]) == 1
-    assert "final was 'sigma_min' and is now 'absent'" in capsys.readouterr().err.splitlines()[-1]
+    assert "final was 'sigma_min' and is now 'zero'" in capsys.readouterr().err.splitlines()[-1]
     AcceleratorState._reset_state(True)
     assert cli.main(said.partition("go on with: diffusion-align ")[2].split()) == 0
     assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
