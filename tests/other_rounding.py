@@ -7,6 +7,7 @@ as a sum of small whole numbers, stays exact. A test that fails under it hangs o
 """
 
 import os
+import threading
 import zlib
 from functools import lru_cache
 
@@ -60,12 +61,19 @@ class OtherRounding(TorchDispatchMode):
         return result
 
 
-_mode = OtherRounding()
+_mode, _run = OtherRounding(), threading.Thread.run
+
+
+def _run_in_mode(thread):
+    with OtherRounding():  # a mode is of one thread
+        _run(thread)
 
 
 def pytest_sessionstart(session):
+    threading.Thread.run = _run_in_mode
     _mode.__enter__()
 
 
 def pytest_sessionfinish(session):
     _mode.__exit__(None, None, None)
+    threading.Thread.run = _run
