@@ -103,7 +103,7 @@ def test_rounds_go_on_in_smaller_chunks(name, place, caplog):
     short_of_memory(cut, name, place)
     found = list(cut.rounds(method, **settings))
     for a, b in zip(found, rows, strict=True):
-        assert a.metrics["items"] == b.metrics["items"] and a.loss == pytest.approx(b.loss, rel=1e-7, abs=1e-12)
+        assert a.metrics["items"] == b.metrics["items"] and a.loss == pytest.approx(b.loss, rel=1e-6, abs=1e-6)
     for a, b in zip(whole.weights(), cut.weights(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
     assert found[-1].progress.halvings >= 1 and "out of memory" in caplog.text
