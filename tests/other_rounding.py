@@ -7,6 +7,7 @@ as a sum of small whole numbers, stays exact. A test that fails under it hangs o
 """
 
 import os
+import threading
 import zlib
 from functools import lru_cache
 
@@ -35,9 +36,19 @@ def by_place(key, shape, dtype):
     return 1 + torch.randint(-1, 2, shape, generator=source).to(dtype) * (ULPS * torch.finfo(dtype).eps)
 
 
+def digits(out):
+    """The mantissa without its exponent: a power of two in front of everything changes no rounding."""
+    single = out.dtype == torch.float32
+    return out.view(torch.int32 if single else torch.int64) & (2 ** (23 if single else 52) - 1)
+
+
 def by_value(out):
-    bits = out.view(torch.int32 if out.dtype == torch.float32 else torch.int64)
-    return 1 + (((bits * 2654435761 + SEED * 7919) >> 7) % 3 - 1).to(out.dtype) * torch.finfo(out.dtype).eps
+    return 1 + (((digits(out) * 2654435761 + SEED * 7919) >> 7) % 3 - 1).to(out.dtype) * torch.finfo(out.dtype).eps
+
+
+def is_exact(out):
+    """Whether it has few digits, as sums of small whole numbers have."""
+    return digits(out) & (2 ** (12 if out.dtype == torch.float32 else 41) - 1) == 0
 
 
 class OtherRounding(TorchDispatchMode):
@@ -55,17 +66,23 @@ class OtherRounding(TorchDispatchMode):
                 factor = (
                     by_value(out) if func in self.curves else by_place((func, *shapes, place), out.shape, out.dtype)
                 )
-                exact = (1024 * out).frac() == 0
-                out.mul_(torch.where(exact, 1.0, factor))
+                out.mul_(torch.where(is_exact(out), 1.0, factor))
         return result
 
 
-_mode = OtherRounding()
+_mode, _run = OtherRounding(), threading.Thread.run
+
+
+def _run_in_mode(thread):
+    with OtherRounding():  # a mode is of one thread
+        _run(thread)
 
 
 def pytest_sessionstart(session):
+    threading.Thread.run = _run_in_mode
     _mode.__enter__()
 
 
 def pytest_sessionfinish(session):
     _mode.__exit__(None, None, None)
+    threading.Thread.run = _run

@@ -134,7 +134,7 @@ def test_policy_gradient_is_its_definition(order, final):
     surrogate.backward()
     wanted = toy.gradients()
     columns = learn_policy_gradient(runs, toy.policy, 1.0, clip=0.01)
-    assert columns["loss"].sum().item() == pytest.approx(surrogate.item(), rel=1e-5, abs=1e-6)
+    assert columns["loss"].sum().item() == pytest.approx(surrogate.item(), rel=1e-4, abs=1e-5)  # states are float32
     torch.testing.assert_close(toy.gradients(), wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
 
 

@@ -103,9 +103,11 @@ def test_rounds_go_on_in_smaller_chunks(name, place, caplog):
     short_of_memory(cut, name, place)
     found = list(cut.rounds(method, **settings))
     for a, b in zip(found, rows, strict=True):
-        assert a.metrics["items"] == b.metrics["items"] and a.loss == pytest.approx(b.loss, rel=1e-7, abs=1e-12)
-    for a, b in zip(whole.weights(), cut.weights(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+        assert a.metrics["items"] == b.metrics["items"] and a.loss == pytest.approx(b.loss, rel=1e-5, abs=1e-5)
+    # States are float32, so an ulp of them that hangs on the size of a chunk may go through the steps that follow.
+    start = Toy(double=True).weights()
+    for a, b, before in zip(whole.weights(), cut.weights(), start, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3 * (a - before).abs().max().item())
     assert found[-1].progress.halvings >= 1 and "out of memory" in caplog.text
 
 
