@@ -134,7 +134,7 @@ def _learn(
         times = 2 ** (progress.halvings - round.halvings)
         chunks = round.chunks[number % len(round.chunks)]
         pieces = [piece for chunk in chunks for piece in chunk.cut(times) if method.items(piece)]
-        tried = _try_step(method, round, number, factor, progress, accelerator)
+        tried = _try_pieces(method, round, number, factor, progress, accelerator)
         can_halve = any(len(piece.cut(2)) > 1 for piece in pieces)
         failed, stuck = anywhere(accelerator, tried is None, tried is None and not can_halve)
         if not failed:
@@ -148,7 +148,7 @@ def _learn(
         progress = replace(progress, halvings=progress.halvings + 1)
 
 
-def _try_step(
+def _try_pieces(
     method: Method[Chunk], round: Round[Chunk], number: int, factor: float, progress: Progress,
     accelerator: "Accelerator",
 ) -> tuple[list[Columns], Round[Chunk]] | None:  # fmt: skip
