@@ -123,12 +123,15 @@ def train_rankings(
             latents, text, samples, schedule, prediction_type, seed, shared_noise=shared_noise
         )  # fmt: skip
         dims[:] = [latents[0, 0].numel()]
-        networks, seen = (predict_policy, predict_reference), ([], [])
+        mine: list[Tensor] = []
+        theirs: list[Tensor] = []
         with accelerator.autocast():
-            scores = ranking_scores(*map(noted, networks, seen), noised, one_graph=one_graph)
+            scores = ranking_scores(
+                noted(predict_policy, mine), noted(predict_reference, theirs), noised, one_graph=one_graph
+            )
         phi = torch.tensor([relevance[index] for index in indices], dtype=torch.float64).to(scores)
         columns = {"loss": loss(scores, phi), **_columns(scores.detach(), phi, pair_weights(phi))}
-        return columns | ({"apart": apart(*map(torch.cat, seen), noised.entries)} if check_start else {})
+        return columns | ({"apart": apart(torch.cat(mine), torch.cat(theirs), noised.entries)} if check_start else {})
 
     def micro_batch(samples: list[Sample], _: list[Sample]) -> dict[str, Tensor]:
         lengths = [cache.lengths[index] for _, index in samples]
