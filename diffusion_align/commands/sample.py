@@ -46,7 +46,7 @@ def sample(options: Sample) -> int:
     revision, variant = o.revision or base.get("revision"), o.variant or base.get("variant")
 
     order = o.order if o.solver == "dpmpp" else 1
-    about = {
+    about: dict[str, Any] = {
         "pictures": pictures_of(prompts, o.num_images_per_prompt),
         "model": name,
         "run": o.run,
