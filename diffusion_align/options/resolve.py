@@ -89,8 +89,8 @@ def resolve(
     if place is None:
         return Resolved(options_class(**values), origins)
     values["output_dir"], origins["output_dir"] = place
-    moved = stored is not None and os.path.realpath(stored) != os.path.realpath(place[0])
-    return Resolved(options_class(**values), origins, stored if moved else "")
+    stays = stored is None or os.path.realpath(stored) == os.path.realpath(place[0])
+    return Resolved(options_class(**values), origins, "" if stays else stored)
 
 
 def _replaced(layer: dict[str, Any], options: dict[str, Option]) -> list[str]:
