@@ -151,7 +151,7 @@ def _learn(
         optimizer.zero_grad(set_to_none=True)
         times = 2 ** (progress.halvings - round.halvings)
         pieces = [piece for chunk in chunks_of(round) for piece in chunk.cut(times) if method.items(piece)]
-        tried = _try_step(method, round, chunks_of, factor, progress, accelerator)
+        tried = _try_pieces(method, round, chunks_of, factor, progress, accelerator)
         can_halve = any(len(piece.cut(2)) > 1 for piece in pieces)
         failed, stuck = anywhere(accelerator, tried is None, tried is None and not can_halve)
         if not failed:
@@ -165,7 +165,7 @@ def _learn(
         progress = replace(progress, halvings=progress.halvings + 1)
 
 
-def _try_step(
+def _try_pieces(
     method: Method[Chunk], round: Round[Chunk], chunks_of: Callable[[Round[Chunk]], list[Chunk]], factor: float,
     progress: Progress, accelerator: "Accelerator",
 ) -> tuple[list[Columns], Round[Chunk]] | None:  # fmt: skip

@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Measured:
-    """What a command did. `seconds` of each step after the first; `peak` bytes since the first step; `flops` of the
+    """What a command did. `seconds` of each step after the first; `peak` bytes since the first step that is timed; `flops` of the
     second step, or 0 where nobody counted."""
 
     code: int
@@ -67,6 +67,7 @@ def train(
             elif len(found.rows) == 2 and count:
                 counting.close()
                 found.flops = counter.get_total_flops()
+                reset_peak(device)  # counting holds on to more
                 times[-1] = time.perf_counter()
             after(row)
 
