@@ -22,7 +22,7 @@ EMPTY = torch.zeros(1, *TEXT)
 def darkness(latents, prompts):
     """The reward: how dark the end of a run is. Summed in float64: advantages would enlarge an ulp that hangs on the
     number of rows."""
-    return -latents.flatten(1).double().mean(1).to(latents.dtype)
+    return -latents.flatten(1).cpu().double().mean(1).to(latents.dtype)
 
 
 class Counted:

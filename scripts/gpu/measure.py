@@ -24,8 +24,8 @@ Row = dict[str, Any]
 
 @dataclass
 class Measured:
-    """What a command did. `seconds` of each step after the first; `peak` bytes since the first step that is timed; `flops` of the
-    second step, or 0 where nobody counted."""
+    """What a command did. `seconds` of each timed step; `peak` bytes since the first of them; `flops` of the second
+    step, or 0 where nobody counted."""
 
     code: int
     said: str
