@@ -71,7 +71,7 @@ class TrainSpo(TrainOnline):
     pairs: str = option("best_worst", "rollout", "of a state's continuations: best_worst, one pair as published, or all, each that threshold lets through", choices=("best_worst", "all"))
     segment: int = option(1, "rollout", "steps between comparisons; above 1 it is the paper's MSPO for SDXL, which has 4", at_least=1)
     lookahead: int = option(0, "rollout", "noise-free steps that each continuation goes on before its predicted picture is compared, for rewards of finished pictures; as many as steps: to the end", at_least=0)
-    preference_model: str | None = option(None, "reward", "folder of a step-aware preference model (reward train-spm); default: the reward, on the predicted picture at every step", path="in")
+    preference_model: str | None = option(None, "reward", "a step-aware preference model: a folder of reward train-spm, a file as SPO's authors publish it, or theirs by name: spo-sd15, spo-sdxl; default: the reward, on the predicted picture at every step", path="name")
     # fmt: on
 
 
