@@ -31,7 +31,7 @@ from diffusion_align.options.train_spm import TrainSpm
 from diffusion_align.progress import progress_bar
 from diffusion_align.rewards.step_aware import WEIGHTS, save_step_aware, start_step_aware, step_aware_scorer
 from diffusion_align.train import NonFiniteError, record, watch
-from diffusion_align.train.agree import main_first, meet, most
+from diffusion_align.train.agree import meet, most
 from diffusion_align.train.optimizer import adamw, lr_schedule
 from diffusion_align.train.step_aware import TIMESTEPS, accuracy_by_noise, train_step_aware
 
@@ -162,8 +162,12 @@ def labels_of(pairs: Sequence[Pair], o: TrainSpm, accelerator: Accelerator) -> T
     watch.doing("relabelling")
     folder = Path(o.cache_dir or o.output_dir) / "labels"
     load = partial(reward_by_name, o.relabel, device=accelerator.device, seed=o.seed)
-    with main_first(accelerator):
-        scores = scores_of_pairs(o.relabel, pairs, folder, load, progress=accelerator.is_main_process)
+    main = accelerator.is_main_process
+    if not main:
+        meet(accelerator)  # the main process scores, the others read its file
+    scores = scores_of_pairs(o.relabel, pairs, folder, load, progress=main)
+    if main:
+        meet(accelerator)
     labels = labels_of_scores(scores, o.tie_margin)
     accelerator.print(describe_labels(o.relabel, own, labels, o.tie_margin))
     return labels

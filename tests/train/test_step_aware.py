@@ -398,7 +398,7 @@ def test_the_command_relabels_and_keeps_ties(tmp_path, capsys, monkeypatch):
     base += ["cpu", "--held_out", "0", "--max_train_steps", "1", "--guidance", "1"]
     reward = ["--relabel", f"python:{tmp_path / 'bright.py'}:score"]
     assert cli.main([*base, "--output_dir", str(tmp_path / "a"), *reward, "--keep_ties"]) == 0
-    # Winner first: label 1 light dark -> 1, dark light -> 0, even; label 0 turns the pictures over; ties keep the order.
+    # Winner first: label 1 is light dark -> 1, dark light -> 0, even; label 0 turns them over; ties keep the order.
     assert given["labels"].tolist() == [1, 0, 0.5, 0, 1, 0.5, 1, 0, 0.5]
     assert "9 pairs: 2 as the data has them, 2 flipped, 2 ties of the data decided, 3 ties" in capsys.readouterr().out
     assert json.loads((tmp_path / "a" / "accuracy.json").read_text())["labels"].startswith("python:")
