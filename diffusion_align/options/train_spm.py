@@ -24,7 +24,7 @@ class TrainSpm:
     inputs: str = option("pictures", "reward", "what it reads: pictures (decoded predictions), or latents (no decoder; patches fitted to the reward's)", choices=("pictures", "latents"))
     guidance: float = option(5.0, "reward", "classifier-free guidance of the base's predictions; use that of the runs to come", aliases=("guidance_scale",), at_least=0)
 
-    relabel: str | None = option(None, "labels", "reward that says anew which picture of a pair is better, on the clean pictures, in place of the data: a name of `diffusion-align reward ls`, or one of its forms (the authors take pickscore for SDXL)")
+    relabel: str | None = option(None, "labels", "reward that says anew which picture of a pair is better, on the clean pictures, in place of the data: a name of `diffusion-align reward ls`, or one of its forms (the authors take pickscore for SDXL)", path="reward")
     tie_margin: float = option(0.1, "labels", "with relabel: a tie where the softmax of the two scores differs by no more (0.1: the authors' for SDXL)", at_least=0, below=1)
     keep_ties: bool = option(False, "labels", "keep pairs that the data calls even: their label is a half, or what relabel says")
 
