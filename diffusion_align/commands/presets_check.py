@@ -1,9 +1,10 @@
-"""What a preset names, under which licence, and what of it is on this machine. Files are looked for; nobody is asked."""
+"""What a preset names, under which licence, and what of it is on this machine. The network is never asked."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from diffusion_align.rewards.catalogue import CATALOGUE
 from diffusion_align.rewards.spec import read_spec
 
 UNKNOWN = "not known here: look at its page"
+CLIP_L = "timm/vit_large_patch14_clip_224.openai"  # where open_clip has OpenAI's ViT-L-14
 _PARTS = re.compile(r"-(\d{5})-of-(\d{5})")
 
 
@@ -148,9 +150,11 @@ def _rewards(text: str) -> list[Need]:
             here = any(_has(snapshot, [file]) for file in entry.files)
             how = f"hf download {entry.repo} {entry.files[0]}"
             found.append(Need("reward", part.kind, here, entry.licence, size, how))
-        else:
-            how = f"diffusion-align reward score --reward {part.kind} --images PICTURE --prompts_file PROMPTS"
-            found.append(Need("reward", part.kind, _fetched_by_others(part.kind), entry.licence, size, how))
+        else:  # clipscore, and aesthetic, whose head lies on the web
+            here = _has(_snapshot(CLIP_L, "models"), ["open_clip_model.safetensors"])
+            here = here and (part.kind != "aesthetic" or any(_torch_cache().glob("*-sac*logos*ava1-l14-linearMSE.pth")))
+            how = f"hf download {CLIP_L} open_clip_model.safetensors"
+            found.append(Need("reward", part.kind, here, entry.licence, size, how))
     return found
 
 
@@ -164,18 +168,8 @@ def _packages(o: Any) -> Iterator[Need]:
             yield Need("package", tracker, here, UNKNOWN, "", how, by_itself=False)
 
 
-def _fetched_by_others(reward: str) -> bool:
-    """Whether the CLIP that open_clip fetches, and for aesthetic its head in torch's cache, are here."""
-    clip = _has(_snapshot("timm/vit_large_patch14_clip_224.openai", "models"), ["open_clip_model.safetensors"])
-    if reward != "aesthetic":
-        return clip
-    return clip and any(_torch_cache().glob("*sac+logos+ava1-l14-linearMSE.pth"))
-
-
 def _torch_cache() -> Path:
     """torch.hub's folder of downloads, without torch."""
-    import os
-
     home = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torch"
     return Path(home).expanduser() / "hub" / "checkpoints"
 

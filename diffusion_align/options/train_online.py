@@ -20,7 +20,7 @@ UNITS = "unit of beta and clip: mean (log-ratios averaged over dims, as publishe
 @dataclass(frozen=True)
 class TrainOnline(TrainCommon):
     # fmt: off
-    prompts: str | None = option(None, "data", "file with one prompt a line, or tiny (captions of the embedded world's training split)", aliases=("prompts_file",), path="name")
+    prompts: str | None = option(None, "data", "file with one prompt a line, the name of a list (animals, spo-4k, hpdv2-train and more: assets/prompts/README.md), or tiny (captions of the embedded world's training split)", aliases=("prompts_file",), path="name")
     num_prompts: int | None = option(None, "data", "use the first N prompts (default: all; of tiny, 4000)", at_least=1)
 
     solver: str = option("ddim", "rollout", "sampler of the runs: ddim, or dpmpp (SDE-DPM-Solver++)", choices=("dpmpp", "ddim"))
