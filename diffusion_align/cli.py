@@ -16,6 +16,7 @@ PROG = "diffusion-align"
 OTHER_VERBS = {
     "presets ls": "list the presets",
     "presets show": "print a preset, with the unit and the source of each number: presets show METHOD/NAME",
+    "presets check": "what a preset names, its licences, and what of it is here: presets check [METHOD/NAME]",
     "presets cp": "copy a preset, to edit and use with --config: presets cp METHOD/NAME [FILE]",
     "reward ls": "list the rewards: what each measures, its unit, licence, weights, and what it needs",
     "doctor": "versions, devices and what is missing",

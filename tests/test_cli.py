@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from diffusion_align import cli
 from diffusion_align.options import all_presets, preset_names, preset_path
@@ -29,6 +30,7 @@ LIGHT = [
     (["doctor", "--help"], 0),
     (["tran"], 2),
     (["train", "dpp"], 2),
+    (["presets", "check"], 0),
     (["presets", "lss"], 2),
     (["presets", "show", "tny"], 2),
     (["presets", "show"], 2),
@@ -136,12 +138,14 @@ def test_presets_ls_show_cp(capsys, tmp_path):
     assert cli.main(["presets", "ls"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == all_presets()
     assert cli.main(["presets", "show", "sd15-full"]) == 0
-    assert capsys.readouterr().out == preset_path("sd15-full", "train dpo").read_text()
+    shown, file = capsys.readouterr().out, preset_path("sd15-full", "train dpo").read_text()
+    assert shown.startswith(file) and yaml.safe_load(shown) == yaml.safe_load(file)
+    assert "pickapic_v2: none stated there" in shown.removeprefix(file)
     assert cli.main(["presets", "cp", "tiny", str(tmp_path)]) == 0
     assert (tmp_path / "tiny.yaml").read_text() == preset_path("tiny", "train dpo").read_text()
     capsys.readouterr()
     assert cli.main(["presets", "show", "dpo/tiny"]) == 0
-    assert capsys.readouterr().out == preset_path("tiny", "train dpo").read_text()
+    assert capsys.readouterr().out.startswith(preset_path("tiny", "train dpo").read_text())
     assert cli.main(["presets", "cp", "tiny", str(tmp_path)]) == 2
     assert "exists; give another name" in capsys.readouterr().err
 

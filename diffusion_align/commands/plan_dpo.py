@@ -23,7 +23,8 @@ def read_training_pairs(o: TrainDpo | TrainSpm) -> tuple[list[Pair], Counts]:
     """The pairs that the options name, from this disk or else from the hub."""
     split, path = o.dataset_split_name or "train", pairs_of(o)
     found = path if path is not None else fetch_pairs(pairs_name(o), split, o.cache_dir)
-    return read_pairs(found, split=split, max_bad_fraction=o.max_bad_fraction)
+    ties = isinstance(o, TrainSpm) and o.keep_ties
+    return read_pairs(found, split=split, max_bad_fraction=o.max_bad_fraction, keep_ties=ties)
 
 
 def dry_run(o: TrainDpo) -> int:

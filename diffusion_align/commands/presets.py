@@ -1,4 +1,4 @@
-"""`presets {ls,show,cp}`: named starting points, as commented YAML."""
+"""`presets {ls,show,cp,check}`: named starting points, as commented YAML, and what of theirs is on this machine."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import shlex
 import shutil
 from pathlib import Path
 
+from diffusion_align.commands.presets_check import needs_of, report
 from diffusion_align.options import UsageError, all_presets, preset_path, read_yaml
 
 
 def presets(word: str, argv: list[str]) -> int:
-    """List, print or copy presets."""
+    """List, print, copy or check presets."""
     bad = [flag for flag in argv if flag.startswith("-")]
     if bad:
         raise UsageError(f"presets {word} takes no flag, got {bad[0]}")
@@ -21,7 +22,15 @@ def presets(word: str, argv: list[str]) -> int:
             print(f"{name:{width}}  {read_yaml(_path(name))['about']}")
     elif word == "show":
         _expect(argv, 1, 1, "presets show METHOD/NAME")
-        print(_path(argv[0]).read_text(encoding="utf-8"), end="")
+        path = _path(argv[0])
+        print(path.read_text(encoding="utf-8"), end="")
+        print("\n# Licences, as stated at the addresses:")
+        for need in needs_of(f"{path.parent.name}/{path.stem}"):
+            print(f"#   {need.what:16} {need.name}: {need.licence}")
+    elif word == "check":
+        _expect(argv, 0, 1, "presets check [METHOD/NAME]")
+        paths = [_path(argv[0])] if argv else [_path(name) for name in all_presets()]
+        print("\n".join(report([f"{path.parent.name}/{path.stem}" for path in paths])))
     else:
         _expect(argv, 1, 2, "presets cp METHOD/NAME [FILE]")
         source = _path(argv[0])

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusion_align.data.benchmarks import BENCHMARKS, fetch, wanted
+from diffusion_align.data.benchmarks import PROMPT_LISTS, fetch, wanted
 from diffusion_align.data.prompts import Prompt, read_list
 from diffusion_align.models.hub import asset
 from diffusion_align.options.names import nearest
+from diffusion_align.origins import SHIPPED
 from diffusion_align.shapes import Caption, parse, sample_captions
 
 HELD_OUT = "held-out"
 HELD_OUT_SEED = 0  # of the captions, apart from --seed, so that another noise is tried on the same prompts
-SHIPPED = {"parti": "prompts/parti.tsv", "geneval": "prompts/geneval.jsonl"}
 
 
 def evaluation_prompts(source: str, n: int) -> list[Prompt]:
@@ -41,10 +41,10 @@ def listed_prompts(source: str) -> list[Prompt]:
     if path.exists():
         return [_in_world(prompt) for prompt in read_list(path)]
     if source in SHIPPED:
-        return [_in_world(prompt) for prompt in read_list(asset(SHIPPED[source]))]
+        return [_in_world(prompt) for prompt in read_list(asset(SHIPPED[source].file))]
     asked = wanted(source)
     if asked is None:
-        names = [*SHIPPED, *BENCHMARKS]
+        names = [*SHIPPED, *PROMPT_LISTS]
         match = nearest(source, names)
         cure = f"did you mean {match}?" if match else f"give a file, or one of {', '.join(names)}"
         raise FileNotFoundError(f"prompts {source}: no such file, nor a list of that name; {cure}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from diffusion_align.models.hub import MOVED, asset, on_hub
 from diffusion_align.options import TrainOffline, TrainSpm
+from diffusion_align.origins import DATA_SETS
 
 # Pick-a-Pic's own address has not answered since 2025-04-30; this is a copy by others.
 MOVED_DATA = {"yuvalkirstain/pickapic_v1": "pickapic-anonymous/pickapic_v1"}
@@ -29,6 +30,8 @@ def pairs_of(o: TrainOffline | TrainSpm) -> Path | None:
     """
     name = pairs_name(o)
     path = pairs_on_disk(name, hub=o.train_data_dir is None)
+    if path is not None and not path.exists() and name in DATA_SETS and DATA_SETS[name].make:
+        raise FileNotFoundError(f"{name}: nobody publishes it; its counterpart is made by `{DATA_SETS[name].make}`")
     if path is not None and not path.exists() and on_hub(name):
         raise FileNotFoundError(f"{name}: no such path here; for a data set on the hub: --dataset_name {name}")
     return path

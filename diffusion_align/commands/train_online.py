@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -22,8 +22,9 @@ from diffusion_align.commands.setup import make_optimizer, optimizer_identity
 from diffusion_align.data.readers import digest
 from diffusion_align.options import TrainCommon, TrainD3po, TrainDdpo, TrainOnline, TrainPrdp, TrainSpo
 from diffusion_align.options.train_online import compared_from
+from diffusion_align.origins import STEP_AWARE
 from diffusion_align.rewards.spec import read_spec
-from diffusion_align.rewards.step_aware import WEIGHTS, latent_scorer
+from diffusion_align.rewards.step_aware import latent_scorer, step_aware_weights
 from diffusion_align.samplers import StepTable
 from diffusion_align.train.branches import Comparisons, StepScore, resample
 from diffusion_align.train.method import Method
@@ -161,11 +162,22 @@ def step_score(r: Rollout) -> StepScore:
     return latent_scorer(o.preference_model, decode=gate.decode, device=gate.device, chunk=o.sample_chunk)
 
 
+def require_preference_model(source: str | None) -> None:
+    """Raise FileNotFoundError where a preference model is not to be had, before the base is loaded."""
+    if source is not None and not step_aware_weights(source).is_file():
+        raise FileNotFoundError(
+            f"preference model {source}: {step_aware_weights(source)} is not there; give a folder of "
+            f"`reward train-spm`, a file as SPO's authors publish it, or one of {', '.join(STEP_AWARE)}"
+        )
+
+
 def train_online(o: TrainOnline, verb: str, method: Callable[[Rollout], Method[Any]], shown: tuple[str, ...]) -> int:
     """Open the session, build the method on its rollouts, and follow its rounds to the end."""
     resumed = claim_early(o)
     prompts = training_prompts(o)
     require_reward(o.reward)
+    if isinstance(o, TrainSpo):
+        require_preference_model(o.preference_model)
     session = open_session(o, verb, resumed)
     rollout = Rollout(session, prompts)
     plan = rounds_of(o, session.accelerator.num_processes, rollout.tables)
@@ -213,6 +225,9 @@ def online_identity(o: TrainOnline, rollout: Rollout, rate: float, steps: int) -
     }
 
 
-def _weights(folder: str | None) -> str | None:
+def _weights(source: str | None) -> str | None:
     """A preference model by the content of its weights."""
-    return None if folder is None else digest((Path(folder) / WEIGHTS).read_bytes())
+    if source is None:
+        return None
+    with step_aware_weights(source).open("rb") as file:  # a published one has 5 GB: never whole in memory
+        return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()

@@ -7,8 +7,10 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+from accelerate import Accelerator
 from torch import Tensor
 
 from diffusion_align import rng
@@ -18,7 +20,9 @@ from diffusion_align.commands.interrupt import Interruptible
 from diffusion_align.commands.plan import describe_steps, steps_of
 from diffusion_align.commands.plan_dpo import read_training_pairs
 from diffusion_align.commands.processes import join
+from diffusion_align.commands.relabel import describe_labels, labels_of_scores, own_labels, scores_of_pairs
 from diffusion_align.commands.run_folder import CONFIG, METRICS
+from diffusion_align.commands.score import require_reward, reward_by_name
 from diffusion_align.commands.sources import present_model
 from diffusion_align.data import Pair, PairCache
 from diffusion_align.data.readers import BadRow
@@ -48,6 +52,7 @@ def train_spm(options: TrainSpm) -> int:
         raise ValueError(f"{home} holds a model already: --overwrite_output_dir replaces it, or give --output_dir")
     if o.cache_dir and "huggingface_hub" not in sys.modules:
         os.environ["HF_HUB_CACHE"] = o.cache_dir  # read once, when the hub's client is imported
+    require_reward(o.relabel)
     pairs, counts = read_training_pairs(o)
     training, held = hold_out(pairs[: o.max_train_samples], o.held_out, o.seed)
 
@@ -66,6 +71,8 @@ def train_spm(options: TrainSpm) -> int:
 
     cache, prompts = cached(training, counts.bad_rows)
     aside = cached(held) if held else None
+    labels = labels_of([training[place] for place in cache.kept], o, accelerator)
+    aside_labels = labels_of([held[place] for place in aside[0].kept], o, accelerator) if aside else None
     latents, examples, decode = None, None, gate.decode
     if o.inputs == "latents":
         latents, decode = gate.latent_shape(o.resolution), as_they_are
@@ -83,7 +90,7 @@ def train_spm(options: TrainSpm) -> int:
             return {}
         return accuracy_by_noise(
             *aside, step_aware_scorer(model), predict_clean, decode,
-            schedule=gate.schedule, timesteps=times, seed=o.seed, device=gate.device,
+            schedule=gate.schedule, timesteps=times, seed=o.seed, labels=aside_labels, device=gate.device,
         )  # fmt: skip
 
     plan = steps_of(
@@ -109,6 +116,7 @@ def train_spm(options: TrainSpm) -> int:
         seed=o.seed,
         max_steps=steps,
         accumulation=o.gradient_accumulation_steps,
+        labels=labels,
         max_grad_norm=o.max_grad_norm,
     )
     before = accuracy() if main else {}
@@ -131,6 +139,7 @@ def train_spm(options: TrainSpm) -> int:
     if main:
         after = accuracy()
         report = {"steps": step, "guidance": o.guidance, "held_out": len(aside[1]) if aside else 0}
+        report |= {"labels": o.relabel or "data", "tie_margin": o.tie_margin if o.relabel else None}
         report |= {"before": before, "after": after}
         (home / ACCURACY).write_text(json.dumps(report, indent=2) + "\n")
         save_step_aware(model, home)
@@ -140,6 +149,28 @@ def train_spm(options: TrainSpm) -> int:
     if asked:
         raise KeyboardInterrupt(f"the model as it was after step {step} is in {home}")
     return 0
+
+
+@watch.named()
+def labels_of(pairs: Sequence[Pair], o: TrainSpm, accelerator: Accelerator) -> Tensor:
+    """The probability [N] that the first picture of each pair is better, by the data or by --relabel."""
+    own = own_labels(pairs)
+    if o.relabel is None:
+        if o.keep_ties:
+            accelerator.print(f"labels: the data's on {len(pairs)} pairs, of which {int((own == 0.5).sum())} are ties")
+        return own
+    watch.doing("relabelling")
+    folder = Path(o.cache_dir or o.output_dir) / "labels"
+    load = partial(reward_by_name, o.relabel, device=accelerator.device, seed=o.seed)
+    main = accelerator.is_main_process
+    if not main:
+        meet(accelerator)  # the main process scores, the others read its file
+    scores = scores_of_pairs(o.relabel, pairs, folder, load, progress=main)
+    if main:
+        meet(accelerator)
+    labels = labels_of_scores(scores, o.tie_margin)
+    accelerator.print(describe_labels(o.relabel, own, labels, o.tie_margin))
+    return labels
 
 
 def as_they_are(latents: Tensor) -> Tensor:

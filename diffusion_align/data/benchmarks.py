@@ -1,55 +1,22 @@
-"""Lists of prompts that are fetched by name, where they lie, and what their licences are. None of them ships here.
+"""Lists of prompts that are fetched by name, out of the table in `origins`. None of them ships here.
 
 Where each was looked up stands in assets/prompts/README.md.
 """
 
+import hashlib
+import os
 import re
-from collections.abc import Mapping
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusion_align.data.prompts import Prompt, read_list
+from diffusion_align.data.prompts import Prompt, prompts_once, read_list
 from diffusion_align.data.readers import DataError
 from diffusion_align.offline import offline
+from diffusion_align.origins import BENCHMARKS, PROMPT_LISTS, PromptList
 
-STYLES = ("anime", "concept-art", "paintings", "photo")
-ATTRIBUTES = ("color", "shape", "texture", "spatial", "3d_spatial", "non_spatial", "numeracy", "complex")
+__all__ = ["BENCHMARKS", "PROMPT_LISTS", "Wanted", "fetch", "wanted"]
 
-
-def _validation(attribute: str) -> str:
-    # The data set's splits are named by what follows the first underscore of a configuration's name.
-    name = f"{attribute}_val"
-    return f"{name}/{name.split('_', 1)[1]}-00000-of-00001.parquet"
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """`files` are by category, which a list of one file has under ""; `key` is what its rows call the category."""
-
-    repo: str
-    files: Mapping[str, str]
-    prompts: int
-    licence: str
-    key: str = "category"
-
-
-BENCHMARKS = {
-    "hpdv2": Benchmark(
-        "ymhao/HPDv2", {style: f"benchmark/{style}.json" for style in STYLES}, 3200, "Apache-2.0", key="style"
-    ),
-    "drawbench": Benchmark(
-        "Jialuo21/DrawBench", {"": "data/test-00000-of-00001.parquet"}, 200, "none stated, by its authors or this copy"
-    ),
-    "t2i-compbench": Benchmark(
-        "NinaKarine/t2i-compbench", {name: _validation(name) for name in ATTRIBUTES}, 2400, "MIT"
-    ),
-    "dpg-bench": Benchmark(
-        "Jialuo21/DPG-Bench",
-        {"": "data/test-00000-of-00001.parquet"},
-        1065,
-        "Apache-2.0 (its authors' repository; this copy states none)",
-    ),
-}
 _NAME = re.compile(r"(?P<name>[\w-]+)(/(?P<category>[\w-]+))?(@(?P<revision>[\w./-]+))?")
 
 
@@ -62,8 +29,8 @@ class Wanted:
     revision: str | None
 
     @property
-    def benchmark(self) -> Benchmark:
-        return BENCHMARKS[self.name]
+    def benchmark(self) -> PromptList:
+        return PROMPT_LISTS[self.name]
 
     @property
     def files(self) -> dict[str, str]:
@@ -79,12 +46,15 @@ def wanted(text: str) -> Wanted | None:
         DataError: a list that has no such category.
     """
     found = _NAME.fullmatch(text)
-    if found is None or found["name"] not in BENCHMARKS:
+    if found is None or found["name"] not in PROMPT_LISTS:
         return None
-    files = BENCHMARKS[found["name"]].files
-    if found["category"] is not None and found["category"] not in set(files) - {""}:
-        has = ", ".join(name for name in files if name) or "none"
+    known = PROMPT_LISTS[found["name"]]
+    categories = [name for name in known.files if name and known.key]
+    if found["category"] is not None and found["category"] not in categories:
+        has = ", ".join(categories) or "none"
         raise DataError(f"{found['name']} has no category {found['category']}; it has {has}")
+    if found["revision"] is not None and known.sha256:
+        raise DataError(f"{found['name']} is one known file and has no other revision")
     return Wanted(found["name"], found["category"], found["revision"])
 
 
@@ -96,16 +66,61 @@ def fetch(asked: Wanted) -> tuple[list[Prompt], str]:
         DataError: a file is no list of prompts.
     """
     known, revision, prompts = asked.benchmark, asked.revision, []
+    source, seen = known.repo, set()
     for category, name in asked.files.items():
-        path = _file(asked, name, revision)
-        # The cache has a folder a commit; the other files are to be of the same.
-        revision = path.parents[name.count("/")].name
-        origin = {"list": asked.name, "source": f"{known.repo}@{revision}", "licence": known.licence}
-        labels = {known.key: category} if category else {}
-        for found in read_list(path):
+        if known.sha256:
+            path = web_list(asked.name)
+        else:
+            path = _file(asked, name, revision)
+            # The cache has a folder a commit; the other files are to be of the same.
+            revision = path.parents[name.count("/")].name
+            source = f"{known.repo}@{revision}"
+        origin = {"list": asked.name, "source": source, "licence": known.licence}
+        labels = {known.key: category} if category and known.key else {}
+        for found in prompts_once(path, seen) if known.once else read_list(path):
             categories = tuple(f"{key}: {value}" for key, value in labels.items()) or found.categories
             prompts.append(Prompt(found.text, categories, {**found.extra, **labels, **origin}))
-    return prompts, f"{known.repo}@{revision}"
+    if not prompts:
+        raise DataError(f"prompts {asked.name}: {source} holds no prompt")
+    return prompts, source
+
+
+def web_cache(name: str) -> Path:
+    """Where a list that comes from an address on the web is kept: beside the hub's cache."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_ASSETS_CACHE) / "diffusion_align" / "prompts" / f"{PROMPT_LISTS[name].sha256[:16]}.json"
+
+
+def web_list(name: str) -> Path:
+    """The one file of a list with a checksum, fetched once.
+
+    Raises:
+        FileNotFoundError: it could not be fetched; with the address.
+        DataError: it is another file than the one known.
+    """
+    known, path = PROMPT_LISTS[name], web_cache(name)
+    url = f"{known.repo}/{next(iter(known.files.values()))}"
+    if not path.is_file():
+        try:
+            if offline():
+                raise OSError("HF_HUB_OFFLINE is set")
+            with urllib.request.urlopen(url, timeout=60) as answer:  # an address of ours, https
+                data = answer.read()
+        except OSError as error:
+            said = " ".join(str(error).split())[:100]
+            raise FileNotFoundError(
+                f"prompts {name}: {url} could not be fetched ({said}); fetch it by hand and give its path as --prompts"
+            ) from error
+        if hashlib.sha256(data).hexdigest() != known.sha256:
+            raise DataError(f"prompts {name}: {url} is not the file that was published: its sha256 is another")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{os.getpid()}-{path.name}")
+        part.write_bytes(data)
+        os.replace(part, path)
+    if hashlib.sha256(path.read_bytes()).hexdigest() != known.sha256:
+        raise DataError(f"prompts {name}: {path} is damaged: remove it, and it is fetched again")
+    return path
 
 
 def _file(asked: Wanted, name: str, revision: str | None) -> Path:

@@ -46,13 +46,18 @@ def read_bytes(picture: Picture) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two pictures of one prompt, of which the first was preferred. `id` is file:row; `weight` scales its loss."""
+    """Two pictures of one prompt, of which the first was preferred. `id` is file:row; `weight` scales its loss.
+
+    A tie, which only `read_pairs(keep_ties=True)` gives, prefers neither: `tie` is true, and its pictures are in the
+    order of the data.
+    """
 
     id: str
     prompt: str
     winner: Picture
     loser: Picture
     weight: float = 1.0
+    tie: bool = False
 
     @property
     def pictures(self) -> tuple[Picture, ...]:

@@ -21,7 +21,7 @@ from diffusion_align.data import readers
 from diffusion_align.data.layouts import Pair, ParquetItem, Picture, Ranking, read_bytes
 from diffusion_align.data.readers import BadRow, DataError
 from diffusion_align.data.recognise import Source, recognise, rows
-from diffusion_align.data.rows import pairs_of
+from diffusion_align.data.rows import pairs_of, ties_of
 from diffusion_align.data.tars import TarMember
 
 __all__ = ["Counts", "Pair", "Picture", "check_bad_fraction", "fingerprint", "read_pairs", "write_pairs_parquet"]
@@ -49,13 +49,14 @@ class Counts:
 
 
 def read_pairs(
-    path: str | os.PathLike[str], *, split: str = "train", max_bad_fraction: float = 0.01
+    path: str | os.PathLike[str], *, split: str = "train", max_bad_fraction: float = 0.01, keep_ties: bool = False
 ) -> tuple[list[Pair], Counts]:
     """Read preference pairs from any layout that compares pictures.
 
-    A tie carries no preference: it is dropped and counted, never taken as a win. A ranking gives a pair for every two
-    pictures of different relevance. Where files are named by split (train-00000-of-00002.parquet), only `split` is
-    read, so that a test split never slips into training.
+    A tie carries no preference: it is dropped and counted, never taken as a win. With `keep_ties` it is a pair whose
+    `tie` is true, for methods that can learn from it. A ranking gives a pair for every two pictures of different
+    relevance. Where files are named by split (train-00000-of-00002.parquet), only `split` is read, so that a test split
+    never slips into training.
 
     Raises:
         DataError: unknown layout, missing column, a path outside the data's folder, nothing left, only ties, no
@@ -71,7 +72,7 @@ def read_pairs(
         if isinstance(entry, BadRow):
             bad.append(entry)
         else:
-            found = pairs_of(entry)
+            found = pairs_of(entry) + (ties_of(entry) if keep_ties else [])
             ties += not found
             pairs += found
     return pairs, tally(path, count, len(pairs), ties, bad, max_bad_fraction, "pairs", source.format.tie)

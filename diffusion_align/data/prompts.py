@@ -61,6 +61,24 @@ def read_list(path: str | os.PathLike[str]) -> list[Prompt]:
     return found
 
 
+def prompts_once(path: Path, seen: set[str]) -> Iterator[Prompt]:
+    """The prompts of a table of preferences, each once and in the order of its first row; rows without one are passed.
+
+    `seen` holds those of files read before, and is added to.
+    """
+    if path.suffix == ".parquet":
+        names = readers.schema_of(path).names
+        columns = [name for name in names if name.lower() in PROMPT_KEYS][:1]
+        rows: Iterator[Mapping[str, Any]] = iter(readers.iter_rows(path, columns)) if columns else iter(())
+    else:
+        rows = (record.values for record in records(path, PROMPT_LIST) if not isinstance(record, BadRow))
+    for row in rows:
+        prompt = prompt_of(row)
+        if isinstance(prompt, Prompt) and prompt.text and prompt.text not in seen:
+            seen.add(prompt.text)
+            yield Prompt(prompt.text)
+
+
 def prompt_of(row: Mapping[str, Any]) -> Prompt | str:
     """The prompt of a row, or why there is none."""
     named = {key.lower(): key for key in row if isinstance(key, str)}

@@ -52,6 +52,14 @@ def pairs_of(row: Row) -> list[Pair]:
     return [Pair(name(i, j), row.prompt, pictures[i], pictures[j], row.weight) for i, j in ordered]
 
 
+def ties_of(row: Row) -> list[Pair]:
+    """Every two pictures of which none is preferred, in the data's order; of a row of weight 0 all are."""
+    phi, pictures = row.relevance, row.pictures
+    places = [(i, j) for i in range(len(phi)) for j in range(i + 1, len(phi)) if row.weight == 0 or phi[i] == phi[j]]
+    name = (lambda i, j: row.id) if len(phi) == 2 else (lambda i, j: f"{row.id}[{i}={j}]")
+    return [Pair(name(i, j), row.prompt, pictures[i], pictures[j], tie=True) for i, j in places]
+
+
 def ranking_of(row: Row) -> Ranking | None:
     """The row as a ranking; None for a tie.
 

@@ -37,7 +37,7 @@ class Resolved(Generic[Options]):
 def _refuse_program(name: str, value: Any, origin: str) -> None:
     """A file may come from a stranger, and a Python reward is a program: it is run on the user's own word only."""
     for text in value if isinstance(value, tuple) else (value,):
-        if isinstance(text, str) and "reward" in name and "python:" in text:
+        if isinstance(text, str) and ("reward" in name or name == "relabel") and "python:" in text:
             raise UsageError(f"{origin} names a program to run; if you know it, say so yourself: --{name} {text}")
 
 

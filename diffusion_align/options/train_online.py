@@ -20,7 +20,7 @@ UNITS = "unit of beta and clip: mean (log-ratios averaged over dims, as publishe
 @dataclass(frozen=True)
 class TrainOnline(TrainCommon):
     # fmt: off
-    prompts: str | None = option(None, "data", "file with one prompt a line, or tiny (captions of the embedded world's training split)", aliases=("prompts_file",), path="name")
+    prompts: str | None = option(None, "data", "file with one prompt a line, the name of a list (animals, spo-4k, hpdv2-train and more: assets/prompts/README.md), or tiny (captions of the embedded world's training split)", aliases=("prompts_file",), path="name")
     num_prompts: int | None = option(None, "data", "use the first N prompts (default: all; of tiny, 4000)", at_least=1)
 
     solver: str = option("ddim", "rollout", "sampler of the runs: ddim, or dpmpp (SDE-DPM-Solver++)", choices=("dpmpp", "ddim"))
@@ -73,7 +73,7 @@ class TrainSpo(TrainOnline):
     segment: int = option(1, "rollout", "steps between comparisons; above 1 it is the paper's MSPO for SDXL, which has 4", at_least=1)
     lookahead: int = option(0, "rollout", "noise-free steps that each continuation goes on before its predicted picture is compared, for rewards of finished pictures; as many as steps: to the end", at_least=0)
     pairs_per_step: int | None = option(None, "train", "an optimizer step for every N pairs of a round, over all devices, in an order drawn anew each round; the last step of a round takes what is left (default: a step for prompts_per_step prompts)", at_least=1, one_of="step")
-    preference_model: str | None = option(None, "reward", "folder of a step-aware preference model (reward train-spm); default: the reward, on the predicted picture at every step", path="in")
+    preference_model: str | None = option(None, "reward", "a step-aware preference model: a folder of reward train-spm, a file as SPO's authors publish it, or theirs by name: spo-sd15, spo-sdxl; default: the reward, on the predicted picture at every step", path="name")
     # fmt: on
 
 

@@ -3,9 +3,13 @@
 # ruff: noqa: E501  (a table: one option a line)
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
+from diffusion_align.rewards.spec import read_spec
+
 from .names import UsageError
+from .reward import check_reward
 from .schema import option
 
 
@@ -19,6 +23,10 @@ class TrainSpm:
     reward: str = option("tiny", "reward", "CLIP reward to start from: tiny (the embedded one), a folder in open_clip's format, or an open_clip name", path="reward")
     inputs: str = option("pictures", "reward", "what it reads: pictures (decoded predictions), or latents (no decoder; patches fitted to the reward's)", choices=("pictures", "latents"))
     guidance: float = option(5.0, "reward", "classifier-free guidance of the base's predictions; use that of the runs to come", aliases=("guidance_scale",), at_least=0)
+
+    relabel: str | None = option(None, "labels", "reward that says anew which picture of a pair is better, on the clean pictures, in place of the data: a name of `diffusion-align reward ls`, or one of its forms (the authors take pickscore for SDXL)", path="reward")
+    tie_margin: float = option(0.1, "labels", "with relabel: a tie where the softmax of the two scores differs by no more (0.1: the authors' for SDXL)", at_least=0, below=1)
+    keep_ties: bool = option(False, "labels", "keep pairs that the data calls even: their label is a half, or what relabel says")
 
     train_data_dir: str | None = option(None, "data", "pairs on disk: a folder or a file", aliases=("data",), one_of="source", path="name")
     dataset_name: str | None = option(None, "data", "pairs by name: a path, a data set on the hub, or tiny", one_of="source", path="name")
@@ -55,7 +63,7 @@ def check_train_spm(options: TrainSpm) -> None:
     """What no single option can know.
 
     Raises:
-        UsageError: no model, no pairs or two sources of them, or pairs that are all held out.
+        UsageError: no model, no pairs or two sources of them, pairs that are all held out, or no such reward.
     """
     if options.pretrained_model_name_or_path is None:
         raise UsageError("which model? --pretrained_model_name_or_path FOLDER, a hub id, or tiny")
@@ -67,5 +75,17 @@ def check_train_spm(options: TrainSpm) -> None:
         raise UsageError(
             f"data.held_out {options.held_out} leaves none of {options.max_train_samples} pairs to train on"
         )
+    if options.relabel is not None:
+        if options.relabel == "people":
+            raise UsageError("reward people chooses between pictures of a run: it cannot relabel pairs")
+        check_reward(options.relabel)
+        if read_spec(options.relabel).standardise:
+            raise UsageError("labels.relabel std: compares pictures of one call only; name rewards without std:")
     if options.mixed_precision == "fp16" and options.device == "cpu":
         raise UsageError("machine.mixed_precision fp16 needs a GPU; take bf16 or no on a CPU")
+
+
+def notes_train_spm(options: TrainSpm, given: Collection[str]) -> list[str]:
+    """One line for a margin that nothing is held against."""
+    unused = "tie_margin" in given and options.relabel is None
+    return ["tie_margin has no effect without relabel: the labels are the data's"] if unused else []

@@ -16,7 +16,7 @@ from .train_common import no_notes
 from .train_dpo import TrainDpo, check_train_dpo, notes_train_dpo
 from .train_online import TrainD3po, TrainDdpo, TrainPrdp, TrainSpo, check_online, check_spo, notes_online, notes_spo
 from .train_rankdpo import TrainRankdpo, check_train_rankdpo, notes_train_rankdpo
-from .train_spm import TrainSpm, check_train_spm
+from .train_spm import TrainSpm, check_train_spm, notes_train_spm
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,7 @@ VERBS = {
             check_train_spm,
             "Step-aware preference model of SPO: a CLIP reward that knows the noise level.",
             run="train_spm:train_spm",
+            notes=notes_train_spm,
         ),
         Verb(
             "reward score",

@@ -2,7 +2,8 @@
 
 It scores what a denoiser predicts half-way, `exp(logit_scale) cosine(picture at t, prompt)`, so that two children of
 one state can be compared at any step. Its folder holds open_clip_config.json, the tokenizer's files and
-step_aware.safetensors: nothing else is needed to load it, and nothing in it is pickled.
+step_aware.safetensors: nothing else is needed to load it, and nothing in it is pickled. Files as SPO's authors publish
+them are read by `step_aware_published`.
 """
 
 from __future__ import annotations
@@ -26,9 +27,18 @@ from ..tensors import widen
 from .clip import resolve_source
 from .clip_config import CONFIG_FILE, require_plain_clip
 from .clip_fetch import fetched
-from .time_conditioned import TimeConditioning, encode, fit_patches, picture_transform, require_vit, take_latents
+from .time_conditioned import (
+    TimeConditioning,
+    encode,
+    fit_patches,
+    picture_transform,
+    plain_bicubic,
+    require_vit,
+    take_latents,
+)
 
 WEIGHTS = "step_aware.safetensors"
+PLAIN_BICUBIC = "bicubic"  # config["step_aware"]["resize"] of a model that was trained with SPO's own code
 
 Shape = tuple[int, int, int]
 Tokenizer = Callable[[list[str]], Tensor]
@@ -40,7 +50,8 @@ class StepAware(nn.Module):
     """A CLIP whose vision tower is conditioned on time; at its start it scores as the plain CLIP at every time.
 
     All weights train: the CLIP's own in `clip`, the added ones in `time`. `config` is the content of
-    open_clip_config.json; `latents` is the shape (C,h,w) of what it reads, or None for pictures.
+    open_clip_config.json, and its entry step_aware may name SPO's own resize; `latents` is the shape (C,h,w) of what it
+    reads, or None for pictures.
     """
 
     def __init__(
@@ -49,7 +60,9 @@ class StepAware(nn.Module):
         super().__init__()
         require_vit(clip.visual)
         self.clip, self.tokenizer, self.config, self.latents = clip, tokenizer, config, latents
-        self.prepare = picture_transform(clip.visual.image_size, config["preprocess_cfg"])
+        size, preprocess = clip.visual.image_size, config["preprocess_cfg"]
+        plain = config.get("step_aware", {}).get("resize") == PLAIN_BICUBIC
+        self.prepare = plain_bicubic(size[0], preprocess) if plain else picture_transform(size, preprocess)
         if latents is not None:
             take_latents(clip.visual, latents, seed)
         self.time = TimeConditioning(len(clip.visual.class_embedding), len(clip.visual.transformer.resblocks), seed)
@@ -108,7 +121,7 @@ def start_step_aware(
     if latents is not None and examples is not None:
         with torch.no_grad():
             fit_patches(clip.visual.conv1, examples[0], of_pictures(model.prepare(examples[1].to(of_pictures.weight))))
-    return _ready(model, source, device)
+    return ready(model, source, device)
 
 
 def save_step_aware(model: StepAware, folder: str | os.PathLike[str]) -> Path:
@@ -118,7 +131,7 @@ def save_step_aware(model: StepAware, folder: str | os.PathLike[str]) -> Path:
     if hasattr(tokenizer, "tokenizer"):  # open_clip's wrapper of a tokenizer with files; its other one has none
         tokenizer.save_pretrained(home)  # pyright: ignore[reportFunctionMemberAccess]
         config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "in this folder"  # any name makes open_clip look there
-    config["step_aware"] = {"format": 1, "latents": model.latents}
+    config["step_aware"] = {**config.get("step_aware", {}), "format": 1, "latents": model.latents}
     (home / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     partial = home / f".{WEIGHTS}.partial"
     save_file({name: weight.detach().contiguous() for name, weight in model.state_dict().items()}, partial)
@@ -127,15 +140,20 @@ def save_step_aware(model: StepAware, folder: str | os.PathLike[str]) -> Path:
     return home
 
 
-def load_step_aware(folder: str | os.PathLike[str], *, device: str | torch.device | None = None) -> StepAware:
-    """A model from the folder that `save_step_aware` wrote, in eval mode.
+def load_step_aware(source: str | os.PathLike[str], *, device: str | torch.device | None = None) -> StepAware:
+    """A model in eval mode, from the folder that `save_step_aware` wrote, from a file as SPO's authors publish it, or
+    from the name of one of theirs (`origins.STEP_AWARE`).
 
     Raises:
-        FileNotFoundError: the folder lacks one of its files.
+        FileNotFoundError: the folder lacks one of its files, or the hub does not give the published one.
         ValueError: weights that are missing, too many, of another shape, or not finite; a configuration that asks for
             code.
     """
-    home = Path(folder)
+    from . import step_aware_published as published
+
+    if published.is_published(source):
+        return published.load_published(published.locate_published(source), device=device)
+    home = Path(source)
     for name in (CONFIG_FILE, WEIGHTS):
         if not (home / name).is_file():
             raise FileNotFoundError(f"{home} is not a step-aware preference model: it has no {name}")
@@ -153,7 +171,14 @@ def load_step_aware(folder: str | os.PathLike[str], *, device: str | torch.devic
         model.load_state_dict(load_file(home / WEIGHTS), strict=True)
     except Exception as error:  # a damaged file, and weights of another model, are told in many words
         raise ValueError(f"{home / WEIGHTS} does not fit: {' '.join(str(error).split())[:200]}") from error
-    return _ready(model, home / WEIGHTS, device)
+    return ready(model, home / WEIGHTS, device)
+
+
+def step_aware_weights(source: str | os.PathLike[str]) -> Path:
+    """The file of weights that `load_step_aware` reads for a source; raises FileNotFoundError as it does."""
+    from . import step_aware_published as published
+
+    return published.locate_published(source) if published.is_published(source) else Path(source) / WEIGHTS
 
 
 def step_aware_scorer(
@@ -161,8 +186,8 @@ def step_aware_scorer(
 ) -> StepReward:
     """A model as a reward of what it reads, pictures or latents, in float32 and `chunk` at a time; no gradient.
 
-    `source` is a folder, a model in memory, which goes on scoring as it trains, or "tiny-init", the embedded reward at
-    its start. An input that is not finite scores NaN. Scores are on the inputs' device.
+    `source` is one of `load_step_aware`, a model in memory, which goes on scoring as it trains, or "tiny-init", the
+    embedded reward at its start. An input that is not finite scores NaN. Scores are on the inputs' device.
     """
     model = _opened(source, device)
 
@@ -202,7 +227,8 @@ def _opened(source: StepAware | str | Path, device: str | torch.device | None) -
     return start_step_aware("tiny", device=device) if source == "tiny-init" else load_step_aware(source, device=device)
 
 
-def _ready(model: StepAware, source: object, device: str | torch.device | None) -> StepAware:
+def ready(model: StepAware, source: object, device: str | torch.device | None) -> StepAware:
+    """The model on its device in eval mode; ValueError unless all its weights are finite."""
     broken = [name for name, weight in model.state_dict().items() if not torch.isfinite(weight).all()]
     if broken:
         raise ValueError(f"{len(broken)} weights of {source} are not finite: {broken[0]} is the first")

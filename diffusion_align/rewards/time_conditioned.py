@@ -128,6 +128,27 @@ def picture_transform(size: tuple[int, int], preprocess: dict[str, Any]) -> Call
     return transform
 
 
+def plain_bicubic(side: int, preprocess: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """The transform of SPO's own code on tensors [B,3,H,W] in [0, 1]: the shorter side to `side` by bicubic
+    interpolation without antialiasing, centre crop, clamp, normalise by `mean` and `std`. Differentiable.
+
+    A picture shrunk without antialiasing has other pixels than `picture_transform` gives, so a model is read with the
+    transform that it was trained with.
+    """
+    mean, std = (torch.tensor(preprocess[name]).view(3, 1, 1) for name in ("mean", "std"))
+
+    def transform(images: Tensor) -> Tensor:
+        height, width = images.shape[2:]
+        scale = side / min(height, width)
+        size = (int(height * scale + 0.5), int(width * scale + 0.5))
+        images = F.interpolate(images, size=size, mode="bicubic", align_corners=False)
+        top, left = (round((length - side) / 2) for length in size)
+        images = images[..., top : top + side, left : left + side]
+        return (images.clamp(0, 1) - mean.to(images)) / std.to(images)
+
+    return transform
+
+
 def _attend(block: Any, x: Tensor) -> Tensor:
     """The attention branch of open_clip's default block, or of its custom one (norms inside the attention)."""
     return block.ln_attn(block.attn(x)) if hasattr(block, "ln_attn") else block.attention(x)

@@ -150,7 +150,7 @@ def test_names_that_are_none(tmp_path):
         listed_prompts("drawbench/x")
     with pytest.raises(FileNotFoundError, match="did you mean drawbench?"):
         listed_prompts("drawbnch")
-    with pytest.raises(FileNotFoundError, match="give a file, or one of parti, geneval, hpdv2"):
+    with pytest.raises(FileNotFoundError, match="give a file, or one of parti, geneval, animals, hpdv2"):
         listed_prompts(str(tmp_path / "absent.txt"))
     assert wanted("owner/name") is None and wanted("hpdv2/../../x") is None
 

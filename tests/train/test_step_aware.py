@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from helpers_train import SCHEDULE, SHAPE, MemoryPairs
 
 from diffusion_align import rng
+from diffusion_align.data import Pair
 from diffusion_align.train.step_aware import (
     accuracy_by_noise,
     predicted_pairs,
@@ -281,7 +282,6 @@ def test_an_interrupted_command_leaves_the_model_as_it_is(tmp_path, monkeypatch)
 
 def test_whole_prompts_are_held_out():
     from diffusion_align.commands.train_spm import accuracy_table, hold_out
-    from diffusion_align.data import Pair
 
     pairs = [Pair(str(i), prompt, b"", b"") for i, prompt in enumerate(PROMPTS)]
     training, held = hold_out(pairs, 3, seed=0)
@@ -311,3 +311,110 @@ def test_options_that_cannot_be_meant_are_refused():
     ):
         with pytest.raises(UsageError, match=message):
             check_train_spm(TrainSpm(**(good | bad)))
+
+
+def test_labels_by_a_reward_by_hand():
+    """tanh(d / 2) is p_0 - p_1: d = 0.2 gives 0.0997, within 0.1; d = 0.21 gives 0.1046, beyond."""
+    from diffusion_align.commands.relabel import describe_labels, labels_of_scores, own_labels
+
+    scores = torch.tensor([[20.2, 20.0], [20.21, 20.0], [20.0, 20.21], [18.0, 22.0], [20.0, 20.2], [5.0, 5.0]]).double()
+    found = labels_of_scores(scores, 0.1)
+    assert found.tolist() == [0.5, 1, 0, 0, 0.5, 0.5]
+    assert labels_of_scores(scores, 0.0).tolist() == [1, 1, 0, 0, 0, 0.5]
+    assert (scores.softmax(1) @ torch.tensor([1.0, -1.0]).double())[:2].tolist() == pytest.approx(
+        [0.0997, 0.1046], abs=1e-4
+    )
+    own = torch.tensor([1, 1, 1, 0.5, 1, 0.5]).double()
+    said = describe_labels("pickscore", own, found, 0.1)
+    assert "6 pairs: 1 as the data has them, 1 flipped, 1 ties of the data decided, 3 ties" in said
+    pairs = [Pair("0", "a", b"", b""), Pair("1", "a", b"", b"", tie=True)]
+    assert own_labels(pairs).tolist() == [1, 0.5]
+    with pytest.raises(ValueError, match="no finite score for 1 of 1 pairs"):
+        labels_of_scores(torch.tensor([[math.nan, 1.0]]), 0.1)
+
+
+def test_pairs_are_scored_once_at_their_own_size_and_kept(tmp_path):
+    from diffusion_align.commands.relabel import scores_of_pairs
+    from diffusion_align.data.images import encode_png
+
+    def flat(level, height=8, width=8):
+        return encode_png(torch.full((3, height, width), level / 255))
+
+    pairs = [Pair(str(i), f"prompt {i % 3}", flat(i), flat(100 + i, 8, 8 + i % 2)) for i in range(20)]
+    seen = []
+
+    def reward(images, prompts):
+        seen.append((tuple(images.shape), list(prompts)))
+        return images.mean((1, 2, 3)) * 255
+
+    expected = [[float(i), 100.0 + i] for i in range(20)]
+    found = scores_of_pairs("tiny", pairs, tmp_path, lambda: reward)
+    assert torch.allclose(found, torch.tensor(expected).double(), atol=1e-4)
+    assert {shape[2:] for shape, _ in seen} == {(8, 8), (8, 9)}
+    assert sum(shape[0] for shape, _ in seen) == 40
+
+    def never():
+        raise AssertionError("scored again")
+
+    assert torch.equal(scores_of_pairs("tiny", pairs, tmp_path, never), found)
+    (file,) = tmp_path.iterdir()
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:17]) + lines[17][:3])  # killed in the middle of a line
+    seen.clear()
+    assert torch.equal(scores_of_pairs("tiny", pairs, tmp_path, lambda: reward), found)
+    assert sum(shape[0] for shape, _ in seen) == 6
+    with pytest.raises(AssertionError, match="scored again"):
+        scores_of_pairs("clipscore", pairs, tmp_path, never)
+    with pytest.raises(ValueError, match="pair x: picture 1 is empty"):
+        scores_of_pairs("tiny", [Pair("x", "a", flat(1), b"")], tmp_path, lambda: reward)
+
+
+def test_the_command_relabels_and_keeps_ties(tmp_path, capsys, monkeypatch):
+    """The labels that the loop gets are those of the scores, in the order of the pairs that were kept."""
+    from diffusion_align import cli
+    from diffusion_align.commands import train_spm as command
+    from diffusion_align.data import read_pairs, write_pairs_parquet
+    from diffusion_align.data.images import encode_png
+
+    # The reward is how bright a picture is, in steps of 0.51: the first of two wins, loses, or is even.
+    light, dark, data = encode_png(torch.full((3, 64, 64), 0.6)), encode_png(torch.full((3, 64, 64), 0.2)), []
+    for label in (1.0, 0.0, 0.5):
+        data += [(light, dark, label), (dark, light, label), (light, light, label)]
+    zero, one, label_0 = zip(*data, strict=True)
+    write_pairs_parquet(tmp_path / "train.parquet", [f"prompt {i}" for i in range(9)], zero, one, label_0)
+    (tmp_path / "bright.py").write_text("def score(images, prompts):\n    return 5 * images.mean((1, 2, 3))\n")
+    assert len(read_pairs(tmp_path / "train.parquet")[0]) == 6
+    pairs, counts = read_pairs(tmp_path / "train.parquet", keep_ties=True)
+    assert [pair.tie for pair in pairs] == [False] * 6 + [True] * 3 and counts.ties == 0 and counts.used == 9
+
+    given = {}
+
+    def loop(*args, labels, **settings):
+        given["labels"] = labels
+        return iter(())
+
+    monkeypatch.setattr(command, "train_step_aware", loop)
+    base = ["reward", "train-spm", "--model", "tiny", "--train_data_dir", str(tmp_path / "train.parquet"), "--device"]
+    base += ["cpu", "--held_out", "0", "--max_train_steps", "1", "--guidance", "1"]
+    reward = ["--relabel", f"python:{tmp_path / 'bright.py'}:score"]
+    assert cli.main([*base, "--output_dir", str(tmp_path / "a"), *reward, "--keep_ties"]) == 0
+    # Winner first: label 1 is light dark -> 1, dark light -> 0, even; label 0 turns them over; ties keep the order.
+    assert given["labels"].tolist() == [1, 0, 0.5, 0, 1, 0.5, 1, 0, 0.5]
+    assert "9 pairs: 2 as the data has them, 2 flipped, 2 ties of the data decided, 3 ties" in capsys.readouterr().out
+    assert json.loads((tmp_path / "a" / "accuracy.json").read_text())["labels"].startswith("python:")
+    assert cli.main([*base, "--output_dir", str(tmp_path / "b")]) == 0
+    assert given["labels"].tolist() == [1] * 6
+
+
+def test_a_relabelling_that_cannot_be_meant_is_refused(tmp_path, capsys):
+    from diffusion_align.options import UsageError, resolve
+    from diffusion_align.options.train_spm import TrainSpm, check_train_spm, notes_train_spm
+
+    good = {"pretrained_model_name_or_path": "tiny", "dataset_name": "tiny"}
+    for bad, message in (("pikscore", "did you mean pickscore"), ("people", "cannot relabel"), ("std:tiny", "std:")):
+        with pytest.raises(UsageError, match=message):
+            check_train_spm(TrainSpm(**good, relabel=bad))
+    assert notes_train_spm(TrainSpm(tie_margin=0.2), {"tie_margin"}) and not notes_train_spm(TrainSpm(), ())
+    (tmp_path / "c.yaml").write_text("labels:\n  relabel: python:x.py:f\n")
+    with pytest.raises(UsageError, match="names a program to run"):
+        resolve(TrainSpm, "reward train-spm", config=str(tmp_path / "c.yaml"))
