@@ -120,7 +120,7 @@ def network_evaluations(argv: list[str]) -> int:
         plan = rounds_of(o, 1)
         return round(sum(evaluations(o).values()) * o.prompts_per_round) * (plan.steps // plan.steps_per_round)
     pictures = 2 if words == "train dpo" else 4
-    return (o.max_train_steps or 0) * o.train_batch_size * o.gradient_accumulation_steps * pictures * 2
+    return (o.max_train_steps or 0) * o.train_batch_size * (o.gradient_accumulation_steps or 1) * pictures * 2
 
 
 def table(out: Path) -> str:
