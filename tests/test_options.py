@@ -364,12 +364,12 @@ def test_presets_carry_the_papers_numbers():
     ("preset", "effective", "numbers"),
     [
         # Literal numbers of the authors' launchers: loss, beta and its unit, rate in effect, steps, warm-up, what else.
-        ("sd15-kto", 8, ("kto", 1000, "diffusers", 1e-7, 20000, 200, {"liked_share": 0.8, "proportion_empty_prompts": 0.2})),
-        ("sdxl-mapo", 16, ("mapo", 2500, "diffusers", 1e-5, 2000, 0, {"mapo_beta": 0.1, "proportion_empty_prompts": 0})),
+        ("sd15-kto", 8, ("kto", 1000, "diffusers", 1e-7, 20000, 200, {"liked_share": 0.8, "train_batch_size": 2})),
+        ("sdxl-mapo", 16, ("mapo", 2500, "diffusers", 1e-5, 2000, 0, {"mapo_beta": 0.1})),
         ("sd15-dspo", 2048, ("dspo", 0.001, "salesforce", 2.048e-5, 2000, 500, {"dspo_strength": 0.001})),
         ("sdxl-dspo", 2048, ("dspo", 0.001, "salesforce", 2.048e-5, 2000, 200, {"train_batch_size": 8})),
-        ("sd15-sdpo", 2048, ("sigmoid", 5000, "salesforce", 2.048e-5, 2000, 500, {"winner_share": 0.9, "train_batch_size": 8})),
-        ("sdxl-sdpo", 2048, ("sigmoid", 5000, "salesforce", 2.048e-6, 2000, 500, {"winner_share": 0.6, "train_batch_size": 8})),
+        ("sd15-sdpo", 2048, ("sigmoid", 5000, "salesforce", 2.048e-5, 2000, 500, {"winner_share": 0.9})),
+        ("sdxl-sdpo", 2048, ("sigmoid", 5000, "salesforce", 2.048e-6, 2000, 500, {"winner_share": 0.6})),
         ("sdxl-full", 2048, ("sigmoid", 5000, "salesforce", 2.048e-5, 2000, 200, {"train_batch_size": 1})),
     ],
 )  # fmt: skip

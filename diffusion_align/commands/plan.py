@@ -49,7 +49,8 @@ def accumulation_of(o: TrainOffline, processes: int) -> int:
         low, high = whole // cut * cut, -(-whole // cut) * cut
         near = f"{low} or {high}" if low else f"{high}"
         raise UsageError(
-            f"effective_batch_size {whole} is no multiple of {at_once} = {cut}: take {near}, or another train_batch_size"
+            f"effective_batch_size {whole} is no multiple of {at_once} = {cut}: take {near}, "
+            "or another train_batch_size"
         )
     if o.gradient_accumulation_steps not in (None, whole // cut):
         raise UsageError(
@@ -94,8 +95,8 @@ def describe_steps(plan: Steps) -> list[str]:
     lines = [f"effective batch  {batch} = {plan.batch} pairs"]
     if plan.pairs and plan.batch > plan.pairs:
         lines.append(
-            f"                 each of the {plan.pairs} pairs comes {plan.batch / plan.pairs:.3g} times in one step, with "
-            "other noise: more pairs or a smaller batch would teach more"
+            f"                 each of the {plan.pairs} pairs comes {plan.batch / plan.pairs:.3g} times within one "
+            "step, with other noise each time: use more pairs or a smaller batch"
         )
     if plan.steps is None:
         return [*lines, "steps            unknown until the pairs are counted"]

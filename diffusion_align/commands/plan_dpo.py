@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from diffusion_align.commands.model_facts import read_model_facts
 from diffusion_align.commands.plan import (
     Steps,

@@ -12,8 +12,10 @@ from diffusion_align.train.pair_losses import PairLoss, dspo_of_pairs, kto_of_pa
 
 
 def make_loss(o: TrainDpo, beta: float, timesteps: int) -> PairLoss:
-    """The objective of pairs that was asked for; beta is per squared error summed over dims, but for MaPO, which has its
-    own. `kto` is none of them: it learns from single pictures (`train.pictures`)."""
+    """The objective of pairs that was asked for; beta is per squared error summed over dims (MaPO has its own).
+
+    `kto` is none of them: it learns from single pictures (`train.pictures`).
+    """
     of_margin = {
         "sigmoid": partial(logistic, beta=beta, label_smoothing=o.label_smoothing),
         "robust": partial(robust, beta=beta, flip=o.label_smoothing),
@@ -44,11 +46,11 @@ def describe_constants(o: TrainDpo) -> list[str]:
         "dspo": f"dspo_strength    {o.dspo_strength:g}, how far the winner's target is pushed from the reference",
     }
     frozen = "the model without its LoRA" if o.mode == "lora" else "a frozen copy of the UNet"
+    share = o.winner_share
     none = "none: it is neither kept nor run, and what compares with it is not logged"
-    share = f"winner_share     {o.winner_share:g} of the winner's fall is kept (Diffusion-SDPO)"
     return [
         *([lines[o.loss_type]] if o.loss_type in lines else []),
-        *([share] if o.winner_share is not None else []),
+        *([] if share is None else [f"winner_share     {share:g} of the winner's fall is kept (Diffusion-SDPO)"]),
         f"reference        {frozen if needs_reference(o) else none}",
     ]
 

@@ -40,14 +40,13 @@ def train_dpo(options: TrainDpo) -> int:
     identity = identity_of(o, cache.identity, beta=beta, batch=batch, learning_rate=rate, steps=steps)
     progress = session.start(optimizer, scheduler, identity, [pair.prompt for pair in pairs])
     if o.loss_type == "kto":
-        train = partial(train_pictures, predict_reference=session.reference, liked_share=o.liked_share)
+        train = partial(train_pictures, liked_share=o.liked_share)
     else:
-        loss = make_loss(o, beta, gate.schedule.num_timesteps)
-        frozen = session.reference if loss.needs_reference else None
-        train = partial(train_pairs, predict_reference=frozen, loss=loss)
+        train = partial(train_pairs, loss=make_loss(o, beta, gate.schedule.num_timesteps))
     records = train(
         cache,
         gate.predict,
+        session.reference,
         schedule=gate.schedule,
         prediction_type=gate.prediction_type,
         beta=beta,

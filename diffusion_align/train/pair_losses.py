@@ -73,7 +73,7 @@ def on_margin(loss: Callable[[Tensor], Tensor], *, keep: float | None = None) ->
 
 
 def kto_of_pairs(beta: float) -> PairLoss:
-    """`objectives.kto` on pairs: the winner as a desirable and the loser as an undesirable picture; the mean of the two.
+    """`objectives.kto` on pairs: the winner as a liked and the loser as a disliked picture; the mean of the two.
 
     This is not how the authors train (that is `pictures.train_pictures`): both pictures of a pair share t and noise, as
     many are liked as disliked, and the baseline is the mean log-ratio of one micro-batch, at least 0, so the loss

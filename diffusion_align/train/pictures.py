@@ -84,7 +84,8 @@ def train_pictures(
 
     Raises:
         RuntimeError: policy and reference differ before the first update (see `check_start`).
-        ValueError: a share outside [0, 1], a wrong number of weights, or as `steps.run_steps`. NonFiniteError: as there.
+        ValueError: a share outside [0, 1], a wrong number of weights, or as `steps.run_steps`.
+        NonFiniteError: as there.
     """
     if not 0 <= liked_share <= 1:
         raise ValueError(f"liked_share must lie in [0, 1], got {liked_share}")
