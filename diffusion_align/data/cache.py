@@ -185,7 +185,7 @@ def build_cache(
 
 
 def _encode_dropped(gate: Encoders, home: Path, share: Share, dtype: torch.dtype) -> None:
-    """What a dropped caption becomes. Under a name of its own: caches made before have SDXL's zeros in their "empty"."""
+    """What a dropped caption becomes. It has a name of its own: older caches have SDXL's zeros in their "empty"."""
     if share.rank == 0 and known_shard(home, "dropped") is None:
         write_shard(home, "dropped", gate.encode_text([""]).to(dtype), {})
 

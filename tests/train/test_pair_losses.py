@@ -147,7 +147,7 @@ def test_each_trains_through_the_loop(loss):
     [
         ({}, on_margin(partial(logistic, beta=BETA))),
         ({"winner_share": 0.5}, on_margin(partial(logistic, beta=BETA), keep=0.5)),
-        ({"loss_type": "kto"}, kto_of_pairs(BETA)),
+        ({"loss_type": "kto_pairs"}, kto_of_pairs(BETA)),
         ({"loss_type": "mapo", "mapo_beta": 0.3}, mapo_of_pairs(0.3, 1000)),
         ({"loss_type": "dspo", "dspo_strength": 0.2}, dspo_of_pairs(BETA, 0.2)),
     ],

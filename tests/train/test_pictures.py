@@ -1,7 +1,6 @@
 """KTO on single pictures: against its formula in plain autograd, and whole however a batch is cut."""
 
 import math
-import socket
 
 import pytest
 import torch
@@ -97,19 +96,13 @@ def test_the_baseline_is_of_the_whole_batch_and_not_of_a_piece():
     assert abs(losses[0] - losses[1]) > 1e-4
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_two_processes_do_what_one_does(tmp_path):
     def work(rank):
         run = better_than_the_reference(pictures_run(accelerator=Accelerator(cpu=True), accumulation=2))
         losses = torch.tensor([record.loss for record in steps(run)])
         save_file(run.weights() | {"losses": losses}, tmp_path / f"{rank}.safetensors")
 
-    assert in_processes(2, work, free_port())
+    assert in_processes(2, work)
     alone = better_than_the_reference(pictures_run())
     losses = torch.tensor([record.loss for record in steps(alone)])
     for rank in range(2):
