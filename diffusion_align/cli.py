@@ -95,7 +95,7 @@ def _run_verb(words: str, argv: list[str]) -> int:
     resolved = resolve(verb.options, words, preset=parsed.preset, config=parsed.config, settings=parsed.settings)
     verb.check(resolved.options)
     require_outputs(resolved.options)
-    for note in [*resolved.notes(), *verb.notes(resolved.options, resolved.origins)]:
+    for note in [*resolved.notes(), *verb.notes(resolved.options, resolved.given())]:
         _complain(note, "note")
     if parsed.dry_run:
         return verb.dry_run(resolved.options)

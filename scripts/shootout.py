@@ -122,7 +122,7 @@ def network_evaluations(argv: list[str]) -> int:
         each = sum(evaluations(o, tables).values())
         return round(each * o.prompts_per_round) * rounds_of(o, 1, tables).rounds
     pictures = 2 if words == "train dpo" else 4
-    return (o.max_train_steps or 0) * o.train_batch_size * o.gradient_accumulation_steps * pictures * 2
+    return (o.max_train_steps or 0) * o.train_batch_size * (o.gradient_accumulation_steps or 1) * pictures * 2
 
 
 def table(out: Path) -> str:

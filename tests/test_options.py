@@ -7,6 +7,7 @@ import string
 import pytest
 import yaml
 
+from diffusion_align.commands.plan import accumulation_of
 from diffusion_align.options import (
     VERBS,
     Sample,
@@ -34,13 +35,14 @@ UNIVERSAL = """
 # The defaults of diffusers' examples/research_projects/diffusion_dpo/train_diffusion_dpo.py, read from its source.
 DIFFUSERS_DEFAULTS = {
     "train_batch_size": 4, "num_train_epochs": 1, "max_train_steps": None, "checkpointing_steps": 500,
-    "checkpoints_total_limit": None, "resume_from_checkpoint": None, "gradient_accumulation_steps": 1,
+    "checkpoints_total_limit": None, "resume_from_checkpoint": None,
     "beta_dpo": 2500, "loss_type": "sigmoid", "learning_rate": 5e-4, "scale_lr": False, "lr_scheduler": "constant",
     "lr_warmup_steps": 500, "lr_num_cycles": 1, "lr_power": 1.0, "dataloader_num_workers": 0, "use_8bit_adam": False,
     "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8, "max_grad_norm": 1.0,
     "local_rank": -1, "rank": 4, "run_validation": None, "validation_steps": 200, "vae_encode_batch_size": 8,
     "random_crop": False, "no_hflip": False,
 }  # fmt: skip
+# Its accumulation of 1 is None here, where nothing was asked for: 1, or what effective_batch_size leaves.
 # The SD command in the README beside that script, as people paste it.
 README_COMMAND = """
     --pretrained_model_name_or_path=runwayml/stable-diffusion-v1-5 --output_dir=diffusion-dpo --mixed_precision=fp16
@@ -216,7 +218,7 @@ def test_errors_in_files_name_the_file(tmp_path, content, message):
         ("--scale_lr=maybe", "train.scale_lr must be true or false, not 'maybe'"),
         (
             "--loss_type=sigmod",
-            "one of sigmoid, ipo, hinge, robust, kto, mapo, dspo, not 'sigmod'; did you mean sigmoid?",
+            "one of sigmoid, ipo, hinge, robust, kto, kto_pairs, mapo, dspo, not 'sigmod'; did you mean sigmoid?",
         ),
         ("--adam_beta2=1", "train.adam_beta2 must be a number at least 0 and below 1, not '1'"),
         ("--proportion_empty_prompts=2", "at least 0 and at most 1, not '2'"),
@@ -338,7 +340,8 @@ def test_presets_are_complete_but_for_the_data(name):
     assert content["verb"] == record.words and resolved.notes() == []
     assert {"learning_rate", "max_train_steps"} & set(resolved.origins) and len(content["about"]) < 100
     if method in ("dpo", "rankdpo"):
-        assert {"beta_dpo", "beta_convention", "max_train_steps"} <= set(resolved.origins)
+        own = {"mapo_beta"} if content["train"].get("loss_type") == "mapo" else {"beta_dpo", "beta_convention"}
+        assert {*own, "max_train_steps"} <= set(resolved.origins)
     else:
         assert {"solver", "eta", "steps", "guidance", "log_ratio_unit", "clip"} <= set(resolved.origins)
 
@@ -346,7 +349,7 @@ def test_presets_are_complete_but_for_the_data(name):
 def test_presets_carry_the_papers_numbers():
     """Literal numbers from the launchers' text above, not from our files."""
     full = read(["--preset=sd15-full"]).options
-    effective = full.train_batch_size * full.gradient_accumulation_steps
+    effective = full.train_batch_size * accumulation_of(full, 1)
     assert (effective, full.learning_rate * effective, full.scale_lr) == (2048, pytest.approx(2.048e-5), True)
     assert (full.beta_dpo, full.beta_convention, full.mode) == (5000, "salesforce", "full")
     assert (full.lr_warmup_steps, full.max_train_steps, full.proportion_empty_prompts) == (500, 2000, 0.2)
@@ -355,6 +358,114 @@ def test_presets_carry_the_papers_numbers():
         lr_scheduler lr_warmup_steps checkpointing_steps resolution gradient_checkpointing"""
     for name in names.split():
         assert getattr(lora, name) == getattr(pasted, name), name
+
+
+@pytest.mark.parametrize(
+    ("preset", "effective", "numbers"),
+    [
+        # Literal numbers of the authors' launchers: loss, beta and its unit, rate in effect, steps, warm-up, what else.
+        ("sd15-kto", 8, ("kto", 1000, "diffusers", 1e-7, 20000, 200, {"liked_share": 0.8, "train_batch_size": 2})),
+        ("sdxl-mapo", 16, ("mapo", 2500, "diffusers", 1e-5, 2000, 0, {"mapo_beta": 0.1})),
+        ("sd15-dspo", 2048, ("dspo", 0.001, "salesforce", 2.048e-5, 2000, 500, {"dspo_strength": 0.001})),
+        ("sdxl-dspo", 2048, ("dspo", 0.001, "salesforce", 2.048e-5, 2000, 200, {"train_batch_size": 8})),
+        ("sd15-sdpo", 2048, ("sigmoid", 5000, "salesforce", 2.048e-5, 2000, 500, {"winner_share": 0.9})),
+        ("sdxl-sdpo", 2048, ("sigmoid", 5000, "salesforce", 2.048e-6, 2000, 500, {"winner_share": 0.6})),
+        ("sdxl-full", 2048, ("sigmoid", 5000, "salesforce", 2.048e-5, 2000, 200, {"train_batch_size": 1})),
+    ],
+)  # fmt: skip
+def test_presets_of_the_other_losses_carry_their_authors_numbers(preset, effective, numbers):
+    o = read([f"--preset={preset}"]).options
+    assert o.train_batch_size * accumulation_of(o, 1) == effective
+    rate = o.learning_rate * (effective if o.scale_lr else 1)
+    found = (o.loss_type, o.beta_dpo, o.beta_convention, pytest.approx(rate), o.max_train_steps, o.lr_warmup_steps)
+    assert numbers[:-1] == found and o.mode == "full"
+    assert {name: getattr(o, name) for name in numbers[-1]} == numbers[-1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "beta"),
+    [
+        # The authors' own, literally: diffusion-kto's default; DSPO's launcher; diffusers' script.
+        (["--loss_type=kto"], (1000, "diffusers")),
+        (["--loss_type=kto_pairs"], (1000, "diffusers")),
+        (["--loss_type=dspo"], (0.001, "salesforce")),
+        (["--loss_type=hinge"], (2500, "diffusers")),
+        # A preset's beta was meant for its loss: it stays for a loss of the same kind, and goes with another.
+        (["--preset=sd15-full", "--loss_type=ipo"], (5000, "salesforce")),
+        (["--preset=sd15-full", "--loss_type=dspo"], (0.001, "salesforce")),
+        (["--preset=sd15-lora", "--loss_type=kto"], (1000, "diffusers")),
+        # Whoever names it has it, in the loss's own unit if no other is named.
+        (["--preset=sd15-full", "--loss_type=dspo", "--beta_dpo=0.01"], (0.01, "salesforce")),
+        (["--loss_type=dspo", "--beta_dpo=3", "--beta_convention=sum"], (3, "sum")),
+        (["--beta_dpo=7", "--loss_type=kto"], (7, "diffusers")),
+    ],
+)
+def test_a_loss_comes_with_its_published_constants(argv, beta):
+    resolved = read(argv)
+    assert (resolved.options.beta_dpo, resolved.options.beta_convention) == beta
+    named = {word.lstrip("-").split("=")[0] for word in argv} & {"beta_dpo", "beta_convention"}
+    assert {name for name in resolved.given() if name.startswith("beta")} >= named
+
+
+def test_a_saved_loss_keeps_its_constants_until_another_is_asked_for(tmp_path):
+    (tmp_path / "config.yaml").write_text(to_yaml(read(["--loss_type=dspo", "--beta_dpo=0.05"]).options, "train dpo"))
+    again = read(["--config", str(tmp_path)]).options
+    assert (again.loss_type, again.beta_dpo, again.beta_convention) == ("dspo", 0.05, "salesforce")
+    other = read(["--config", str(tmp_path), "--loss_type=sigmoid"]).options
+    assert (other.beta_dpo, other.beta_convention) == (2500, "diffusers")
+
+
+@pytest.mark.parametrize("words", ["train dpo", "train rankdpo", "train d3po", "train spo", "train prdp", "train ddpo"])
+def test_a_resumed_run_is_told_nothing_of_what_nobody_set(words, tmp_path):
+    """The configuration of a run holds every option; only what a person set is worth a note."""
+    verb = VERBS[words]
+    for asked in ([], ["--preset=tiny"]):
+        parsed = parse(build_parser(verb.options, words, ""), verb.options, asked, words)
+        first = resolve(verb.options, words, preset=parsed.preset, settings=parsed.settings)
+        (tmp_path / "config.yaml").write_text(to_yaml(first.options, words))
+        again = resolve(verb.options, words, config=str(tmp_path))
+        said = {*first.notes(), *verb.notes(first.options, first.given())}
+        assert {*again.notes(), *verb.notes(again.options, again.given())} <= said, words
+    dpo = read(["--config", str(tmp_path)]) if words == "train dpo" else None
+    assert dpo is None or VERBS[words].notes(dpo.options, dpo.given()) == []
+
+
+def test_a_constant_of_another_loss_is_noted_where_somebody_set_it():
+    for flag, loss in (("--mapo_beta=0.1", "mapo"), ("--dspo_strength=0.2", "dspo"), ("--liked_share=0.5", "kto")):
+        resolved = read([flag, "--loss_type=sigmoid"])
+        (note,) = VERBS["train dpo"].notes(resolved.options, resolved.given())
+        assert f"belongs to loss_type {loss}" in note
+        resolved = read([flag, f"--loss_type={loss}"])
+        assert VERBS["train dpo"].notes(resolved.options, resolved.given()) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "processes", "wanted"),
+    [
+        (["--effective_batch_size=2048", "--train_batch_size=8"], 1, 256),
+        (["--effective_batch_size=2048", "--train_batch_size=8"], 16, 16),
+        (["--train_batch_size=8"], 4, 1),
+        (["--gradient_accumulation_steps=3"], 4, 3),
+        (["--effective_batch_size=24", "--train_batch_size=4", "--gradient_accumulation_steps=3"], 2, 3),
+        # What is said later counts: the preset asks for 2048 pairs, the command line for micro-batches.
+        (["--preset=sd15-full", "--gradient_accumulation_steps=2"], 4, 2),
+        (["--preset=sd15-lora", "--effective_batch_size=64"], 2, 2),
+        (["--effective_batch_size=10", "--train_batch_size=4"], 1, "is no multiple of .* 4: take 8 or 12"),
+        (["--effective_batch_size=4", "--train_batch_size=4"], 2, "x 2 processes = 8: take 8, or"),
+        (
+            ["--effective_batch_size=24", "--train_batch_size=4", "--gradient_accumulation_steps=1"],
+            2,
+            "means gradient_accumulation_steps 3, not 1",
+        ),
+    ],
+)
+def test_the_effective_batch_is_cut_by_the_devices_there_are(argv, processes, wanted):
+    o = read(argv).options
+    if isinstance(wanted, int):
+        assert accumulation_of(o, processes) == wanted
+    else:
+        with pytest.raises(UsageError, match=wanted):
+            accumulation_of(o, processes)
 
 
 def test_presets_are_plain_yaml():

@@ -21,6 +21,7 @@ from diffusion_align.commands import plan, sources, train_dpo
 from diffusion_align.commands.interrupt import Interruptible
 from diffusion_align.data import write_pairs_parquet
 from diffusion_align.data.images import encode_png
+from diffusion_align.models import adapters
 from diffusion_align.options import read_yaml
 from diffusion_align.schedule import Schedule
 from diffusion_align.shapes import sample_captions
@@ -170,16 +171,62 @@ def test_pieces_of_a_batch_make_the_same_step(toys, finished, tmp_path):
         np.testing.assert_allclose([r[key] for r in rows], [r[key] for r in whole], rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "robust", "kto"])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "robust", "kto", "kto_pairs"])
 def test_losses_start_where_the_plan_says(toys, tmp_path, loss_type):
     flip = ["--label_smoothing=0.1"] if loss_type in ("sigmoid", "robust") else []
     argv = ["--max_train_steps=2", "--mixed_precision=bf16", f"--loss_type={loss_type}", *flip]
     assert train(toys, tmp_path / "run", *argv) == 0
-    start = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 0.25, "robust": math.log(2), "kto": 0.5}[loss_type]
+    start = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 0.25, "robust": math.log(2)}.get(loss_type, 0.5)
     assert record.read(tmp_path / "run" / "metrics.jsonl")[0]["loss"] == pytest.approx(start, rel=1e-6)
     text = plan.describe_loss(loss_type, 0.1 if flip else 0.0)
-    words = {"hinge": "starts at 1,", "ipo": "starts at 1/4,", "kto": "starts at 1/2,"}
+    words = {"hinge": "starts at 1,", "ipo": "starts at 1/4,", "kto": "starts at 1/2,", "kto_pairs": "starts at 1/2,"}
     assert words.get(loss_type, f"{start:.4f}") in text
+
+
+def test_mapo_keeps_no_frozen_copy_and_logs_nothing_that_needs_one(toys, tmp_path, monkeypatch, capsys):
+    """In full mode, on 3 pairs whose captions are too long but for one: what a run says at its start."""
+
+    def refused(gate, mode):
+        raise AssertionError("a reference was made")
+
+    monkeypatch.setattr(adapters, "reference", refused)
+    texts = ["circle", "circle " * 15, "circle " * 40]  # 16 tokens are read, begin and end among them
+    source = torch.Generator().manual_seed(0)
+    pictures = [[encode_png(torch.rand(3, 64, 64, generator=source)) for _ in texts] for _ in range(2)]
+    write_pairs_parquet(tmp_path / "few.parquet", texts, *pictures, [1.0, 0.0, 1.0])
+    flags = ["--mode=full", "--loss_type=mapo", "--max_train_steps=1", "--effective_batch_size=8"]
+    flags += ["--train_batch_size=4", "--train_data_dir", str(tmp_path / "few.parquet")]
+    assert train(toys, tmp_path / "run", *flags) == 0
+    said = capsys.readouterr().out
+    assert "captions         2 of 3 are longer than the 16 tokens that the text encoder reads" in said
+    assert "4 per device x 1 device x 2 accumulation = 8 pairs" in said
+    assert "each of the 3 pairs comes 2.67 times within one step" in said
+    assert "reference        none" in said and "mapo_beta        0.1" in said and "\nbeta " not in said
+    (row,) = record.read(tmp_path / "run" / "metrics.jsonl")
+    assert {"winner_error", "loser_error"} <= set(row)
+    assert not {"implicit_accuracy", "winner_error_gap", "loser_error_gap", "margin_p50"} & set(row)
+    assert train(toys, tmp_path / "more", *flags, "--dry-run") == 0
+    plan = capsys.readouterr().out
+    assert "# reference        none" in plan and "2.67 times" in plan and "in the unit of" not in plan
+
+
+def test_an_effective_batch_that_does_not_fit_is_refused_before_anything_is_loaded(toys, tmp_path, capsys):
+    assert train(toys, tmp_path / "run", "--effective_batch_size=6", "--train_batch_size=4") == 2
+    assert "effective_batch_size 6 is no multiple of train_batch_size 4 x 1 process = 4" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_kto_on_single_pictures_runs_and_its_plan_says_what_it_does(toys, tmp_path, capsys):
+    flags = ["--loss_type=kto", "--max_train_steps=3", "--gradient_accumulation_steps=2", "--liked_share=0.5"]
+    assert train(toys, tmp_path / "run", *flags) == 0
+    said = capsys.readouterr().out
+    assert "= 8 pairs, one picture of each" in said and "beta             1000 in the unit of diffusers" in said
+    assert "liked_share      0.5 of the visits show the winner" in said
+    rows = record.read(tmp_path / "run" / "metrics.jsonl")
+    assert rows[0]["loss"] == 0.5 and rows[-1]["loss"] != 0.5 and "baseline_logit" in rows[-1]
+    again = ["--loss_type=kto", "--liked_share=0.8", "--max_train_steps=5", "--resume_from_checkpoint=latest"]
+    assert train(toys, tmp_path / "run", *again, "--gradient_accumulation_steps=2") == 1
+    assert "liked_share was 0.5 and is now 0.8" in capsys.readouterr().err
 
 
 def test_full_training_writes_a_unet(toys, tmp_path):

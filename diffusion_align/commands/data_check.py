@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from diffusion_align.commands.captions import describe_cut
 from diffusion_align.data.check import checked
 from diffusion_align.data.pairs import check_bad_fraction
 from diffusion_align.data.readers import BadRow, DataError
@@ -14,6 +17,9 @@ from diffusion_align.data.rows import is_tie
 from diffusion_align.data.summary import summarise
 from diffusion_align.options.data import DataCheck
 from diffusion_align.progress import progress_bar
+
+# Captions that are counted together.
+_CHUNK = 1024
 
 
 def data_check(options: DataCheck) -> int:
@@ -29,6 +35,9 @@ def data_check(options: DataCheck) -> int:
     if not total:
         raise DataError(f"{source.path}: holds no rows; is this the right file?")
     compares = source.format.holds in ("pairs", "rankings")
+    count_cut = _cut_counter(o.pretrained_model_name_or_path) if o.pretrained_model_name_or_path else None
+    captions: list[str] = []
+    cut = 0
     target = Path(o.bad_rows)
     staged = target.with_name(f".tmp-{target.name}")
     bad: list[BadRow] = []
@@ -44,9 +53,25 @@ def data_check(options: DataCheck) -> int:
                 tied = compares and is_tie(row)
                 ties, good = ties + tied, good + (not tied)
                 alike += same and not tied
+                captions.append(row.prompt)
+            if count_cut is not None and len(captions) == _CHUNK:
+                cut += count_cut(captions)[0]
+            if len(captions) == _CHUNK:
+                captions = []
     os.replace(staged, target)
     print(f"{total} rows: {good} good, {ties} ties, {len(bad)} broken, listed in {target}")
     if alike:
         print(f"{alike} of the good rows compare a picture with itself, which teaches nothing")
+    if count_cut is not None:
+        more, limit = count_cut(captions)
+        print(describe_cut(cut + more, good + ties, limit))
     check_bad_fraction(str(target), bad, total, o.max_bad_fraction)
     return 0
+
+
+def _cut_counter(model: str) -> Callable[[list[str]], tuple[int, int]]:
+    """captions -> how many of them this model's text encoder cuts, and after how many tokens. Loads only tokenizers."""
+    from diffusion_align.models.captions import cut_captions, tokenizers_in
+    from diffusion_align.models.hub import asset
+
+    return partial(cut_captions, tokenizers_in(asset("tiny") if model == "tiny" else Path(model).expanduser()))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 
+from diffusion_align.commands.captions import describe_cut
 from diffusion_align.data import Pair, PairCache, Ranking, build_cache
 from diffusion_align.data.encoding_job import Share
 from diffusion_align.data.readers import BadRow
@@ -33,6 +34,11 @@ def encoded(
 ) -> PairCache:
     """The cache of these pairs or rankings: in --cache_dir, which runs can share, or else in the run folder."""
     watch.doing("encoding")
+    captions = list(dict.fromkeys(entry.prompt for entry in lists))
+    if accelerator.is_main_process:
+        cut, limit = gate.cut_captions(captions)
+        if cut:
+            print(describe_cut(cut, len(captions), limit))
     dtype = PRECISIONS[o.encode_precision]
     _ = gate.empty_text  # the gate keeps it, for pictures that are drawn in full precision
     with torch.autocast(gate.device.type, dtype or torch.bfloat16, enabled=dtype is not None):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import torch
+from torch import Tensor
 
 from diffusion_align.commands import run_folder, threads
 from diffusion_align.commands.processes import join
@@ -30,8 +32,8 @@ def claim_early(o: TrainCommon) -> Checkpoint | None:
 
 
 @watch.named()
-def open_session(o: TrainCommon, verb: str, resumed: Checkpoint | None) -> Session:
-    """Load the model, add what is trained, and set the frozen reference beside it."""
+def open_session(o: TrainCommon, verb: str, resumed: Checkpoint | None, *, needs_reference: bool = True) -> Session:
+    """Load the model, add what is trained, and set the frozen reference beside it, where the loss needs one."""
     from diffusion_align.models import add_lora, load_pipeline, reference, set_attention, trainable
     from diffusion_align.models.adapters import TARGETS
 
@@ -49,9 +51,12 @@ def open_session(o: TrainCommon, verb: str, resumed: Checkpoint | None) -> Sessi
     trainable(gate.unet, o.mode)
     named = {key: value for key, value in gate.unet.named_parameters() if value.requires_grad}
     ema = start_ema(named, o.ema_decay) if o.use_ema else None
-    return Session(
-        o, verb, Path(o.output_dir), resumed, accelerator, gate, reference(gate, o.mode), named, ema, workers
-    )
+    frozen = reference(gate, o.mode) if needs_reference else _no_reference
+    return Session(o, verb, Path(o.output_dir), resumed, accelerator, gate, frozen, named, ema, workers)
+
+
+def _no_reference(x: Tensor, t: Tensor, text: Tensor) -> NoReturn:
+    raise RuntimeError("this run keeps no reference, as its loss needs none")
 
 
 def set_tf32(allow: bool) -> None:

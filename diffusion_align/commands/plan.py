@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 import torch
 
 from diffusion_align.commands.model_facts import ModelFacts
 from diffusion_align.objectives import beta_per_squared_error
-from diffusion_align.options import TrainCommon
+from diffusion_align.options import TrainCommon, TrainOffline, UsageError
 from diffusion_align.schedule import Schedule
 
 
@@ -27,6 +28,36 @@ class Steps:
     def batch(self) -> int:
         """Pairs in one optimizer step, over all devices: what a published batch size means."""
         return self.per_device * self.processes * self.accumulation
+
+
+def processes_here() -> int:
+    """How many processes the launcher started; known before any of them is joined."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def accumulation_of(o: TrainOffline, processes: int) -> int:
+    """Micro-batches that each device sums into one step: what was asked for, or what the effective batch leaves.
+
+    Raises:
+        UsageError: an effective batch that the devices cannot share equally, or that contradicts what else was set.
+    """
+    whole, cut = o.effective_batch_size, o.train_batch_size * processes
+    if whole is None:
+        return o.gradient_accumulation_steps or 1
+    at_once = f"train_batch_size {o.train_batch_size} x {processes} {'process' if processes == 1 else 'processes'}"
+    if whole % cut:
+        low, high = whole // cut * cut, -(-whole // cut) * cut
+        near = f"{low} or {high}" if low else f"{high}"
+        raise UsageError(
+            f"effective_batch_size {whole} is no multiple of {at_once} = {cut}: take {near}, "
+            "or another train_batch_size"
+        )
+    if o.gradient_accumulation_steps not in (None, whole // cut):
+        raise UsageError(
+            f"effective_batch_size {whole} over {at_once} means gradient_accumulation_steps {whole // cut}, not "
+            f"{o.gradient_accumulation_steps}: leave one of the two out"
+        )
+    return whole // cut
 
 
 def steps_of(
@@ -62,6 +93,11 @@ def describe_steps(plan: Steps) -> list[str]:
     devices = "device" if plan.processes == 1 else "devices"
     batch = f"{plan.per_device} per device x {plan.processes} {devices} x {plan.accumulation} accumulation"
     lines = [f"effective batch  {batch} = {plan.batch} pairs"]
+    if plan.pairs and plan.batch > plan.pairs:
+        lines.append(
+            f"                 each of the {plan.pairs} pairs comes {plan.batch / plan.pairs:.3g} times within one "
+            "step, with other noise each time: use more pairs or a smaller batch"
+        )
     if plan.steps is None:
         return [*lines, "steps            unknown until the pairs are counted"]
     samples = plan.steps * plan.batch
@@ -101,7 +137,8 @@ def describe_loss(loss_type: str, label_smoothing: float) -> str:
             "ipo": "(beta margin - 1/2)^2, starts at 1/4, reaches [0, inf)",
             "robust": "starts at log 2 = 0.6931, "
             + ("has no least value: watch the margins, not the loss" if q else "reaches (0, inf)"),
-            "kto": "mean over winner and loser, starts at 1/2, reaches (0, 1)",
+            "kto": "of single pictures, starts at 1/2, reaches (0, 1)",
+            "kto_pairs": "mean over winner and loser, starts at 1/2, reaches (0, 1)",
             "mapo": "the winner's error, mean over dims, and mapo_beta times a log sigmoid; no reference",
             "dspo": "the winner's error, mean over dims, against a target pushed away from the reference",
         }[loss_type]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import os
-
 from diffusion_align.commands.model_facts import read_model_facts
 from diffusion_align.commands.plan import (
+    Steps,
+    accumulation_of,
     describe_beta,
     describe_loss,
     describe_rate,
     describe_steps,
     describe_trained,
+    processes_here,
     steps_of,
 )
+from diffusion_align.commands.setup_dpo import describe_constants, needs_reference
 from diffusion_align.commands.sources import fetch_pairs, pairs_name, pairs_of, present_model
 from diffusion_align.data import Counts, Pair, read_pairs
 from diffusion_align.options import TrainDpo, TrainSpm, to_yaml
@@ -39,24 +41,26 @@ def plan_dpo(o: TrainDpo) -> list[str]:
     facts = read_model_facts(name)
     schedule, shape = Schedule.from_config(facts.scheduler), facts.latent_shape(o.resolution)
     pairs, said = _count(o)
-    plan = steps_of(
-        o.train_batch_size,
-        int(os.environ.get("WORLD_SIZE", "1")),
-        o.gradient_accumulation_steps,
-        o.num_train_epochs,
-        o.max_train_steps,
-        pairs,
-    )
+    processes = processes_here()
+    pieces = (o.train_batch_size, processes, accumulation_of(o, processes))
+    plan = steps_of(*pieces, o.num_train_epochs, o.max_train_steps, pairs)
     assumed = "" if facts.known else f" (not on this disk: figures are those of {facts.family})"
     return [
         f"model            {name}{assumed}",
         f"pairs            {said}",
-        *describe_steps(plan),
+        *describe_batch(o, plan),
         describe_rate(o.learning_rate, o.scale_lr, plan.batch),
-        *describe_beta(o.beta_dpo, o.beta_convention, shape, schedule),
+        *(describe_beta(o.beta_dpo, o.beta_convention, shape, schedule) if needs_reference(o) else []),
         describe_loss(o.loss_type, o.label_smoothing),
+        *describe_constants(o),
         f"trained          {describe_trained(o, facts)}",
     ]
+
+
+def describe_batch(o: TrainDpo, plan: Steps) -> list[str]:
+    """`describe_steps`; what KTO counts are visits to pairs, of which each shows one picture."""
+    first, *others = describe_steps(plan)
+    return [first + (", one picture of each" if o.loss_type == "kto" else ""), *others]
 
 
 def _count(o: TrainDpo) -> tuple[int | None, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +11,12 @@ import torch
 from diffusion_align.commands.model_facts import read_model_facts
 from diffusion_align.commands.plan import (
     Steps,
+    accumulation_of,
     describe_beta,
     describe_rate,
     describe_steps,
     describe_trained,
+    processes_here,
     steps_of,
 )
 from diffusion_align.commands.sources import fetch_pairs, pairs_name, pairs_of, present_model
@@ -68,8 +69,8 @@ def plan_rankdpo(o: TrainRankdpo) -> list[str]:
     used = rankings[: o.max_train_samples]
     said = f"{pairs_name(o)}, on the hub: not counted" if counts is None else str(counts)
     some = f", of which the first {len(used)}" if len(used) < len(rankings) else ""
-    devices = int(os.environ.get("WORLD_SIZE", "1"))
-    pieces = (o.train_batch_size, devices, o.gradient_accumulation_steps)
+    devices = processes_here()
+    pieces = (o.train_batch_size, devices, accumulation_of(o, devices))
     plan = steps_of(*pieces, o.num_train_epochs, o.max_train_steps, len(used) if here else None)
     assumed = "" if facts.known else f" (not on this disk: figures are those of {facts.family})"
     return [

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_align.data import Pair
 from diffusion_align.data.images import decode_image
 from diffusion_align.data.layouts import read_bytes
 from diffusion_align.data.pairs import fingerprint
 from diffusion_align.data.readers import digest
+from diffusion_align.progress import progress_bar
 from diffusion_align.rewards import Reward
 from diffusion_align.rewards.spec import read_spec
 
@@ -75,7 +75,7 @@ def scores_of_pairs(
         file.write_text("".join(f"{json.dumps(row)}\n" for row in known))
         with file.open("a") as out:
             starts = range(len(known), len(pairs), CHUNK)
-            for start in tqdm(starts, desc=f"scoring by {name}", unit="chunk", disable=not progress, mininterval=1):
+            for start in progress_bar(starts, desc=f"score by {name}", unit="chunk", hidden=not progress):
                 rows = _scored(pairs[start : start + CHUNK], reward)
                 out.write("".join(f"{json.dumps(row)}\n" for row in rows))
                 out.flush()

@@ -119,7 +119,7 @@ def draw(
     mixed_precision: str,
 ) -> Iterator[tuple[tuple[int, int], Tensor]]:
     """Yield ((prompt's number, image's number), picture [3,H,W] in [0, 1]), the same whatever the batch size."""
-    negative = gate.encode_text([negative_prompt])
+    negative = gate.encode_text([negative_prompt]) if negative_prompt else None  # None: SDXL's own, which may be zeros
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision)
     for start in range(0, len(wanted), batch_size):
         part = wanted[start : start + batch_size]

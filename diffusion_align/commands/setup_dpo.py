@@ -12,7 +12,10 @@ from diffusion_align.train.pair_losses import PairLoss, dspo_of_pairs, kto_of_pa
 
 
 def make_loss(o: TrainDpo, beta: float, timesteps: int) -> PairLoss:
-    """The objective that was asked for; beta is per squared error summed over dims, but for MaPO, which has its own."""
+    """The objective of pairs that was asked for; beta is per squared error summed over dims (MaPO has its own).
+
+    `kto` is none of them: it learns from single pictures (`train.pictures`).
+    """
     of_margin = {
         "sigmoid": partial(logistic, beta=beta, label_smoothing=o.label_smoothing),
         "robust": partial(robust, beta=beta, flip=o.label_smoothing),
@@ -24,10 +27,32 @@ def make_loss(o: TrainDpo, beta: float, timesteps: int) -> PairLoss:
     if o.loss_type in of_margin:
         return on_margin(of_margin[o.loss_type], keep=o.winner_share)
     return {
-        "kto": lambda: kto_of_pairs(beta),
+        "kto_pairs": lambda: kto_of_pairs(beta),
         "mapo": lambda: mapo_of_pairs(o.mapo_beta, timesteps),
         "dspo": lambda: dspo_of_pairs(beta, o.dspo_strength),
     }[o.loss_type]()
+
+
+def needs_reference(o: TrainDpo) -> bool:
+    """Whether the loss that was asked for compares with the frozen model. It says so itself, whatever its constants."""
+    return o.loss_type == "kto" or make_loss(o, beta=1.0, timesteps=1).needs_reference
+
+
+def describe_constants(o: TrainDpo) -> list[str]:
+    """The constants of this loss beside beta, and whether there is a reference."""
+    lines = {
+        "kto": f"liked_share      {o.liked_share:g} of the visits show the winner, the others the loser",
+        "mapo": f"mapo_beta        {o.mapo_beta:g}, weight of the preference beside the winner's error",
+        "dspo": f"dspo_strength    {o.dspo_strength:g}, how far the winner's target is pushed from the reference",
+    }
+    frozen = "the model without its LoRA" if o.mode == "lora" else "a frozen copy of the UNet"
+    share = o.winner_share
+    none = "none: it is neither kept nor run, and what compares with it is not logged"
+    return [
+        *([lines[o.loss_type]] if o.loss_type in lines else []),
+        *([] if share is None else [f"winner_share     {share:g} of the winner's fall is kept (Diffusion-SDPO)"]),
+        f"reference        {frozen if needs_reference(o) else none}",
+    ]
 
 
 def identity_of(
@@ -38,4 +63,6 @@ def identity_of(
         "loss_type", "label_smoothing", "winner_share", "mapo_beta", "dspo_strength", "proportion_empty_prompts"
     )  # fmt: skip
     own = {"beta": beta, "batch": batch, **{name: getattr(o, name) for name in same}}
+    # Not in every run's: those saved before there was such an option must stay as they are.
+    own |= {"liked_share": o.liked_share} if o.loss_type == "kto" else {}
     return {**data_and_model, **own, **optimizer_identity(o, learning_rate=learning_rate, steps=steps)}

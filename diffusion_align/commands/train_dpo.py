@@ -3,44 +3,52 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from diffusion_align.commands.encode import encoded
 from diffusion_align.commands.opening import claim_early, open_session
-from diffusion_align.commands.plan import describe_steps, steps_of
-from diffusion_align.commands.plan_dpo import read_training_pairs
+from diffusion_align.commands.plan import accumulation_of, describe_loss, processes_here, steps_of
+from diffusion_align.commands.plan_dpo import describe_batch, read_training_pairs
 from diffusion_align.commands.setup import make_optimizer
-from diffusion_align.commands.setup_dpo import identity_of, make_loss
+from diffusion_align.commands.setup_dpo import describe_constants, identity_of, make_loss, needs_reference
 from diffusion_align.objectives import beta_per_squared_error
 from diffusion_align.options import TrainDpo
-from diffusion_align.train import train_pairs
+from diffusion_align.train import train_pairs, train_pictures
 
 
 def train_dpo(options: TrainDpo) -> int:
     """Train with Diffusion-DPO; see `TrainDpo` for what can be asked, and `Session.follow` for an interruption."""
     o = options
+    accumulation = accumulation_of(o, processes_here())
     resumed = claim_early(o)
     pairs, counts = read_training_pairs(o)
     pairs = pairs[: o.max_train_samples]
-    session = open_session(o, "train dpo", resumed)
+    session = open_session(o, "train dpo", resumed, needs_reference=needs_reference(o))
     gate, accelerator = session.gate, session.accelerator
     accelerator.print(f"pairs: {counts}")
     cache = encoded(o, gate, accelerator, pairs, counts.bad_rows)
     beta = beta_per_squared_error(o.beta_dpo, math.prod(gate.latent_shape(o.resolution)), o.beta_convention)
-    pieces = (o.train_batch_size, accelerator.num_processes, o.gradient_accumulation_steps)
+    pieces = (o.train_batch_size, accelerator.num_processes, accumulation)
     plan = steps_of(*pieces, o.num_train_epochs, o.max_train_steps, len(cache))
     batch, steps = plan.batch, plan.steps or 0  # known, as the pairs are
-    accelerator.print("\n".join(describe_steps(plan)))
+    unit = f"beta             {o.beta_dpo:g} in the unit of {o.beta_convention}"
+    said = [unit] if needs_reference(o) else []
+    said += [describe_loss(o.loss_type, o.label_smoothing), *describe_constants(o)]
+    accelerator.print("\n".join([*describe_batch(o, plan), *said]))
     rate = o.learning_rate * (batch if o.scale_lr else 1)
     optimizer, scheduler = make_optimizer(o, session.parameters, rate, steps)
     identity = identity_of(o, cache.identity, beta=beta, batch=batch, learning_rate=rate, steps=steps)
     progress = session.start(optimizer, scheduler, identity, [pair.prompt for pair in pairs])
-    records = train_pairs(
+    if o.loss_type == "kto":
+        train = partial(train_pictures, liked_share=o.liked_share)
+    else:
+        train = partial(train_pairs, loss=make_loss(o, beta, gate.schedule.num_timesteps))
+    records = train(
         cache,
         gate.predict,
         session.reference,
         schedule=gate.schedule,
         prediction_type=gate.prediction_type,
-        loss=make_loss(o, beta, gate.schedule.num_timesteps),
         beta=beta,
         parameters=session.parameters,
         optimizer=optimizer,
@@ -49,7 +57,7 @@ def train_dpo(options: TrainDpo) -> int:
         batch_size=batch,
         seed=o.seed,
         max_steps=steps,
-        accumulation=o.gradient_accumulation_steps,
+        accumulation=accumulation,
         caption_dropout=o.proportion_empty_prompts,
         max_grad_norm=o.max_grad_norm,
         progress=progress,

@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusion_align.commands.encode import encoded
 from diffusion_align.commands.opening import claim_early, open_session
-from diffusion_align.commands.plan import steps_of
+from diffusion_align.commands.plan import accumulation_of, processes_here, steps_of
 from diffusion_align.commands.plan_rankdpo import describe_prompts, read_training_rankings
 from diffusion_align.commands.setup import make_optimizer, optimizer_identity
 from diffusion_align.data.readers import digest
@@ -22,6 +22,7 @@ from diffusion_align.train import train_rankings
 def train_rankdpo(options: TrainRankdpo) -> int:
     """Train with RankDPO; see `TrainRankdpo` for what can be asked, and `Session.follow` for an interruption."""
     o = options
+    accumulation = accumulation_of(o, processes_here())
     resumed = claim_early(o)
     rankings, counts = read_training_rankings(o)
     rankings = rankings[: o.max_train_samples]
@@ -31,7 +32,7 @@ def train_rankdpo(options: TrainRankdpo) -> int:
     cache = encoded(o, gate, accelerator, rankings, counts.bad_rows)
     relevance = [rankings[place].relevance for place in cache.kept]
     beta = beta_per_squared_error(o.beta_dpo, math.prod(gate.latent_shape(o.resolution)), o.beta_convention)
-    pieces = (o.train_batch_size, accelerator.num_processes, o.gradient_accumulation_steps)
+    pieces = (o.train_batch_size, accelerator.num_processes, accumulation)
     plan = steps_of(*pieces, o.num_train_epochs, o.max_train_steps, len(cache))
     batch, steps = plan.batch, plan.steps or 0  # known, as the rankings are
     accelerator.print("\n".join(describe_prompts(plan)))
@@ -62,7 +63,7 @@ def train_rankdpo(options: TrainRankdpo) -> int:
         max_steps=steps,
         shared_noise=o.shared_noise,
         one_graph=o.one_picture_at_a_time,
-        accumulation=o.gradient_accumulation_steps,
+        accumulation=accumulation,
         caption_dropout=o.proportion_empty_prompts,
         max_grad_norm=o.max_grad_norm,
         progress=progress,

@@ -49,7 +49,8 @@ class PairCache:
         lengths: [len] how many pictures each has: 2, or a ranking's K.
         pictures: how many different pictures were encoded.
         bad: how many rows were left out; they are listed in bad_rows.jsonl.
-        empty_text: [1,L,E] float32, the encoding of the empty prompt.
+        empty_text: [1,L,E] float32, the encoding of the empty prompt: what a dropped caption becomes. For SDXL too, as
+            in the public code of Diffusion-DPO and its relatives; guidance may use zeros.
     """
 
     def __init__(self, folder: Path):
@@ -69,7 +70,7 @@ class PairCache:
             self._picture += [(name, row) for row in range(len(facts["digests"]))]
         self.pictures = len(self._picture)
         self.lengths = [len(pictures) for *pictures, _ in self._lists]
-        self.empty_text = self._shards.row("empty", 0).to(torch.float32)[None]
+        self.empty_text = self._shards.row("dropped", 0).to(torch.float32)[None]
 
     def __len__(self) -> int:
         return len(self._lists)
@@ -144,12 +145,13 @@ def build_cache(
         # The ceiling is this run's, not that of the run which built the cache.
         bad = [BadRow(row["row"], row["reason"]) for _, row in jsonl_rows(home / "bad_rows.jsonl")]
         check_bad_fraction(str(home / "bad_rows.jsonl"), bad, len(pairs) + len(known_bad), max_bad_fraction)
+        _encode_dropped(gate, home, share, dtype)
+        share.meet(0)
         return PairCache(home)
     home.mkdir(parents=True, exist_ok=True)
     job = Job(gate, pairs, home, share, resolution, seed, dtype, (pairs_per_shard, prompts_per_shard))
     require_room(home, bytes_of(pairs, len(job.prompts), gate.latent_shape(resolution), gate.empty_text, dtype))
-    if share.rank == 0 and known_shard(home, "empty") is None:
-        write_shard(home, "empty", gate.empty_text.to(dtype), {})
+    _encode_dropped(gate, home, share, dtype)
     rows = len(pairs) + len(known_bad)
     # Each for itself until all is known; the file of another process may be half as long.
     so_far = home / ("bad_rows.jsonl" if share.rank == 0 else f"bad_rows-{share.rank}.jsonl")
@@ -180,6 +182,12 @@ def build_cache(
         so_far.unlink(missing_ok=True)
     share.meet(0)
     return PairCache(home)
+
+
+def _encode_dropped(gate: Encoders, home: Path, share: Share, dtype: torch.dtype) -> None:
+    """What a dropped caption becomes. It has a name of its own: older caches have SDXL's zeros in their "empty"."""
+    if share.rank == 0 and known_shard(home, "dropped") is None:
+        write_shard(home, "dropped", gate.encode_text([""]).to(dtype), {})
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ..memory import in_parts
 from ..prediction import Denoiser
 from ..schedule import Schedule
+from .captions import cut_captions
 from .conditioning import pack, unpack, with_sizes_of
 from .guidance import guided_denoiser
 from .hub import folder_digest
@@ -72,14 +73,14 @@ class TextToImage:
         """What the network reads of prompts, `[B,L,E]` float32.
 
         For Stable Diffusion the text encoder's last hidden states; for SDXL see `conditioning`. `sizes` are SDXL's
-        original height, width, crop top, left, target height, width; by default those of each picture at hand. The
-        empty prompt is SDXL's zeros, if its model_index.json says so: diffusers' pipeline without a negative prompt.
+        original height, width, crop top, left, target height, width; by default those of each picture at hand. An
+        empty prompt is encoded like any other.
 
         Raises:
             ValueError: sizes for a model that takes none, or that are no sizes.
         """
         if not prompts:
-            return self.empty_text[:0]
+            return self.encode_text([""])[:0]
         if self.second is None:
             if sizes is not None:
                 raise ValueError(f"{self.source} is not told the size of pictures: leave out sizes")
@@ -89,8 +90,16 @@ class TextToImage:
 
     @cached_property
     def empty_text(self) -> Tensor:
-        """`[1,L,E]` float32: the encoding of the empty prompt."""
-        return self.encode_text([""])
+        """`[1,L,E]` float32: what guidance pushes away from where nothing is named, as in diffusers' pipelines.
+
+        The encoding of the empty prompt; for SDXL, if its model_index.json says so, zeros in its place.
+        """
+        encoded = self.encode_text([""])
+        return torch.zeros_like(encoded) if self.second is not None and self.second.zero_empty else encoded
+
+    def cut_captions(self, prompts: Sequence[str]) -> tuple[int, int]:
+        """How many prompts are longer than the text encoders read, and how many tokens that is: `captions`."""
+        return cut_captions([self.tokenizer, *([self.second.tokenizer] if self.second else [])], prompts)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, noise: Tensor | None = None, chunk: int = 16) -> Tensor:

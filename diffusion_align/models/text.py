@@ -11,7 +11,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 @dataclass(eq=False)
 class SecondEncoder:
-    """What SDXL has besides. With `zero_empty` the empty prompt is all zeros, the way a dropped caption was trained."""
+    """What SDXL has besides. With `zero_empty` guidance pushes away from zeros and not from an encoded empty prompt."""
 
     text_encoder: CLIPTextModelWithProjection
     tokenizer: CLIPTokenizer
@@ -43,8 +43,7 @@ def penultimate_states(
         two = second.text_encoder(second_tokens, output_hidden_states=True)
         hidden.append(torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1).float())
         pooled.append(two.text_embeds.float())
-    zero = torch.tensor([second.zero_empty and not prompt for prompt in prompts], device=encoder.device)
-    return torch.cat(hidden).masked_fill(zero[:, None, None], 0), torch.cat(pooled).masked_fill(zero[:, None], 0)
+    return torch.cat(hidden), torch.cat(pooled)
 
 
 def _tokens(tokenizer: CLIPTokenizer, prompts: list[str], chunk: int, encoder: PreTrainedModel) -> list[Tensor]:

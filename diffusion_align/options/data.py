@@ -29,6 +29,8 @@ class DataCheck:
     split: str = option("train", "data", SPLIT, aliases=("dataset_split_name",))
     max_bad_fraction: float = option(0.01, "data", MAX_BAD, at_least=0, at_most=1)
 
+    pretrained_model_name_or_path: str | None = option(None, "model", "a model folder, or tiny: also count the captions that are longer than its text encoder reads", aliases=("model",), path="name")
+
     bad_rows: str = option("bad_rows.jsonl", "output", "file for the broken rows and their reasons", path="file")
     # fmt: on
 

@@ -13,6 +13,7 @@ from .place import output_of
 from .schema import Option, by_any_name, options_of
 
 Options = TypeVar("Options")
+COMMAND_LINE = "command line"
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,16 @@ class Resolved(Generic[Options]):
     options: Options
     origins: dict[str, str]
     moved: str = ""  # where the run was when its configuration was written, if it is elsewhere now
+
+    def given(self) -> set[str]:
+        """What a person set: every option of the command line, and those of a file that differ from the default, for
+        the configuration of a run holds all of them."""
+        described = options_of(type(self.options))
+        return {
+            name
+            for name, origin in self.origins.items()
+            if origin == COMMAND_LINE or getattr(self.options, name) != described[name].default
+        }
 
     def notes(self) -> list[str]:
         """One line for everything that was set and has no effect."""
@@ -64,7 +75,7 @@ def resolve(
     path = config_path(config, verb) if config is not None else None
     if path is not None:
         layers.append((str(path), settings_of(read_yaml(path), options_class, verb, str(path))))
-    layers.append(("command line", settings or []))
+    layers.append((COMMAND_LINE, settings or []))
 
     names, options = by_any_name(options_class), options_of(options_class)
     values: dict[str, Any] = {}
@@ -74,13 +85,16 @@ def resolve(
         for key, written in layer:
             name = names[key].name
             value = convert(names[key], written, origin)
-            if origin != "command line":
+            if origin != COMMAND_LINE:
                 _refuse_program(name, value, origin)
             if in_this_layer.setdefault(name, value) != value:
                 both = f"{in_this_layer[name]!r} and to {value!r}"
                 raise UsageError(f"{origin}: {names[key].key} is set twice, to {both}")
         for name in _replaced(in_this_layer, options):
             values.pop(name, None)
+            origins.pop(name, None)
+        for name, value in _brought(in_this_layer, values, options).items():
+            values[name] = value
             origins.pop(name, None)
         values |= in_this_layer
         origins |= dict.fromkeys(in_this_layer, origin)
@@ -97,3 +111,14 @@ def _replaced(layer: dict[str, Any], options: dict[str, Option]) -> list[str]:
     """The options that those of a layer take the place of: in a group, what is given later counts."""
     groups = {options[name].one_of for name, value in layer.items() if value is not None} - {""}
     return [name for name, option in options.items() if option.one_of in groups and name not in layer]
+
+
+def _brought(layer: dict[str, Any], earlier: dict[str, Any], options: dict[str, Option]) -> dict[str, Any]:
+    """The constants that come with the choices of a layer; none where those of the earlier choice are the same, for
+    then what earlier layers say of them was meant for its like."""
+    brought: dict[str, Any] = {}
+    for name, value in layer.items():
+        brings = options[name].brings
+        if brings and brings[value] != brings[earlier.get(name, options[name].default)]:
+            brought |= brings[value]
+    return brought

@@ -32,6 +32,8 @@ class Option:
     below: float | None = None
     one_of: str = ""  # a group of options of which the one given later counts; together they are in the command's hands
     path: str = ""  # that it names a file or folder, and how: see `paths`
+    # For a choice: the values of other options that come with it, in place of those of earlier layers.
+    brings: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     unused: str = ""  # why the option is accepted without effect; told to whoever sets it
     saved: bool = True  # False for what must not reach a saved configuration: secrets, and what concerns one start only
 

@@ -107,7 +107,8 @@ class TrainOffline(TrainCommon):
     dataloader_num_workers: int = option(0, "data", "processes that load data", at_least=0, unused="batches come from the cache; there is nothing to load")
 
     train_batch_size: int = option(4, "train", "pairs per device and step of accumulation", at_least=1)
-    gradient_accumulation_steps: int = option(1, "train", "batches summed into one step", at_least=1)
+    gradient_accumulation_steps: int | None = option(None, "train", "micro-batches summed into one step on each device (default: 1, or what effective_batch_size asks for)", at_least=1, one_of="accumulation")
+    effective_batch_size: int | None = option(None, "train", "pairs in one optimizer step, over all devices: gradient_accumulation_steps follows from it", at_least=1, one_of="accumulation")
     num_train_epochs: int = option(1, "train", "passes over the pairs, where max_train_steps is not given", at_least=1, one_of="length")
     # fmt: on
 

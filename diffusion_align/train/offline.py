@@ -91,7 +91,7 @@ def drop_captions(text: Tensor, empty: Tensor, samples: Sequence[Sample], probab
 def train_pairs(
     cache: PairCache,
     predict_policy: Predict,
-    predict_reference: Predict,
+    predict_reference: Predict | None,
     *,
     schedule: Schedule,
     prediction_type: str,
@@ -115,15 +115,17 @@ def train_pairs(
 ) -> Iterator[StepRecord]:
     """Train on pairs with any loss of `pair_losses`; yields after each optimizer step.
 
-    One policy call and one reference call per piece of a step, on 2b rows, winners first. The margin (eq. 14 without
-    beta T omega) is in units of squared error summed over dims; `objectives.beta_per_squared_error` converts a
-    published beta to it. Log, average and save between the yields: the record's `progress` goes into the checkpoint.
+    One policy call per micro-batch of a step, on 2b rows, winners first, and one reference call where the loss needs a
+    reference. The margin (eq. 14 without beta T omega) is in units of squared error summed over dims;
+    `objectives.beta_per_squared_error` converts a published beta to it. Log, average and save between the yields: the
+    record's `progress` goes into the checkpoint.
 
     Args:
+        predict_reference: None will do where `loss.needs_reference` is False; it is then never called.
         loss: pairs -> loss [b], with beta already bound: `pair_losses.on_margin(partial(logistic, beta=beta))`.
         beta: the same beta, here only to report margins as logits.
-        batch_size: pairs per optimizer step, over all processes and pieces.
-        accumulation: pieces per process that a step is cut into.
+        batch_size: pairs per optimizer step, over all processes and micro-batches.
+        accumulation: micro-batches per process that a step is cut into.
         caption_dropout: probability of training a pair under the empty prompt (0.2 in the authors' code).
         max_grad_norm: clip the total gradient norm; None leaves it.
         progress: where to go on; None starts a fresh run.
@@ -133,14 +135,18 @@ def train_pairs(
             over pairs, so `loss` starts at log 2 times their mean. None: 1 each.
 
     Metrics: implicit_accuracy; winner_error_gap and loser_error_gap (policy minus reference, mean over dims);
-    margin_p05, margin_p50, margin_p95 (beta times margin); grad_norm (before clipping), lr, samples, skipped.
+    margin_p05, margin_p50, margin_p95 (beta times margin); grad_norm (before clipping), lr, samples, skipped. Without
+    a reference the first six do not exist; winner_error and loser_error (the policy's own, mean over dims) are there.
 
     Raises:
         RuntimeError: policy and reference differ before the first update (see `check_start`).
-        ValueError: weights that are not one finite number >= 0 a pair, or as `steps.run_steps`. NonFiniteError: as
-            there.
+        ValueError: no reference for a loss that needs one, weights that are not one finite number >= 0 a pair, or as
+            `steps.run_steps`. NonFiniteError: as there.
     """
     dims: list[int] = []
+    frozen = predict_reference if loss.needs_reference else None
+    if loss.needs_reference and frozen is None:
+        raise ValueError("this loss compares with the frozen reference: pass predict_reference")
     of_pair = None if weights is None else torch.tensor(weights, dtype=torch.float32)
     if of_pair is not None and (
         of_pair.shape != (len(cache),) or not bool((of_pair >= 0).all() & of_pair.isfinite().all())
@@ -155,16 +161,21 @@ def train_pairs(
         dims[:] = [latents[0, 0].numel()]
         with accelerator.autocast():
             with torch.no_grad():
-                reference = predict_reference(noised.x, noised.t, noised.text)
+                reference = None if frozen is None else frozen(noised.x, noised.t, noised.text)
             pairs = PairOutputs(predict_policy(noised.x, noised.t, noised.text), reference, noised.target)
-        gap = pairs.errors.detach() - pairs.reference_errors
         losses = loss(pairs)
         if of_pair is not None:
             losses = losses * of_pair[[index for _, index in samples]].to(losses)
+        errors = pairs.errors.detach()
+        if reference is None:
+            return {"loss": losses, "winner_error": errors[0], "loser_error": errors[1]}
+        gap = errors - pairs.reference_errors
         columns = {"loss": losses, "margin": margin_of(pairs), "winner_gap": gap[0], "loser_gap": gap[1]}
-        return columns | ({"apart": apart(pairs.policy, pairs.reference, 2)} if check_start else {})
+        return columns | ({"apart": apart(pairs.policy, reference, 2)} if check_start else {})
 
     def summarise(columns: dict[str, Tensor]) -> dict[str, float]:
+        if frozen is None:
+            return {name: float(columns[name].mean() / dims[0]) for name in ("winner_error", "loser_error")}
         return {
             "implicit_accuracy": float(implicit_accuracy(columns["margin"]).mean()),
             "winner_error_gap": float(columns["winner_gap"].mean() / dims[0]),
@@ -188,7 +199,7 @@ def train_pairs(
         progress=progress or Progress(),
         max_skipped_in_row=max_skipped_in_row,
         spike=spike,
-        check_first=partial(require_start, allowed=between_outputs(accelerator)) if check_start else None,
+        check_first=partial(require_start, allowed=between_outputs(accelerator)) if check_start and frozen else None,
     )
 
 

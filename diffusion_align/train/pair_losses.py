@@ -22,7 +22,7 @@ class PairOutputs:
     """The networks' outputs on b noised pairs and what they were to be, [2b,...] each, winners first."""
 
     policy: Tensor
-    reference: Tensor
+    reference: Tensor | None  # None where the loss needs none, so that nobody computed it
     target: Tensor
 
     @property
@@ -36,12 +36,21 @@ class PairOutputs:
 
     @cached_property
     def reference_errors(self) -> Tensor:
-        """The reference's, [2,b]."""
+        """The reference's, [2,b]. Raises ValueError where there is no reference."""
+        if self.reference is None:
+            raise ValueError("these pairs were given no reference's outputs")
         return sum_dims((widen(self.reference) - widen(self.target)).square()).view(2, -1)
 
 
-PairLoss = Callable[[PairOutputs], Tensor]
-"""`pairs -> [b]`, a loss of each pair with its constants bound."""
+@dataclass(frozen=True)
+class PairLoss:
+    """`pairs -> [b]`, a loss of each pair with its constants bound, and whether it needs the frozen reference."""
+
+    of_pairs: Callable[[PairOutputs], Tensor]
+    needs_reference: bool = True
+
+    def __call__(self, pairs: PairOutputs) -> Tensor:
+        return self.of_pairs(pairs)
 
 
 def margin_of(pairs: PairOutputs) -> Tensor:
@@ -60,14 +69,15 @@ def on_margin(loss: Callable[[Tensor], Tensor], *, keep: float | None = None) ->
         held = scale_gradient(pairs.errors[1], sdpo_scale(winner, loser, keep))
         return loss(diffusion_dpo_margin(pairs.errors[0], held, *pairs.reference_errors))
 
-    return of_pairs
+    return PairLoss(of_pairs)
 
 
 def kto_of_pairs(beta: float) -> PairLoss:
-    """`objectives.kto`, the winner as a desirable and the loser as an undesirable picture; the mean of the two.
+    """`objectives.kto` on pairs: the winner as a liked and the loser as a disliked picture; the mean of the two.
 
-    The baseline is the mean log-ratio of the batch in the network, at least 0, as in the authors' code: it depends on
-    how a batch is cut into pieces.
+    This is not how the authors train (that is `pictures.train_pictures`): both pictures of a pair share t and noise, as
+    many are liked as disliked, and the baseline is the mean log-ratio of one micro-batch, at least 0, so the loss
+    depends on how a batch is cut.
     """
 
     def of_pairs(pairs: PairOutputs) -> Tensor:
@@ -76,19 +86,25 @@ def kto_of_pairs(beta: float) -> PairLoss:
         liked = torch.tensor([True, False], device=ratio.device)[:, None].expand_as(ratio)
         return kto(ratio.flatten(), liked.flatten(), baseline, beta).view_as(ratio).mean(0)
 
-    return of_pairs
+    return PairLoss(of_pairs)
 
 
 def mapo_of_pairs(beta: float, steps: int) -> PairLoss:
     """`objectives.mapo`, which knows no reference; errors as means over dims."""
-    return lambda pairs: mapo(pairs.errors[0] / pairs.dims, pairs.errors[1] / pairs.dims, beta, steps)
+
+    def of_pairs(pairs: PairOutputs) -> Tensor:
+        return mapo(pairs.errors[0] / pairs.dims, pairs.errors[1] / pairs.dims, beta, steps)
+
+    return PairLoss(of_pairs, needs_reference=False)
 
 
 def dspo_of_pairs(beta: float, strength: float) -> PairLoss:
     """`objectives.dspo` as a mean over dims, so that a learning rate means what it means for a denoising loss."""
 
     def of_pairs(pairs: PairOutputs) -> Tensor:
+        margin = margin_of(pairs)  # first: it says so where there is no reference
+        assert pairs.reference is not None
         output, target, reference = (side.chunk(2)[0] for side in (pairs.policy, pairs.target, pairs.reference))
-        return dspo(output, target, reference, margin_of(pairs), beta, strength) / pairs.dims
+        return dspo(output, target, reference, margin, beta, strength) / pairs.dims
 
-    return of_pairs
+    return PairLoss(of_pairs)

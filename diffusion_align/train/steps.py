@@ -7,7 +7,7 @@ accumulation 2 does.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ from diffusion_align.train.update import (
 )
 from diffusion_align.train.watch import doing
 
-__all__ = ["NonFiniteError", "Progress", "Sample", "StepRecord", "run_steps", "samples_at"]
+__all__ = ["NonFiniteError", "Progress", "Sample", "StepRecord", "Survey", "run_steps", "samples_at"]
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,6 +39,18 @@ Sample = tuple[int, int]
 
 MicroBatch = Callable[[list[Sample], list[Sample]], dict[str, Tensor]]
 """(samples [b], all samples of the step) -> {"loss": [b] with its graph, further columns [b] to report}."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A look at all samples of a step before any of its gradients, for a loss whose terms depend on the whole batch.
+
+    look: samples [b] -> columns [b], called without gradients on each micro-batch.
+    hear: is told those columns of the whole batch [batch_size], in stream order, float64 on the CPU.
+    """
+
+    look: Callable[[list[Sample]], dict[str, Tensor]]
+    hear: Callable[[dict[str, Tensor]], None]
 
 
 def samples_at(position: int, count: int, n: int, seed: int) -> list[Sample]:
@@ -70,6 +82,7 @@ def run_steps(
     max_skipped_in_row: int = 5,
     spike: float | None = None,
     check_first: Callable[[dict[str, Tensor]], None] | None = None,
+    survey: Survey | None = None,
 ) -> Iterator[StepRecord]:
     """Step until `max_steps`, yielding a record after each step.
 
@@ -82,6 +95,7 @@ def run_steps(
         spike: skip steps with a gradient norm so many standard deviations above that of the steps before (`update`).
         summarise: the columns of the whole global batch [batch_size], in stream order, -> metrics.
         check_first: called with those columns in the first step of a fresh run, before the update; raises to stop.
+        survey: made before the gradients of each step, unless one micro-batch holds the whole step.
 
     Raises:
         ValueError: settings that do not fit together.
@@ -97,8 +111,16 @@ def run_steps(
         mine = [samples[first : first + piece] for first in starts]
         while True:
             optimizer.zero_grad(set_to_none=True)
-            parts = _try_pieces(micro_batch, samples, mine, progress)
-            (failed,) = anywhere(accelerator, parts is None)
+            failed, parts = False, None
+            if survey is not None and _piece_size(piece, progress.halvings) < batch_size:
+                seen = _try_survey(survey.look, mine, progress)
+                (failed,) = anywhere(accelerator, seen is None)
+                if seen is not None and not failed:
+                    survey.hear(_gather(seen, accelerator))
+                seen = None
+            if not failed:
+                parts = _try_pieces(micro_batch, samples, mine, progress)
+                (failed,) = anywhere(accelerator, parts is None)
             if not failed:
                 break
             parts = None
@@ -135,16 +157,36 @@ def _try_pieces(
     micro_batch: MicroBatch, samples: list[Sample], mine: list[list[Sample]], progress: Progress
 ) -> list[dict[str, Tensor]] | None:
     """The columns of this process's pieces of a step, whose gradients are then there; None if memory ran out."""
+
+    def learn(part: list[Sample], piece: list[Sample]) -> dict[str, Tensor]:
+        columns = micro_batch(part, samples)
+        # The mean over the step; 1 x, and so no other rounding, where a piece is whole.
+        share = len(columns["loss"]) / len(piece)
+        scaled_backward(columns["loss"].mean() / len(mine) * share, progress)
+        return columns
+
+    return _in_parts(learn, mine, progress)
+
+
+@torch.no_grad()
+def _try_survey(
+    look: Callable[[list[Sample]], dict[str, Tensor]], mine: list[list[Sample]], progress: Progress
+) -> list[dict[str, Tensor]] | None:
+    """What `look` finds on this process's pieces of a step; None if memory ran out."""
+    return _in_parts(lambda part, _: look(part), mine, progress)
+
+
+def _in_parts(
+    work: Callable[[list[Sample], list[Sample]], dict[str, Tensor]], mine: list[list[Sample]], progress: Progress
+) -> list[dict[str, Tensor]] | None:
+    """The columns of `work(part, piece)` on each piece, in parts that memory allows; None if it ran out."""
     parts = []
     try:
         for piece in mine:
             size = _piece_size(len(piece), progress.halvings)
             cut = []
             for first in range(0, len(piece), size):
-                columns = micro_batch(piece[first : first + size], samples)
-                # The mean over the step; 1 x, and so no other rounding, where a piece is whole.
-                share = len(columns["loss"]) / len(piece)
-                scaled_backward(columns["loss"].mean() / len(mine) * share, progress)
+                columns = work(piece[first : first + size], piece)
                 cut.append({name: column.detach() for name, column in columns.items()})
             parts.append({name: torch.cat([columns[name] for columns in cut]) for name in cut[0]})
     except RuntimeError as error:

@@ -10,8 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers_data import STRUCT, dump, lines, pictures, png, structs, table, tar
+from transformers import CLIPTokenizer
 
 from diffusion_align.cli import main
+from diffusion_align.commands import data_check
 from diffusion_align.data import convert as converting
 from diffusion_align.data import read_pairs, read_rankings
 from diffusion_align.data.layouts import read_bytes
@@ -19,6 +21,7 @@ from diffusion_align.data.readers import DataError
 from diffusion_align.data.recognise import recognise, rows
 from diffusion_align.data.rows import Row
 from diffusion_align.data.summary import summarise
+from diffusion_align.models.hub import asset
 
 VOTES = [0.7, 0.25, 0.5, 1.0, 0.6]
 
@@ -237,6 +240,23 @@ def test_check_counts_ties_and_reads_captions_and_archives(tmp_path, capsys):
     dump(tmp_path / "none.json", [])
     assert main(["data", "check", str(tmp_path / "none.json"), listed]) == 1
     assert "holds no rows" in capsys.readouterr().err
+
+
+def test_check_counts_the_captions_that_the_text_encoder_cuts(tmp_path, capsys, monkeypatch):
+    """The embedded tokenizer reads 24 tokens, two of them begin and end; a word of the grammar is one token."""
+    limit = CLIPTokenizer.from_pretrained(asset("tiny") / "tokenizer").model_max_length
+    texts = [" ".join(["red"] * words) for words in (1, limit - 2, limit - 1, 3 * limit, 2)]
+    members = [
+        (f"{i}{end}", data) for i, text in enumerate(texts) for end, data in ((".png", png(i)), (".txt", text.encode()))
+    ]
+    path = tar(tmp_path / "x.tar", members)
+    monkeypatch.setattr(data_check, "_CHUNK", 2)
+    words = ["data", "check", str(path), f"--bad_rows={tmp_path / 'bad.jsonl'}"]
+    assert main(words) == 0 and "captions  " not in capsys.readouterr().out
+    assert main([*words, "--model", "tiny"]) == 0
+    assert f"2 of 5 are longer than the {limit} tokens that the text encoder reads" in capsys.readouterr().out
+    assert main([*words, "--model", str(tmp_path)]) == 1
+    assert "holds no tokenizer" in capsys.readouterr().err
 
 
 def test_an_interrupted_conversion_says_how_to_go_on(tmp_path, capsys, monkeypatch):

@@ -153,6 +153,9 @@ class Gate(FakeGate):
         super().__init__(**more)
         self.asked = set()
 
+    def cut_captions(self, prompts):
+        return 0, 77
+
     def encode_images(self, images, noise):
         self.asked.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
         return super().encode_images(images, noise)

@@ -54,8 +54,12 @@ def test_a_dropped_caption_drops_all_of_it_but_the_size(sdxl, calls, pairs_file,
     text = drop_captions(text, cache.empty_text, samples, 0.5, 0)
     sdxl.predict(latents[:, 0], torch.full((8,), 500), text)
     (seen,) = calls
-    dropped = ~seen["text_embeds"].any(1)
-    assert 0 < dropped.sum() < 8 and torch.equal(dropped, ~seen["hidden"].flatten(1).any(1))
+    # "" through both encoders, as in the public code of Diffusion-DPO, though this model's guidance has zeros.
+    empty = sdxl.encode_text([""]).to(dtype).float()[0]
+    assert empty.any() and not sdxl.empty_text.any()
+    dropped = (seen["text_embeds"] == empty[TOKENS, :POOLED]).all(1)
+    assert 0 < dropped.sum() < 8
+    assert torch.equal(dropped, (seen["hidden"] == empty[:TOKENS]).flatten(1).all(1))
     assert seen["time_ids"].tolist() == [[SIDE, SIDE, 0, 0, SIDE, SIDE]] * 8
     kept = sdxl.encode_text([pair.prompt for pair in pairs])[~dropped].to(dtype).float()
     assert torch.equal(seen["hidden"][~dropped], kept[:, :TOKENS])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusion_align import rng
 from diffusion_align.train import offline
-from diffusion_align.train.pair_losses import margin_of, on_margin
+from diffusion_align.train.pair_losses import PairLoss, margin_of, on_margin
 from diffusion_align.train.steps import NonFiniteError, Progress, run_steps, samples_at
 
 SEED = 3
@@ -288,7 +288,7 @@ def test_a_bad_gradient_behind_a_good_loss_is_skipped_too():
 
 
 def test_a_bad_loss_with_good_gradients_is_skipped_too():
-    run = make_run(loss=lambda pairs: margin_of(pairs) + math.inf, max_steps=2)
+    run = make_run(loss=PairLoss(lambda pairs: margin_of(pairs) + math.inf), max_steps=2)
     before = run.weights()
     first, second = run.steps()
     assert not first.updated and not second.updated and math.isfinite(first.metrics["grad_norm"])

@@ -73,6 +73,36 @@ def test_mapo_needs_no_reference():
     torch.testing.assert_close(mapo_of_pairs(0.1, 1000)(other), found)
 
 
+@pytest.mark.parametrize(
+    ("loss", "needs"),
+    [(mapo_of_pairs(0.1, 1000), False), (kto_of_pairs(0.05), True), (dspo_of_pairs(0.05, 0.2), True),
+     (on_margin(partial(logistic, beta=0.05)), True)],
+)  # fmt: skip
+def test_a_loss_without_a_reference_never_calls_it(loss, needs):
+    """Counted in rows: 2 steps of 4 pairs are 16 for a loss that needs the reference, and none otherwise."""
+    run, rows = make_run(loss=loss, max_steps=2, warmup=0), []
+    frozen = run.reference
+    run.reference = lambda x, t, text: (rows.append(len(x)), frozen(x, t, text))[1]
+    records = list(run.steps())
+    assert sum(rows) == (16 if needs else 0) and loss.needs_reference == needs
+    compared = {"implicit_accuracy", "winner_error_gap", "loser_error_gap", "margin_p05", "margin_p50", "margin_p95"}
+    assert (compared & set(records[0].metrics)) == (compared if needs else set())
+    if needs:
+        with pytest.raises(ValueError, match="pass predict_reference"):
+            run.reference = None
+            next(run.steps())
+
+
+def test_without_a_reference_the_policys_own_errors_are_reported():
+    run = make_run(loss=mapo_of_pairs(0.1, 1000), max_steps=1, warmup=0)
+    run.reference, seen = None, []
+    record = next(run.steps(predict_policy=lambda x, t, text: (seen.append(run.network(x, t, text)), seen[-1])[1]))
+    winner, loser = record.metrics["winner_error"], record.metrics["loser_error"]
+    assert winner > 0 and loser > 0 and winner != loser
+    with pytest.raises(ValueError, match="no reference's outputs"):
+        margin_of(PairOutputs(seen[0], None, seen[0]))
+
+
 def test_dspo_moves_the_winners_target():
     pairs = outputs()
     w, lose, rw, rl = by_rows(pairs)
@@ -117,7 +147,7 @@ def test_each_trains_through_the_loop(loss):
     [
         ({}, on_margin(partial(logistic, beta=BETA))),
         ({"winner_share": 0.5}, on_margin(partial(logistic, beta=BETA), keep=0.5)),
-        ({"loss_type": "kto"}, kto_of_pairs(BETA)),
+        ({"loss_type": "kto_pairs"}, kto_of_pairs(BETA)),
         ({"loss_type": "mapo", "mapo_beta": 0.3}, mapo_of_pairs(0.3, 1000)),
         ({"loss_type": "dspo", "dspo_strength": 0.2}, dspo_of_pairs(BETA, 0.2)),
     ],
