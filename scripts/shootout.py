@@ -110,11 +110,11 @@ def network_evaluations(argv: list[str]) -> int:
     """Of the whole training, from its options: rollout, policy and reference, a forward pass each, with gradient or
     without; those of SPO if every pair is kept."""
     from diffusion_align.commands.plan_online import evaluations, rounds_of
-    from diffusion_align.options import VERBS, TrainOnline, build_parser, parse, resolve
+    from diffusion_align.options import VERBS, TrainOnline, parse, resolve
 
     words = " ".join(argv[:2])
     verb = VERBS[words]
-    parsed = parse(build_parser(verb.options, words, ""), verb.options, argv[2:], words)
+    parsed = parse(verb.options, argv[2:], words)
     o = resolve(verb.options, words, preset=parsed.preset, settings=parsed.settings).options
     if isinstance(o, TrainOnline):
         plan = rounds_of(o, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from diffusion_align.commands.encode import encoded
-from diffusion_align.commands.opening import claim_early, open_session
+from diffusion_align.commands.opening import claim_early, open_session, require_ahead
 from diffusion_align.commands.plan import describe_steps, steps_of
 from diffusion_align.commands.plan_dpo import read_training_pairs
 from diffusion_align.commands.setup import make_optimizer
@@ -29,6 +29,7 @@ def train_dpo(options: TrainDpo) -> int:
     pieces = (o.train_batch_size, accelerator.num_processes, o.gradient_accumulation_steps)
     plan = steps_of(*pieces, o.num_train_epochs, o.max_train_steps, len(cache))
     batch, steps = plan.batch, plan.steps or 0  # known, as the pairs are
+    require_ahead(resumed, steps)
     accelerator.print("\n".join(describe_steps(plan)))
     rate = o.learning_rate * (batch if o.scale_lr else 1)
     optimizer, scheduler = make_optimizer(o, session.parameters, rate, steps)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from diffusion_align import rng
-from diffusion_align.commands.opening import claim_early, open_session
+from diffusion_align.commands.opening import claim_early, open_session, require_ahead
 from diffusion_align.commands.people import people
 from diffusion_align.commands.plan_online import describe_constants, describe_rounds, fresh, rounds_of, training_prompts
 from diffusion_align.commands.score import decoded, require_reward, reward_by_name
@@ -171,6 +171,7 @@ def train_online(o: TrainOnline, verb: str, method: Callable[[Rollout], Method[A
     session = open_session(o, verb, resumed)
     rollout = Rollout(session, prompts)
     plan = rounds_of(o, session.accelerator.num_processes)
+    require_ahead(resumed, plan.steps)
     session.accelerator.print("\n".join(describe_rounds(plan) + describe_constants(o, rollout.dims)))
     rate = o.learning_rate * (plan.pictures_per_step if o.scale_lr else 1)
     optimizer, scheduler = make_optimizer(o, session.parameters, rate, plan.steps)
