@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from diffusion_align.commands.course import describe_course
 from diffusion_align.commands.model_facts import read_model_facts
 from diffusion_align.commands.plan import (
     describe_beta,
@@ -52,6 +53,7 @@ def plan_dpo(o: TrainDpo) -> list[str]:
         f"pairs            {said}",
         *describe_steps(plan),
         describe_rate(o.learning_rate, o.scale_lr, plan.batch),
+        *describe_course(o, plan.steps, o.learning_rate * (plan.batch if o.scale_lr else 1)),
         *describe_beta(o.beta_dpo, o.beta_convention, shape, schedule),
         describe_loss(o.loss_type, o.label_smoothing),
         f"trained          {describe_trained(o, facts)}",

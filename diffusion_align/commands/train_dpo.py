@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from diffusion_align.commands.course import describe_course, settle_warmup
 from diffusion_align.commands.encode import encoded
 from diffusion_align.commands.opening import claim_early, open_session, require_ahead
 from diffusion_align.commands.plan import describe_steps, steps_of
@@ -30,8 +31,9 @@ def train_dpo(options: TrainDpo) -> int:
     plan = steps_of(*pieces, o.num_train_epochs, o.max_train_steps, len(cache))
     batch, steps = plan.batch, plan.steps or 0  # known, as the pairs are
     require_ahead(resumed, steps)
-    accelerator.print("\n".join(describe_steps(plan)))
     rate = o.learning_rate * (batch if o.scale_lr else 1)
+    o = session.options = settle_warmup(o, steps)
+    accelerator.print("\n".join(describe_steps(plan) + describe_course(o, steps, rate)))
     optimizer, scheduler = make_optimizer(o, session.parameters, rate, steps)
     identity = identity_of(o, cache.identity, beta=beta, batch=batch, learning_rate=rate, steps=steps)
     progress = session.start(optimizer, scheduler, identity, [pair.prompt for pair in pairs])
