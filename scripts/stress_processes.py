@@ -26,7 +26,8 @@ from pathlib import Path
 
 import stress_equal
 import torch
-from stress_jobs import LIMIT, Ended, Fault, Tally, command, free_port, launch, timed
+from helpers_machine import free_port  # pyright: ignore[reportMissingImports]
+from stress_jobs import LIMIT, Ended, Fault, Tally, command, launch, timed
 from stress_runs import STEPS, differences, end_of, flags, make_world, stop_at, train
 
 from diffusion_align.train import checkpoint

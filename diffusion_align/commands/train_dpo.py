@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from functools import partial
 
+from diffusion_align.commands.course import describe_course, settle_warmup
 from diffusion_align.commands.encode import encoded
-from diffusion_align.commands.opening import claim_early, open_session
+from diffusion_align.commands.opening import claim_early, open_session, require_ahead
 from diffusion_align.commands.plan import accumulation_of, describe_loss, processes_here, steps_of
 from diffusion_align.commands.plan_dpo import describe_batch, read_training_pairs
 from diffusion_align.commands.setup import make_optimizer
@@ -31,11 +32,13 @@ def train_dpo(options: TrainDpo) -> int:
     pieces = (o.train_batch_size, accelerator.num_processes, accumulation)
     plan = steps_of(*pieces, o.num_train_epochs, o.max_train_steps, len(cache))
     batch, steps = plan.batch, plan.steps or 0  # known, as the pairs are
+    require_ahead(resumed, steps)
+    rate = o.learning_rate * (batch if o.scale_lr else 1)
+    o = session.options = settle_warmup(o, steps)
     unit = f"beta             {o.beta_dpo:g} in the unit of {o.beta_convention}"
     said = [unit] if needs_reference(o) else []
     said += [describe_loss(o.loss_type, o.label_smoothing), *describe_constants(o)]
-    accelerator.print("\n".join([*describe_batch(o, plan), *said]))
-    rate = o.learning_rate * (batch if o.scale_lr else 1)
+    accelerator.print("\n".join([*describe_batch(o, plan), *describe_course(o, steps, rate), *said]))
     optimizer, scheduler = make_optimizer(o, session.parameters, rate, steps)
     identity = identity_of(o, cache.identity, beta=beta, batch=batch, learning_rate=rate, steps=steps)
     progress = session.start(optimizer, scheduler, identity, [pair.prompt for pair in pairs])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from .brought import brought_value
 from .names import UsageError, nearest
 from .paths import expanded
 from .schema import Option
@@ -23,18 +24,17 @@ def convert(option: Option, value: Any, origin: str) -> Any:
         return None
     try:
         converted = CONVERTERS[option.kind](value)
-        # YAML reads a bare `no` as false, and `no` is a value of --mixed_precision.
-        if option.choices and value is False and "no" in option.choices:
-            converted = "no"
         for one in (converted if option.kind is tuple else (converted,)) if option.choices else ():
             if one not in option.choices:
-                match = nearest(str(one), option.choices)
+                match = brought_value(option.name, one) or nearest(str(one), option.choices)
                 raise ValueError(f"did you mean {match}?" if match else "")
         _check_range(option, converted)
     except (ValueError, TypeError, OverflowError) as error:
         hint = str(error) if "did you mean" in str(error) else ""
         message = f"{origin}: {option.key} must be {option.expected}, not {value!r}"
         raise UsageError(f"{message}; {hint}" if hint else message) from None
+    if option.fault is not None and (fault := option.fault(converted)) is not None:
+        raise UsageError(f"{origin}: {option.key} {fault}")
     return expanded(option, converted, origin)
 
 
@@ -65,7 +65,7 @@ def _int(value: Any) -> int:
         raise ValueError
     if isinstance(value, str) and value.lstrip("+-").isdigit():
         return int(value)
-    # 1e4 steps are a whole number too, although neither int() nor YAML says so.
+    # 1e4 steps are a whole number too, although int() does not say so.
     number = float(value)
     if number != int(number):
         raise ValueError
@@ -75,7 +75,6 @@ def _int(value: Any) -> int:
 def _float(value: Any) -> float:
     if isinstance(value, bool):
         raise ValueError
-    # YAML reads 1e-5, without a dot, as text: the most usual way to write a learning rate.
     return float(value)
 
 

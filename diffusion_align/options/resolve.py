@@ -71,10 +71,11 @@ def resolve(
     layers: list[tuple[str, list[tuple[str, Any]]]] = []
     if preset is not None:
         origin = f"preset {preset}"
-        layers.append((origin, settings_of(read_yaml(preset_path(preset, verb)), options_class, verb, origin)))
+        content = read_yaml(preset_path(preset, verb), as_text=True)
+        layers.append((origin, settings_of(content, options_class, verb, origin)))
     path = config_path(config, verb) if config is not None else None
     if path is not None:
-        layers.append((str(path), settings_of(read_yaml(path), options_class, verb, str(path))))
+        layers.append((str(path), settings_of(read_yaml(path, as_text=True), options_class, verb, str(path))))
     layers.append((COMMAND_LINE, settings or []))
 
     names, options = by_any_name(options_class), options_of(options_class)
@@ -104,7 +105,7 @@ def resolve(
         return Resolved(options_class(**values), origins)
     values["output_dir"], origins["output_dir"] = place
     stays = stored is None or os.path.realpath(stored) == os.path.realpath(place[0])
-    return Resolved(options_class(**values), origins, "" if stays else stored)
+    return Resolved(options_class(**values), origins, "" if stays else str(stored))
 
 
 def _replaced(layer: dict[str, Any], options: dict[str, Option]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .device import DEVICE, device_fault
 from .names import UsageError, shard_of
 from .schema import option
 
@@ -33,7 +34,7 @@ class Sample:
     resolution: int | None = option(None, "sampler", "side of the pictures in pixels (default: that of the run, else the model's own)", at_least=8)
 
     batch_size: int = option(8, "machine", "pictures at a time", at_least=1)
-    device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
+    device: str | None = option(None, "machine", DEVICE, fault=device_fault)
     threads: int | None = option(None, "machine", "CPU threads (default: OMP_NUM_THREADS, else one for each core that other programs leave free)", at_least=1)
     mixed_precision: str = option("no", "machine", "precision of the network", choices=("no", "fp16", "bf16"))
     out: str = option("samples", "output", "folder for the pictures and samples.json", aliases=("output_dir",), path="folder")
@@ -60,7 +61,7 @@ class Evaluate:
     seed: int = option(0, "sampler", "prompt i starts from the same noise, keyed by (seed, i), in every model", at_least=0)
     resolution: int | None = option(None, "sampler", "side of all pictures in pixels (default: what the runs were trained at, else the model's own)", at_least=8)
 
-    reward: str = option("tiny", "score", "reward beside the judge, usually the one trained on: any of `diffusion-align reward ls`, or none", path="reward")
+    reward: str = option("auto", "score", "reward beside the judge, usually the one trained on: any of `diffusion-align reward ls`, none, or auto (tiny for captions of the embedded world, none for other prompts)", path="reward")
     held_out_reward: tuple[str, ...] = option((), "score", "further rewards, which training has not seen: what they do not gain is the gap of reward hacking", path="reward")
     features: str = option("tiny", "score", "network whose features measure diversity and distances: tiny, an open_clip name such as ViT-L-14-336:openai, or none", path="reward")
     reference_pictures: str | None = option(None, "score", "folder of real pictures to measure distances to (default: for the embedded world its renderings, else none)", path="in")
@@ -68,7 +69,7 @@ class Evaluate:
 
     shard: str | None = option(None, "machine", "K/N: draw a share of the prompts, K from 0 to N - 1; all shards fill one folder, and the last one to end writes the report", saved=False)
     batch_size: int = option(64, "machine", "pictures at a time", at_least=1)
-    device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
+    device: str | None = option(None, "machine", DEVICE, fault=device_fault)
     threads: int | None = option(None, "machine", "CPU threads (default: OMP_NUM_THREADS, else one for each core that other programs leave free)", at_least=1)
     mixed_precision: str = option("no", "machine", "precision of the network", choices=("no", "fp16", "bf16"))
     output_dir: str | None = option(None, "output", "where pictures and report go (default: the run, if it is alone; else evaluations/NAMES)", path="folder")
@@ -120,4 +121,4 @@ def check_evaluate(options: Evaluate) -> None:
 
 def rewards_of(options: Evaluate) -> tuple[str, ...]:
     """Names of the rewards, the trained one first."""
-    return (() if options.reward == "none" else (options.reward,)) + options.held_out_reward
+    return (() if options.reward in ("auto", "none") else (options.reward,)) + options.held_out_reward

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from diffusion_align.rewards.spec import read_spec
 
+from .device import DEVICE, device_fault
 from .names import UsageError
 from .reward import check_reward
 from .schema import option
@@ -45,11 +46,11 @@ class TrainSpm:
     max_train_steps: int | None = option(None, "train", "steps of the optimizer; overrides num_train_epochs", at_least=1, one_of="length")
     learning_rate: float = option(3e-6, "train", "learning rate after warm-up (the authors have 1e-6 for SDXL)", aliases=("lr",), above=0)
     lr_scheduler: str = option("linear", "train", "course of the learning rate", choices=("constant", "linear", "cosine"))
-    lr_warmup_steps: int = option(500, "train", "steps of warm-up", at_least=0)
+    lr_warmup_steps: int | None = option(None, "train", "steps of warm-up (default: 500, but at most a tenth of the run; constant has none)", at_least=0)
     adam_weight_decay: float = option(0.3, "train", "AdamW's weight decay", at_least=0)
     max_grad_norm: float = option(1.0, "train", "gradients are clipped to this norm", above=0)
 
-    device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
+    device: str | None = option(None, "machine", DEVICE, fault=device_fault)
     threads: int | None = option(None, "machine", "CPU threads (default: OMP_NUM_THREADS, else one for each core that other programs leave free)", at_least=1)
     mixed_precision: str = option("no", "machine", "precision of the networks; the weights stay in float32", choices=("no", "fp16", "bf16"))
     process_timeout: int = option(1800, "machine", "with several processes: seconds they wait for one that does not come; more than the longest that one alone is busy (a grid, a reward)", at_least=10)
