@@ -1,18 +1,20 @@
 """Progress bars: on a terminal as tqdm draws them, in a log file one plain line at a time.
 
-A log file that is written like a terminal becomes a single line of thousands of bars. There, each bar writes a line
-when it begins, at most every half minute, and when it ends.
+A log file that is written like a terminal becomes a single line of thousands of bars. There, each bar writes a line at
+most every half minute, and one when it ends; work that takes two seconds or less writes nothing.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 SECONDS = 30.0  # between two lines of a log file
+SHORT = 2.0  # seconds of work that are not worth a line
 LINE = "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 OPEN_LINE = "{desc}: {n_fmt} [{elapsed}, {rate_fmt}{postfix}]"
 
@@ -22,11 +24,12 @@ class _Lines:
 
     def __init__(self, stream: TextIO):
         self.stream = stream
+        self.begun = time.monotonic()
         self.last = ""
 
     def write(self, text: str) -> None:
         text = text.replace("\r", "").strip()
-        if text and text != self.last:
+        if text and text != self.last and time.monotonic() - self.begun >= SHORT:
             self.last = text
             self.stream.write(text + "\n")
 

@@ -95,6 +95,7 @@ class Terminal(io.StringIO):
 def test_a_log_file_gets_lines_and_a_terminal_a_bar(monkeypatch):
     log, terminal = io.StringIO(), Terminal()
     monkeypatch.setattr(progress, "SECONDS", 1e9)  # so long that none passes here
+    monkeypatch.setattr(progress, "SHORT", 0.0)
     for stream in (log, terminal):
         monkeypatch.setattr(sys, "stderr", stream)
         with progress_bar(total=1000, desc="draw", unit="picture") as bar:
@@ -106,8 +107,16 @@ def test_a_log_file_gets_lines_and_a_terminal_a_bar(monkeypatch):
     assert terminal.getvalue().count("\r") >= 2
 
 
+def test_short_work_writes_nothing_into_a_log_file(monkeypatch):
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    monkeypatch.setattr(progress, "SHORT", 1e9)
+    assert list(progress_bar(range(3), desc="read", unit="row")) == [0, 1, 2] and not log.getvalue()
+
+
 def test_a_bar_of_unknown_length_and_a_hidden_one(monkeypatch):
     log = io.StringIO()
+    monkeypatch.setattr(progress, "SHORT", 0.0)
     monkeypatch.setattr(sys, "stderr", log)
     assert list(progress_bar(iter(range(3)), desc="read", unit="row")) == [0, 1, 2]
     assert log.getvalue().splitlines()[-1].startswith("read: 3 [")
