@@ -33,7 +33,7 @@ class Method(Generic[Chunk]):
         the prompts used before it: an address for what all of it shares.
     score: chunk -> the same with its rewards; None where collecting has scored already.
     again: (chunk, whether the policy is still the one that drew it) -> the same with the networks' predictions made
-        anew, in a batch of this chunk's shape; None where a chunk holds none.
+        anew, in a batch of this chunk's shape, and by how much they changed; None where a chunk holds none.
     ahead: score a chunk while the next is drawn. It pays where drawing leaves the processor idle, as on a GPU, or
         scoring does, as a reward elsewhere.
     items: how many pairs or groups of a chunk can be learnt from; 0 where all are tied or filtered out.
@@ -54,7 +54,7 @@ class Method(Generic[Chunk]):
     check_start: Callable[[Columns], None] | None
     nothing: str
     score: Callable[[Chunk], Chunk] | None = None
-    again: Callable[[Chunk, bool], Chunk] | None = None
+    again: Callable[[Chunk, bool], tuple[Chunk, float]] | None = None
     ahead: bool = False
     pick: Callable[[list[Chunk], Tensor], list[Chunk]] | None = None
 

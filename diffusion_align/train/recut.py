@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from diffusion_align.memory import logger
 from diffusion_align.train.method import Chunk, Method, Round
 
 
@@ -25,13 +26,21 @@ def recut(
     times = 2 ** (halvings - round.halvings)
     if times == 1 or method.again is None:
         return round
-    chunks = []
+    chunks, changes = [], [0.0]
     for of_step in round.chunks:
         chunks.append([])
         for chunk in of_step:
             parts = chunk.cut(times)
             for part in parts:
                 if len(parts) > 1 and method.items(part):
-                    part = method.again(part.to(device), unmoved).to("cpu")
+                    part, change = method.again(part.to(device), unmoved)
+                    part = part.to("cpu")
+                    changes.append(change)
                 chunks[-1].append(part)
+    if len(changes) > 1:
+        what = "drawn predictions" if unmoved else "the reference's predictions"
+        logger.warning(
+            "%s are made anew in the smaller chunks, as another batch shape rounds differently%s",
+            what, f": they differ by up to {max(changes):.1e}, relative" if unmoved else "; the policy has moved on",
+        )  # fmt: skip
     return replace(round, chunks=chunks, halvings=halvings)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusion_align import rng
 from diffusion_align.gaussian import Gaussian
-from diffusion_align.memory import logger, ran_out
+from diffusion_align.memory import ran_out
 from diffusion_align.models.guidance import Predict, guided_denoiser
 from diffusion_align.prediction import Denoiser
 from diffusion_align.rewards import RewardError, one_each
@@ -167,33 +167,25 @@ def _along(denoiser: Denoiser, run: Trajectory[StepTable], elsewhere: Tensor) ->
 
 
 @torch.no_grad()
-def asked_again(runs: Runs, unmoved: bool, *, policy: Bind, reference: Bind | None) -> Runs:
-    """The same runs with their predictions made anew in a batch of this shape, as a larger one rounds differently.
+def asked_again(runs: Runs, unmoved: bool, *, policy: Bind, reference: Bind | None) -> tuple[Runs, float]:
+    """The same runs with their predictions made anew in a batch of this shape, as a larger one rounds differently; and
+    by how much those of the policy have changed, relative as in `path_gradient`.
 
     Without `unmoved` the policy is no longer the one that ran, whose predictions then stay as they are. Without a
     reference it is the policy that ran. States, noise and rewards stay.
     """
-    run, group = runs.trajectory, runs.reward.shape[1]
+    run, group, change = runs.trajectory, runs.reward.shape[1], 0.0
     assert run.clean is not None  # rollouts keep them
-    clean = _along(once_a_group(policy, runs.text, group), run, run.clean) if unmoved else run.clean
+    clean, other = run.clean, runs.reference
     if unmoved:
-        _tell_rounding(run, clean)
-    if reference is None:
-        other = clean if unmoved else runs.reference
-    else:
+        clean = _along(once_a_group(policy, runs.text, group), run, run.clean)
+        steps = scored_predictions(run, "recompute")
+        change = max(relative_change(run.table, k, run.states[k], run.clean[k], clean[k]) for k in steps)
+    if reference is not None:
         other = _along(once_a_group(reference, runs.text, group), run, runs.reference)
-    return replace(runs, trajectory=replace(run, clean=clean), reference=other)
-
-
-def _tell_rounding(run: Trajectory[StepTable], clean: Tensor) -> None:
-    """Log by how much the predictions have changed, relative as in `path_gradient`."""
-    assert run.clean is not None
-    steps = scored_predictions(run, "recompute")
-    found = [relative_change(run.table, k, run.states[k], run.clean[k], clean[k]) for k in steps]
-    logger.info(
-        "predictions made anew in a batch of %d runs: they differ by up to %.1e, the rounding of another batch shape",
-        run.states.shape[1], max(found),
-    )  # fmt: skip
+    elif unmoved:
+        other = clean
+    return replace(runs, trajectory=replace(run, clean=clean), reference=other), change
 
 
 def checked(score: Score, latents: Tensor, prompts: list[str]) -> Tensor:
