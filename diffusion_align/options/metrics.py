@@ -27,13 +27,21 @@ METRICS = {
 }
 
 
-def check_metric(method: str, keep_best: str | None) -> None:
+# Of the losses of `train dpo` that do not take pairs to a margin: KTO on single pictures, and MaPO without a reference.
+BY_LOSS = {
+    "kto": (*_ALWAYS, "implicit_accuracy", "winner_error_gap", "loser_error_gap", "baseline_logit")
+    + _quantiles("log_ratio"),
+    "mapo": (*_ALWAYS, "winner_error", "loser_error"),
+}
+
+
+def check_metric(method: str, keep_best: str | None, loss_type: str = "") -> None:
     """Refuse a metric that the method will never write. `method` is the name of its options.
 
     Raises:
         UsageError: with the nearest name, or all of them.
     """
-    known = METRICS.get(method)
+    known = BY_LOSS.get(loss_type, METRICS.get(method))
     name = (keep_best or "").removeprefix("-")
     if keep_best is None or known is None or name in known:
         return

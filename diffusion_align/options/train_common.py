@@ -129,7 +129,7 @@ def check_train(options: TrainCommon) -> None:
         raise UsageError("--extend lengthens a run that is resumed: give --resume_from_checkpoint as well")
     if options.mixed_precision == "fp16" and options.device == "cpu":
         raise UsageError("machine.mixed_precision fp16 needs a GPU; take bf16 or no on a CPU")
-    check_metric(type(options).__name__, options.keep_best)
+    check_metric(type(options).__name__, options.keep_best, getattr(options, "loss_type", ""))
 
 
 def check_offline(options: TrainOffline) -> None:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from diffusion_align.samplers import StepTable
+from diffusion_align.train import checkpoint as files
 from diffusion_align.train.branches import Comparisons
-from diffusion_align.train.checkpoint import Checkpoint, CheckpointError, write_part
+from diffusion_align.train.checkpoint import Checkpoint, CheckpointError
 from diffusion_align.train.method import Round
 from diffusion_align.train.runs import Runs
 from diffusion_align.trajectory import Trajectory
@@ -31,7 +32,7 @@ def round_name(rank: int) -> str:
 def write_round(folder: Path, rank: int, round: Round[Any]) -> CheckpointError | None:
     """Write what this process has of a round beside the checkpoints; what went wrong, as another may have succeeded."""
     try:
-        write_part(folder, round_name(rank), pack_round(round))
+        files.write_part(folder, round_name(rank), pack_round(round))
     except CheckpointError as problem:
         return problem
     return None

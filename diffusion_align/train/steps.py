@@ -111,16 +111,10 @@ def run_steps(
         mine = [samples[first : first + piece] for first in starts]
         while True:
             optimizer.zero_grad(set_to_none=True)
-            failed, parts = False, None
-            if survey is not None and _piece_size(piece, progress.halvings) < batch_size:
-                seen = _try_survey(survey.look, mine, progress)
-                (failed,) = anywhere(accelerator, seen is None)
-                if seen is not None and not failed:
-                    survey.hear(_gather(seen, accelerator))
-                seen = None
-            if not failed:
-                parts = _try_pieces(micro_batch, samples, mine, progress)
-                (failed,) = anywhere(accelerator, parts is None)
+            size = _piece_size(piece, progress.halvings)
+            ready = survey is None or size >= batch_size or _surveyed(survey, mine, progress, accelerator)
+            parts = _try_pieces(micro_batch, samples, mine, progress) if ready else None
+            (failed,) = anywhere(accelerator, parts is None)
             if not failed:
                 break
             parts = None
@@ -169,6 +163,15 @@ def _try_pieces(
 
 
 @torch.no_grad()
+def _surveyed(survey: Survey, mine: list[list[Sample]], progress: Progress, accelerator: "Accelerator") -> bool:
+    """Make the survey of a step; False, on every process, if memory ran out on any."""
+    seen = _try_survey(survey.look, mine, progress)
+    (failed,) = anywhere(accelerator, seen is None)
+    if seen is not None and not failed:
+        survey.hear(_gather(seen, accelerator))
+    return not failed
+
+
 def _try_survey(
     look: Callable[[list[Sample]], dict[str, Tensor]], mine: list[list[Sample]], progress: Progress
 ) -> list[dict[str, Tensor]] | None:

@@ -18,7 +18,7 @@ from diffusion_align import train
 HOME = Path(train.__file__).parent
 LOOPS = [("steps", "run_steps"), ("rounds", "run_rounds"), ("rounds", "_learn"), ("collect", "draw_round")]
 # Every process gets the same from these, as they end in a collective.
-AGREED = {"anywhere", "most", "each", "steps_of", "_sum", "_gather", "update"}
+AGREED = {"anywhere", "most", "each", "steps_of", "_sum", "_gather", "_surveyed", "update"}
 TALKS = AGREED | {
     "draw_round",
     "_learn",
@@ -31,7 +31,7 @@ TALKS = AGREED | {
     "_fill_gradients",
 }
 # Settings, and numbers that every process computes alike from them; `blocks` are as many on each.
-ALIKE = {"check_first", "fresh", "method", "number", "passes", "steps", "last", "end", "blocks"}
+ALIKE = {"check_first", "fresh", "method", "number", "passes", "steps", "last", "end", "blocks", "size"}
 LOCAL = {"round", "asked", "accelerator"}  # arguments that each process has for itself
 PURE = {"len", "int", "range", "prefetch", "_size"}
 LEAVES = (ast.Continue, ast.Break, ast.Return, ast.Raise)
