@@ -42,11 +42,10 @@ def faults(source, path=""):
     """Every broken rule of a source text as (line, rule)."""
     tree = ast.parse(source)
     names = renamed(tree)
-    safe = SAFE_LOADERS | {
-        node.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef) and any(dotted(base).split(".")[-1] in SAFE_LOADERS for base in node.bases)
-    }
+    safe = set(SAFE_LOADERS)
+    for node in ast.walk(tree):  # a class stands behind its bases
+        if isinstance(node, ast.ClassDef) and any(dotted(base).split(".")[-1] in safe for base in node.bases):
+            safe.add(node.name)
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):

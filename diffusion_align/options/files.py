@@ -87,7 +87,8 @@ def read_yaml(path: Path, *, as_text: bool = False) -> dict[str, Any]:
         UsageError: not YAML (with line and column), or not a mapping.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_TextLoader if as_text else _Loader)  # noqa: S506, a subclass of SafeLoader
+        text = path.read_text(encoding="utf-8")
+        content = yaml.load(text, Loader=_TextLoader) if as_text else yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""

@@ -95,7 +95,7 @@ def train_pairs(
     *,
     schedule: Schedule,
     prediction_type: str,
-    loss: PairLoss,
+    loss: PairLoss | Callable[[PairOutputs], Tensor],
     beta: float,
     parameters: Sequence[Parameter],
     optimizer: torch.optim.Optimizer,
@@ -121,7 +121,7 @@ def train_pairs(
     record's `progress` goes into the checkpoint.
 
     Args:
-        predict_reference: None will do where `loss.needs_reference` is False; it is then never called.
+        predict_reference: None will do for a `PairLoss` whose `needs_reference` is False; it is then never called.
         loss: pairs -> loss [b], with beta already bound: `pair_losses.on_margin(partial(logistic, beta=beta))`.
         beta: the same beta, here only to report margins as logits.
         batch_size: pairs per optimizer step, over all processes and micro-batches.
@@ -144,8 +144,9 @@ def train_pairs(
             `steps.run_steps`. NonFiniteError: as there.
     """
     dims: list[int] = []
-    frozen = predict_reference if loss.needs_reference else None
-    if loss.needs_reference and frozen is None:
+    compares = getattr(loss, "needs_reference", True)  # a plain function is a loss that does
+    frozen = predict_reference if compares else None
+    if compares and frozen is None:
         raise ValueError("this loss compares with the frozen reference: pass predict_reference")
     of_pair = None if weights is None else torch.tensor(weights, dtype=torch.float32)
     if of_pair is not None and (

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers_cache import SHAPE, SIZE, FakeGate, build, make_pairs, mean, picture
 
-from diffusion_align import rng
+from diffusion_align import progress, rng
 from diffusion_align.data.cache import PairCache
 from diffusion_align.data.images import load_picture
 from diffusion_align.data.pairs import Pair
@@ -175,7 +175,8 @@ def test_a_damaged_shard_is_named_and_can_be_encoded_again(tmp_path, kind):
     assert 0 < gate.pictures < cache.pictures
 
 
-def test_progress_goes_to_stderr_with_an_estimate(tmp_path, capfd):
+def test_progress_goes_to_stderr_with_an_estimate(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(progress, "SHORT", 0.0)
     build(tmp_path, make_pairs(), progress=True)
     out, err = capfd.readouterr()
     assert not out and "encode pairs: 100 %, 40 of 40" in err and "encode prompts" in err
