@@ -97,6 +97,9 @@ def _run_verb(words: str, argv: list[str]) -> int:
     require_outputs(resolved.options)
     for note in [*resolved.notes(), *verb.notes(resolved.options, resolved.given())]:
         _complain(note, "note")
+    from diffusion_align.commands.early import require_possible
+
+    require_possible(resolved.options)
     if parsed.dry_run:
         return verb.dry_run(resolved.options)
     if hasattr(resolved.options, "threads"):

@@ -16,6 +16,7 @@ from diffusion_align import cli
 from diffusion_align.commands import score as score_module
 from diffusion_align.commands import train_online
 from diffusion_align.options import VERBS, options_of, resolve
+from diffusion_align.options.metrics import METRICS
 from diffusion_align.rewards.step_aware import save_step_aware, start_step_aware
 from diffusion_align.shapes import sample_captions
 from diffusion_align.train import online, record
@@ -63,6 +64,7 @@ def test_a_run_that_is_interrupted_goes_on_as_if_it_never_stopped(toys, name, tm
     passes = 2 if name == "prdp" else 1
     assert [row["step"] for row in rows] == list(range(1, 3 * passes + 1))
     assert all(row["dims"] == 4 * 16 * 16 and row["items"] > 0 for row in rows)
+    assert set().union(*rows) == {"step", "epoch", *METRICS[VERBS[f"train {name}"].options.__name__]}
     AcceleratorState._reset_state(True)
     pipe = StableDiffusionPipeline.from_pretrained(toys / "model", safety_checker=None)
     pipe.load_lora_weights(whole)

@@ -35,6 +35,8 @@ def convert(option: Option, value: Any, origin: str) -> Any:
         hint = str(error) if "did you mean" in str(error) else ""
         message = f"{origin}: {option.key} must be {option.expected}, not {value!r}"
         raise UsageError(f"{message}; {hint}" if hint else message) from None
+    if option.fault is not None and (fault := option.fault(converted)) is not None:
+        raise UsageError(f"{origin}: {option.key} {fault}")
     return expanded(option, converted, origin)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from diffusion_align.rewards.spec import read_spec
 
+from .device import DEVICE, device_fault
 from .names import UsageError
 from .schema import option
 
@@ -23,7 +24,7 @@ class RewardScore:
     prompts_file: str | None = option(None, "data", "file with one prompt a line, one for each picture or one for all (default: those of the samples.json in the folder)", aliases=("prompts",), path="name")
 
     batch_size: int = option(16, "machine", "pictures at a time", at_least=1)
-    device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
+    device: str | None = option(None, "machine", DEVICE, fault=device_fault)
     out: str = option("scores.jsonl", "output", "file for one line a picture: its name, its prompt and its score", path="file")
     # fmt: on
 
@@ -40,7 +41,7 @@ class RewardServe:
     max_side: int = option(2048, "server", "longest side of a picture, in pixels", at_least=8, at_most=8192)
     max_megabytes: int = option(64, "server", "size of one request", at_least=1, at_most=1024)
 
-    device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
+    device: str | None = option(None, "machine", DEVICE, fault=device_fault)
     # fmt: on
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .device import DEVICE, device_fault
 from .names import UsageError, shard_of
 from .schema import option
 
@@ -33,7 +34,7 @@ class Sample:
     resolution: int | None = option(None, "sampler", "side of the pictures in pixels (default: that of the run, else the model's own)", at_least=8)
 
     batch_size: int = option(8, "machine", "pictures at a time", at_least=1)
-    device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
+    device: str | None = option(None, "machine", DEVICE, fault=device_fault)
     threads: int | None = option(None, "machine", "CPU threads (default: OMP_NUM_THREADS, else one for each core that other programs leave free)", at_least=1)
     mixed_precision: str = option("no", "machine", "precision of the network", choices=("no", "fp16", "bf16"))
     out: str = option("samples", "output", "folder for the pictures and samples.json", aliases=("output_dir",), path="folder")
@@ -68,7 +69,7 @@ class Evaluate:
 
     shard: str | None = option(None, "machine", "K/N: draw a share of the prompts, K from 0 to N - 1; all shards fill one folder, and the last one to end writes the report", saved=False)
     batch_size: int = option(64, "machine", "pictures at a time", at_least=1)
-    device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
+    device: str | None = option(None, "machine", DEVICE, fault=device_fault)
     threads: int | None = option(None, "machine", "CPU threads (default: OMP_NUM_THREADS, else one for each core that other programs leave free)", at_least=1)
     mixed_precision: str = option("no", "machine", "precision of the network", choices=("no", "fp16", "bf16"))
     output_dir: str | None = option(None, "output", "where pictures and report go (default: the run, if it is alone; else evaluations/NAMES)", path="folder")

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ class Option:
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
+    fault: Callable[[Any], str | None] | None = None  # of a value of the right type: what is wrong with it, or None
     one_of: str = ""  # a group of options of which the one given later counts; together they are in the command's hands
     path: str = ""  # that it names a file or folder, and how: see `paths`
     # For a choice: the values of other options that come with it, in place of those of earlier layers.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .device import DEVICE, device_fault
 from .names import UsageError, shard_of
 from .reward import check_reward
 from .schema import option
@@ -33,7 +34,7 @@ class Synth:
 
     shard: str | None = option(None, "machine", "K/N: draw and score a share of the prompts, K from 0 to N - 1; all shards write into one folder, and the last one to end writes the tables", saved=False)
     batch_size: int = option(16, "machine", "pictures at a time", at_least=1)
-    device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
+    device: str | None = option(None, "machine", DEVICE, fault=device_fault)
     threads: int | None = option(None, "machine", "CPU threads (default: OMP_NUM_THREADS, else one for each core that other programs leave free)", at_least=1)
     mixed_precision: str = option("no", "machine", "precision of the network", choices=("no", "fp16", "bf16"))
     out: str = option("synth", "output", "folder for pictures, scores, rankings.parquet, pairs.parquet and report.json", aliases=("output_dir",), path="folder")

@@ -10,6 +10,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from .device import DEVICE, device_fault
+from .metrics import check_metric
 from .names import UsageError
 from .schema import option
 
@@ -55,7 +57,7 @@ class TrainCommon:
     ema_decay: float = option(0.999, "train", "decay of that average; less in the first steps", at_least=0, below=1)
     use_8bit_adam: bool = option(False, "train", "AdamW in 8 bits; needs the extra [8bit]")
 
-    device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
+    device: str | None = option(None, "machine", DEVICE, fault=device_fault)
     threads: int | None = option(None, "machine", "CPU threads (default: OMP_NUM_THREADS, else one for each core that other programs leave free)", at_least=1)
     mixed_precision: str = option("no", "machine", "precision of the network", choices=("no", "fp16", "bf16"))
     allow_tf32: bool = option(False, "machine", "TF32 in products and convolutions on NVIDIA GPUs; else neither has it")
@@ -127,6 +129,7 @@ def check_train(options: TrainCommon) -> None:
         raise UsageError("--extend lengthens a run that is resumed: give --resume_from_checkpoint as well")
     if options.mixed_precision == "fp16" and options.device == "cpu":
         raise UsageError("machine.mixed_precision fp16 needs a GPU; take bf16 or no on a CPU")
+    check_metric(type(options).__name__, options.keep_best)
 
 
 def check_offline(options: TrainOffline) -> None:

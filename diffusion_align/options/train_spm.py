@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from diffusion_align.rewards.spec import read_spec
 
+from .device import DEVICE, device_fault
 from .names import UsageError
 from .reward import check_reward
 from .schema import option
@@ -49,7 +50,7 @@ class TrainSpm:
     adam_weight_decay: float = option(0.3, "train", "AdamW's weight decay", at_least=0)
     max_grad_norm: float = option(1.0, "train", "gradients are clipped to this norm", above=0)
 
-    device: str | None = option(None, "machine", "cpu, cuda or mps (default: the best there is)")
+    device: str | None = option(None, "machine", DEVICE, fault=device_fault)
     threads: int | None = option(None, "machine", "CPU threads (default: OMP_NUM_THREADS, else one for each core that other programs leave free)", at_least=1)
     mixed_precision: str = option("no", "machine", "precision of the networks; the weights stay in float32", choices=("no", "fp16", "bf16"))
     process_timeout: int = option(1800, "machine", "with several processes: seconds they wait for one that does not come; more than the longest that one alone is busy (a grid, a reward)", at_least=10)

@@ -1,0 +1,113 @@
+"""What this machine lacks for a run, found before anything is loaded: devices, packages, and places to write to.
+
+torch is imported only where a device other than the CPU, or fp16, is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from diffusion_align.options import TrainCommon, TrainSpm, UsageError
+
+OUTPUTS = ("output_dir", "out", "bad_rows", "cache_dir")  # the options that name a place to write to
+FOLDERS = ("output_dir", "cache_dir")
+XFORMERS = "--enable_xformers_memory_efficient_attention"
+
+
+def require_possible(o: Any) -> None:
+    """Refuse what any verb's options ask for and this machine does not have.
+
+    Raises:
+        UsageError: no such device, a package that is missing, or a place that cannot be written to.
+    """
+    require_device(getattr(o, "device", None))
+    if isinstance(o, TrainCommon):
+        require_packages(o)
+    if isinstance(o, TrainCommon | TrainSpm) and o.mixed_precision == "fp16":
+        require_fp16(o.device)
+    for name in OUTPUTS:
+        require_writable(name, getattr(o, name, None))
+
+
+def require_device(word: str | None) -> None:
+    """Refuse a device that is not there, and one for several processes, of which each takes its own."""
+    if word is None or word == "cpu":
+        return
+    kind, _, number = word.partition(":")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if number and processes > 1:
+        raise UsageError(f"--device {word} is one device for {processes} processes: give {kind}, and each has its own")
+    there = devices()
+    if word not in there:
+        cure = " (this build of torch has no CUDA)" if kind == "cuda" and not _cuda_is_built() else ""
+        raise UsageError(
+            f"--device {word} is not there{cure}: this machine has {', '.join(there)}; "
+            "without --device the best is taken"
+        )
+
+
+def devices() -> list[str]:
+    """Every word of `--device` that works on this machine."""
+    import torch
+
+    there = ["cpu"]
+    if torch.cuda.is_available():
+        there += ["cuda", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        there.append("mps")
+    return there
+
+
+def _cuda_is_built() -> bool:
+    import torch
+
+    return torch.backends.cuda.is_built()
+
+
+def require_fp16(device: str | None) -> None:
+    """Training in fp16 scales its loss, for which there are kernels on CUDA only."""
+    if device in ("cpu", "mps") or "cuda" not in devices():
+        raise UsageError("machine.mixed_precision fp16 needs a CUDA GPU and there is none here; take bf16 or no")
+
+
+def require_packages(o: TrainCommon) -> None:
+    """Refuse options whose package is not installed; nothing is imported."""
+    if o.use_8bit_adam and find_spec("bitsandbytes") is None:
+        raise UsageError(
+            "train.use_8bit_adam needs bitsandbytes: pip install 'diffusion_align[8bit]', or leave the option out"
+        )
+    if o.enable_xformers_memory_efficient_attention:
+        if find_spec("xformers") is None:
+            raise UsageError(
+                f"{XFORMERS} needs xformers: pip install 'diffusion_align[xformers]', or leave it out "
+                "(PyTorch's own attention is as fast)"
+            )
+        if o.device in ("cpu", "mps") or "cuda" not in devices():
+            raise UsageError(f"{XFORMERS} needs a CUDA GPU and there is none here: leave it out")
+
+
+def require_writable(option: str, path: str | None) -> None:
+    """Refuse a place that cannot be written to, by writing to it or to the nearest folder above that exists."""
+    if path is None:
+        return
+    path = os.path.expanduser(path)
+    place = Path(path)
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if place.is_dir():
+        try:
+            with tempfile.TemporaryFile(dir=place):
+                return
+        except OSError as error:
+            why = error.strerror or str(error)
+    elif place == Path(path) and place.is_file() and option not in FOLDERS:
+        if os.access(place, os.W_OK):
+            return
+        why = "it may not be written to"
+    else:
+        why = "it is not a folder"
+    raise UsageError(f"--{option} {path} cannot be written: {place}: {why}; give another --{option}")
