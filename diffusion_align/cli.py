@@ -86,12 +86,12 @@ def _run(argv: list[str]) -> int:
 
 def _run_verb(words: str, argv: list[str]) -> int:
     verb = VERBS[words]
-    parser = build_parser(verb.options, f"{PROG} {words}", verb.about, verb.positional)
     if {"-h", "--help"} & set(argv):
+        parser = build_parser(verb.options, f"{PROG} {words}", verb.about, verb.positional)
         names = preset_names(words)
         print(parser.format_help() + (f"\npresets: {', '.join(names)}" if names else ""))
         return 0
-    parsed = parse(parser, verb.options, argv, words, verb.positional)
+    parsed = parse(verb.options, argv, words, verb.positional)
     resolved = resolve(verb.options, words, preset=parsed.preset, config=parsed.config, settings=parsed.settings)
     verb.check(resolved.options)
     require_outputs(resolved.options)

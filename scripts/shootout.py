@@ -111,11 +111,11 @@ def network_evaluations(argv: list[str]) -> int:
     without; those of SPO if every pair is kept."""
     from diffusion_align.commands.plan_online import rounds_of
     from diffusion_align.commands.run_tables import evaluations, planned_tables
-    from diffusion_align.options import VERBS, TrainOnline, build_parser, parse, resolve
+    from diffusion_align.options import VERBS, TrainOnline, parse, resolve
 
     words = " ".join(argv[:2])
     verb = VERBS[words]
-    parsed = parse(build_parser(verb.options, words, ""), verb.options, argv[2:], words)
+    parsed = parse(verb.options, argv[2:], words)
     o = resolve(verb.options, words, preset=parsed.preset, settings=parsed.settings).options
     if isinstance(o, TrainOnline):
         tables = planned_tables(o)

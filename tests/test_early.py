@@ -1,4 +1,4 @@
-"""What is refused before anything is loaded: devices, packages and places that are not there; names that mean nothing."""
+"""What is refused before anything is loaded: devices, packages, places and names that are not there."""
 
 import dataclasses
 import os
@@ -107,7 +107,7 @@ def test_the_device_asked_for_reaches_accelerate(word, told, monkeypatch):
     assert seen == [(told, word == "cpu")] and "ACCELERATE_TORCH_DEVICE" not in os.environ
     Stub.device = property(lambda self: torch.device("cpu"), lambda self, value: None)
     if told:
-        with pytest.raises(ValueError, match=f"--device {word} was asked for and cpu taken"):
+        with pytest.raises(ValueError, match=f"--device {word} was asked for and accelerate took cpu"):
             processes.join(TrainDpo(device=word))
 
 

@@ -126,7 +126,9 @@ def test_the_best_and_the_resumed_from_are_kept(world, tmp_path):
 
 def test_an_unknown_metric_is_named_with_those_there_are(world, tmp_path):
     code, said = train(flags(world, "dpo", tmp_path / "run", "--keep_best=rewards"))
-    assert code == 1 and "--keep_best rewards: this run has no such metric; it has" in said and "grad_norm" in said
+    assert code == 2 and "keep_best: this method writes no metric 'rewards'; there are loss, grad_norm" in said
+    with pytest.raises(ValueError, match="--keep_best rewards: this run has no such metric; it has loss, lr"):
+        Best("rewards").hear({"loss": 0.0, "lr": 1.0})  # a loop of one's own
 
 
 def test_the_best_is_judged_by_means_between_checkpoints():

@@ -63,7 +63,7 @@ SALESFORCE_COMMAND = """
 def read(argv, verb="train dpo"):
     """Command line -> Resolved, the way the command does it."""
     record = VERBS[verb]
-    parsed = parse(build_parser(record.options, verb, ""), record.options, argv, verb, record.positional)
+    parsed = parse(record.options, argv, verb, record.positional)
     return resolve(record.options, verb, preset=parsed.preset, config=parsed.config, settings=parsed.settings)
 
 
@@ -135,10 +135,9 @@ def test_prompts_are_left_alone():
 
 def test_bare_words_are_the_runs_of_evaluate_and_the_one_folder_of_annotate():
     assert read(["runs/lr=1e-5", "--seed", "3", "b"], "evaluate").options.run == ("runs/lr=1e-5", "b")
-    parser = build_parser(Annotate, "data annotate", "", "folder")
-    assert parse(parser, Annotate, ["a"], "data annotate", "folder").settings == [("folder", "a")]
+    assert parse(Annotate, ["a"], "data annotate", "folder").settings == [("folder", "a")]
     with pytest.raises(UsageError, match="'more' is neither"):
-        parse(parser, Annotate, ["a", "more"], "data annotate", "folder")
+        parse(Annotate, ["a", "more"], "data annotate", "folder")
 
 
 def test_each_text_of_a_list_is_one_of_its_choices():
@@ -162,7 +161,7 @@ def test_layers_in_order(tmp_path):
 
 
 def test_yaml_traps(tmp_path):
-    """PyYAML reads 1e-5 as text, `no` as false and 2_000 as a number; all three mean what the person meant."""
+    """By the letter of YAML 1.1 1e-5 is text, `no` false and 2_000 a number; all three mean what the person meant."""
     config = tmp_path / "c.yaml"
     lines = [
         "learning_rate: 1e-5",
@@ -190,7 +189,7 @@ def test_yaml_traps(tmp_path):
         ("- 1", "expected `key: value` lines, found list"),
         ("verb: sample\nseed: 1", "written for `sample`, not for `train dpo`"),
         ("seed: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
-        ("train: {seed: true}", "train.seed must be a whole number at least 0, not True"),
+        ("train: {seed: true}", "train.seed must be a whole number at least 0, not 'true'"),
         ("learning_rate: {a: 1}", "unknown section learning_rate"),
         ("validation_prompts: {a: 1}", "unknown section validation_prompts"),
         ("validation_prompts: [[a]]", "must be a list of texts"),

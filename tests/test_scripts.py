@@ -23,6 +23,7 @@ from diffusion_align.data import write_pairs_parquet
 from diffusion_align.data.images import encode_png
 from diffusion_align.models import adapters
 from diffusion_align.options import read_yaml
+from diffusion_align.options.metrics import METRICS
 from diffusion_align.schedule import Schedule
 from diffusion_align.shapes import sample_captions
 from diffusion_align.train import record
@@ -80,6 +81,7 @@ def finished(toys):
 
 def test_a_run_folder_holds_what_it_promises(toys, finished):
     rows = record.read(finished / "metrics.jsonl")
+    assert set().union(*rows) == {"step", "epoch", *METRICS["TrainDpo"]}
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[0]["loss"] == pytest.approx(math.log(2)) and rows[0]["lr"] == 1e-3
     assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]

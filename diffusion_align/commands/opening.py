@@ -15,7 +15,7 @@ from diffusion_align.commands.processes import join
 from diffusion_align.commands.session import Session
 from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.tracking import tracker_names
-from diffusion_align.options import TrainCommon
+from diffusion_align.options import TrainCommon, TrainOffline, UsageError
 from diffusion_align.train import watch
 from diffusion_align.train.checkpoint import Checkpoint
 from diffusion_align.train.ema import start_ema
@@ -28,7 +28,19 @@ def claim_early(o: TrainCommon) -> Checkpoint | None:
     tracker_names(o.report_to)
     run = Path(o.output_dir)
     run_folder.require_free(run, resuming=o.resume_from_checkpoint is not None, overwrite=o.overwrite_output_dir)
-    return run_folder.find_checkpoint(run, o.resume_from_checkpoint)
+    found = run_folder.find_checkpoint(run, o.resume_from_checkpoint)
+    if isinstance(o, TrainOffline) and o.max_train_steps is not None:
+        require_ahead(found, o.max_train_steps)
+    return found
+
+
+def require_ahead(resumed: Checkpoint | None, steps: int) -> None:
+    """Raise UsageError where the checkpoint to go on from lies behind the end of the run."""
+    if resumed is not None and resumed.step > steps:
+        raise UsageError(
+            f"the checkpoint is at step {resumed.step} and the run ends at step {steps}: give a larger "
+            "--max_train_steps, or an earlier checkpoint to --resume_from_checkpoint"
+        )
 
 
 @watch.named()

@@ -31,9 +31,7 @@ def join(o: TrainCommon | TrainSpm, project_dir: str | None = None) -> Accelerat
             mixed_precision=o.mixed_precision, cpu=o.device == "cpu", project_dir=project_dir, kwargs_handlers=[limit]
         )
     if o.device is not None and accelerator.device.type != o.device.partition(":")[0]:
-        raise ValueError(
-            f"--device {o.device} was asked for and {accelerator.device} taken: leave it out, or see doctor"
-        )
+        raise ValueError(f"--device {o.device} was asked for and accelerate took {accelerator.device}: leave it out")
     watch.start(Path(o.output_dir) / RANKS, accelerator.process_index, accelerator.num_processes)
     meet(accelerator)
     return accelerator

@@ -6,7 +6,7 @@ import math
 from functools import partial
 
 from diffusion_align.commands.encode import encoded
-from diffusion_align.commands.opening import claim_early, open_session
+from diffusion_align.commands.opening import claim_early, open_session, require_ahead
 from diffusion_align.commands.plan import accumulation_of, describe_loss, processes_here, steps_of
 from diffusion_align.commands.plan_dpo import describe_batch, read_training_pairs
 from diffusion_align.commands.setup import make_optimizer
@@ -31,6 +31,7 @@ def train_dpo(options: TrainDpo) -> int:
     pieces = (o.train_batch_size, accelerator.num_processes, accumulation)
     plan = steps_of(*pieces, o.num_train_epochs, o.max_train_steps, len(cache))
     batch, steps = plan.batch, plan.steps or 0  # known, as the pairs are
+    require_ahead(resumed, steps)
     unit = f"beta             {o.beta_dpo:g} in the unit of {o.beta_convention}"
     said = [unit] if needs_reference(o) else []
     said += [describe_loss(o.loss_type, o.label_smoothing), *describe_constants(o)]

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from diffusion_align import rng
-from diffusion_align.commands.opening import claim_early, open_session
+from diffusion_align.commands.opening import claim_early, open_session, require_ahead
 from diffusion_align.commands.people import people
 from diffusion_align.commands.plan_online import describe_constants, describe_rounds, rounds_of, training_prompts
 from diffusion_align.commands.run_tables import fresh, run_tables
@@ -181,6 +181,7 @@ def train_online(o: TrainOnline, verb: str, method: Callable[[Rollout], Method[A
     session = open_session(o, verb, resumed)
     rollout = Rollout(session, prompts)
     plan = rounds_of(o, session.accelerator.num_processes, rollout.tables)
+    require_ahead(resumed, plan.steps)
     said = describe_rounds(plan) + describe_constants(o, rollout.dims, rollout.tables)
     session.accelerator.print("\n".join(said))
     rate = o.learning_rate * (plan.batch if o.scale_lr else 1)

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from diffusion_align.commands.encode import encoded
-from diffusion_align.commands.opening import claim_early, open_session
+from diffusion_align.commands.opening import claim_early, open_session, require_ahead
 from diffusion_align.commands.plan import accumulation_of, processes_here, steps_of
 from diffusion_align.commands.plan_rankdpo import describe_prompts, read_training_rankings
 from diffusion_align.commands.setup import make_optimizer, optimizer_identity
@@ -35,6 +35,7 @@ def train_rankdpo(options: TrainRankdpo) -> int:
     pieces = (o.train_batch_size, accelerator.num_processes, accumulation)
     plan = steps_of(*pieces, o.num_train_epochs, o.max_train_steps, len(cache))
     batch, steps = plan.batch, plan.steps or 0  # known, as the rankings are
+    require_ahead(resumed, steps)
     accelerator.print("\n".join(describe_prompts(plan)))
     rate = o.learning_rate * (batch if o.scale_lr else 1)
     optimizer, scheduler = make_optimizer(o, session.parameters, rate, steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from .brought import brought_value
 from .names import UsageError, nearest
 from .paths import expanded
 from .schema import Option
@@ -23,12 +24,9 @@ def convert(option: Option, value: Any, origin: str) -> Any:
         return None
     try:
         converted = CONVERTERS[option.kind](value)
-        # YAML reads a bare `no` as false, and `no` is a value of --mixed_precision.
-        if option.choices and value is False and "no" in option.choices:
-            converted = "no"
         for one in (converted if option.kind is tuple else (converted,)) if option.choices else ():
             if one not in option.choices:
-                match = nearest(str(one), option.choices)
+                match = brought_value(option.name, one) or nearest(str(one), option.choices)
                 raise ValueError(f"did you mean {match}?" if match else "")
         _check_range(option, converted)
     except (ValueError, TypeError, OverflowError) as error:
@@ -67,7 +65,7 @@ def _int(value: Any) -> int:
         raise ValueError
     if isinstance(value, str) and value.lstrip("+-").isdigit():
         return int(value)
-    # 1e4 steps are a whole number too, although neither int() nor YAML says so.
+    # 1e4 steps are a whole number too, although int() does not say so.
     number = float(value)
     if number != int(number):
         raise ValueError
@@ -77,7 +75,6 @@ def _int(value: Any) -> int:
 def _float(value: Any) -> float:
     if isinstance(value, bool):
         raise ValueError
-    # YAML reads 1e-5, without a dot, as text: the most usual way to write a learning rate.
     return float(value)
 
 

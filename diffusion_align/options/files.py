@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from .brought import brought
 from .names import UsageError, unknown
 from .paths import settled
 from .schema import by_any_name, options_of
@@ -27,6 +29,21 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(None, None, f"the key {key_node.value} stands twice", key_node.start_mark)
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+
+class _TextLoader(_Loader):
+    """Values stay the text that was written, but for null: `convert` knows what an option takes, and YAML 1.1 does not.
+
+    It reads `off` as false, 010 as 8, 1:30 as 90, and 1e-5 as text.
+    """
+
+
+_KEPT = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
+_TextLoader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag in _KEPT]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_OCTAL = re.compile(r"[+-]?0[0-9_]+")
 
 
 def preset_names(verb: str) -> list[str]:
@@ -56,19 +73,21 @@ def config_path(name: str, verb: str) -> Path:
             raise UsageError(f"--config {name}: the folder holds no config.yaml")
         return found
     if not path.is_file():
+        if path.suffix == ".py":
+            raise UsageError(f"--config {name}: a Python configuration is a program; write its options as YAML")
         near = ", a preset has this name: use --preset" if name in preset_names(verb) else ""
         raise UsageError(f"--config {name}: no such file{near}")
     return path
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+def read_yaml(path: Path, *, as_text: bool = False) -> dict[str, Any]:
+    """The mapping in a YAML file; `as_text` leaves every value but null as it was written.
 
     Raises:
         UsageError: not YAML (with line and column), or not a mapping.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506, a subclass of SafeLoader
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_TextLoader if as_text else _Loader)  # noqa: S506, a subclass of SafeLoader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -102,9 +121,12 @@ def settings_of(content: dict[str, Any], options_class: type, verb: str, origin:
             raise _in(origin, unknown("section", str(key), sections, otherwise=f"there are {', '.join(sections)}"))
         else:
             settings.append((str(key), value))
-    for key, _ in settings:
+    for key, value in settings:
         if key not in names:
             raise _in(origin, unknown_key(key, options_class, verb))
+        if names[key].kind in (int, float) and isinstance(value, str) and _OCTAL.fullmatch(value):
+            plain = value.replace("_", "").lstrip("+-0") or "0"
+            raise UsageError(f"{origin}: {names[key].key} {value} would be octal in YAML: write {plain}")
     return settings
 
 
@@ -115,6 +137,8 @@ def unknown_key(key: str, options_class: type, verb: str) -> UsageError:
     bare = key.rpartition(".")[2]
     if bare in names:
         return UsageError(f"unknown key {key}; did you mean {names[bare].section}.{bare}?")
+    if (hint := brought(key, names) or brought(bare, names)) is not None:
+        return UsageError(f"unknown key {key}; {hint}")
     return unknown("key", key, candidates, otherwise=f"`diffusion-align {verb} --help` lists them all")
 
 

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
+from .brought import brought
+from .convert import FALSE, TRUE
 from .files import unknown_key
-from .names import UsageError, unknown
+from .names import UsageError, nearest, unknown
 from .schema import Option, by_any_name, options_of
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+FLAG = re.compile(r"--[A-Za-z_][\w.-]*(=.*)?", re.DOTALL)
+# Spelled so, a list takes one text at a time: a second word is most likely the rest of an unquoted prompt.
+ONE_PROMPT = ("prompt", "validation_prompt")
+TEXTS = ("preset", "config")
 # Flags that every verb with options has: how to start, not what to do.
 START_FLAGS = {
     "preset": "start from a named preset (`diffusion-align presets ls`)",
@@ -30,18 +37,12 @@ class Parsed:
     settings: list[tuple[str, Any]] = field(default_factory=list)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        match = re.match(r"argument (\S+): expected one argument", message)
-        raise UsageError(f"{match[1].split('/')[0]} needs a value" if match else message)
-
-
 def build_parser(options_class: type, prog: str, about: str, positional: str = "") -> argparse.ArgumentParser:
-    """The parser of one verb. Values stay text here: files and flags are converted in one place."""
+    """The help of one verb; `parse` reads its command line."""
     several = " ..." if positional and options_of(options_class)[positional].kind is tuple else ""
     word = f"{positional.upper()}{several} " if positional else ""
     usage = f"{prog} {word}[--preset NAME] [--config FILE] [--flag VALUE | key=value ...]"
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         prog=prog,
         usage=usage,
         description=about,
@@ -78,36 +79,100 @@ def _help(option: Option) -> str:
     return f"{option.help}{default}" + (f" [no effect: {option.unused}]" if option.unused else "")
 
 
-def parse(
-    parser: argparse.ArgumentParser, options_class: type, argv: list[str], verb: str, positional: str = ""
-) -> Parsed:
+def parse(options_class: type, argv: list[str], verb: str, positional: str = "") -> Parsed:
     """Take one verb's command line apart.
 
     Both `--learning_rate` and `--learning-rate` are read, and so are `train.learning_rate=...` and `learning_rate=...`.
+    The word after a flag is its value, also one that begins with a dash or holds an equals sign, but not another flag.
 
     Args:
         positional: the option that a bare word sets, or "" where no bare word is expected; a list takes several.
 
     Raises:
-        UsageError: an unknown flag or key (with the nearest valid one), a missing value, a word that belongs nowhere.
+        UsageError: an unknown flag or key (with the nearest valid one), a missing value, a word that belongs nowhere,
+            or two presets or files.
     """
-    names = by_any_name(options_class)
-    flags = {word for word in names if "." not in word} | set(START_FLAGS)
-    found, rest = parser.parse_known_args([_as_flag(word, names) for word in argv])
-    values = vars(found)
-    settings = [(name, value) for name, value in values.items() if name not in START_FLAGS]
-    bare: list[str] = []
-    for word in rest:
-        if word.startswith("-"):
-            raise unknown("flag", f"--{_spelled(word)}", [f"--{name}" for name in flags], otherwise=_see_help(verb))
-        if OVERRIDE.match(word):
-            raise unknown_key(word.partition("=")[0], options_class, verb)
-        if not positional or (bare and names[positional].kind is not tuple):
+    names, words = by_any_name(options_class), deque(argv)
+    start: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    prompted = ""  # the prompt that has just been read, of which a bare word may be the rest
+    while words:
+        word = words.popleft()
+        key, equals, value = word.partition("=")
+        flag = FLAG.fullmatch(word) is not None
+        if flag:
+            key = _spelled(word)
+        if key in START_FLAGS and flag:
+            given = value if equals else _value_of(key, key not in TEXTS, words, positional)
+            if start.setdefault(key, given) != given and key in TEXTS:
+                raise UsageError(f"--{key} is given twice: {start[key]} and {given}, the last word; give one of them")
+            start[key] = given
+        elif key in names and (flag or OVERRIDE.match(word)):
+            option = names[key]
+            given = value if equals else _value_of(key, option.kind is bool, words, positional)
+            if option.kind is tuple:
+                more = _more(key, option, words, names, positional) if flag else []
+                values.setdefault(option.name, []).extend([given, *more])
+            else:
+                values[option.name] = given
+            prompted = given if key in ONE_PROMPT else ""
+        elif word.startswith("-") and len(word) > 1:
+            raise unknown_flag(word, options_class, verb)
+        elif OVERRIDE.match(word):
+            raise unknown_key(key, options_class, verb)
+        elif prompted:
+            raise UsageError(
+                f"{word!r} is neither a flag nor key=value; "
+                f'a prompt of several words is quoted: "{prompted} {word} ..."'
+            )
+        elif not positional or (positional in values and names[positional].kind is not tuple):
             raise UsageError(f"{word!r} is neither a flag nor key=value; {_see_help(verb)}")
-        bare.append(word)
-    if bare:
-        settings.append((positional, bare if names[positional].kind is tuple else bare[0]))
-    return Parsed(values.get("preset"), values.get("config"), values.get("dry_run", False), settings)
+        elif names[positional].kind is tuple:
+            values.setdefault(positional, []).append(word)
+        else:
+            values[positional] = word
+    dry = start.get("dry_run", "false").lower() in TRUE
+    return Parsed(start.get("preset"), start.get("config"), dry, list(values.items()))
+
+
+def _value_of(key: str, switch: bool, words: deque[str], positional: str) -> str:
+    """The value of a flag that stands without an equals sign: the next word, and of a switch only if it is one."""
+    if switch:
+        # Where bare words are expected, 1 may be one of them.
+        said = ("true", "false") if positional else TRUE + FALSE
+        return words.popleft() if words and words[0].lower() in said else "true"
+    if not words or FLAG.fullmatch(words[0]):
+        raise UsageError(f"--{key} needs a value")
+    return words.popleft()
+
+
+def _more(key: str, option: Option, words: deque[str], names: dict[str, Option], positional: str) -> list[str]:
+    """The further words of a list. Where bare words mean something else, only its own choices are taken for them."""
+    taken: list[str] = []
+    while words and key not in ONE_PROMPT and not words[0].startswith("-"):
+        if OVERRIDE.match(words[0]) and words[0].partition("=")[0] in names:
+            break
+        if positional and words[0] not in option.choices:
+            break
+        taken.append(words.popleft())
+    return taken
+
+
+def unknown_flag(word: str, options_class: type, verb: str) -> UsageError:
+    """The error for a flag that the verb does not have: what it is here, or the nearest one."""
+    names, key = by_any_name(options_class), _spelled(word)
+    if not word.startswith("--") and (key in names or key in START_FLAGS):
+        return UsageError(f"unknown flag -{key}; a flag has two dashes: --{key}")
+    if (hint := brought(key, names)) is not None:
+        return UsageError(f"unknown flag --{key}; {hint}")
+    # What has no effect is no help, unless it is what was meant.
+    useful = [f"--{name}" for name, option in names.items() if "." not in name and not option.unused]
+    useful += [f"--{name}" for name in START_FLAGS]
+    unused = [f"--{name}" for name, option in names.items() if "." not in name and option.unused]
+    near = nearest(f"--{key}", unused, cutoff=0.85)
+    if near is not None and nearest(f"--{key}", [near, *useful]) == near:
+        return UsageError(f"unknown flag --{key}; did you mean {near}?")
+    return unknown("flag", f"--{key}", useful, otherwise=_see_help(verb))
 
 
 def _see_help(verb: str) -> str:
@@ -116,21 +181,3 @@ def _see_help(verb: str) -> str:
 
 def _spelled(word: str) -> str:
     return word.lstrip("-").partition("=")[0].replace("-", "_")
-
-
-def _as_flag(word: str, names: dict[str, Option]) -> str:
-    """`--learning-rate=1` and `train.learning_rate=1` as `--learning_rate=1`, `--scale_lr` as `--scale_lr=true`.
-
-    One form keeps the order, so that the last word on the command line wins however it is spelled. What is no option of
-    the verb, such as a prompt, is left alone.
-    """
-    key, equals, value = word.partition("=")
-    if word.startswith("--"):
-        key = _spelled(word)
-        if key in START_FLAGS:
-            return f"--{key}{equals}{value}"
-        if key in names and names[key].kind is bool and not equals:
-            equals, value = "=", "true"
-    elif not OVERRIDE.match(word):
-        return word
-    return f"--{names[key].name}{equals}{value}" if key in names else word

@@ -71,10 +71,11 @@ def resolve(
     layers: list[tuple[str, list[tuple[str, Any]]]] = []
     if preset is not None:
         origin = f"preset {preset}"
-        layers.append((origin, settings_of(read_yaml(preset_path(preset, verb)), options_class, verb, origin)))
+        content = read_yaml(preset_path(preset, verb), as_text=True)
+        layers.append((origin, settings_of(content, options_class, verb, origin)))
     path = config_path(config, verb) if config is not None else None
     if path is not None:
-        layers.append((str(path), settings_of(read_yaml(path), options_class, verb, str(path))))
+        layers.append((str(path), settings_of(read_yaml(path, as_text=True), options_class, verb, str(path))))
     layers.append((COMMAND_LINE, settings or []))
 
     names, options = by_any_name(options_class), options_of(options_class)
