@@ -37,7 +37,7 @@ DIFFUSERS_DEFAULTS = {
     "train_batch_size": 4, "num_train_epochs": 1, "max_train_steps": None, "checkpointing_steps": 500,
     "checkpoints_total_limit": None, "resume_from_checkpoint": None,
     "beta_dpo": 2500, "loss_type": "sigmoid", "learning_rate": 5e-4, "scale_lr": False, "lr_scheduler": "constant",
-    "lr_warmup_steps": 500, "lr_num_cycles": 1, "lr_power": 1.0, "dataloader_num_workers": 0, "use_8bit_adam": False,
+    "lr_num_cycles": 1, "lr_power": 1.0, "dataloader_num_workers": 0, "use_8bit_adam": False,
     "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 1e-2, "adam_epsilon": 1e-8, "max_grad_norm": 1.0,
     "local_rank": -1, "rank": 4, "run_validation": None, "validation_steps": 200, "vae_encode_batch_size": 8,
     "random_crop": False, "no_hflip": False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from diffusion_align.commands.course import describe_course
 from diffusion_align.commands.model_facts import read_model_facts
 from diffusion_align.commands.plan import (
     Steps,
@@ -50,6 +51,7 @@ def plan_dpo(o: TrainDpo) -> list[str]:
         f"pairs            {said}",
         *describe_batch(o, plan),
         describe_rate(o.learning_rate, o.scale_lr, plan.batch),
+        *describe_course(o, plan.steps, o.learning_rate * (plan.batch if o.scale_lr else 1)),
         *(describe_beta(o.beta_dpo, o.beta_convention, shape, schedule) if needs_reference(o) else []),
         describe_loss(o.loss_type, o.label_smoothing),
         *describe_constants(o),

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from diffusion_align.commands.course import describe_course
 from diffusion_align.commands.model_facts import read_model_facts
 from diffusion_align.commands.plan import describe_rate
 from diffusion_align.commands.run_tables import RunTables, compared, evaluations, planned_tables
@@ -110,6 +111,7 @@ def plan_online(o: TrainOnline) -> list[str]:
         *describe_rounds(plan),
         f"evaluations      a prompt and round: {' + '.join(f'{n:g} {word}' for word, n in counts.items())}",
         describe_rate(o.learning_rate, o.scale_lr, plan.batch),
+        *describe_course(o, plan.steps, o.learning_rate * (plan.batch if o.scale_lr else 1)),
         f"latent dims D    {dims}",
         *describe_constants(o, dims, tables),
     ]

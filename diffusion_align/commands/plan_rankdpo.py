@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from diffusion_align.commands.course import describe_course
 from diffusion_align.commands.model_facts import read_model_facts
 from diffusion_align.commands.plan import (
     Steps,
@@ -79,6 +80,7 @@ def plan_rankdpo(o: TrainRankdpo) -> list[str]:
         *describe_prompts(plan),
         *(describe_lists(o, used) if here else []),
         describe_rate(o.learning_rate, o.scale_lr, plan.batch),
+        *describe_course(o, plan.steps, o.learning_rate * (plan.batch if o.scale_lr else 1)),
         *describe_beta(o.beta_dpo, o.beta_convention, shape, schedule),
         f"trained          {describe_trained(o, facts)}",
     ]

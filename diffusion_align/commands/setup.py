@@ -9,6 +9,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from diffusion_align.commands.course import WARMUP, warmup_of
 from diffusion_align.options import TrainCommon
 from diffusion_align.train.optimizer import adamw, lr_schedule, redraw_rate
 
@@ -25,9 +26,7 @@ def make_optimizer(
         eps=o.adam_epsilon,
         eight_bit=o.use_8bit_adam,
     )
-    # In the scripts that people know, "constant" has no warm-up whatever --lr_warmup_steps says.
-    warmup = 0 if o.lr_scheduler == "constant" else o.lr_warmup_steps
-    name = o.lr_scheduler.removesuffix("_with_warmup")
+    warmup, name = warmup_of(o), o.lr_scheduler.removesuffix("_with_warmup")
     scheduler = lr_schedule(optimizer, name, warmup=warmup, total=steps, cycles=o.lr_num_cycles, power=o.lr_power)
     return optimizer, scheduler
 
@@ -47,5 +46,7 @@ def optimizer_identity(o: TrainCommon, *, learning_rate: float, steps: int) -> d
         adam_weight_decay adam_epsilon max_grad_norm skip_spikes use_8bit_adam use_ema ema_decay mixed_precision
         allow_tf32""".split()
     identity: dict[str, Any] = {"learning_rate": learning_rate, **{name: getattr(o, name) for name in same}}
+    if o.lr_warmup_steps is None:
+        identity["lr_warmup_steps"] = WARMUP  # of a constant rate, which has none: what older checkpoints say
     # A course that ends somewhere depends on where; a constant rate can be trained on for as long as one likes.
     return identity if o.lr_scheduler.startswith("constant") else identity | {"steps": steps}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import partial
 
+from diffusion_align.commands.course import describe_course, settle_warmup
 from diffusion_align.commands.encode import encoded
 from diffusion_align.commands.opening import claim_early, open_session, require_ahead
 from diffusion_align.commands.plan import accumulation_of, describe_loss, processes_here, steps_of
@@ -35,8 +36,9 @@ def train_dpo(options: TrainDpo) -> int:
     unit = f"beta             {o.beta_dpo:g} in the unit of {o.beta_convention}"
     said = [unit] if needs_reference(o) else []
     said += [describe_loss(o.loss_type, o.label_smoothing), *describe_constants(o)]
-    accelerator.print("\n".join([*describe_batch(o, plan), *said]))
     rate = o.learning_rate * (batch if o.scale_lr else 1)
+    o = session.options = settle_warmup(o, steps)
+    accelerator.print("\n".join([*describe_batch(o, plan), *describe_course(o, steps, rate), *said]))
     optimizer, scheduler = make_optimizer(o, session.parameters, rate, steps)
     identity = identity_of(o, cache.identity, beta=beta, batch=batch, learning_rate=rate, steps=steps)
     progress = session.start(optimizer, scheduler, identity, [pair.prompt for pair in pairs])

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from diffusion_align import rng
+from diffusion_align.commands.course import describe_course, settle_warmup
 from diffusion_align.commands.opening import claim_early, open_session, require_ahead
 from diffusion_align.commands.people import people
 from diffusion_align.commands.plan_online import describe_constants, describe_rounds, rounds_of, training_prompts
@@ -182,9 +183,10 @@ def train_online(o: TrainOnline, verb: str, method: Callable[[Rollout], Method[A
     rollout = Rollout(session, prompts)
     plan = rounds_of(o, session.accelerator.num_processes, rollout.tables)
     require_ahead(resumed, plan.steps)
-    said = describe_rounds(plan) + describe_constants(o, rollout.dims, rollout.tables)
-    session.accelerator.print("\n".join(said))
     rate = o.learning_rate * (plan.batch if o.scale_lr else 1)
+    o = session.options = settle_warmup(o, plan.steps)
+    said = describe_rounds(plan) + describe_course(o, plan.steps, rate)
+    session.accelerator.print("\n".join(said + describe_constants(o, rollout.dims, rollout.tables)))
     optimizer, scheduler = make_optimizer(o, session.parameters, rate, plan.steps)
     progress = session.start(optimizer, scheduler, online_identity(o, rollout, rate, plan.steps), prompts)
     records = run_rounds(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from diffusion_align.commands.course import describe_course, settle_warmup
 from diffusion_align.commands.encode import encoded
 from diffusion_align.commands.opening import claim_early, open_session, require_ahead
 from diffusion_align.commands.plan import accumulation_of, processes_here, steps_of
@@ -36,8 +37,9 @@ def train_rankdpo(options: TrainRankdpo) -> int:
     plan = steps_of(*pieces, o.num_train_epochs, o.max_train_steps, len(cache))
     batch, steps = plan.batch, plan.steps or 0  # known, as the rankings are
     require_ahead(resumed, steps)
-    accelerator.print("\n".join(describe_prompts(plan)))
     rate = o.learning_rate * (batch if o.scale_lr else 1)
+    o = session.options = settle_warmup(o, steps)
+    accelerator.print("\n".join(describe_prompts(plan) + describe_course(o, steps, rate)))
     optimizer, scheduler = make_optimizer(o, session.parameters, rate, steps)
     identity = {
         **cache.identity,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffusion_align import rng
 from diffusion_align.commands import threads
+from diffusion_align.commands.course import describe_course, settle_warmup, warmup_of
 from diffusion_align.commands.encode import encoded
 from diffusion_align.commands.interrupt import Interruptible
 from diffusion_align.commands.plan import describe_steps, steps_of
@@ -97,8 +98,9 @@ def train_spm(options: TrainSpm) -> int:
         o.train_batch_size, accelerator.num_processes, o.gradient_accumulation_steps, o.num_train_epochs,
         o.max_train_steps, len(cache),
     )  # fmt: skip
-    accelerator.print("\n".join(describe_steps(plan)))
     steps = plan.steps or 0  # known, as the pairs are
+    o = settle_warmup(o, steps)
+    accelerator.print("\n".join(describe_steps(plan) + describe_course(o, steps, o.learning_rate)))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = adamw(parameters, o.learning_rate, weight_decay=o.adam_weight_decay)
     records = train_step_aware(
@@ -110,7 +112,7 @@ def train_spm(options: TrainSpm) -> int:
         schedule=gate.schedule,
         parameters=parameters,
         optimizer=optimizer,
-        lr_scheduler=lr_schedule(optimizer, o.lr_scheduler, warmup=o.lr_warmup_steps, total=steps),
+        lr_scheduler=lr_schedule(optimizer, o.lr_scheduler, warmup=warmup_of(o), total=steps),
         accelerator=accelerator,
         batch_size=plan.batch,
         seed=o.seed,

@@ -40,7 +40,7 @@ class TrainCommon:
     learning_rate: float = option(5e-4, "train", "learning rate after warm-up", aliases=("lr", "unet_lr"), above=0)
     scale_lr: bool = option(False, "train", "multiply the learning rate by the effective batch size")
     lr_scheduler: str = option("constant", "train", "course of the learning rate", choices=("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"))
-    lr_warmup_steps: int = option(500, "train", "steps of warm-up (constant has none)", at_least=0)
+    lr_warmup_steps: int | None = option(None, "train", "steps of warm-up (default: 500, but at most a tenth of the run; constant has none)", at_least=0)
     lr_num_cycles: int = option(1, "train", "restarts of cosine_with_restarts", at_least=1)
     lr_power: float = option(1.0, "train", "power of polynomial", above=0)
     adam_beta1: float = option(0.9, "train", "AdamW's beta 1", at_least=0, below=1)

@@ -46,7 +46,7 @@ class TrainSpm:
     max_train_steps: int | None = option(None, "train", "steps of the optimizer; overrides num_train_epochs", at_least=1, one_of="length")
     learning_rate: float = option(3e-6, "train", "learning rate after warm-up (the authors have 1e-6 for SDXL)", aliases=("lr",), above=0)
     lr_scheduler: str = option("linear", "train", "course of the learning rate", choices=("constant", "linear", "cosine"))
-    lr_warmup_steps: int = option(500, "train", "steps of warm-up", at_least=0)
+    lr_warmup_steps: int | None = option(None, "train", "steps of warm-up (default: 500, but at most a tenth of the run; constant has none)", at_least=0)
     adam_weight_decay: float = option(0.3, "train", "AdamW's weight decay", at_least=0)
     max_grad_norm: float = option(1.0, "train", "gradients are clipped to this norm", above=0)
 

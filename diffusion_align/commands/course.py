@@ -1,0 +1,50 @@
+"""The course of the learning rate over a run: its warm-up where nobody set one, and what a person should know of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TypeVar
+
+from diffusion_align.options import TrainCommon, TrainSpm
+from diffusion_align.train.optimizer import lr_factor
+
+WARMUP, SHARE = 500, 10  # steps of warm-up that the scripts people know have by default, and the share of a run here
+Options = TypeVar("Options", TrainCommon, TrainSpm)
+
+
+def settle_warmup(o: Options, steps: int) -> Options:
+    """The options with a number for the warm-up: 500 steps, but at most a tenth of the run, where nobody gave one.
+
+    A number, so that the run's config.yaml says what was done. "constant" has no warm-up and is left as it is.
+    """
+    if o.lr_warmup_steps is not None or o.lr_scheduler == "constant":
+        return o
+    return dataclasses.replace(o, lr_warmup_steps=min(WARMUP, steps // SHARE))
+
+
+def warmup_of(o: TrainCommon | TrainSpm) -> int:
+    """Steps of warm-up, once settled. "constant" has none, whatever --lr_warmup_steps says, as in other scripts."""
+    return 0 if o.lr_scheduler == "constant" else o.lr_warmup_steps or 0
+
+
+def describe_course(o: TrainCommon | TrainSpm, steps: int | None, rate: float) -> list[str]:
+    """How the rate rises and falls, and a warning where it never gets to what is asked for. `rate` is the effective
+    one; `steps` None: unknown yet."""
+    name = o.lr_scheduler.removesuffix("_with_warmup")
+    if steps is None:
+        return [f"course           {name}, over a number of steps that is unknown until the data are counted"]
+    o = settle_warmup(o, steps)
+    warmup = warmup_of(o)
+    rise = f"rises over {warmup} steps, then " if warmup else ""
+    fall = "constant" if name == "constant" else f"{name} to 0 at step {steps}"
+    lines = [f"course           {rise}{fall}"]
+    cycles, power = getattr(o, "lr_num_cycles", 1), getattr(o, "lr_power", 1.0)
+    peak = max(
+        lr_factor(step, name=name, warmup=warmup, total=steps, cycles=cycles, power=power) for step in range(steps)
+    )
+    if peak < 0.9:
+        lines.append(
+            f"warning          the rate gets to {peak * rate:.3g} at most, {100 * peak:.3g} % of {rate:g}: the warm-up "
+            f"of {warmup} steps is longer than the run of {steps}; lower --lr_warmup_steps"
+        )
+    return lines
