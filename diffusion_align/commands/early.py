@@ -11,6 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from diffusion_align.commands.footprint import require_memory
+from diffusion_align.commands.model_facts import LORA_LAYERS, read_model_facts
+from diffusion_align.commands.sources import present_model
+from diffusion_align.models.hub import local_folder
+from diffusion_align.models.ranks import require_rank
 from diffusion_align.options import TrainCommon, TrainSpm, UsageError
 
 OUTPUTS = ("output_dir", "out", "bad_rows", "cache_dir")  # the options that name a place to write to
@@ -31,6 +36,30 @@ def require_possible(o: Any) -> None:
         require_fp16(o.device)
     for name in OUTPUTS:
         require_writable(name, getattr(o, name, None))
+    require_model(o)
+
+
+def require_model(o: Any) -> None:
+    """Refuse a model that is not there or is none, a LoRA too large for its layers, and a batch that cannot fit.
+
+    Of a model on the hub nothing is known before it is fetched.
+
+    Raises:
+        FileNotFoundError, ValueError: as `models.hub.locate`. UsageError: the rank or the batch is too large.
+    """
+    if getattr(o, "pretrained_model_name_or_path", None) is None:
+        return
+    name = present_model(o.pretrained_model_name_or_path)
+    local_folder(name)
+    if not isinstance(o, TrainCommon | TrainSpm):
+        return
+    facts = read_model_facts(name)
+    if isinstance(o, TrainCommon) and o.mode == "lora":
+        try:
+            require_rank(facts.unet_shapes, o.rank, LORA_LAYERS[o.lora_targets])
+        except ValueError as error:
+            raise UsageError(f"adapter.rank: {error}") from None
+    require_memory(o, facts)
 
 
 def require_device(word: str | None) -> None:

@@ -34,6 +34,7 @@ class ModelFacts:
     resolution: int
     scheduler: dict[str, Any]
     unet_shapes: dict[str, tuple[int, ...]]
+    unet: dict[str, Any]  # its config.json
 
     def latent_shape(self, resolution: int | None) -> tuple[int, int, int]:
         side = (resolution or self.resolution) // self.factor
@@ -59,12 +60,12 @@ def read_model_facts(name: str) -> ModelFacts:
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         side = unet["sample_size"] * factor
         channels, shapes = vae.get("latent_channels", 4), _shapes(folder / "unet")
-        return ModelFacts(True, family, channels, factor, side, scheduler, shapes)
+        return ModelFacts(True, family, channels, factor, side, scheduler, shapes, unet)
     except (OSError, ValueError, KeyError, TypeError):
         # SDXL's descendants carry its letters, wherever in the name: stable-diffusion-xl-base-1.0, RealVisXL_V4.0.
         family = SDXL if "xl" in name.rpartition("/")[2].lower() else STABLE_DIFFUSION
         resolution = 512 if name in SDXL_OF_512 else RESOLUTION[family]
-        return ModelFacts(False, family, 4, 8, resolution, SCHEDULE, {})
+        return ModelFacts(False, family, 4, 8, resolution, SCHEDULE, {}, {})
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:

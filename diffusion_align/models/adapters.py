@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from ..rng import normal
 from .guidance import Predict
 from .pipeline import TextToImage
+from .ranks import require_rank
 
 MODES = ("lora", "full")
 
@@ -52,7 +53,7 @@ def add_lora(
     alpha/rank.
 
     Raises:
-        ValueError: a rank below 1, a LoRA is already there, or no layer has such a name.
+        ValueError: a rank below 1 or above the width of a layer, a LoRA is already there, or no layer has such a name.
     """
     if rank < 1:
         raise ValueError(f"the rank of a LoRA is at least 1, not {rank}")
@@ -60,6 +61,7 @@ def add_lora(
     layers = [name for name, _ in unet.named_modules()]
     if not any(name == target or name.endswith("." + target) for name in layers for target in targets):
         raise ValueError(f"no layer of the network is named like any of {', '.join(targets)}")
+    require_rank({name: tuple(weight.shape) for name, weight in unet.named_parameters()}, rank, targets)
     unet.requires_grad_(False)
     strength = rank if alpha is None else alpha
     config = LoraConfig(r=rank, lora_alpha=strength, target_modules=list(targets))  # type: ignore[arg-type]

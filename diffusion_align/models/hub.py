@@ -63,6 +63,13 @@ def locate(name_or_path: str | os.PathLike[str], *, revision: str | None = None,
         ValueError: the folder is not a Stable Diffusion 1.x/2.x or SDXL pipeline.
     """
     name = os.fspath(name_or_path)
+    folder = local_folder(name)
+    return checked(_download(name, revision, variant)) if folder is None else folder
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder that a name means on this disk, checked; None for a hub id, of which nothing is known here. Reads
+    small JSON files only. Raises as `locate`."""
     if name == "tiny":
         return checked(asset("tiny"))
     folder = Path(name).expanduser()
@@ -74,7 +81,7 @@ def locate(name_or_path: str | os.PathLike[str], *, revision: str | None = None,
         raise FileNotFoundError(
             f'no model at {name}: give a folder in diffusers format, a hub id such as owner/name, or "tiny"'
         )
-    return checked(_download(name, revision, variant))
+    return None
 
 
 def _download(name: str, revision: str | None, variant: str | None) -> Path:

@@ -1,0 +1,107 @@
+"""Memory that a training needs at the very least, by arithmetic: what surely cannot fit is refused before it fills the
+machine. torch is imported only where a GPU may be meant and the need is large.
+
+Counted are: the UNet's weights in half precision; with --mode full also float32 weights, gradients, AdamW's moments;
+latents, noise, noised latents, target and two outputs of every picture in the network; and of its activations the
+skip connections, which every pass holds, or in training without checkpointing two tensors of each residual block of
+the upward path and four of each attention block. What is really needed is several times that.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from diffusion_align.commands.model_facts import ModelFacts
+from diffusion_align.options import TrainCommon, TrainOffline, TrainOnline, TrainRankdpo, TrainSpm, TrainSpo, UsageError
+
+SMALL = 1 << 30  # bytes that fit everywhere
+COPIES = 6  # of each picture's latents
+
+
+def require_memory(o: TrainCommon | TrainSpm, facts: ModelFacts) -> None:
+    """Refuse a batch, or a model, whose least need is above all the memory of the device.
+
+    Raises:
+        UsageError: with the largest batch whose least need would fit.
+    """
+    if not facts.known:
+        return
+    option, count, a_piece, rows = _rows(o)
+    fixed, each = weights_bytes(o, facts), picture_bytes(o, facts) * rows
+    if fixed + count * each < SMALL:
+        return
+    there, where = memory_of(o.device)
+    if fixed > there:
+        cure = "--mode lora needs less" if getattr(o, "mode", "lora") == "full" else "take a smaller model"
+        raise UsageError(f"this model needs {_gb(fixed)} for its weights alone and {where} has {_gb(there)}; {cure}")
+    if fixed + count * each > there:
+        fits = max(1, (there - fixed) // each)
+        more = "" if isinstance(o, TrainOnline) else "; --gradient_accumulation_steps makes larger batches of them"
+        raise UsageError(
+            f"--{option} {count} needs {_gb(fixed + count * each)} at the very least and {where} has {_gb(there)}: "
+            f"{fits} {a_piece} at most, and likely far fewer{more}"
+        )
+
+
+def _rows(o: TrainCommon | TrainSpm) -> tuple[str, int, str, int]:
+    """The option that says how much is in the network at once, its value, what it counts, and rows of the network."""
+    if isinstance(o, TrainOnline):
+        pictures = o.prompts_per_round * (o.children if isinstance(o, TrainSpo) else o.group_size)
+        return "sample_chunk", min(o.sample_chunk, pictures), "pictures", 1 if o.guidance == 1 else 2
+    rows = 1 if isinstance(o, TrainRankdpo) and o.one_picture_at_a_time else 2
+    return "train_batch_size", o.train_batch_size, "prompts" if isinstance(o, TrainRankdpo) else "pairs", rows
+
+
+def weights_bytes(o: TrainCommon | TrainSpm, facts: ModelFacts) -> int:
+    """Of the UNet: half precision where it is frozen; in full training float32, with gradients and moments."""
+    if getattr(o, "mode", "lora") != "full":
+        return 2 * facts.full_parameters()
+    moments = 2 if getattr(o, "use_8bit_adam", False) else 8
+    return (2 + 4 + 4 + moments) * facts.full_parameters()
+
+
+def picture_bytes(o: TrainCommon | TrainSpm, facts: ModelFacts) -> int:
+    """Of one row of the network: its latents, and the activations that a pass, or a training, holds at once."""
+    channels, side, _ = facts.latent_shape(o.resolution)
+    size = 4 if o.mixed_precision == "no" else 2
+    graph = isinstance(o, TrainOffline) and not o.gradient_checkpointing
+    return COPIES * 4 * channels * side * side + size * activations(facts.unet, side, graph=graph)
+
+
+def activations(unet: dict[str, Any], side: int, *, graph: bool) -> int:
+    """Numbers that one row of a UNet with this config.json surely holds at once, with or without a graph."""
+    channels, layers = unet["block_out_channels"], unet.get("layers_per_block", 2)
+    per = layers if isinstance(layers, list) else [layers] * len(channels)
+    kinds = unet.get("down_block_types", [])
+    total, before = 0, channels[0]  # what comes into a level, at its side
+    for level, (width, count) in enumerate(zip(channels, per, strict=True)):
+        size = (side >> level) ** 2
+        attends = level < len(kinds) and "Attn" in kinds[level]
+        if graph:
+            total += size * width * (2 * (count + 1) + 4 * (2 * count + 1) * attends)
+        else:
+            total += size * (width * count + before)
+        before = width
+    return total
+
+
+def memory_of(device: str | None) -> tuple[int, str]:
+    """All the memory of the device in bytes, and the device in words; of the CPU what this process may have."""
+    if device != "cpu":
+        import torch
+
+        if torch.cuda.is_available() and device != "mps":
+            return torch.cuda.mem_get_info(torch.device(device or "cuda"))[1], device or "cuda"
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(os, "sysconf") else []
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int(Path(path).read_text()))
+        except (OSError, ValueError):  # not here, or "max"
+            pass
+    return min(limits, default=1 << 62), "this machine"
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.3g} GB"
