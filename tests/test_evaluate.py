@@ -17,6 +17,7 @@ from diffusion_align.commands import evaluate_report, judging
 from diffusion_align.commands.prompt_lists import Prompt, by_category, evaluation_prompts, kinds
 from diffusion_align.data import write_pairs_parquet
 from diffusion_align.data.images import encode_png
+from diffusion_align.models.hub import asset
 from diffusion_align.shapes import parse, sample_captions
 
 QUICK = ["--num_prompts", "6", "--steps", "2", "--reward", "none", "--features", "none", "--device", "cpu"]
@@ -223,6 +224,32 @@ def test_lists_of_prompts_in_every_form(tmp_path):
     assert evaluation_prompts(str(world), 1)[0].categories == ("task: counting",)
 
 
+def test_prompts_without_a_reward_are_reported_side_by_side(run, tmp_path, capsys):
+    """Pictures, and with a network of features variety and distances; the default reward is for embedded captions."""
+    (tmp_path / "dogs.txt").write_text("a dog\nanother dog\n")
+    quick = ["--num_prompts", "2", "--steps", "2", "--sampler", "dpmpp", "--device", "cpu"]
+    argv = ["evaluate", str(run), "--prompts", str(tmp_path / "dogs.txt"), *quick]
+    assert cli.main([*argv, "--output_dir", str(tmp_path / "plain")]) == 0
+    said, report = capsys.readouterr().out, json.loads((tmp_path / "plain" / "report.json").read_text())
+    assert "Base and tuned side by side on 2 prompts; nothing scored them." in said
+    assert report["headline"]["metric"] is None and report["metrics"] == {} and report["facts"]["rewards"] == "none"
+    assert {(entry["index"], entry["why"]) for entry in report["shown"]} == {(0, "drawn"), (1, "drawn")}
+    page = (tmp_path / "plain" / "report.html").read_text()
+    assert page.count("data:image/png") == 4 and "another dog" in page and "NaN" not in page and "None" not in page
+    assert (tmp_path / "plain" / "pairs.png").exists()
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "real.png")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "other.png")
+    clip = str(asset("tiny_clip"))
+    more = ["--features", clip, "--reference_pictures", str(tmp_path), "--num_images_per_prompt", "2"]
+    assert cli.main([*argv, *more, "--output_dir", str(tmp_path / "more")]) == 0
+    report = json.loads((tmp_path / "more" / "report.json").read_text())
+    assert report["comparisons"][0]["diversity"]["n"] == 2 and report["distances"][0]["reference"] == 2
+    assert "variety tuned dpmpp" in capsys.readouterr().out
+    page = (tmp_path / "more" / "report.html").read_text()
+    assert "<h2>Variety</h2>" in page and "<h2>Distance to real pictures</h2>" in page
+
+
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
@@ -247,7 +274,6 @@ def test_lists_that_are_none_are_one_line(run, tmp_path, capsys, content, name, 
         (("--held_out_reward", "people"), 2, "data annotate"),
         (("--held_out_reward", "pikscore"), 2, "unknown reward pikscore; did you mean pickscore?"),
         (("--reference_pictures", "{run}/samples/base/none"), 2, "no .png, .jpg or .webp lies in"),
-        (("--prompts", "{dogs}"), 2, "nothing to score with"),
         (
             ("--prompts", "{dogs}", "--reward", "tiny"),
             2,

@@ -15,13 +15,14 @@ from torch import Tensor
 from diffusion_align.commands import threads
 from diffusion_align.commands.contenders import Contender, base_contender, contender
 from diffusion_align.commands.evaluate_report import report
-from diffusion_align.commands.judging import Judging, check_judging, open_judging
+from diffusion_align.commands.judging import Judging, check_judging, open_judging, settle_reward
 from diffusion_align.commands.prompt_lists import Prompt, caption_of, evaluation_prompts
 from diffusion_align.commands.threads import Threads
 from diffusion_align.evaluation import Measured, missing_pictures, read_pictures, sampler_table, save_pictures, score
 from diffusion_align.evaluation.report import versions
 from diffusion_align.options import Evaluate
 from diffusion_align.options.names import shard_of
+from diffusion_align.options.sample import check_evaluate
 from diffusion_align.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def evaluate(options: Evaluate) -> int:
     base = contender(o.base, o.pretrained_model_name_or_path) if o.base is not None else base_contender(models[0])
     prompts = evaluation_prompts(o.prompts, o.num_prompts)
     in_world = all(caption_of(prompt.text) for prompt in prompts)
+    o = settle_reward(o, in_world)
+    check_evaluate(o)  # again: a held-out reward may be the one that is now settled
     check_judging(o, in_world)
     if len(models) == 1:
         names = {"base": base, "tuned": models[0]}

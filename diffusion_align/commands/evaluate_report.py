@@ -40,7 +40,7 @@ def report(
     base, tuned = measured["base", lead], measured[first, lead]
     distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     groups = torch.tensor([distinct[text] for text in texts])
-    headline = "judge/all" if judging.judges else next(iter(judging.rewards))
+    headline = "judge/all" if judging.judges else next(iter(judging.rewards), None)
     per = o.num_images_per_prompt
     kinds = {
         category: [number * per + which for number in numbers for which in range(per)]
@@ -49,10 +49,10 @@ def report(
     resampling = {"seed": o.seed, "resamples": 10_000}
     models = [one for (name, _), one in measured.items() if name != "base"]
     compared = comparisons([one for (name, _), one in measured.items() if name == "base"], models, groups, **resampling)
-    shares = [headline, *judging.rewards] if judging.judges else list(judging.rewards)
+    shares = (["judge/all"] if judging.judges else []) + list(judging.rewards)
     further: dict[str, Any] = {
         "comparisons": compared,
-        "order": order_of_models(compared, headline),
+        "order": order_of_models(compared, headline) if headline is not None else {},
         "categories": by_category(base.scores, tuned.scores, shares, kinds, groups, **resampling),
         "features": o.features if judging.features is not None else "none",
     }
@@ -110,10 +110,14 @@ def summary(report: dict[str, Any]) -> list[str]:
     """The report's headline and one line a metric, then one a further model or sampler, for a terminal."""
     means = f"{'base':>8} {'tuned':>8} {'change':>8}"
     head = f"{'metric':18} {'n':>5} {means}   {'95 % interval':18} {'better':>7} {'worse':>6}"
-    lines = [report["headline"]["sentence"], "", head]
-    lines += [_line(name, m) for name, m in report["metrics"].items() if m["n"]]
+    lines = [report["headline"]["sentence"]]
+    if report["metrics"]:
+        lines += ["", head, *(_line(name, m) for name, m in report["metrics"].items() if m["n"])]
+    for row in report.get("comparisons", []):
+        if not report["metrics"] and (variety := row.get("diversity")) is not None:
+            lines.append(_line(f"variety {row['model']} {row['sampler']}", variety))
     metric, compared = report["headline"]["metric"], report.get("comparisons", [])
-    if len(compared) > 1:
+    if len(compared) > 1 and metric is not None:
         lines += ["", f"{metric} by model and sampler"]
         lines += [_line(f"{row['model']} {row['sampler']}", row["metrics"][metric]) for row in compared]
     if len({tuple(order) for order in report.get("order", {}).values()}) > 1:

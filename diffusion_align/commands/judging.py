@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +36,16 @@ class Judging:
     features: Features | None
 
 
+def settle_reward(o: Evaluate, in_world: bool) -> Evaluate:
+    """The options with a reward: where nobody said which, the embedded one for captions that it knows, else none."""
+    return dataclasses.replace(o, reward="tiny" if in_world else "none") if o.reward == "auto" else o
+
+
 def check_judging(o: Evaluate, in_world: bool) -> None:
     """Refuse what cannot be scored; loads nothing.
 
     Raises:
-        UsageError: no such reward, the embedded one for strange prompts, people, or nothing to score with.
+        UsageError: no such reward, the embedded one for strange prompts, or people.
     """
     for name in rewards_of(o):
         try:
@@ -52,8 +58,6 @@ def check_judging(o: Evaluate, in_world: bool) -> None:
             )
         if name == "people":
             raise UsageError("people choose between a run's pictures in training; to compare models, data annotate")
-    if not rewards_of(o) and not in_world:
-        raise UsageError("nothing to score with: no reward, and the prompts are not captions of the embedded world")
     if o.reference_pictures is not None and not _pictures_in(Path(o.reference_pictures)):
         raise UsageError(f"score.reference_pictures: no .png, .jpg or .webp lies in {o.reference_pictures}")
 
@@ -63,17 +67,11 @@ def _word(name: str) -> str:
 
 
 def open_judging(o: Evaluate, in_world: bool, resolution: int) -> Judging:
-    """Load what `check_judging` let through.
-
-    Raises:
-        ValueError: nothing to score with.
-    """
+    """Load what `check_judging` let through. Without a reward and a judge pictures are only shown side by side."""
     names = {name: "reward" if name == o.reward else name.split("/")[-1] for name in rewards_of(o)}
     place = torch.device(o.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rewards = {word: reward_by_name(name, device=place, seed=o.seed) for name, word in names.items()}
     judges: dict[str, Judge] = {"judge": judge} if in_world and resolution == PIXELS else {}
-    if not judges and not rewards:
-        raise ValueError(f"nothing to score with: no reward, and the judge reads {PIXELS}-pixel pictures only")
     known = o.features != "none" and (in_world or o.features != "tiny")
     return Judging(rewards, judges, _features(o.features, place) if known else None)
 

@@ -39,11 +39,11 @@ def _verdict(value: float | None, *, share: bool) -> str:
 
 
 def _pair(
-    entry: Mapping[str, Any], place: Mapping[str, int], headline: str, model: str, shots: tuple[Tensor, Tensor]
+    entry: Mapping[str, Any], place: Mapping[str, int], headline: str | None, model: str, shots: tuple[Tensor, Tensor]
 ) -> str:
     sides = []
     for name, called, shot in zip(("base", "tuned"), ("base", escape(model)), shots, strict=True):
-        verdict = _verdict(entry[name][headline], share="/" in headline)
+        verdict = "" if headline is None else _verdict(entry[name][headline], share="/" in headline)
         crisp = ' class="crisp"' if max(shot.shape) <= 128 else ""
         sides.append(
             f'<div class="{name}"><span class="side">{called} {verdict}</span>'
@@ -61,6 +61,8 @@ def grid(report: Mapping[str, Any], shots: Mapping[int, tuple[Tensor, Tensor]]) 
         return ""
 
     def gain(index: int) -> float:
+        if headline is None:
+            return 0.0
         before, after = (report["prompts"][index][side][headline] for side in ("base", "tuned"))
         return 0.0 if before is None or after is None else after - before
 

@@ -60,7 +60,8 @@ def render(
     report: Mapping[str, Any], shots: Mapping[int, tuple[Tensor, Tensor]], rows: Sequence[Mapping[str, Any]] = ()
 ) -> str:
     """The page of what report.json holds; `shots` are the pictures to show by prompt index, `rows` the training's."""
-    metrics, level = report["metrics"], f"{100 * report['metrics'][report['headline']['metric']]['level']:g} % interval"
+    metrics = report["metrics"]
+    level = f"{100 * metrics[report['headline']['metric']]['level']:g} % interval" if metrics else ""
     head = ("", "base", "tuned", "difference", "", level, "normal check", "n")
     config = (
         escape(json.dumps(report["config"], indent=2, ensure_ascii=False), CONFIG_LIMIT) if report["config"] else ""

@@ -103,7 +103,7 @@ def summarise(
     base: Mapping[str, Tensor],
     tuned: Mapping[str, Tensor],
     *,
-    headline: str,
+    headline: str | None,
     seed: int = 0,
     resamples: int = 10_000,
     shown: int = 18,
@@ -111,10 +111,11 @@ def summarise(
 ) -> dict[str, Any]:
     """Every figure of a report, from two results of `score` on the same prompts.
 
-    A name with a "/" is a judge's attribute, a share; the others are rewards. Raises ValueError when the headline is
+    A name with a "/" is a judge's attribute, a share; the others are rewards. `headline` is None where nothing was
+    scored: the pairs to look at are then drawn. Raises ValueError when the headline is
     not among the metrics, when there is no prompt, or when a vector is not [N].
     """
-    if headline not in base:
+    if headline is None and base or headline is not None and headline not in base:
         raise ValueError(f"no metric {headline!r} to put in the headline: there are {', '.join(base) or 'none'}")
     if not prompts:
         raise ValueError("there is no prompt to report on")
@@ -127,13 +128,21 @@ def summarise(
     rewards = [name for name in base if "/" not in name]
     judges = [name for name in base if name.endswith("/all")]
     gaps = {r: {j: asdict(reward_gap(base[r], tuned[r], base[j], tuned[j])) for j in judges} for r in rewards}
-    by = rewards[0] if rewards else headline
-    picked = choose_pairs(base[headline], tuned[headline], tuned[by] - base[by], shown, seed)
-    rows = zip(*(scores[name].tolist() for scores in (base, tuned) for name in comparisons), strict=True)
+    nothing = torch.zeros(len(prompts))
+    before, after = (nothing, nothing) if headline is None else (base[headline], tuned[headline])
+    tiebreak = tuned[rewards[0]] - base[rewards[0]] if rewards else after - before
+    picked = choose_pairs(before, after, tiebreak, shown, seed)
+    sentence = (
+        f"Base and {model} side by side on {len(distinct)} prompts; nothing scored them."
+        if headline is None
+        else headline_sentence(headline, comparisons[headline], share="/" in headline, model=model)
+    )
+    columns = [scores[name].tolist() for scores in (base, tuned) for name in comparisons]
+    rows = zip(*columns, strict=True) if columns else [()] * len(prompts)
     return {
         "headline": {
             "metric": headline,
-            "sentence": headline_sentence(headline, comparisons[headline], share="/" in headline, model=model),
+            "sentence": sentence,
         },
         "model": model,
         "n_prompts": len(prompts),
@@ -158,7 +167,7 @@ def write_report(
     base: Mapping[str, Tensor],
     tuned: Mapping[str, Tensor],
     *,
-    headline: str,
+    headline: str | None,
     pictures: Callable[[int], tuple[Tensor, Tensor]] | None = None,
     rows: Sequence[Mapping[str, Any]] = (),
     config: Mapping[str, Any] | None = None,
@@ -176,7 +185,7 @@ def write_report(
     Args:
         prompts: N prompts.
         base, tuned: `{metric: [N]}`, as `score` returns them.
-        headline: the metric of the first sentence, such as "judge/all".
+        headline: the metric of the first sentence, such as "judge/all"; None where nothing was scored.
         pictures: prompt index -> (base, tuned) pictures [3,H,W] in [0, 1]; none are shown without it.
         rows: rows of metrics.jsonl, for the curves.
         config: the resolved config of the run; access tokens in it are hidden.

@@ -68,7 +68,7 @@ def gap_row(reward: str, judge: str, g: Mapping[str, Any]) -> list[str]:
 def models(report: Mapping[str, Any]) -> str:
     """Every model by every sampler, on the headline and on rewards."""
     compared = report.get("comparisons") or []
-    if len(compared) < 2:
+    if len(compared) < 2 or not report["metrics"]:
         return ""
     names = [name for name in report["metrics"] if name == report["headline"]["metric"] or "/" not in name]
     head = ["model", "sampler", *(cell for name in names for cell in (escape(name), "change", "interval"))]

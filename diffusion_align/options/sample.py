@@ -61,7 +61,7 @@ class Evaluate:
     seed: int = option(0, "sampler", "prompt i starts from the same noise, keyed by (seed, i), in every model", at_least=0)
     resolution: int | None = option(None, "sampler", "side of all pictures in pixels (default: what the runs were trained at, else the model's own)", at_least=8)
 
-    reward: str = option("tiny", "score", "reward beside the judge, usually the one trained on: any of `diffusion-align reward ls`, or none", path="reward")
+    reward: str = option("auto", "score", "reward beside the judge, usually the one trained on: any of `diffusion-align reward ls`, none, or auto (tiny for captions of the embedded world, none for other prompts)", path="reward")
     held_out_reward: tuple[str, ...] = option((), "score", "further rewards, which training has not seen: what they do not gain is the gap of reward hacking", path="reward")
     features: str = option("tiny", "score", "network whose features measure diversity and distances: tiny, an open_clip name such as ViT-L-14-336:openai, or none", path="reward")
     reference_pictures: str | None = option(None, "score", "folder of real pictures to measure distances to (default: for the embedded world its renderings, else none)", path="in")
@@ -121,4 +121,4 @@ def check_evaluate(options: Evaluate) -> None:
 
 def rewards_of(options: Evaluate) -> tuple[str, ...]:
     """Names of the rewards, the trained one first."""
-    return (() if options.reward == "none" else (options.reward,)) + options.held_out_reward
+    return (() if options.reward in ("auto", "none") else (options.reward,)) + options.held_out_reward
