@@ -14,6 +14,7 @@ from diffusion_align.data.folders import prompt_lines
 from diffusion_align.data.formats import PROMPT_LIST
 from diffusion_align.data.layouts import prompt_fault
 from diffusion_align.data.match import match, missing
+from diffusion_align.data.prompt_files import as_known
 from diffusion_align.data.readers import BadRow, DataError
 from diffusion_align.data.records import PROMPTS
 from diffusion_align.data.tables import SUFFIXES, columns_of, records
@@ -48,8 +49,14 @@ def read_list(path: str | os.PathLike[str]) -> list[Prompt]:
         DataError: no such path, not a list of prompts, a row without one, or none at all.
     """
     path = Path(path)
+    with as_known(path) as file:
+        return _read(path, file)
+
+
+def _read(path: Path, file: Path) -> list[Prompt]:
+    """The prompts of `file`, which is `path` or stands for it."""
     found = []
-    for where, row in _rows(path):
+    for where, row in _rows(file):
         if isinstance(row, BadRow):
             raise DataError(f"{path}: {row.row} {row.reason}; give {LAYOUTS}")
         prompt = prompt_of(row)

@@ -73,12 +73,11 @@ def write_parquet(path, columns):
         ("a.tsv", b"Prompt\n\xff\n", "is not text in UTF-8"),
         ("a.json", b"[]", "holds no rows"),
         ("a.json", b'["one", 5]', "a.json:1 is a int, not an object with names"),
-        ("a.json", b'{"prompt": "one"}', "is not a JSON list"),
         ("a.jsonl", b'{"prompt": "one"}\n{"prompt": 3}\n', "a.jsonl:2 the prompt is int, not text"),
         ("a.jsonl", b'{"prompt": "one"}\n{"words": "x"}\n', "a.jsonl:2 has no prompt, caption, text"),
         ("a.jsonl", b'{"prompt": "one"}\n{"prom', "a.jsonl:2 is not JSON"),
         ("a.jsonl", b'{"prompt": "\\ud800"}\n', "a.jsonl:1 the prompt holds a lone surrogate"),
-        ("a.csv", b"prompt\none\n\xff\n", "a.csv:2 the prompt holds a lone surrogate"),
+        ("a.csv", b"prompt\none\n\xff\n", "a.csv:3 is not text in UTF-8"),
         ("a.parquet", {"prompt": [1, 2]}, "has no prompt"),
         (
             "a.parquet",
@@ -116,3 +115,74 @@ def test_what_a_row_says_can_be_written_down_again():
     row: dict[Any, Any] = {"prompt": "a", None: ["too", "long"], "n": 1, "broken": broken}
     prompt = prompt_of(row)
     assert isinstance(prompt, Prompt) and json.loads(json.dumps(prompt.extra)) == {"n": 1}
+
+
+LINES = "a cat\nein Hündchen\n"
+
+
+@pytest.mark.parametrize("ending", ["", ".txt", ".TXT", ".text", ".list", ".prompts"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]
+)  # the two with an order have no mark
+def test_lines_in_every_encoding_and_under_every_ending(tmp_path, encoding, ending):
+    (tmp_path / f"prompts{ending}").write_bytes(LINES.replace("\n", "\r\n").encode(encoding))
+    assert read_prompts(tmp_path / f"prompts{ending}") == ["a cat", "ein Hündchen"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"prompts": ["a cat", "a dog"]},
+        {"version": 1, "data": [{"caption": "a cat"}, {"caption": "a dog"}]},
+        {"Prompt": ["a cat", "a dog"]},
+        {"0": "a cat", "1": "a dog"},
+        {"x": {"prompt": "a cat"}, "y": {"prompt": "a dog"}},
+        ["a cat", "a dog"],
+    ],
+)
+@pytest.mark.parametrize("name", ["p.json", "p", "p.JSON"])
+def test_the_usual_objects_that_hold_a_list(tmp_path, content, name):
+    (tmp_path / name).write_text(json.dumps(content, indent=1))
+    assert read_prompts(tmp_path / name) == ["a cat", "a dog"]
+
+
+def test_ids_of_an_object_are_kept_and_one_object_is_one_prompt(tmp_path):
+    (tmp_path / "p.json").write_text('{"7": "a cat", "9": "a dog"}')
+    assert [prompt.extra for prompt in read_list(tmp_path / "p.json")] == [{"item_id": "7"}, {"item_id": "9"}]
+    for name in ("one.json", "one.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "a cat", "tag": "x"}')
+        assert read_list(tmp_path / name) == [Prompt("a cat", ("tag: x",), {"tag": "x"})]
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.jsonl", "p"])
+def test_lines_of_objects_under_any_ending(tmp_path, name):
+    (tmp_path / name).write_text('{"prompt": "a cat"}\n{"prompt": "a dog"}\n')
+    assert read_prompts(tmp_path / name) == ["a cat", "a dog"]
+
+
+def test_tables_in_utf_16_too(tmp_path):
+    (tmp_path / "p.csv").write_text("Prompt,Category\na cat,x\n", encoding="utf-16")
+    (tmp_path / "parti").write_text("Prompt\tCategory\na cat\tx\n")
+    (tmp_path / "p.tsv").write_text("Prompt\tCategory\na cat\tx\n", encoding="utf-16")
+    for name in ("p.csv", "parti", "p.tsv"):
+        assert read_list(tmp_path / name) == [Prompt("a cat", ("category: x",), {"Category": "x"})]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", b"a cat\nit\x92s a dog\n", "p.txt:2 is not text in UTF-8 (byte 0x92), likely in Windows-1252"),
+        ("p", b"it\x92s", "`iconv -f WINDOWS-1252 -t UTF-8 p > utf8.txt`"),
+        ("p.csv", b"prompt\nit\x92s\n", "p.csv:2 is not text in UTF-8 (byte 0x92)"),
+        ("p.txt", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00", "p.txt: is no text"),
+        ("p.json", b'{"settings": {"a": 1}}', "p.json: is an object with 'settings', not a list of prompts"),
+        ("p.json", b'{"prompts": [5]}', "p.json: holds no rows"),
+        ("p.yaml", b"- a cat", "is not a list of prompts known here"),
+        ("p", "\n".encode("utf-16"), "holds no prompt"),
+    ],
+)  # fmt: skip
+def test_what_is_no_list_says_the_encoding_or_the_form(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read_list(tmp_path / name)
+    assert message in str(caught.value) and str(caught.value).startswith(str(tmp_path / name))
