@@ -194,7 +194,7 @@ def test_anchors_of_a_file_are_followed(tmp_path):
 
 @pytest.mark.parametrize("word", ["off", "yes", "010", "1e5", "null", "~", "2024-01-01", "1:30", "", "- a", "a: b #c"])
 def test_a_text_survives_being_saved(word, tmp_path):
-    options = TrainDpo(output_dir=word, validation_prompts=(word, "x"))
+    options = TrainDpo(validation_prompts=(word, "x"))
     (tmp_path / "c.yaml").write_text(to_yaml(options, "train dpo"))
     assert read(["--config", str(tmp_path / "c.yaml")]).options == options
 

@@ -1,4 +1,4 @@
-"""What this machine lacks for a run, found before anything is loaded: devices, packages, and places to write to.
+"""What this machine lacks for a run, found before anything is loaded: devices, packages, models, and memory.
 
 torch is imported only where a device other than the CPU, or fp16, is asked for.
 """
@@ -6,9 +6,7 @@ torch is imported only where a device other than the CPU, or fp16, is asked for.
 from __future__ import annotations
 
 import os
-import tempfile
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from diffusion_align.commands.footprint import require_memory
@@ -18,8 +16,6 @@ from diffusion_align.models.hub import local_folder
 from diffusion_align.models.ranks import require_rank
 from diffusion_align.options import TrainCommon, TrainSpm, UsageError
 
-OUTPUTS = ("output_dir", "out", "bad_rows", "cache_dir")  # the options that name a place to write to
-FOLDERS = ("output_dir", "cache_dir")
 XFORMERS = "--enable_xformers_memory_efficient_attention"
 
 
@@ -27,15 +23,13 @@ def require_possible(o: Any) -> None:
     """Refuse what any verb's options ask for and this machine does not have.
 
     Raises:
-        UsageError: no such device, a package that is missing, or a place that cannot be written to.
+        UsageError: no such device, a package that is missing, or what `require_model` refuses.
     """
     require_device(getattr(o, "device", None))
     if isinstance(o, TrainCommon):
         require_packages(o)
     if isinstance(o, TrainCommon | TrainSpm) and o.mixed_precision == "fp16":
         require_fp16(o.device)
-    for name in OUTPUTS:
-        require_writable(name, getattr(o, name, None))
     require_model(o)
 
 
@@ -117,26 +111,3 @@ def require_packages(o: TrainCommon) -> None:
             )
         if o.device in ("cpu", "mps") or "cuda" not in devices():
             raise UsageError(f"{XFORMERS} needs a CUDA GPU and there is none here: leave it out")
-
-
-def require_writable(option: str, path: str | None) -> None:
-    """Refuse a place that cannot be written to, by writing to it or to the nearest folder above that exists."""
-    if path is None:
-        return
-    path = os.path.expanduser(path)
-    place = Path(path)
-    while not os.path.lexists(place) and place != place.parent:
-        place = place.parent
-    if place.is_dir():
-        try:
-            with tempfile.TemporaryFile(dir=place):
-                return
-        except OSError as error:
-            why = error.strerror or str(error)
-    elif place == Path(path) and place.is_file() and option not in FOLDERS:
-        if os.access(place, os.W_OK):
-            return
-        why = "it may not be written to"
-    else:
-        why = "it is not a folder"
-    raise UsageError(f"--{option} {path} cannot be written: {place}: {why}; give another --{option}")
