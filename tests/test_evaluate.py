@@ -238,10 +238,11 @@ def test_prompts_without_a_reward_are_reported_side_by_side(run, tmp_path, capsy
     assert page.count("data:image/png") == 4 and "another dog" in page and "NaN" not in page and "None" not in page
     assert (tmp_path / "plain" / "pairs.png").exists()
 
-    Image.new("RGB", (64, 64)).save(tmp_path / "real.png")
-    Image.new("RGB", (64, 64), "red").save(tmp_path / "other.png")
+    (tmp_path / "real").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "real" / "black.png")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "real" / "red.png")
     clip = str(asset("tiny_clip"))
-    more = ["--features", clip, "--reference_pictures", str(tmp_path), "--num_images_per_prompt", "2"]
+    more = ["--features", clip, "--reference_pictures", str(tmp_path / "real"), "--num_images_per_prompt", "2"]
     assert cli.main([*argv, *more, "--output_dir", str(tmp_path / "more")]) == 0
     report = json.loads((tmp_path / "more" / "report.json").read_text())
     assert report["comparisons"][0]["diversity"]["n"] == 2 and report["distances"][0]["reference"] == 2

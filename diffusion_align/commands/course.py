@@ -9,7 +9,7 @@ from diffusion_align.options import TrainCommon, TrainSpm
 from diffusion_align.train.optimizer import lr_factor
 
 WARMUP, SHARE = 500, 10  # steps of warm-up that the scripts people know have by default, and the share of a run here
-Options = TypeVar("Options", TrainCommon, TrainSpm)
+Options = TypeVar("Options", bound=TrainCommon | TrainSpm)
 
 
 def settle_warmup(o: Options, steps: int) -> Options:
