@@ -50,6 +50,7 @@ def _rows(o: TrainCommon | TrainSpm) -> tuple[str, int, str, int]:
     if isinstance(o, TrainOnline):
         pictures = o.prompts_per_round * (o.children if isinstance(o, TrainSpo) else o.group_size)
         return "sample_chunk", min(o.sample_chunk, pictures), "pictures", 1 if o.guidance == 1 else 2
+    assert isinstance(o, TrainOffline | TrainSpm)
     rows = 1 if isinstance(o, TrainRankdpo) and o.one_picture_at_a_time else 2
     return "train_batch_size", o.train_batch_size, "prompts" if isinstance(o, TrainRankdpo) else "pairs", rows
 
