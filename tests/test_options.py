@@ -419,7 +419,7 @@ def test_a_resumed_run_is_told_nothing_of_what_nobody_set(words, tmp_path):
     """The configuration of a run holds every option; only what a person set is worth a note."""
     verb = VERBS[words]
     for asked in ([], ["--preset=tiny"]):
-        parsed = parse(build_parser(verb.options, words, ""), verb.options, asked, words)
+        parsed = parse(verb.options, asked, words)
         first = resolve(verb.options, words, preset=parsed.preset, settings=parsed.settings)
         (tmp_path / "config.yaml").write_text(to_yaml(first.options, words))
         again = resolve(verb.options, words, config=str(tmp_path))

@@ -11,7 +11,7 @@ from diffusion_align import cli
 from diffusion_align.commands.contenders import contender
 from diffusion_align.commands.sources import pairs_of
 from diffusion_align.models.hub import locate, on_hub
-from diffusion_align.options import VERBS, TrainDpo, UsageError, build_parser, options_of, parse, resolve, to_yaml
+from diffusion_align.options import VERBS, TrainDpo, UsageError, options_of, parse, resolve, to_yaml
 from diffusion_align.options import paths as paths_module
 from diffusion_align.options.paths import KINDS, require_outputs, settled_reward, without_folders
 
@@ -28,7 +28,7 @@ PATHS = [
 
 def read(argv, verb="train dpo"):
     record = VERBS[verb]
-    parsed = parse(build_parser(record.options, verb, ""), record.options, argv, verb, record.positional)
+    parsed = parse(record.options, argv, verb, record.positional)
     return resolve(record.options, verb, preset=parsed.preset, config=parsed.config, settings=parsed.settings)
 
 

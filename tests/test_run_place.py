@@ -17,7 +17,7 @@ from diffusion_align.data.images import encode_png
 from diffusion_align.data.recognise import recognise
 from diffusion_align.data.summary import summarise
 from diffusion_align.models.hub import asset
-from diffusion_align.options import VERBS, TrainDpo, UsageError, build_parser, options_of, parse, resolve, to_yaml
+from diffusion_align.options import VERBS, TrainDpo, UsageError, options_of, parse, resolve, to_yaml
 from diffusion_align.options.place import step_named
 from diffusion_align.train import checkpoint
 from diffusion_align.train.checkpoint import CheckpointError
@@ -25,7 +25,7 @@ from diffusion_align.train.checkpoint import CheckpointError
 
 def read(argv, verb="train dpo"):
     record = VERBS[verb]
-    parsed = parse(build_parser(record.options, verb, ""), record.options, argv, verb, record.positional)
+    parsed = parse(record.options, argv, verb, record.positional)
     return resolve(record.options, verb, preset=parsed.preset, config=parsed.config, settings=parsed.settings)
 
 
@@ -190,7 +190,7 @@ def test_the_command_that_goes_on_can_be_pasted(tmp_path, monkeypatch):
     words = shlex.split(line)
     assert words[:3] == ["diffusion-align", "train", "d3po"]
     record = VERBS["train d3po"]
-    parsed = parse(build_parser(record.options, "", ""), record.options, words[3:], "train d3po")
+    parsed = parse(record.options, words[3:], "train d3po")
     given = dict(parsed.settings)
     assert parsed.config == str(run / "config.yaml") and given["resume_from_checkpoint"] == "latest"
     assert given["reward"] == f"python:{tmp_path / 'my reward.py'}:judge"  # from whatever folder it is typed
@@ -212,8 +212,7 @@ def test_the_commands_of_data_inspect_can_be_pasted(tmp_path):
             words = shlex.split(line, comments=True)
             verb = " ".join(words[1:3])
             record = VERBS[verb]
-            parser = build_parser(record.options, verb, "", record.positional)
-            parsed = parse(parser, record.options, words[3:], verb, record.positional)
+            parsed = parse(record.options, words[3:], verb, record.positional)
             assert str(path) in [value if isinstance(value, str) else value[0] for _, value in parsed.settings]
 
 

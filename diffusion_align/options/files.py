@@ -19,8 +19,8 @@ PRESETS = Path(__file__).parent / "presets"
 ABOUT_KEYS = ("verb", "about")
 
 
-class _Loader(yaml.SafeLoader):
-    """The safe loader, but a key written twice is an error instead of a silent last word."""
+class _KeysOnce:
+    """Of a loader: a key written twice is an error instead of a silent last word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -28,10 +28,14 @@ class _Loader(yaml.SafeLoader):
             if key_node.value in seen:
                 raise yaml.MarkedYAMLError(None, None, f"the key {key_node.value} stands twice", key_node.start_mark)
             seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
+        return super().construct_mapping(node, deep)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-class _TextLoader(_Loader):
+class _Loader(_KeysOnce, yaml.SafeLoader):
+    """The safe loader, whose keys are written once."""
+
+
+class _TextLoader(_KeysOnce, yaml.SafeLoader):
     """Values stay the text that was written, but for null: `convert` knows what an option takes, and YAML 1.1 does not.
 
     It reads `off` as false, 010 as 8, 1:30 as 90, and 1e-5 as text.
@@ -87,7 +91,8 @@ def read_yaml(path: Path, *, as_text: bool = False) -> dict[str, Any]:
         UsageError: not YAML (with line and column), or not a mapping.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_TextLoader if as_text else _Loader)  # noqa: S506, a subclass of SafeLoader
+        text = path.read_text(encoding="utf-8")
+        content = yaml.load(text, Loader=_TextLoader) if as_text else yaml.load(text, Loader=_Loader)  # safe ones
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
