@@ -27,6 +27,7 @@ from diffusion_align.models import load_pipeline
 from diffusion_align.objectives import gain_weights, rank_dpo
 from diffusion_align.samplers import step_table
 from diffusion_align.train import checkpoint
+from diffusion_align.train.pair_losses import PairLoss
 from diffusion_align.train.rankings import train_rankings
 from diffusion_align.train.state import pack, restore
 from diffusion_align.train.steps import NonFiniteError, Progress
@@ -176,7 +177,7 @@ def poisoned(kind: str, value: float, at: dict[int, int], folder: Path, steps: i
         settings: dict[str, Any] = {"max_steps": last, "max_skipped_in_row": steps, "progress": progress}
         if kind == "loss":
             real = run.settings["loss"]
-            settings["loss"] = lambda pairs, real=real: poison(real(pairs))
+            settings["loss"] = PairLoss(lambda pairs, real=real: poison(real(pairs)))
         elif kind == "latent":
             batch = run.settings["cache"].batch
             run.settings["cache"].batch = lambda rows, batch=batch: (poison(batch(rows)[0]), batch(rows)[1])
@@ -253,7 +254,9 @@ def in_a_row(folder: Path, tally: Tally) -> None:
         run, _ = steps_of("dpo", 1, 20)
         seen = []
         real = run.settings["loss"]
-        run.settings["loss"] = lambda pairs: real(pairs) * (float("nan") if rank == 1 and len(seen) >= 6 else 1.0)
+        run.settings["loss"] = PairLoss(
+            lambda pairs: real(pairs) * (float("nan") if rank == 1 and len(seen) >= 6 else 1.0)
+        )
         try:
             for record in run.steps(max_skipped_in_row=3):
                 seen.append(record.step)

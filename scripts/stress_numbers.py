@@ -28,6 +28,7 @@ from helpers_memory import FullOnTheWayBack, Limited, short_of_memory  # pyright
 from helpers_online import METHODS, Toy, darkness  # pyright: ignore[reportMissingImports]
 from helpers_train import MemoryPairs, make_run  # pyright: ignore[reportMissingImports]
 
+from diffusion_align.train.pair_losses import PairLoss
 from diffusion_align.train.update import Progress, StepRecord
 
 BAD = (float("nan"), float("inf"), -float("inf"))
@@ -96,7 +97,7 @@ def offline(kind: str, spoilt: set[int], value: float) -> list[str]:
     changes = {
         "cache": Latents(20),
         "predict_policy": Spoilt(run.network, lambda: kind == "gradient" and now(), value, back=True),
-        "loss": lambda pairs: plain(pairs) + (value if kind == "loss" and now() else 0.0),
+        "loss": PairLoss(lambda pairs: plain(pairs) + (value if kind == "loss" and now() else 0.0)),
     }
 
     def stepping(progress: Progress | None, most: int) -> Iterator[StepRecord]:

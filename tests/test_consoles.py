@@ -157,6 +157,17 @@ def test_a_reward_file_may_hold_dataclasses_with_delayed_annotations(tmp_path):
     assert python_reward(f"{file}:f")(torch.zeros(2, 3, 8, 8), ["a", "b"]).tolist() == [2.0, 2.0]
 
 
+def test_reward_files_of_one_name_do_not_take_one_anothers_place(tmp_path):
+    found = []
+    for number in (1.0, 2.0):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        text = "import sys\nNUMBER = {}\ndef f(images, prompts):\n    return [sys.modules[__name__].NUMBER] * len(prompts)\n"
+        (folder / "mine.py").write_text(text.format(number))
+        found.append(python_reward(f"{folder / 'mine.py'}:f"))
+    assert [float(reward(torch.zeros(1, 3, 8, 8), ["a"])) for reward in found] == [1.0, 2.0]
+
+
 def test_a_repeated_signal_is_the_first_one_until_its_grace_is_over():
     now = [0.0]
     with pytest.raises(Interrupted, match="a second signal"), Interruptible(grace=5.0, clock=lambda: now[0]) as asked:

@@ -28,14 +28,20 @@ class Interruptible:
     """Within this context the first signal only sets `asked`, so that the step in hand can be finished and saved.
 
     `asked` is the signal's number, or 0. A second signal interrupts at once, if it comes `grace` seconds later or more:
-    a scheduler sends SIGTERM to a launcher and to its workers, and the launcher passes it on to them again. Outside the
-    main thread, where no signals arrive, it does nothing.
+    a scheduler sends SIGTERM to a launcher and to its workers, and the launcher passes it on to them again. Python
+    notices a signal only when the call in hand ends, which may take longer than `grace` (the backward pass of a large
+    model on a CPU). So the first repetition of the first signal, where one is to be expected, is always that signal:
+    of SIGTERM, and of any signal under a launcher. Outside the main thread, where no signals arrive, it does nothing.
     """
 
-    def __init__(self, grace: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, grace: float | None = None, clock: Callable[[], float] = time.monotonic, launched: bool | None = None
+    ) -> None:
         self.asked = 0
         self._before = {}
-        self._grace = (LAUNCHED if "LOCAL_RANK" in os.environ else ALONE) if grace is None else grace
+        self._launched = "LOCAL_RANK" in os.environ if launched is None else launched
+        self._grace = (LAUNCHED if self._launched else ALONE) if grace is None else grace
+        self._repeated = False
         self._clock = clock
         self._first = 0.0
 
@@ -48,7 +54,10 @@ class Interruptible:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.asked:
             self.asked, self._first = number, self._clock()
-        elif self._clock() - self._first >= self._grace:
+            return
+        expected = number == self.asked and not self._repeated and (self._launched or number == signal.SIGTERM)
+        self._repeated = self._repeated or number == self.asked
+        if not expected and self._clock() - self._first >= self._grace:
             raise Interrupted("a second signal: stopped at once, nothing saved since the last checkpoint", number)
 
     def __exit__(

@@ -186,7 +186,7 @@ def _snapshot(repo: str, kind: str, revision: str | None = None) -> Path | None:
 
     home = Path(constants.HF_HUB_CACHE) / f"{kind}--{repo.replace('/', '--')}"
     ref = home / "refs" / (revision or "main")
-    commit = ref.read_text().strip() if ref.is_file() else revision or ""
+    commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else revision or ""
     folder = home / "snapshots" / commit
     return folder if commit and folder.is_dir() else None
 

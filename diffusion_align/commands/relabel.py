@@ -72,8 +72,8 @@ def scores_of_pairs(
     if len(known) < len(pairs):
         reward = load()
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(f"{json.dumps(row)}\n" for row in known))
-        with file.open("a") as out:
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in known), encoding="utf-8")
+        with file.open("a", encoding="utf-8") as out:
             starts = range(len(known), len(pairs), CHUNK)
             for start in progress_bar(starts, desc=f"score by {name}", unit="chunk", hidden=not progress):
                 rows = _scored(pairs[start : start + CHUNK], reward)
@@ -91,7 +91,7 @@ def _identity(name: str) -> str:
 
 def _lines(file: Path) -> list[list[float]]:
     """The rows of a file; a last line that was cut is not one."""
-    text = file.read_text() if file.exists() else ""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 

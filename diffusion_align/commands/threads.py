@@ -57,7 +57,7 @@ def cores() -> int:
     """Cores that this process may use: those of its affinity mask, and no more than its container is allowed."""
     count = len(_allowed())
     try:
-        quota, period = CGROUP_LIMIT.read_text().split()
+        quota, period = CGROUP_LIMIT.read_text(encoding="utf-8").split()
     except (OSError, ValueError):  # not Linux, or no such group
         return count
     return count if quota == "max" else max(1, min(count, math.ceil(int(quota) / int(period))))

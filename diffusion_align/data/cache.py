@@ -54,7 +54,7 @@ class PairCache:
     """
 
     def __init__(self, folder: Path):
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         self.folder = folder
         self.identity: dict[str, Any] = manifest["identity"]
         self.bad: int = manifest["bad"]
@@ -64,7 +64,7 @@ class PairCache:
         self._prompts_per_shard: int = self.identity["shards"][1]
         self._shards = Shards(folder)
         for name in manifest["pair_shards"]:
-            facts = json.loads((folder / f"{name}.json").read_text())
+            facts = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
             self.kept += facts["kept"]
             self._lists += facts["pairs"]
             self._picture += [(name, row) for row in range(len(facts["digests"]))]

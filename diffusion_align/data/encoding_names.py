@@ -62,7 +62,7 @@ class Names:
         of: list[list[int | str]] = []
         before = []
         for shard in job.list_shards:
-            for row in json.loads(_names_path(job, shard).read_text()):
+            for row in json.loads(_names_path(job, shard).read_text(encoding="utf-8")):
                 before.append(len(number))
                 of.append([n if n.startswith(_UNREAD) else number.setdefault(n, len(number)) for n in row])
         return cls(of, before, list(number))
@@ -95,7 +95,7 @@ def name_rows(job: Job, names: Names) -> Iterator[tuple[list[int], list[BadRow]]
     broken: dict[str, str] = {}
     for shard in job.list_shards:
         path = job.home / f"{job.name(shard)}.json"
-        facts = json.loads(path.read_text())
+        facts = json.loads(path.read_text(encoding="utf-8"))
         first = len(index)
         index |= {name: first + row for row, name in enumerate(facts["digests"])}
         broken |= facts["broken"]

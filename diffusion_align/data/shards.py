@@ -32,7 +32,7 @@ def known_shard(folder: Path, name: str) -> dict[str, Any] | None:
     """What is known of shard `name` where it is there whole; None also where its tensors do not match their seal."""
     seal, tensors = folder / f"{name}.json", folder / f"{name}.safetensors"
     if seal.is_file() and tensors.is_file():
-        facts = json.loads(seal.read_text())
+        facts = json.loads(seal.read_text(encoding="utf-8"))
         if facts["sha256"] == sha256(tensors):
             return facts
     return None
@@ -67,7 +67,7 @@ class Shards:
             # safetensors itself loads most flipped bits without a word.
             if (
                 not tensors.is_file()
-                or sha256(tensors) != json.loads((self._folder / f"{name}.json").read_text())["sha256"]
+                or sha256(tensors) != json.loads((self._folder / f"{name}.json").read_text(encoding="utf-8"))["sha256"]
             ):
                 raise DataError(
                     f"{tensors}: is missing or damaged; delete {self._folder / 'manifest.json'} to encode it again"

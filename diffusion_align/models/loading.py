@@ -40,7 +40,7 @@ def load_pipeline(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     index = read_index(folder)
     sdxl = "text_encoder_2" in index
-    scheduler = _part(folder / "scheduler", lambda p: json.loads((p / "scheduler_config.json").read_text()))
+    scheduler = _part(folder / "scheduler", lambda p: json.loads((p / "scheduler_config.json").read_text("utf-8")))
 
     def network(name: str, kind: Any, precision: torch.dtype = dtype) -> Any:
         whole = _part(folder / name, partial(_whole, kind, precision, variant))
@@ -77,7 +77,7 @@ def load_pipeline(
 def _vae_dtype(dtype: torch.dtype, folder: Path) -> torch.dtype:
     """Float32 where float16 overflows; bfloat16 has float32's range, and diffusers leaves it too. Known before loading,
     for weights that have once been rounded to float16 do not come back."""
-    upcast = json.loads((folder / "config.json").read_text()).get("force_upcast", True)  # diffusers' default
+    upcast = json.loads((folder / "config.json").read_text("utf-8")).get("force_upcast", True)  # diffusers' default
     return torch.float32 if upcast and dtype == torch.float16 else dtype
 
 

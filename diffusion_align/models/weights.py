@@ -150,7 +150,7 @@ def load_unet(gate: TextToImage, folder: str | os.PathLike[str]) -> None:
     files = sorted(path.glob("diffusion_pytorch_model*.safetensors"))
     if not files or not (path / "config.json").exists():
         raise FileNotFoundError(f"{path} is not there: give the folder of a finished run with full fine-tuning")
-    config = json.loads((path / "config.json").read_text())
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     for key in ("in_channels", "out_channels", "cross_attention_dim", "attention_head_dim"):
         if config.get(key) != gate.unet.config[key]:
             raise ValueError(f"{path}: {key} is {config.get(key)}, the base model has {gate.unet.config[key]}")

@@ -8,8 +8,13 @@ The file is run as it is, with the rights of whoever starts the command.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.util
+import os
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +36,40 @@ def python_reward(where: str) -> Reward:
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"reward python:{where}: no file {file}")
-    spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
+    # A name of its own, so that neither another reward's file nor what this one imports takes its place.
+    own = hashlib.blake2b(os.fsencode(path.resolve()), digest_size=8).hexdigest()
+    spec = importlib.util.spec_from_file_location(f"reward_{own}", path)
     assert spec is not None and spec.loader is not None  # a file that ends in .py has both
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickles of the file look themselves up there
     try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # sys.exit would end the command as if its work were done
-        raise RewardError(f"reward python:{where}: {_said(error)}") from error
+        with _as_reward_error(where):
+            spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(spec.name, None)
+        raise
     function: Any = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"reward python:{where}: no function {name} in {file}")
 
     def reward(images: Tensor, prompts: list[str]) -> Tensor:
-        try:
+        with _as_reward_error(where):
             values: Any = function(images, prompts)
             values = values if isinstance(values, Tensor) else torch.tensor([float(value) for value in values])
-        except (Exception, SystemExit) as error:
-            raise RewardError(f"reward python:{where}: {_said(error)}") from error
         return one_each(values, len(prompts), f"reward python:{where}").to(images.device)
 
     return reward
 
 
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+@contextlib.contextmanager
+def _as_reward_error(where: str) -> Iterator[None]:
+    """Whatever the file raises becomes a RewardError: sys.exit() in it would end the command as if its work were done.
+
+    Only Ctrl-C stays what it is. It reaches the main thread alone: elsewhere the file itself has raised its exception.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise
+        raise RewardError(f"reward python:{where}: {type(error).__name__}: {' '.join(str(error).split())}") from error

@@ -132,7 +132,7 @@ def save_step_aware(model: StepAware, folder: str | os.PathLike[str]) -> Path:
         tokenizer.save_pretrained(home)  # pyright: ignore[reportFunctionMemberAccess]
         config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "in this folder"  # any name makes open_clip look there
     config["step_aware"] = {**config.get("step_aware", {}), "format": 1, "latents": model.latents}
-    (home / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    (home / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     partial = home / f".{WEIGHTS}.partial"
     save_file({name: weight.detach().contiguous() for name, weight in model.state_dict().items()}, partial)
     readable(partial)

@@ -86,7 +86,7 @@ def save(
             write_tensors(staged / f"{group}{SUFFIX}", values)
         for group, part in taken.items():
             take_part(part, staged / f"{group}{SUFFIX}")
-        (staged / _STATE).write_text(text)
+        (staged / _STATE).write_text(text, encoding="utf-8")
         for file in staged.iterdir():
             sync(file)
         write_manifest(staged, step)

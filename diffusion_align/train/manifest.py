@@ -21,7 +21,7 @@ class CheckpointError(RuntimeError):
 def write_manifest(folder: Path, step: int) -> None:
     """Seal every file of `folder` and sync the seal."""
     body = {"format": FORMAT, "step": step, "files": {file.name: _seal(file) for file in sorted(folder.iterdir())}}
-    (folder / _FILE).write_text(_text(body))
+    (folder / _FILE).write_text(_text(body), encoding="utf-8")
     sync(folder / _FILE)
 
 
