@@ -162,8 +162,8 @@ def test_reward_files_of_one_name_do_not_take_one_anothers_place(tmp_path):
     for number in (1.0, 2.0):
         folder = tmp_path / str(number)
         folder.mkdir()
-        text = "import sys\nNUMBER = {}\ndef f(images, prompts):\n    return [sys.modules[__name__].NUMBER] * len(prompts)\n"
-        (folder / "mine.py").write_text(text.format(number))
+        text = f"import sys\nNUMBER = {number}\ndef f(images, prompts):\n    return [sys.modules[__name__].NUMBER]\n"
+        (folder / "mine.py").write_text(text)
         found.append(python_reward(f"{folder / 'mine.py'}:f"))
     assert [float(reward(torch.zeros(1, 3, 8, 8), ["a"])) for reward in found] == [1.0, 2.0]
 
