@@ -23,6 +23,7 @@ from tqdm import tqdm
 from diffusion_align import cli
 from diffusion_align.commands.interrupt import Interrupted, Interruptible
 from diffusion_align.consoles import steady
+from diffusion_align.evaluation import sheet
 from diffusion_align.models import weights
 from diffusion_align.progress import counted, progress_bar
 from diffusion_align.rewards import RewardError, prefetch
@@ -396,3 +397,23 @@ def test_an_older_export_stays_until_the_new_one_is_whole(tmp_path, monkeypatch)
     with pytest.raises(OSError, match="No space left"):
         weights.save_lora(unet, tmp_path)  # pyright: ignore[reportArgumentType]
     assert old.read_bytes() == b"good" and [path.name for path in tmp_path.iterdir()] == [old.name]
+
+
+def full_disk(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_sample_grid_that_cannot_be_written_costs_only_itself(world, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(sheet, "replace", full_disk)
+    run = tmp_path / "run"
+    assert train(flags(world, "dpo", run, "--run_validation=true", "--validation_steps=6"))[0] == 0
+    assert (run / "pytorch_lora_weights.safetensors").is_file()
+    told = [record.getMessage() for record in caplog.records if "sample grid could not be written" in record.message]
+    assert len(told) == 2 and "step-00000006.png" in told[0] and "No space left on device" in told[0]
+
+
+def test_a_picture_that_cannot_be_written_leaves_no_part_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        sheet.replace(tmp_path / "step-00000006.png", b"picture")
+    assert not list(tmp_path.iterdir())
