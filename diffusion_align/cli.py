@@ -29,8 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done, 1 the work failed, 2 the command line is wrong, 128 + n stopped by signal n (130: Ctrl-C).
     """
-    with steady():
-        return _main(list(sys.argv[1:] if argv is None else argv))
+    with steady() as output:
+        code = _main(list(sys.argv[1:] if argv is None else argv))
+        output.flush()
+        if output.refused is None:
+            return code
+        _complain(f"a part of what this command printed is lost: {output.refused.strerror}; make room for its output")
+        return code or 1
 
 
 def _main(argv: list[str]) -> int:

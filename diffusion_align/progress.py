@@ -1,22 +1,34 @@
 """Progress bars: on a terminal as tqdm draws them, in a log file one plain line at a time.
 
-A log file that is written like a terminal becomes a single line of thousands of bars. There, each bar writes a line at
-most every half minute, and one when it ends; work that takes two seconds or less writes nothing.
+A log file that is written like a terminal becomes a single line of thousands of bars. There, each bar writes its first
+line after two seconds, then one at most every half minute, and one when it ends; shorter work writes nothing.
 """
 
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterable
-from typing import Any, TextIO
+from collections.abc import Callable, Iterable
+from typing import Any, ParamSpec, TextIO, TypeVar
 
 from tqdm import tqdm
 
-SECONDS = 30.0  # between two lines of a log file
-SHORT = 2.0  # seconds of work that are not worth a line
-LINE = "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-OPEN_LINE = "{desc}: {n_fmt} [{elapsed}, {rate_fmt}{postfix}]"
+from diffusion_align.consoles import BETWEEN, SHORT
+
+BAR = "{l_bar}{bar}| {done}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+LINE = "{desc}: {percentage:.0f} %, {done} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+OPEN_LINE = "{desc}: {done} [{elapsed}, {rate_fmt}{postfix}]"
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class _Bar(tqdm):  # pyright: ignore[reportMissingTypeArgument]
+    """A bar that may advance by parts of a unit; `done` in its format is how many, in tenths."""
+
+    @property
+    def format_dict(self) -> Any:
+        n = round(self.n, 6)  # parts add up to a little more than the whole
+        return super().format_dict | {"n": n, "done": f"{n:.1f}".removesuffix(".0")}
 
 
 class _Lines:
@@ -24,12 +36,11 @@ class _Lines:
 
     def __init__(self, stream: TextIO):
         self.stream = stream
-        self.begun = time.monotonic()
         self.last = ""
 
     def write(self, text: str) -> None:
         text = text.replace("\r", "").strip()
-        if text and text != self.last and time.monotonic() - self.begun >= SHORT:
+        if text and text != self.last:
             self.last = text
             self.stream.write(text + "\n")
 
@@ -45,10 +56,29 @@ def progress_bar(
 
     `hidden`: show nothing, for the ranks other than the first.
     """
-    if sys.stderr.isatty() or hidden:
-        return tqdm(items, desc=desc, unit=unit, total=total, initial=initial, disable=hidden, dynamic_ncols=True)
     known = total is not None or hasattr(items, "__len__")
-    return tqdm(
-        items, desc=desc, unit=unit, total=total, initial=initial, file=_Lines(sys.stderr), mininterval=SECONDS,
-        maxinterval=SECONDS, ascii=True, bar_format=LINE if known else OPEN_LINE,
+    if sys.stderr.isatty() or hidden:
+        return _Bar(
+            items, desc=desc, unit=unit, total=total, initial=initial, disable=hidden, dynamic_ncols=True,
+            bar_format=BAR if known else None,
+        )  # fmt: skip
+    # Smoothing would take the time before the first line for a slow step; a mean over all steps does not.
+    bar = _Bar(
+        items, desc=desc, unit=unit, total=total, initial=initial, file=_Lines(sys.stderr), mininterval=BETWEEN,
+        maxinterval=BETWEEN, miniters=1e-9, delay=SHORT, smoothing=0, ascii=True,
+        bar_format=LINE if known else OPEN_LINE,
     )  # fmt: skip
+    bar.last_print_t -= BETWEEN - SHORT
+    return bar
+
+
+def counted(function: Callable[P, T], done: Callable[[], object]) -> Callable[P, T]:
+    """The same function, which calls `done()` after each of its calls: slow work can show how far it is within a
+    batch."""
+
+    def call(*args: P.args, **named: P.kwargs) -> T:
+        result = function(*args, **named)
+        done()
+        return result
+
+    return call

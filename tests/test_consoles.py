@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import errno
 import io
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -15,13 +18,15 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
+from tqdm import tqdm
 
-from diffusion_align import cli, progress
+from diffusion_align import cli
 from diffusion_align.commands.interrupt import Interrupted, Interruptible
 from diffusion_align.consoles import steady
+from diffusion_align.evaluation import sheet
 from diffusion_align.models import weights
-from diffusion_align.progress import progress_bar
-from diffusion_align.rewards import RewardError
+from diffusion_align.progress import counted, progress_bar
+from diffusion_align.rewards import RewardError, prefetch
 from diffusion_align.rewards.custom import python_reward
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -69,6 +74,45 @@ def test_a_listing_that_is_cut_off_is_no_error():
     done.stderr.close()
 
 
+class Gone(io.StringIO):
+    """A terminal that was closed under a command that goes on, as after `disown`."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def write(self, text):
+        raise OSError(errno.EIO, "Input/output error")
+
+    def fileno(self):
+        return self.number
+
+
+def test_a_terminal_that_was_closed_does_not_end_the_work(monkeypatch, tmp_path):
+    with (tmp_path / "terminal").open("wb") as file:
+        monkeypatch.setattr(sys, "stderr", Gone(file.fileno()))
+        with steady():
+            print("step 1", file=sys.stderr)
+        assert os.fstat(file.fileno()).st_rdev == os.stat(os.devnull).st_rdev
+
+
+def test_a_log_on_a_full_disk_ends_no_work_and_is_told(capfd):
+    words = [sys.executable, "-m", "diffusion_align.cli", "presets", "show", "dpo/tiny"]
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    said = done.stderr.decode().splitlines()
+    assert len(said) == 1 and "a part of what this command printed is lost: No space left on device" in said[0]
+
+
+@pytest.mark.parametrize("missing", [("stdout",), ("stderr",), ("stdout", "stderr")])
+def test_a_service_without_outputs_runs_the_command(monkeypatch, missing):
+    for name in missing:
+        monkeypatch.setattr(sys, name, None)
+    assert cli.main(["presets", "show", "dpo/tiny"]) == 0 and cli.main(["presets", "show", "dpo/none"]) == 2
+    assert all(getattr(sys, name) is None for name in missing)
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8"])
 def test_every_character_reaches_every_console(monkeypatch, encoding):
     raw = io.BytesIO()
@@ -92,53 +136,144 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_log_file_gets_lines_and_a_terminal_a_bar(monkeypatch):
+@pytest.fixture
+def now(monkeypatch):
+    """The time that bars read, in seconds."""
+    clock = [1000.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    monkeypatch.setattr("diffusion_align.consoles.monotonic", lambda: clock[0])
+    return clock
+
+
+def test_a_log_file_gets_lines_and_a_terminal_a_bar(monkeypatch, now):
     log, terminal = io.StringIO(), Terminal()
-    monkeypatch.setattr(progress, "SECONDS", 1e9)  # so long that none passes here
-    monkeypatch.setattr(progress, "SHORT", 0.0)
     for stream in (log, terminal):
         monkeypatch.setattr(sys, "stderr", stream)
-        with progress_bar(total=1000, desc="draw", unit="picture") as bar:
-            for _ in range(1000):
+        with progress_bar(total=100, desc="draw", unit="picture") as bar:
+            for _ in range(100):
+                now[0] += 1.0
                 bar.update()
+                bar.set_postfix({"loss": "0.5"}, refresh=False)
     lines = log.getvalue().splitlines()
-    assert len(lines) == 2 and "\r" not in log.getvalue()  # where it begins and where it ends
-    assert lines[0].startswith("draw: 0 %, 0 of 1000") and lines[1].startswith("draw: 100 %, 1000 of 1000")
-    assert terminal.getvalue().count("\r") >= 2
+    # Of 100 s: after two, every thirty from there, and at the end. What is left follows from the mean so far.
+    assert [line.split(" [")[0] for line in lines] == [
+        f"draw: {n} %, {n} of 100" for n in (2, 32, 62, 92, 100)
+    ] and "\r" not in log.getvalue()  # fmt: skip
+    assert "[00:02<01:38" in lines[0] and "[01:32<00:08" in lines[3] and lines[3].endswith(", loss=0.5]")
+    assert terminal.getvalue().count("\r") > 100 and " 100/100 [01:40<00:00" in terminal.getvalue()
 
 
-def test_short_work_writes_nothing_into_a_log_file(monkeypatch):
+def test_short_work_writes_nothing_into_a_log_file(monkeypatch, now):
     log = io.StringIO()
     monkeypatch.setattr(sys, "stderr", log)
-    monkeypatch.setattr(progress, "SHORT", 1e9)
-    assert list(progress_bar(range(3), desc="read", unit="row")) == [0, 1, 2] and not log.getvalue()
+    for _ in progress_bar(range(3), desc="read", unit="row"):
+        now[0] += 0.6
+    assert not log.getvalue()
 
 
-def test_a_bar_of_unknown_length_and_a_hidden_one(monkeypatch):
+def test_a_bar_of_unknown_length_and_a_hidden_one(monkeypatch, now):
     log = io.StringIO()
-    monkeypatch.setattr(progress, "SHORT", 0.0)
     monkeypatch.setattr(sys, "stderr", log)
-    assert list(progress_bar(iter(range(3)), desc="read", unit="row")) == [0, 1, 2]
-    assert log.getvalue().splitlines()[-1].startswith("read: 3 [")
+    for _ in progress_bar(iter(range(3)), desc="read", unit="row"):
+        now[0] += 1.5
+    assert log.getvalue().splitlines()[-1].startswith("read: 3 [00:04")
     before = log.getvalue()
     assert list(progress_bar(range(3), desc="hidden", unit="row", hidden=True)) == [0, 1, 2]
     assert log.getvalue() == before
 
 
+def test_slow_pictures_are_counted_by_the_steps_of_the_sampler(monkeypatch, now):
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    with progress_bar(total=4, desc="sample grid of the base", unit="picture") as bar:
+        step = counted(lambda x, t: x + t, lambda: bar.update(4 / 25))  # four pictures in one batch, 25 steps of 20 s
+        for number in range(25):
+            now[0] += 20.0
+            assert step(number, t=1) == number + 1
+    lines = log.getvalue().splitlines()
+    assert lines[0].startswith("sample grid of the base: 4 %, 0.2 of 4 [00:20<08:00")
+    assert lines[-1].startswith("sample grid of the base: 100 %, 4 of 4 [08:20<00:00")
+
+
+@pytest.mark.parametrize("seconds", [0.1, 10.0])
+def test_a_bar_of_a_library_is_a_line_now_and_then_in_a_log_file(monkeypatch, now, seconds):
+    log, terminal = io.StringIO(), Terminal()
+    for stream in (log, terminal):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with steady():
+            print("before", file=sys.stderr)
+            for _ in tqdm(range(10), desc="Loading weights", mininterval=0.0, ascii=True):
+                now[0] += seconds
+            print("after\r\n", file=sys.stderr)
+    lines = log.getvalue().split("\n")
+    shown = [line.split("|")[0] for line in lines[1:-3]]
+    done = [10, 40, 70, 100, 100] if seconds > 1 else []
+    assert shown == [f"Loading weights: {n:3d}%" for n in done]
+    assert lines[0] == "before" and lines[-3] == "after\r" and log.getvalue().count("\r") == 1
+    assert terminal.getvalue().count("\r") > 10
+
+
 def test_every_bar_of_the_package_is_made_in_one_place():
     package = Path(cli.__file__).parent
-    made = [path.name for path in package.rglob("*.py") if "tqdm(" in path.read_text(encoding="utf-8")]
+    made = [
+        path.name
+        for path in package.rglob("*.py")
+        if re.search(r"tqdm\(|\(tqdm\)|trange\(|print\([^\n]*\\r", path.read_text(encoding="utf-8"))
+    ]
     assert made == ["progress.py"]
 
 
-@pytest.mark.parametrize("way", ["sys.exit(0)", "raise SystemExit", "exit()"])
+def test_every_file_of_text_is_utf_8_whatever_the_locale():
+    package, lacking = Path(cli.__file__).parent, []
+    for path in package.rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and opens_text(call) and "utf-8" not in ast.unparse(call):
+                lacking.append(f"{path.name}:{call.lineno} {ast.unparse(call)}")
+    assert not lacking
+
+
+def opens_text(call):
+    """Whether a call opens a file as text: by open, Path.open, read_text, write_text."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if name in ("read_text", "write_text"):
+        return True
+    owner = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else ""
+    if name != "open" or owner in ("os", "Image", "opener", "tarfile"):
+        return False
+    words = [word.value for word in [*call.args, *(k.value for k in call.keywords)] if isinstance(word, ast.Constant)]
+    return not any(word in ("rb", "wb", "ab", "r+b", "a+b", "xb") for word in words)
+
+
+STOP = "raise type('Stop', (BaseException,), {})('enough')"
+
+
+@pytest.mark.parametrize("way", ["sys.exit(0)", "raise SystemExit", "exit()", "raise GeneratorExit", STOP])
 @pytest.mark.parametrize("where", ["when it is read", "when it scores"])
 def test_a_reward_that_exits_is_an_error(tmp_path, way, where):
     file = tmp_path / "reward.py"
     inside = where == "when it scores"
     file.write_text(f"import sys\n{'' if inside else way}\ndef f(images, prompts):\n    {way if inside else 'pass'}\n")
-    with pytest.raises(RewardError, match="SystemExit"):
+    with pytest.raises(RewardError, match="SystemExit|GeneratorExit|Stop: enough"):
         python_reward(f"{file}:f")(torch.zeros(1, 3, 8, 8), ["a"])
+
+
+def test_a_reward_that_stops_in_the_background_is_an_error_and_ctrl_c_is_none(tmp_path):
+    file = tmp_path / "reward.py"
+    file.write_text("def f(images, prompts):\n    raise KeyboardInterrupt\n")
+    reward = python_reward(f"{file}:f")
+    pictures = torch.zeros(1, 3, 8, 8)
+    with pytest.raises(RewardError, match="KeyboardInterrupt"):
+        list(prefetch(reward(pictures, ["a"]) for _ in range(3)))
+    with pytest.raises(KeyboardInterrupt):
+        reward(pictures, ["a"])
+
+
+def test_a_reward_file_that_fails_leaves_no_module_behind(tmp_path):
+    before = set(sys.modules)
+    (tmp_path / "c.py").write_text("raise ValueError('no weights')\n")
+    with pytest.raises(RewardError, match="no weights"):
+        python_reward(f"{tmp_path / 'c.py'}:f")
+    assert set(sys.modules) == before
 
 
 def test_an_exit_from_below_the_command_is_no_success(monkeypatch, capsys):
@@ -177,6 +312,28 @@ def test_a_repeated_signal_is_the_first_one_until_its_grace_is_over():
             assert asked.asked == signal.SIGTERM
         now[0] = 5.1
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_signal_that_was_held_up_by_a_long_call_is_no_second_one(launched):
+    now = [0.0]
+
+    def heard(number, at):  # as Python hears it: when the call in hand ends
+        now[0] = at
+        os.kill(os.getpid(), number)
+
+    with Interruptible(clock=lambda: now[0], launched=launched) as asked:
+        heard(signal.SIGTERM, 0.0)
+        heard(signal.SIGTERM, 20.0)  # the launcher's repetition, sent at once, in a backward pass of 20 s
+        assert asked.asked == signal.SIGTERM
+        with pytest.raises(Interrupted, match="a second signal"):
+            heard(signal.SIGTERM, 21.0)
+    with Interruptible(clock=lambda: now[0], launched=launched):
+        heard(signal.SIGINT, 0.0)
+        if launched:
+            heard(signal.SIGINT, 6.0)
+        with pytest.raises(Interrupted, match="a second signal"):
+            heard(signal.SIGINT, 7.0)  # a person's second Ctrl-C
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
@@ -232,3 +389,23 @@ def test_an_older_export_stays_until_the_new_one_is_whole(tmp_path, monkeypatch)
     with pytest.raises(OSError, match="No space left"):
         weights.save_lora(unet, tmp_path)  # pyright: ignore[reportArgumentType]
     assert old.read_bytes() == b"good" and [path.name for path in tmp_path.iterdir()] == [old.name]
+
+
+def full_disk(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_sample_grid_that_cannot_be_written_costs_only_itself(world, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(sheet, "replace", full_disk)
+    run = tmp_path / "run"
+    assert train(flags(world, "dpo", run, "--run_validation=true", "--validation_steps=6"))[0] == 0
+    assert (run / "pytorch_lora_weights.safetensors").is_file()
+    told = [record.getMessage() for record in caplog.records if "sample grid could not be written" in record.message]
+    assert len(told) == 2 and "step-00000006.png" in told[0] and "No space left on device" in told[0]
+
+
+def test_a_picture_that_cannot_be_written_leaves_no_part_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        sheet.replace(tmp_path / "step-00000006.png", b"picture")
+    assert not list(tmp_path.iterdir())

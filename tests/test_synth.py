@@ -181,7 +181,7 @@ def test_what_is_missing_is_drawn_in_the_batch_it_belongs_to(toys, tmp_path, mon
     """For a batch of another composition may round otherwise."""
     drawn, pictures = [], synth_parts._pictures
     monkeypatch.setattr(
-        synth_parts, "_pictures", lambda gate, o, batch: (drawn.append(batch), pictures(gate, o, batch))[1]
+        synth_parts, "_pictures", lambda gate, o, batch, bar: (drawn.append(batch), pictures(gate, o, batch, bar))[1]
     )
     assert cli.main(argv(toys, tmp_path / "out")) == 0
     batches = list(drawn)

@@ -142,10 +142,9 @@ def _draw(
             seed=o.seed, table=table, guidance=o.guidance, batch_size=o.batch_size,
             per_prompt=o.num_images_per_prompt, shard=shard,
             facts={**facts, "solver": solver, "timesteps": table.timesteps.tolist(), "versions": versions()},
-            extras=[prompt.extra for prompt in prompts], resolution=resolution,
+            extras=[prompt.extra for prompt in prompts], resolution=resolution, drawn=bar.update,
         )  # fmt: skip
-        for numbers in drawn:
-            bar.update(len(numbers))
+        for _ in drawn:
             workers.look()
 
 
@@ -158,11 +157,13 @@ def _measure(
 
     def pictures() -> Iterator[tuple[list[int], Tensor]]:
         batches = read_pictures(folder, len(texts), per_prompt=o.num_images_per_prompt)
-        for numbers, images in progress_bar(batches, desc=f"score {' '.join(place)}", unit="batch"):
-            if features is not None:
-                parts.append(features(images).float().cpu())
-            yield numbers, images
-            workers.look()
+        with progress_bar(total=len(texts), desc=f"score {' '.join(place)}", unit="picture") as bar:
+            for numbers, images in batches:
+                if features is not None:
+                    parts.append(features(images).float().cpu())
+                yield numbers, images
+                bar.update(len(numbers))
+                workers.look()
 
     scores = score(pictures(), texts, judging.rewards, judges=judging.judges)
     return Measured(*place, scores, torch.cat(parts) if parts else None)

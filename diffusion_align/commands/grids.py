@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from diffusion_align.progress import progress_bar
 DEFAULT_PROMPTS = 4
 SHEET_SIDE = 192  # pixels of a picture, for small models; larger pictures keep their size
 BATCH = 8
+logger = logging.getLogger(__name__)
 
 
 def grid_prompts(given: tuple[str, ...], of_the_data: Iterable[str]) -> list[str]:
@@ -28,12 +30,12 @@ def base_pictures(
 ) -> Tensor:  # fmt: skip
     """Draw and keep the base's pictures [N,3,H,W]; call it while the policy still is the base. Kept ones are read."""
     table = evaluation_table(gate.schedule, steps)
-    drawn = save_pictures(
-        gate, prompts, folder, seed=seed, table=table, guidance=guidance, batch_size=BATCH, resolution=resolution
-    )
     with progress_bar(total=len(prompts), desc="sample grid of the base", unit="picture") as bar:
-        for numbers in drawn:
-            bar.update(len(numbers))
+        for _ in save_pictures(
+            gate, prompts, folder, seed=seed, table=table, guidance=guidance, batch_size=BATCH, resolution=resolution,
+            drawn=bar.update,
+        ):  # fmt: skip
+            pass  # each step of the iteration has written some
     return torch.cat([pictures for _, pictures in read_pictures(folder, len(prompts))])
 
 
@@ -41,15 +43,17 @@ def write_grid(
     gate: TextToImage, prompts: list[str], base: Tensor, path: Path, *, seed: int, steps: int, guidance: float,
     resolution: int | None,
 ) -> None:  # fmt: skip
-    """Draw the same prompts with the present weights and write both side by side."""
+    """Draw the same prompts with the present weights and write both side by side; a full disk costs only the grid."""
     table = evaluation_table(gate.schedule, steps)
-    drawn = generate(gate, prompts, seed=seed, table=table, guidance=guidance, batch_size=BATCH, resolution=resolution)
-    parts = []
     with progress_bar(total=len(prompts), desc=f"sample grid {path.stem}", unit="picture") as bar:
-        for numbers, pictures in drawn:
-            parts.append(pictures)
-            bar.update(len(numbers))
-    now = torch.cat(parts)
-    path.parent.mkdir(parents=True, exist_ok=True)
+        drawn = generate(
+            gate, prompts, seed=seed, table=table, guidance=guidance, batch_size=BATCH, resolution=resolution,
+            drawn=bar.update,
+        )  # fmt: skip
+        now = torch.cat([pictures for _, pictures in drawn])
     factor = max(1, SHEET_SIDE // now.shape[-1])
-    pairs_picture(base, now, prompts, [(None, None)] * len(prompts), path, columns=2, factor=factor)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pairs_picture(base, now, prompts, [(None, None)] * len(prompts), path, columns=2, factor=factor)
+    except OSError as error:
+        logger.warning("%s: the sample grid could not be written (%s); the training goes on", path, error)

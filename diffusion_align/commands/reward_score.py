@@ -18,6 +18,7 @@ from diffusion_align.commands.score import require_reward, reward_by_name
 from diffusion_align.commands.sources import read_prompts
 from diffusion_align.data.images import FORMATS, ImageError, decode_image
 from diffusion_align.options.reward import RewardScore
+from diffusion_align.progress import progress_bar
 from diffusion_align.rewards import RewardError, one_each, prefetch
 from diffusion_align.rewards.weights import place_of
 
@@ -35,13 +36,15 @@ def reward_score(options: RewardScore) -> int:
     out = Path(o.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial, scores, faults, spent = out.with_name(f".{out.name}.partial"), [], [], 0.0
-    with partial.open("w", encoding="utf-8") as file:
+    bar = progress_bar(total=len(files), desc=f"score {o.reward}", unit="picture")
+    with partial.open("w", encoding="utf-8") as file, bar:
         start = time.perf_counter()
         # Decoding goes on in the background while the reward is busy.
         for batch in prefetch(batches(files, prompts, o.batch_size)):
             for row in score_batch(o.reward or "", reward, batch):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 (scores if row["score"] is not None else faults).append(row)
+            bar.update(len(batch))
         spent = time.perf_counter() - start
     if not scores:
         partial.unlink()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from diffusion_align.data.images import encode_png
 from diffusion_align.data.prompts import Prompt
 from diffusion_align.evaluation.report import versions
 from diffusion_align.options import Sample
-from diffusion_align.progress import progress_bar
+from diffusion_align.progress import counted, progress_bar
 from diffusion_align.rng import draw_normal, generator
 from diffusion_align.samplers import StepTable, step_table
 from diffusion_align.samplers import sample as run_sampler
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
     from diffusion_align.models import TextToImage
 
 
-Draw = Callable[[list[tuple[int, int]]], Iterator[tuple[tuple[int, int], Tensor]]]
-"""Given (prompt's number, image's number), the pictures [3,H,W] in that order."""
+Drawn = Callable[[float], object]
+Draw = Callable[[list[tuple[int, int]], Drawn], Iterator[tuple[tuple[int, int], Tensor]]]
+"""Given (prompt's number, image's number), the pictures [3,H,W] in that order. The second argument is told after every
+step of the sampler how many pictures it was worth, such as 8 / 25: a bar's `update`."""
 
 
 def sample(options: Sample) -> int:
@@ -69,11 +72,11 @@ def sample(options: Sample) -> int:
         load_tuned(gate, o.run)
     table = step_table(gate.schedule, o.steps, solver=o.solver, order=order, eta=o.eta, spacing=o.spacing)
 
-    def these(wanted: list[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    def these(wanted: list[tuple[int, int]], drawn: Drawn) -> Iterator[tuple[tuple[int, int], Tensor]]:
         return draw(
             gate, [prompt.text for prompt in prompts], wanted, table, seed=o.seed, guidance=o.guidance,
             negative_prompt=o.negative_prompt, resolution=resolution, batch_size=o.batch_size,
-            mixed_precision=o.mixed_precision,
+            mixed_precision=o.mixed_precision, drawn=drawn,
         )  # fmt: skip
 
     if o.layout != "samples":
@@ -97,11 +100,10 @@ def pictures_of(prompts: Sequence[Prompt], per_prompt: int) -> list[dict[str, An
 def write_pictures(files: Sequence[dict[str, Any]], these: Draw, out: Path) -> None:
     """Draw all pictures into one folder."""
     out.mkdir(parents=True, exist_ok=True)
-    drawn = these([(entry["prompt_number"], entry["image"]) for entry in files])
     with progress_bar(total=len(files), desc="draw", unit="picture") as bar:
+        drawn = these([(entry["prompt_number"], entry["image"]) for entry in files], bar.update)
         for entry, (_, picture) in zip(files, drawn, strict=True):
             (out / entry["file"]).write_bytes(encode_png(picture))
-            bar.update()
 
 
 @torch.no_grad()
@@ -117,6 +119,7 @@ def draw(
     resolution: int | None,
     batch_size: int,
     mixed_precision: str,
+    drawn: Drawn = lambda pictures: None,
 ) -> Iterator[tuple[tuple[int, int], Tensor]]:
     """Yield ((prompt's number, image's number), picture [3,H,W] in [0, 1]), the same whatever the batch size."""
     negative = gate.encode_text([negative_prompt]) if negative_prompt else None  # None: SDXL's own, which may be zeros
@@ -127,6 +130,6 @@ def draw(
         noise = torch.stack([draw_normal(gate.latent_shape(resolution), source) for source in sources])
         text = gate.encode_text([prompts[number] for number, _ in part])
         with torch.autocast(gate.device.type, dtype=half, enabled=half is not None):
-            denoiser = gate.denoiser(text, guidance, negative)
+            denoiser = counted(gate.denoiser(text, guidance, negative), partial(drawn, len(part) / len(table)))
             latents = run_sampler(denoiser, table, noise.to(gate.device), sources)
         yield from zip(part, gate.decode(latents).cpu(), strict=True)

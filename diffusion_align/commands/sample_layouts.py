@@ -32,9 +32,11 @@ def draw_folder(gate: TextToImage, prompts: Sequence[Prompt], table: StepTable, 
     folder = out if o.layout == "geneval" else out / PICTURES
     k = o.num_images_per_prompt
 
+    bar = progress_bar(desc="draw", unit="picture", total=len(prompts) * k)
+
     def batches(numbers: list[int]) -> Iterator[Batch]:
         part, pictures = [], []
-        for (prompt, image), picture in draw([divmod(number, k) for number in numbers]):
+        for (prompt, image), picture in draw([divmod(number, k) for number in numbers], bar.update):
             part.append(prompt * k + image)
             pictures.append(picture)
             if len(part) == o.batch_size:
@@ -48,10 +50,9 @@ def draw_folder(gate: TextToImage, prompts: Sequence[Prompt], table: StepTable, 
         per_prompt=k, extras=[prompt.extra for prompt in prompts],
     )  # fmt: skip
     new = 0
-    with progress_bar(desc="draw", unit="picture", total=len(prompts) * k) as bar:
+    with bar:
         for numbers in drawn:
             new += len(numbers)
-            bar.update(len(numbers))
     print(f"{len(prompts) * k} pictures of {len(prompts)} prompts in {folder}, {new} of them new")
     return 0 if o.layout == "geneval" else hand_over(folder, o)
 

@@ -235,11 +235,10 @@ class Session:
 
     @watch.named()
     def export(self, steps: int) -> int:
-        """The last grid and the trained weights, averaged if an average was kept."""
+        """The trained weights, averaged if an average was kept, and then the last grid, which may take long."""
         from diffusion_align.models import save_lora, save_unet
 
         with self.ema.applied(self.named) if self.ema is not None else nullcontext():
-            self.draw(steps)
             if self.accelerator.is_main_process:
                 try:
                     written = (save_lora if self.options.mode == "lora" else save_unet)(self.gate.unet, self.run)
@@ -249,7 +248,9 @@ class Session:
                         f"the trained weights could not be written to {self.run}: {error}. They are safe in the "
                         f"checkpoint of step {steps}; make room, then {go_on} writes them"
                     ) from error
-                print(f"trained weights: {written}\nnext: {pasted('evaluate', self.run)}")
+                print(f"trained weights: {written}", flush=True)
+            self.draw(steps)
+        self.accelerator.print(f"next: {pasted('evaluate', self.run)}")
         meet(self.accelerator)
         watch.stop()
         return 0

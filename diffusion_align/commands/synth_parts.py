@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from diffusion_align.data.readers import digest
 from diffusion_align.data.shards import write_bytes
 from diffusion_align.models.hub import folder_digest, locate
 from diffusion_align.options import Synth
-from diffusion_align.progress import progress_bar
+from diffusion_align.progress import counted, progress_bar
 from diffusion_align.rewards import Reward, RewardError, one_each
 from diffusion_align.rng import draw_normal, generator
 from diffusion_align.samplers import sample, step_table
@@ -107,22 +108,24 @@ def draw(o: Synth, out: Path, prompts: list[str], parts: Sequence[int], source: 
     with progress_bar(total=sum(map(len, left)), desc=f"draw {source.name}", unit="picture") as bar:
         for batch in left:
             addresses = [(prompts[n], m, places.index(place)) for n, place in batch]
-            for (number, place), picture in zip(batch, _pictures(gate, o, addresses), strict=True):
+            for (number, place), picture in zip(batch, _pictures(gate, o, addresses, bar.update), strict=True):
                 if not picture.isfinite().all():
                     raise ValueError(f"{source.name}: picture {place} of prompt {number} is not finite")
                 path = picture_path(out, number, place)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_bytes(path, encode_png(picture))
-                bar.update()
 
 
 @torch.no_grad()
-def _pictures(gate: TextToImage, o: Synth, addresses: list[tuple[str, int, int]]) -> Tensor:
-    """[B,3,H,W] in [0, 1] on the CPU, one for each (prompt, m, i)."""
+def _pictures(
+    gate: TextToImage, o: Synth, addresses: list[tuple[str, int, int]], drawn: Callable[[float], object]
+) -> Tensor:
+    """[B,3,H,W] in [0, 1] on the CPU, one for each (prompt, m, i). `drawn` is told what share a step has drawn."""
     table = step_table(gate.schedule, **sampler_of(o))
     sources = [generator(o.seed, "synth", *address) for address in addresses]
     noise = torch.stack([draw_normal(gate.latent_shape(o.resolution), source) for source in sources])
     denoiser = gate.denoiser(gate.encode_text([prompt for prompt, _, _ in addresses]), o.guidance)
+    denoiser = counted(denoiser, partial(drawn, len(addresses) / len(table)))
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(o.mixed_precision)
     with torch.autocast(gate.device.type, dtype=half, enabled=half is not None):
         latents = sample(denoiser, table, noise.to(gate.device), sources)
@@ -191,7 +194,7 @@ def read_scores(out: Path, o: Synth, prompts: int, parts: range) -> Tensor | Non
         return None
     scores = torch.empty(len(files), prompts, o.pictures, dtype=torch.float64)
     for said, some in zip(scores, files, strict=True):
-        rows = [row for file in some for row in json.loads(file.read_text())["scores"]]
+        rows = [row for file in some for row in json.loads(file.read_text(encoding="utf-8"))["scores"]]
         said.copy_(torch.tensor([[math.nan if value is None else value for value in row] for row in rows]))
     return scores
 

@@ -143,7 +143,7 @@ def train_spm(options: TrainSpm) -> int:
         report = {"steps": step, "guidance": o.guidance, "held_out": len(aside[1]) if aside else 0}
         report |= {"labels": o.relabel or "data", "tie_margin": o.tie_margin if o.relabel else None}
         report |= {"before": before, "after": after}
-        (home / ACCURACY).write_text(json.dumps(report, indent=2) + "\n")
+        (home / ACCURACY).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         save_step_aware(model, home)
         print("\n".join([*accuracy_table(before, after), f"model: {home}"]))
     meet(accelerator)

@@ -7,7 +7,8 @@ model. Pictures are numbered through: number p of K pictures a prompt is picture
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..prediction import Denoiser
+from ..progress import counted
 from ..rng import draw_normal, generator
 from ..samplers import StepTable, sample, step_table
 from ..schedule import Schedule
@@ -75,11 +77,13 @@ def address(number: int, per_prompt: int) -> tuple[int, ...]:
 
 @torch.no_grad()
 def _draw(
-    gate: Gate, prompts: list[str], sources: list[torch.Generator], table: StepTable, guidance: float, side: int | None
-) -> Tensor:
+    gate: Gate, prompts: list[str], sources: list[torch.Generator], table: StepTable, guidance: float,
+    side: int | None, drawn: Callable[[float], object],
+) -> Tensor:  # fmt: skip
     # Each source goes on to the noise of stochastic steps.
     noise = torch.stack([draw_normal(gate.latent_shape(side), source) for source in sources]).to(gate.device)
     denoiser = gate.denoiser(gate.encode_text(prompts), guidance=guidance)
+    denoiser = counted(denoiser, partial(drawn, len(prompts) / len(table)))
     return gate.decode(sample(denoiser, table, noise, sources)).float().cpu()
 
 
@@ -94,6 +98,7 @@ def generate(
     per_prompt: int = 1,
     numbers: Sequence[int] | None = None,
     resolution: int | None = None,
+    drawn: Callable[[float], object] = lambda pictures: None,
 ) -> Iterator[Batch]:
     """Draw `per_prompt` pictures of each prompt, batch after batch.
 
@@ -106,6 +111,7 @@ def generate(
         guidance: classifier-free guidance scale; 1 is none.
         numbers: which of the N x per_prompt pictures to draw; all, unless they are given.
         resolution: side of the pictures in pixels; the model's own, unless it is given.
+        drawn: told after every step of the sampler how many pictures it was worth, such as 8 / 25: a bar's `update`.
 
     Yields:
         Numbers of b pictures and the pictures [b,3,H,W], float32 in [0, 1], on the CPU.
@@ -119,7 +125,8 @@ def generate(
     for start in range(0, len(wanted), batch_size):
         part = wanted[start : start + batch_size]
         sources = [generator(seed, PURPOSE, *address(number, per_prompt)) for number in part]
-        images = _draw(gate, [prompts[number // per_prompt] for number in part], sources, table, guidance, resolution)
+        texts = [prompts[number // per_prompt] for number in part]
+        images = _draw(gate, texts, sources, table, guidance, resolution, drawn)
         for number, image in zip(part, images, strict=True):
             if not torch.isfinite(image).all():
                 raise ValueError(f"the picture of prompt {number // per_prompt} is not finite: the model has diverged")
@@ -146,11 +153,12 @@ def save_pictures(
     facts: Mapping[str, Any] | None = None,
     extras: Sequence[Mapping[str, Any]] | None = None,
     resolution: int | None = None,
+    drawn: Callable[[float], object] = lambda pictures: None,
 ) -> Iterator[list[int]]:
     """Generate into a folder in GenEval's layout; see `fill` for what resumes, `extras` and `shard`.
 
     Written down are seed, guidance, sampler, model, prompts and a resolution that is given. `facts` joins them: name
-    the adapter there, for the gate's fingerprint knows files only.
+    the adapter there, for the gate's fingerprint knows files only. `drawn` is told of every step, as in `generate`.
 
     Raises:
         ValueError: the folder holds other pictures, a shard that there is not, and as `generate`.
@@ -162,7 +170,7 @@ def save_pictures(
         return generate(
             gate, prompts,
             seed=seed, table=table, guidance=guidance, batch_size=batch_size, per_prompt=per_prompt, numbers=numbers,
-            resolution=resolution,
+            resolution=resolution, drawn=drawn,
         )  # fmt: skip
 
     facts = {**made, "model": gate.fingerprint(), **(facts or {})}

@@ -62,8 +62,12 @@ def replace(path: Path, data: bytes, staging: Path | None = None) -> None:
     """
     # Other processes may be writing the same. Not the whole name, which may be as long as names can be.
     partial = (staging or path.parent) / f".{path.name[-20:]}.{os.getpid()}.partial"
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # a part of a file would take the room that a full disk lacks
+        raise
 
 
 def claim(path: Path, prompts: list[str], facts: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..rewards import to_uint8
 from .escape import LIMIT
+from .picture_folder import replace
 
 MARGIN, ROW_GAP, GAP, LINE, FONT = 16, 28, 6, 17, 13  # pixels
 PAPER, INK, FAINT = (255, 255, 255), (34, 34, 34), (120, 120, 120)
@@ -97,4 +99,6 @@ def pairs_picture(
             for number, line in enumerate(texts[i]):
                 draw.text((left, top + LINE + 2 * GAP + side_h + number * LINE), line, fill=INK, font=font)
         top += height + ROW_GAP
-    sheet.save(path)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    replace(Path(path), buffer.getvalue())
