@@ -28,7 +28,7 @@ class _Bar(tqdm):  # pyright: ignore[reportMissingTypeArgument]
     @property
     def format_dict(self) -> Any:
         n = round(self.n, 6)  # parts add up to a little more than the whole
-        return super().format_dict | {"n": n, "done": f"{n:.1f}".removesuffix(".0")}
+        return {**super().format_dict, "n": n, "done": f"{n:.1f}".removesuffix(".0")}
 
 
 class _Lines:

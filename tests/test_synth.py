@@ -338,7 +338,7 @@ def test_a_picture_that_is_damaged_is_named(toys, tmp_path, monkeypatch, capsys)
 
 
 def test_a_model_that_diverges_is_named(toys, tmp_path, monkeypatch, capsys):
-    nan = lambda gate, o, addresses: torch.full((len(addresses), 3, 8, 8), math.nan)  # noqa: E731
+    nan = lambda gate, o, addresses, drawn: torch.full((len(addresses), 3, 8, 8), math.nan)  # noqa: E731
     monkeypatch.setattr(synth_parts, "_pictures", nan)
     assert cli.main(argv(toys, tmp_path / "out")) == 1
     assert "picture 0 of prompt 0 is not finite" in capsys.readouterr().err

@@ -22,6 +22,7 @@ from diffusion_align.data.readers import DataError
 from diffusion_align.data.recognise import recognise, rows
 from diffusion_align.data.rows import Row
 from diffusion_align.data.summary import summarise
+from diffusion_align.models.captions import tokenizers_in
 from diffusion_align.models.hub import asset
 
 VOTES = [0.7, 0.25, 0.5, 1.0, 0.6]
@@ -259,6 +260,8 @@ def test_check_counts_the_captions_that_the_text_encoder_cuts(tmp_path, capsys, 
     assert f"2 of 5 are longer than the {limit} tokens that the text encoder reads" in capsys.readouterr().out
     assert main([*words, "--model", str(tmp_path)]) == 1
     assert "has no model_index.json" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer"):
+        tokenizers_in(tmp_path)
 
 
 def test_an_interrupted_conversion_says_how_to_go_on(tmp_path, capsys, monkeypatch):
