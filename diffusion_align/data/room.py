@@ -29,7 +29,7 @@ def bytes_of(
 
 def require_room(folder: Path, size: int) -> None:
     """Raise DataError unless the disk of `folder` has room for `size` bytes, of which some may be there already."""
-    there = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    there = sum(_size(path) for path in folder.glob("*.safetensors"))
     disk = shutil.disk_usage(folder)
     # Some network file systems say 0 of 0.
     if disk.total and size - there > disk.free:
@@ -37,6 +37,14 @@ def require_room(folder: Path, size: int) -> None:
             f"{folder}: encoding takes up to {_gigabytes(size - there)}, and the disk has {_gigabytes(disk.free)}; "
             "free some, delete caches of earlier runs beside it, or give --cache_dir on another disk"
         )
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, 0 if it is gone: another rank may have renamed it since the folder was listed."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _gigabytes(size: int) -> str:

@@ -16,6 +16,7 @@ from diffusion_align.data.cache import PairCache
 from diffusion_align.data.images import load_picture
 from diffusion_align.data.pairs import Pair
 from diffusion_align.data.readers import BadRow, DataError
+from diffusion_align.data.room import require_room
 
 
 def test_batches_hold_the_winner_first_and_the_right_text(tmp_path):
@@ -237,3 +238,12 @@ def test_what_an_interrupted_build_has_written_needs_no_room_again(tmp_path, mon
 def test_a_disk_that_tells_nothing_is_trusted(tmp_path, monkeypatch):
     on_a_disk_with(monkeypatch, free=0, total=0)
     assert len(build(tmp_path, make_pairs())) == 40
+
+
+def test_a_shard_that_another_rank_renames_meanwhile_counts_nothing(tmp_path):
+    """A link to nowhere is listed, and cannot be asked for its size: so is a file that has gone since."""
+    (tmp_path / ".tmp-dropped.safetensors").symlink_to(tmp_path / "gone")
+    (tmp_path / "text-00000.safetensors").write_bytes(b"x" * 10)
+    require_room(tmp_path, 10)
+    with pytest.raises(DataError, match="free some"):
+        require_room(tmp_path, shutil.disk_usage(tmp_path).total + 11)
