@@ -44,16 +44,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--reward", default="tiny")
     args = parser.parse_args(argv)
 
-    gate = load_pipeline("tiny")
-    parameters = add_lora(gate.unet, 16, targets=TARGETS["wide"])
+    model = load_pipeline("tiny")
+    parameters = add_lora(model.unet, 16, targets=TARGETS["wide"])
     calls = [0]
 
     def counted(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         calls[0] += len(x)
-        return gate.predict(x, t, text)
+        return model.predict(x, t, text)
 
-    policy = binder(counted, gate.schedule, gate.prediction_type, gate.empty_text, 1.0)
-    score = decoded(gate, reward_by_name(args.reward, device=gate.device, seed=0), 64)
+    policy = binder(counted, model.schedule, model.prediction_type, model.empty_text, 1.0)
+    score = decoded(model, reward_by_name(args.reward, device=model.device, seed=0), 64)
     captions = sample_captions(args.batches * args.prompts, TINY_SEED)
 
     def gradient(runs: Runs, k: int) -> Tensor:
@@ -73,8 +73,8 @@ def main(argv: list[str] | None = None) -> None:
             samples = [(0, j) for j in range(i, i + args.prompts)]
             prompts = captions[i : i + args.prompts]
             runs = draw_runs(
-                policy, None, table, gate.encode_text(prompts), prompts, samples, score,
-                group=group, share_noise=share, shape=gate.latent_shape(), seed=1,
+                policy, None, table, model.encode_text(prompts), prompts, samples, score,
+                group=group, share_noise=share, shape=model.latent_shape(), seed=1,
             )  # fmt: skip
             rows.append(torch.stack([gradient(runs, k) for k in steps]))
         every = torch.stack(rows)  # [batches, steps, parameters]
@@ -82,10 +82,10 @@ def main(argv: list[str] | None = None) -> None:
         cost = calls[0] // args.batches
         print(f"{name}: by step {by_step}; all {signal_share(every.sum(1)):+.4f}; {cost} evaluations", flush=True)
 
-    whole = step_table(gate.schedule, args.steps, order=2, eta=1.0)
+    whole = step_table(model.schedule, args.steps, order=2, eta=1.0)
     measure("noise in all steps, one start a prompt", whole, args.group_size, True)
     measure("noise in all steps, a start each", whole, args.group_size, False)
-    few, quiet = (step_table(gate.schedule, 6, order=2, eta=eta) for eta in (1.0, 0.0))
+    few, quiet = (step_table(model.schedule, 6, order=2, eta=eta) for eta in (1.0, 0.0))
     for k in (1, 2, 3):
         measure(f"6 steps, noise in step {k}", noise_window(few, quiet, k, 1), 2 * args.group_size, True)
 

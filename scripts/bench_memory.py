@@ -68,10 +68,10 @@ def _toy(batch: int) -> tuple[nn.Module, Denoiser, Schedule, tuple[int, ...]]:
 def _model(name: str, batch: int, guidance: float) -> tuple[nn.Module, Denoiser, Schedule, tuple[int, ...]]:
     from diffusion_align.models import load_pipeline
 
-    gate = load_pipeline(name)
-    gate.unet.requires_grad_(True)
-    text = gate.encode_text(["a small red circle on a gray background"] * batch)
-    return gate.unet, gate.denoiser(text, guidance), gate.schedule, (batch, *gate.latent_shape())
+    model = load_pipeline(name)
+    model.unet.requires_grad_(True)
+    text = model.encode_text(["a small red circle on a gray background"] * batch)
+    return model.unet, model.denoiser(text, guidance), model.schedule, (batch, *model.latent_shape())
 
 
 def _loss(log_prob: Tensor) -> Tensor:

@@ -93,16 +93,16 @@ def row(
     return f"{name:20} {count / whole:10.1f} {parts} {count / in_turn:10.1f} {count / ahead:10.1f}"
 
 
-def chunks_of(gate: TextToImage, chunks: int, size: int, steps: int, busy: list[float]) -> Iterator[Chunk]:
+def chunks_of(model: TextToImage, chunks: int, size: int, steps: int, busy: list[float]) -> Iterator[Chunk]:
     """Pictures and prompts, chunk after chunk; the seconds that drawing each took go to `busy`."""
-    table = step_table(gate.schedule, steps, solver="dpmpp", order=2, eta=0.0)
+    table = step_table(model.schedule, steps, solver="dpmpp", order=2, eta=0.0)
     prompts = sample_captions(size, 0)
     for chunk in range(chunks):
         start = time.perf_counter()
         with torch.no_grad():  # of this thread: the one that draws ahead has its own
-            noise = rng.normal((size, *gate.latent_shape()), 0, "bench noise", chunk).to(gate.device)
-            pictures = gate.decode(sample(gate.denoiser(gate.encode_text(prompts)), table, noise))
-        if gate.device.type == "cuda":
+            noise = rng.normal((size, *model.latent_shape()), 0, "bench noise", chunk).to(model.device)
+            pictures = model.decode(sample(model.denoiser(model.encode_text(prompts)), table, noise))
+        if model.device.type == "cuda":
             torch.cuda.synchronize()
         busy.append(time.perf_counter() - start)
         yield pictures, prompts
@@ -151,11 +151,11 @@ def slow_server() -> Iterator[Reward]:
             thread.join()
 
 
-def print_overlap(rewards: Sequence[tuple[str, Reward]], gate: TextToImage, args: argparse.Namespace) -> None:
+def print_overlap(rewards: Sequence[tuple[str, Reward]], model: TextToImage, args: argparse.Namespace) -> None:
     """The second table; the slow server is its last row."""
-    print(f"\na loop of {args.chunks} chunks of {args.chunk} pictures, {args.steps} steps, {gate.source}")
+    print(f"\na loop of {args.chunks} chunks of {args.chunk} pictures, {args.steps} steps, {model.source}")
     print(f"{'reward':20} " + " ".join(f"{name:>15}" for name in ("waits, in turn", "waits, behind", "times as fast")))
-    make = partial(chunks_of, gate, args.chunks, args.chunk, args.steps)
+    make = partial(chunks_of, model, args.chunks, args.chunk, args.steps)
     with slow_server() as slow:
         for name, reward in (*rewards, ("slow, over HTTP", slow)):
             turn, behind, gain = overlap(make, reward, args.repeats)

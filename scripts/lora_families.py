@@ -24,25 +24,25 @@ class Family:
     """A tiny model, what it is asked, and what it answers by itself."""
 
     name: str
-    model: Path
-    gate: TextToImage
+    folder: Path
+    model: TextToImage
     item: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     plain: torch.Tensor
 
     def fresh(self) -> TextToImage:
-        gate = copy.copy(self.gate)
-        gate.unet = copy.deepcopy(self.gate.unet)
-        return gate
+        model = copy.copy(self.model)
+        model.unet = copy.deepcopy(self.model.unet)
+        return model
 
-    def answer(self, gate: TextToImage) -> torch.Tensor:
+    def answer(self, model: TextToImage) -> torch.Tensor:
         with torch.no_grad():
-            return gate.predict(*self.item)
+            return model.predict(*self.item)
 
     def tuned(self, seed: int, alpha: float, targets: str = "wide") -> TextToImage:
-        gate = self.fresh()
-        for i, parameter in enumerate(add_lora(gate.unet, RANK, alpha, TARGETS[targets])):
+        model = self.fresh()
+        for i, parameter in enumerate(add_lora(model.unet, RANK, alpha, TARGETS[targets])):
             parameter.data.add_(normal(parameter.shape, seed, "moved", i) * 0.1)
-        return gate
+        return model
 
 
 def families(folder: Path) -> list[Family]:
@@ -56,11 +56,11 @@ def families(folder: Path) -> list[Family]:
 
 
 @torch.no_grad()
-def family(name: str, model: Path) -> Family:
-    gate = load_pipeline(model, device="cpu")
-    x, t = normal((2, *gate.latent_shape()), 0, "x"), torch.tensor([20, 700])
-    item = x, t, gate.encode_text(["a red circle", "a blue square"])
-    return Family(name, model, gate, item, gate.predict(*item))
+def family(name: str, folder: Path) -> Family:
+    model = load_pipeline(folder, device="cpu")
+    x, t = normal((2, *model.latent_shape()), 0, "x"), torch.tensor([20, 700])
+    item = x, t, model.encode_text(["a red circle", "a blue square"])
+    return Family(name, folder, model, item, model.predict(*item))
 
 
 @contextmanager
@@ -82,15 +82,15 @@ def heard() -> Iterator[list[str]]:
 def verdict(family: Family, path: Path, due: torch.Tensor | None, names: set[str], **options: Any) -> str:
     """What became of a file: "refused" or "repaired" with a message that names one of `names`, "loaded" without one,
     "unnamed", "wrong" (another function than `due`), or "changed" (refused, but the network is not as it was)."""
-    gate = family.fresh()
+    model = family.fresh()
     with heard() as messages:
         try:
-            load_lora(gate, path, **options)
+            load_lora(model, path, **options)
         except (ValueError, FileNotFoundError) as error:
-            if not torch.equal(family.answer(gate), family.plain) or hasattr(gate.unet, "peft_config"):
+            if not torch.equal(family.answer(model), family.plain) or hasattr(model.unet, "peft_config"):
                 return "changed"
             return "refused" if any(name in str(error) for name in names) and "\n" not in str(error) else "unnamed"
-    if due is None or not torch.allclose(family.answer(gate), due, rtol=0, atol=TOLERANCE):
+    if due is None or not torch.allclose(family.answer(model), due, rtol=0, atol=TOLERANCE):
         return "wrong"
     if not messages:
         return "loaded"

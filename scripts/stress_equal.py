@@ -311,8 +311,8 @@ def short_of_memory(folder: Path, tally: Tally) -> None:
 
 def shards(folder: Path, tally: Tally) -> None:
     """Pictures for an evaluation by 1, 2 and 4 processes: none missing or double, and the same bits."""
-    gate = load_pipeline(str(folder / "model"))
-    prompts, table = [f"prompt {i}" for i in range(12)], step_table(gate.schedule, 3)
+    model = load_pipeline(str(folder / "model"))
+    prompts, table = [f"prompt {i}" for i in range(12)], step_table(model.schedule, 3)
     seen: dict[int, dict[str, bytes]] = {}
     for count in (1, 2, 4):
         place = folder / f"shards-{count}"
@@ -320,7 +320,7 @@ def shards(folder: Path, tally: Tally) -> None:
             n
             for i in range(count)
             for part in save_pictures(
-                gate, prompts, place, seed=0, table=table, guidance=2.0, batch_size=3, shard=(i, count)
+                model, prompts, place, seed=0, table=table, guidance=2.0, batch_size=3, shard=(i, count)
             )
             for n in part
         ]

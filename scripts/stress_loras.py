@@ -40,7 +40,7 @@ def of_format(name: str, family: Family, other: Family, folder: Path, seed: int)
     alpha = ALPHA if tells_alpha else float(RANK)
     tuned = family.tuned(seed, alpha, targets)
     truth = family.answer(tuned)
-    layers = {layer for layer, _ in family.gate.unet.named_modules() if "." in layer}
+    layers = {layer for layer, _ in family.model.unet.named_modules() if "." in layer}
     layers |= set(read(writer(tuned.unet, folder / "names"))[0])
 
     def judged(
@@ -78,12 +78,12 @@ def of_format(name: str, family: Family, other: Family, folder: Path, seed: int)
 
 def _rounded(family: Family, tuned: TextToImage) -> torch.Tensor:
     """What is meant by a file in half precision: the numbers as they were rounded."""
-    gate = copy.copy(tuned)
-    gate.unet = copy.deepcopy(tuned.unet)
-    for key, parameter in gate.unet.named_parameters():
+    model = copy.copy(tuned)
+    model.unet = copy.deepcopy(tuned.unet)
+    for key, parameter in model.unet.named_parameters():
         if "lora_" in key:
             parameter.data.copy_(parameter.data.half().float())
-    return family.answer(gate)
+    return family.answer(model)
 
 
 def files(folder: Path, seeds: int, say: Callable[[str], None] = print) -> int:
@@ -105,7 +105,7 @@ def files(folder: Path, seeds: int, say: Callable[[str], None] = print) -> int:
 
 def doors(folder: Path, say: Callable[[str], None] = print) -> int:
     """Run folders and checkpoints with the same faults; how many went wrong."""
-    bad, model = 0, pictures_of_64(families(folder)[0].model)
+    bad, model = 0, pictures_of_64(families(folder)[0].folder)
     ways = {f"{verb} RUN": through(verb, model, folder) for verb in VERBS}
     for way, found in {**ways, "resuming": resumed(model, folder / "resumed")}.items():
         begun, right = time.monotonic(), 0
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         bad = files(Path(name) / "files", args.seeds) + doors(Path(name) / "doors")
         if args.baseline:
-            model = families(Path(name) / "baseline")[0].model
+            model = families(Path(name) / "baseline")[0].folder
             print(f"diffusers, files that cannot be right: {dict(by_diffusers(model, Path(name) / 'theirs'))}")
     print(f"{bad} went wrong")
     return int(bad > 0)

@@ -13,7 +13,7 @@ SIZE = 16
 SHAPE = (4, 4, 4)
 
 
-class FakeGate:
+class FakeModel:
     """Encoders whose answers are easy to compute by hand, which count what they are given and can fail on the way."""
 
     def __init__(self, name="fake", fail_at=None, pause=0.0):
@@ -60,6 +60,6 @@ def make_pairs(count=40, pictures=30, prompts=7):
     ]
 
 
-def build(folder, pairs, gate=None, **options):
+def build(folder, pairs, model=None, **options):
     options = {"resolution": SIZE, "pairs_per_shard": 8, "prompts_per_shard": 3, "progress": False} | options
-    return build_cache(gate or FakeGate(), pairs, folder, **options)
+    return build_cache(model or FakeModel(), pairs, folder, **options)

@@ -1,7 +1,7 @@
 """A random SDXL-format folder small enough to be built and run inside a test.
 
     folder = make_tiny_sdxl_folder(tmp_path / "model")     # about 0.3 M random weights, 32x32 pictures, 4x8x8 latents
-    gate = load_pipeline(folder)
+    model = load_pipeline(folder)
 
 Every part has the classes and file names of stable-diffusion-xl-base-1.0, so plain diffusers loads it too. No two
 widths are equal where SDXL's are not: 24 + 40 make hidden states 64 wide, and the pooled embedding has 48.

@@ -1,7 +1,7 @@
 """A random Stable-Diffusion-format folder small enough to be built and run inside a test.
 
     folder = make_tiny_folder(tmp_path / "model")          # about 0.2 M random weights, 32x32 pictures, 4x8x8 latents
-    gate = load_pipeline(folder)
+    model = load_pipeline(folder)
 
 Every part has the classes and file names of a Stable Diffusion 1.5 folder, so plain diffusers loads it too.
 """

@@ -23,7 +23,7 @@ ASSETS = Path(__file__).parent.parent / "assets"
 
 
 @pytest.fixture(scope="module")
-def gate():
+def model():
     return load_pipeline("tiny", device="cpu")
 
 
@@ -69,11 +69,11 @@ def test_plain_diffusers_loads_and_draws():
     assert judge(images, prompts)["colour"].mean() >= 0.5
 
 
-def test_held_out_accuracy_leaves_room(gate):
+def test_held_out_accuracy_leaves_room(model):
     """The share of whole captions, unguided, on prompts of another seed than those that the docs' figures use."""
     prompts = sample_captions(192, 77, split="held-out")
-    table = evaluation_table(gate.schedule, 10)
-    parts = [im for _, im in generate(gate, prompts, seed=1, table=table, guidance=1.0, batch_size=64)]
+    table = evaluation_table(model.schedule, 10)
+    parts = [im for _, im in generate(model, prompts, seed=1, table=table, guidance=1.0, batch_size=64)]
     marks = judge(torch.cat(parts), prompts)
     assert 0.28 <= marks["all"].mean() <= 0.75
     assert marks["background"].mean() >= 0.9 and marks["colour"].mean() >= 0.6

@@ -98,7 +98,7 @@ def test_a_slow_server_is_waited_for_less_when_it_is_asked_one_chunk_behind(benc
         yield scoring(clock, bench.SLOW)
 
     monkeypatch.setattr(bench, "slow_server", slow_server)
-    monkeypatch.setattr(bench, "chunks_of", lambda gate, chunks, size, steps, busy: drawing(clock, chunks, 0.05)(busy))
+    monkeypatch.setattr(bench, "chunks_of", lambda model, chunks, size, steps, busy: drawing(clock, chunks, 0.05)(busy))
     args = SimpleNamespace(chunks=5, chunk=4, steps=1, repeats=3)
     bench.print_overlap([("mine", scoring(clock, 0.0))], SimpleNamespace(source="tiny"), args)
     rows = [line.split()[-3:] for line in capsys.readouterr().out.splitlines()[-2:]]

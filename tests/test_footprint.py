@@ -20,7 +20,7 @@ MAKERS = {"small": make_tiny_folder, "sdxl": make_tiny_sdxl_folder, "embedded": 
 
 
 @pytest.fixture(scope="module", params=MAKERS)
-def model(request, tmp_path_factory):
+def facts_and_model(request, tmp_path_factory):
     folder = MAKERS[request.param](tmp_path_factory.mktemp("model") / "model")
     return read_model_facts(str(folder)), load_pipeline(folder, device="cpu")
 
@@ -31,31 +31,31 @@ def refused(capsys, *argv, code=2):
     return line
 
 
-def run(gate):
+def run(model):
     """One row through the network, as training does it."""
-    x = torch.zeros(1, *gate.latent_shape(None))
-    return gate.predict(x, torch.tensor([500]), gate.empty_text)
+    x = torch.zeros(1, *model.latent_shape(None))
+    return model.predict(x, torch.tensor([500]), model.empty_text)
 
 
-def test_the_skip_connections_are_counted_exactly(model):
-    facts, gate = model
+def test_the_skip_connections_are_counted_exactly(facts_and_model):
+    facts, model = facts_and_model
     held = []
-    for block in gate.unet.up_blocks:
+    for block in model.unet.up_blocks:
         block.register_forward_pre_hook(
             lambda module, args, given: held.extend(given["res_hidden_states_tuple"]), with_kwargs=True
         )
     with torch.no_grad():
-        run(gate)
-    for block in gate.unet.up_blocks:
+        run(model)
+    for block in model.unet.up_blocks:
         block._forward_pre_hooks.clear()
     counted = footprint.activations(facts.unet, facts.latent_shape(None)[1], graph=False)
     assert counted == sum(tensor.numel() for tensor in held) > 0
 
 
-def test_a_graph_holds_at_least_what_is_counted(model):
-    facts, gate = model
-    add_lora(gate.unet, 1)
-    weights, kept = {p.untyped_storage().data_ptr() for p in gate.unet.parameters()}, {}
+def test_a_graph_holds_at_least_what_is_counted(facts_and_model):
+    facts, model = facts_and_model
+    add_lora(model.unet, 1)
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.unet.parameters()}, {}
 
     def keep(tensor):
         if tensor.untyped_storage().data_ptr() not in weights:
@@ -63,7 +63,7 @@ def test_a_graph_holds_at_least_what_is_counted(model):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = run(gate)
+        out = run(model)
     held = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 4
     assert out.requires_grad
     counted = footprint.activations(facts.unet, facts.latent_shape(None)[1], graph=True)
@@ -143,11 +143,11 @@ def test_a_rank_above_a_layers_width_is_refused_before_the_model_is_loaded(tmp_p
 
 
 def test_add_lora_refuses_it_too(tmp_path):
-    gate = load_pipeline(make_tiny_folder(tmp_path / "model"), device="cpu")
+    model = load_pipeline(make_tiny_folder(tmp_path / "model"), device="cpu")
     with pytest.raises(ValueError, match="give --rank 32 at most"):
-        add_lora(gate.unet, 33)
-    assert not getattr(gate.unet, "peft_config", None)  # nothing has been put in
-    assert len(add_lora(gate.unet, 32)) > 0
+        add_lora(model.unet, 33)
+    assert not getattr(model.unet, "peft_config", None)  # nothing has been put in
+    assert len(add_lora(model.unet, 32)) > 0
 
 
 def test_the_narrower_side_counts_and_a_kernel_counts_its_places():

@@ -14,19 +14,21 @@ from diffusion_align.models.adapters import TARGETS
 def test_the_number_of_trained_parameters(tmp_path, targets, make):
     folder = make(tmp_path / "model")
     facts = read_model_facts(str(folder))
-    gate = load_pipeline(folder, device="cpu")
-    assert facts.full_parameters() == sum(p.numel() for p in gate.unet.parameters())
+    model = load_pipeline(folder, device="cpu")
+    assert facts.full_parameters() == sum(p.numel() for p in model.unet.parameters())
     assert {name: tuple(layers) for name, layers in LORA_LAYERS.items()} == TARGETS
-    assert facts.lora_parameters(3, targets) == sum(p.numel() for p in add_lora(gate.unet, 3, targets=TARGETS[targets]))
+    assert facts.lora_parameters(3, targets) == sum(
+        p.numel() for p in add_lora(model.unet, 3, targets=TARGETS[targets])
+    )
 
 
 @pytest.mark.parametrize("make, family", [(make_tiny_folder, "Stable Diffusion 1.5"), (make_tiny_sdxl_folder, "SDXL")])
 def test_a_folder_is_read(tmp_path, make, family):
     folder = make(tmp_path / "model", prediction_type="v_prediction")
-    facts, gate = read_model_facts(str(folder)), load_pipeline(folder, device="cpu")
-    assert facts.known and facts.family == family and facts.resolution == gate.resolution
-    assert facts.latent_shape(None) == gate.latent_shape() and facts.latent_shape(64) == gate.latent_shape(64)
-    assert facts.scheduler["prediction_type"] == gate.prediction_type == "v_prediction"
+    facts, model = read_model_facts(str(folder)), load_pipeline(folder, device="cpu")
+    assert facts.known and facts.family == family and facts.resolution == model.resolution
+    assert facts.latent_shape(None) == model.latent_shape() and facts.latent_shape(64) == model.latent_shape(64)
+    assert facts.scheduler["prediction_type"] == model.prediction_type == "v_prediction"
 
 
 @pytest.mark.parametrize(

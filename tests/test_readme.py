@@ -14,7 +14,7 @@ def test_the_program_runs():
     names: dict = {}
     exec(program, names)
     assert names["picture"].shape == (1, 3, 64, 64) and names["run"].log_prob.shape == (10, 1)
-    gradients = [p.grad for p in names["gate"].unet.parameters()]
+    gradients = [p.grad for p in names["model"].unet.parameters()]
     assert all(g is not None for g in gradients) and any(bool(torch.any(g != 0)) for g in gradients)
 
 

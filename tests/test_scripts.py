@@ -188,7 +188,7 @@ def test_losses_start_where_the_plan_says(toys, tmp_path, loss_type):
 def test_mapo_keeps_no_frozen_copy_and_logs_nothing_that_needs_one(toys, tmp_path, monkeypatch, capsys):
     """In full mode, on 3 pairs whose captions are too long but for one: what a run says at its start."""
 
-    def refused(gate, mode):
+    def refused(model, mode):
         raise AssertionError("a reference was made")
 
     monkeypatch.setattr(adapters, "reference", refused)

@@ -181,7 +181,7 @@ def test_what_is_missing_is_drawn_in_the_batch_it_belongs_to(toys, tmp_path, mon
     """For a batch of another composition may round otherwise."""
     drawn, pictures = [], synth_parts._pictures
     monkeypatch.setattr(
-        synth_parts, "_pictures", lambda gate, o, batch, bar: (drawn.append(batch), pictures(gate, o, batch, bar))[1]
+        synth_parts, "_pictures", lambda model, o, batch, bar: (drawn.append(batch), pictures(model, o, batch, bar))[1]
     )
     assert cli.main(argv(toys, tmp_path / "out")) == 0
     batches = list(drawn)
@@ -338,7 +338,7 @@ def test_a_picture_that_is_damaged_is_named(toys, tmp_path, monkeypatch, capsys)
 
 
 def test_a_model_that_diverges_is_named(toys, tmp_path, monkeypatch, capsys):
-    nan = lambda gate, o, addresses, drawn: torch.full((len(addresses), 3, 8, 8), math.nan)  # noqa: E731
+    nan = lambda model, o, addresses, drawn: torch.full((len(addresses), 3, 8, 8), math.nan)  # noqa: E731
     monkeypatch.setattr(synth_parts, "_pictures", nan)
     assert cli.main(argv(toys, tmp_path / "out")) == 1
     assert "picture 0 of prompt 0 is not finite" in capsys.readouterr().err

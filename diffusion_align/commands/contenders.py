@@ -44,7 +44,7 @@ class Contender:
         return trained_at(self.config)
 
     def load(self, device: str | None) -> TextToImage:
-        """The gate with its weights in place.
+        """The model with its weights in place.
 
         Raises:
             FileNotFoundError, ValueError: as `load_pipeline` and `load_tuned`; CheckpointError for a damaged one.
@@ -52,12 +52,12 @@ class Contender:
         from diffusion_align.models import load_pipeline
 
         name = self.base["pretrained_model_name_or_path"]
-        gate = load_pipeline(name, device=device, revision=self.base["revision"], variant=self.base["variant"])
+        model = load_pipeline(name, device=device, revision=self.base["revision"], variant=self.base["variant"])
         if self.is_checkpoint:
-            _load_checkpoint(gate, self)
+            _load_checkpoint(model, self)
         elif self.trained is not None:
-            load_tuned(gate, self.trained)
-        return gate
+            load_tuned(model, self.trained)
+        return model
 
 
 def contender(where: str, model: str | None = None) -> Contender:
@@ -90,7 +90,7 @@ def base_contender(of: Contender) -> Contender:
 
 
 @torch.no_grad()
-def _load_checkpoint(gate: TextToImage, who: Contender) -> None:
+def _load_checkpoint(model: TextToImage, who: Contender) -> None:
     """The trained weights of a checkpoint; their average, where the run keeps one and would export it."""
     from diffusion_align.models import add_lora
     from diffusion_align.models.adapters import TARGETS
@@ -100,9 +100,9 @@ def _load_checkpoint(gate: TextToImage, who: Contender) -> None:
     saved = checkpoint.load(who.trained)
     adapter = who.config.get("adapter") or {}
     if adapter.get("mode", "lora") == "lora":
-        add_lora(gate.unet, adapter["rank"], adapter.get("network_alpha"), TARGETS[adapter["lora_targets"]])
+        add_lora(model.unet, adapter["rank"], adapter.get("network_alpha"), TARGETS[adapter["lora_targets"]])
     weights = saved.tensors.get("ema") or saved.tensors["model"]
-    named = dict(gate.unet.named_parameters())
+    named = dict(model.unet.named_parameters())
     wrong = [key for key, value in weights.items() if key not in named or named[key].shape != value.shape]
     if wrong:
         raise ValueError(f"{who.trained}: {wrong[0]!r} does not fit the model that its run's config.yaml names")

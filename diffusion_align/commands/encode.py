@@ -27,7 +27,7 @@ PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 @watch.named()
 def encoded(
     o: TrainOffline | TrainSpm,
-    gate: TextToImage,
+    model: TextToImage,
     accelerator: Accelerator,
     lists: Sequence[Pair] | Sequence[Ranking],
     known_bad: Sequence[BadRow] = (),
@@ -36,17 +36,17 @@ def encoded(
     watch.doing("encoding")
     captions = list(dict.fromkeys(entry.prompt for entry in lists))
     if accelerator.is_main_process:
-        cut, limit = gate.cut_captions(captions)
+        cut, limit = model.cut_captions(captions)
         if cut:
             print(describe_cut(cut, len(captions), limit))
     dtype = PRECISIONS[o.encode_precision]
-    _ = gate.empty_text  # the gate keeps it, for pictures that are drawn in full precision
-    with torch.autocast(gate.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+    _ = model.empty_text  # the model keeps it, for pictures that are drawn in full precision
+    with torch.autocast(model.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
         return build_cache(
-            gate,  # pyright: ignore[reportArgumentType]  (a cached property is a property)
+            model,  # pyright: ignore[reportArgumentType]  (a cached property is a property)
             lists,
             Path(o.cache_dir) / "encoded" if o.cache_dir else Path(o.output_dir) / "cache",
-            resolution=o.resolution or gate.resolution,
+            resolution=o.resolution or model.resolution,
             seed=o.seed,
             known_bad=known_bad,
             max_bad_fraction=o.max_bad_fraction,

@@ -54,17 +54,17 @@ def evaluate(options: Evaluate) -> int:
     folders: dict[tuple[str, str], Path] = {}
     side = 0
     for name, who in names.items():
-        gate = who.load(o.device)
-        side = resolution or gate.resolution
-        about = {"model": who.base["pretrained_model_name_or_path"], "fingerprint": gate.fingerprint()}
+        model = who.load(o.device)
+        side = resolution or model.resolution
+        about = {"model": who.base["pretrained_model_name_or_path"], "fingerprint": model.fingerprint()}
         about["weights"] = who.weights()
         key = _key({**facts, **about, "prompts": [prompt.text for prompt in prompts]})
         facts.setdefault("models", {})[name] = about
         for solver in o.sampler:
             folder = folders[name, solver] = out / "evaluation" / f"{'base' if who is base else 'tuned'}-{key}" / solver
             made = {"weights": about["weights"]}
-            _draw(gate, prompts, folder, f"{name} {solver}", o, solver, made, workers, resolution)
-        del gate
+            _draw(model, prompts, folder, f"{name} {solver}", o, solver, made, workers, resolution)
+        del model
     count = len(prompts) * o.num_images_per_prompt
     left = sum(len(missing_pictures(folder, count, o.num_images_per_prompt)) for folder in folders.values())
     if left:
@@ -126,19 +126,19 @@ def _key(facts: dict[str, Any]) -> str:
 
 
 def _draw(
-    gate: TextToImage, prompts: Sequence[Prompt], folder: Path, title: str, o: Evaluate, solver: str,
+    model: TextToImage, prompts: Sequence[Prompt], folder: Path, title: str, o: Evaluate, solver: str,
     facts: dict[str, Any], workers: Threads, resolution: int | None,
 ) -> None:  # fmt: skip
-    table = sampler_table(gate.schedule, solver, o.steps)
+    table = sampler_table(model.schedule, solver, o.steps)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(o.mixed_precision)
     shard = shard_of(o.shard)
     total = len(range(shard[0], len(prompts), shard[1])) * o.num_images_per_prompt
     with (
-        torch.autocast(gate.device.type, dtype=half, enabled=half is not None),
+        torch.autocast(model.device.type, dtype=half, enabled=half is not None),
         progress_bar(total=total, desc=title, unit="picture") as bar,
     ):
         drawn = save_pictures(
-            gate, [prompt.text for prompt in prompts], folder,
+            model, [prompt.text for prompt in prompts], folder,
             seed=o.seed, table=table, guidance=o.guidance, batch_size=o.batch_size,
             per_prompt=o.num_images_per_prompt, shard=shard,
             facts={**facts, "solver": solver, "timesteps": table.timesteps.tolist(), "versions": versions()},

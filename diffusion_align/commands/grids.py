@@ -25,14 +25,14 @@ def grid_prompts(given: tuple[str, ...], of_the_data: Iterable[str]) -> list[str
 
 
 def base_pictures(
-    gate: TextToImage, prompts: list[str], folder: Path, *, seed: int, steps: int, guidance: float,
+    model: TextToImage, prompts: list[str], folder: Path, *, seed: int, steps: int, guidance: float,
     resolution: int | None,
 ) -> Tensor:  # fmt: skip
     """Draw and keep the base's pictures [N,3,H,W]; call it while the policy still is the base. Kept ones are read."""
-    table = evaluation_table(gate.schedule, steps)
+    table = evaluation_table(model.schedule, steps)
     with progress_bar(total=len(prompts), desc="sample grid of the base", unit="picture") as bar:
         for _ in save_pictures(
-            gate, prompts, folder, seed=seed, table=table, guidance=guidance, batch_size=BATCH, resolution=resolution,
+            model, prompts, folder, seed=seed, table=table, guidance=guidance, batch_size=BATCH, resolution=resolution,
             drawn=bar.update,
         ):  # fmt: skip
             pass  # each step of the iteration has written some
@@ -40,14 +40,14 @@ def base_pictures(
 
 
 def write_grid(
-    gate: TextToImage, prompts: list[str], base: Tensor, path: Path, *, seed: int, steps: int, guidance: float,
+    model: TextToImage, prompts: list[str], base: Tensor, path: Path, *, seed: int, steps: int, guidance: float,
     resolution: int | None,
 ) -> None:  # fmt: skip
     """Draw the same prompts with the present weights and write both side by side; a full disk costs only the grid."""
-    table = evaluation_table(gate.schedule, steps)
+    table = evaluation_table(model.schedule, steps)
     with progress_bar(total=len(prompts), desc=f"sample grid {path.stem}", unit="picture") as bar:
         drawn = generate(
-            gate, prompts, seed=seed, table=table, guidance=guidance, batch_size=BATCH, resolution=resolution,
+            model, prompts, seed=seed, table=table, guidance=guidance, batch_size=BATCH, resolution=resolution,
             drawn=bar.update,
         )  # fmt: skip
         now = torch.cat([pictures for _, pictures in drawn])

@@ -55,16 +55,16 @@ def open_session(o: TrainCommon, verb: str, resumed: Checkpoint | None, *, needs
     workers = threads.settle(o.threads, resumed.state.get("threads") if resumed else None, say=accelerator.print)
     set_tf32(o.allow_tf32)
     name = present_model(o.pretrained_model_name_or_path or "")
-    gate = load_pipeline(name, device=accelerator.device, revision=o.revision, variant=o.variant)
+    model = load_pipeline(name, device=accelerator.device, revision=o.revision, variant=o.variant)
     xformers = o.enable_xformers_memory_efficient_attention
-    set_attention(gate.unet, xformers=xformers, gradient_checkpointing=o.gradient_checkpointing)
+    set_attention(model.unet, xformers=xformers, gradient_checkpointing=o.gradient_checkpointing)
     if o.mode == "lora":
-        add_lora(gate.unet, o.rank, o.network_alpha, TARGETS[o.lora_targets], seed=o.seed)
-    trainable(gate.unet, o.mode)
-    named = {key: value for key, value in gate.unet.named_parameters() if value.requires_grad}
+        add_lora(model.unet, o.rank, o.network_alpha, TARGETS[o.lora_targets], seed=o.seed)
+    trainable(model.unet, o.mode)
+    named = {key: value for key, value in model.unet.named_parameters() if value.requires_grad}
     ema = start_ema(named, o.ema_decay) if o.use_ema else None
-    frozen = reference(gate, o.mode) if needs_reference else _no_reference
-    return Session(o, verb, Path(o.output_dir), resumed, accelerator, gate, frozen, named, ema, workers)
+    frozen = reference(model, o.mode) if needs_reference else _no_reference
+    return Session(o, verb, Path(o.output_dir), resumed, accelerator, model, frozen, named, ema, workers)
 
 
 def _no_reference(x: Tensor, t: Tensor, text: Tensor) -> NoReturn:

@@ -67,22 +67,22 @@ def sample(options: Sample) -> int:
     from diffusion_align.models import load_pipeline  # seconds, so after everything that can be refused
 
     threads.settle(o.threads)
-    gate = load_pipeline(name, device=o.device, revision=revision, variant=variant)
+    model = load_pipeline(name, device=o.device, revision=revision, variant=variant)
     if o.run:
-        load_tuned(gate, o.run)
-    table = step_table(gate.schedule, o.steps, solver=o.solver, order=order, eta=o.eta, spacing=o.spacing)
+        load_tuned(model, o.run)
+    table = step_table(model.schedule, o.steps, solver=o.solver, order=order, eta=o.eta, spacing=o.spacing)
 
     def these(wanted: list[tuple[int, int]], drawn: Drawn) -> Iterator[tuple[tuple[int, int], Tensor]]:
         return draw(
-            gate, [prompt.text for prompt in prompts], wanted, table, seed=o.seed, guidance=o.guidance,
+            model, [prompt.text for prompt in prompts], wanted, table, seed=o.seed, guidance=o.guidance,
             negative_prompt=o.negative_prompt, resolution=resolution, batch_size=o.batch_size,
             mixed_precision=o.mixed_precision, drawn=drawn,
         )  # fmt: skip
 
     if o.layout != "samples":
-        return draw_folder(gate, prompts, table, these, o)
+        return draw_folder(model, prompts, table, these, o)
     write_pictures(about["pictures"], these, Path(o.out))
-    about |= {"fingerprint": gate.fingerprint(), "resolution": resolution or gate.resolution, "versions": versions()}
+    about |= {"fingerprint": model.fingerprint(), "resolution": resolution or model.resolution, "versions": versions()}
     (Path(o.out) / SAMPLES).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     print(f"{len(about['pictures'])} pictures and {SAMPLES} in {Path(o.out)}")
     return 0
@@ -108,7 +108,7 @@ def write_pictures(files: Sequence[dict[str, Any]], these: Draw, out: Path) -> N
 
 @torch.no_grad()
 def draw(
-    gate: TextToImage,
+    model: TextToImage,
     prompts: list[str],
     wanted: list[tuple[int, int]],
     table: StepTable,
@@ -122,14 +122,14 @@ def draw(
     drawn: Drawn = lambda pictures: None,
 ) -> Iterator[tuple[tuple[int, int], Tensor]]:
     """Yield ((prompt's number, image's number), picture [3,H,W] in [0, 1]), the same whatever the batch size."""
-    negative = gate.encode_text([negative_prompt]) if negative_prompt else None  # None: SDXL's own, which may be zeros
+    negative = model.encode_text([negative_prompt]) if negative_prompt else None  # None: SDXL's own, which may be zeros
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision)
     for start in range(0, len(wanted), batch_size):
         part = wanted[start : start + batch_size]
         sources = [generator(seed, "sample", *address) for address in part]
-        noise = torch.stack([draw_normal(gate.latent_shape(resolution), source) for source in sources])
-        text = gate.encode_text([prompts[number] for number, _ in part])
-        with torch.autocast(gate.device.type, dtype=half, enabled=half is not None):
-            denoiser = counted(gate.denoiser(text, guidance, negative), partial(drawn, len(part) / len(table)))
-            latents = run_sampler(denoiser, table, noise.to(gate.device), sources)
-        yield from zip(part, gate.decode(latents).cpu(), strict=True)
+        noise = torch.stack([draw_normal(model.latent_shape(resolution), source) for source in sources])
+        text = model.encode_text([prompts[number] for number, _ in part])
+        with torch.autocast(model.device.type, dtype=half, enabled=half is not None):
+            denoiser = counted(model.denoiser(text, guidance, negative), partial(drawn, len(part) / len(table)))
+            latents = run_sampler(denoiser, table, noise.to(model.device), sources)
+        yield from zip(part, model.decode(latents).cpu(), strict=True)

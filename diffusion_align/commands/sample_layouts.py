@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PICTURES = "pictures"
 
 
-def draw_folder(gate: TextToImage, prompts: Sequence[Prompt], table: StepTable, draw: Draw, o: Sample) -> int:
+def draw_folder(model: TextToImage, prompts: Sequence[Prompt], table: StepTable, draw: Draw, o: Sample) -> int:
     """Draw what is missing in GenEval's layout, and arrange it as `o.layout` says."""
     out = Path(o.out)
     folder = out if o.layout == "geneval" else out / PICTURES
@@ -46,7 +46,7 @@ def draw_folder(gate: TextToImage, prompts: Sequence[Prompt], table: StepTable, 
             yield part, torch.stack(pictures)
 
     drawn = fill(
-        folder, [prompt.text for prompt in prompts], batches, made_with(gate, table, o),
+        folder, [prompt.text for prompt in prompts], batches, made_with(model, table, o),
         per_prompt=k, extras=[prompt.extra for prompt in prompts],
     )  # fmt: skip
     new = 0
@@ -69,18 +69,18 @@ def side_of(o: Sample) -> int | None:
     return o.resolution or (trained_at(run_config(o.run)) if o.run else None)
 
 
-def made_with(gate: TextToImage, table: StepTable, o: Sample) -> dict[str, Any]:
+def made_with(model: TextToImage, table: StepTable, o: Sample) -> dict[str, Any]:
     """What decides the pictures: a folder made with anything else is not gone on with."""
     return {
         "drawn_by": "sample",
-        "model": gate.fingerprint(),
+        "model": model.fingerprint(),
         "weights": weights_digest(o.run) if o.run else "base",
         "seed": o.seed,
         "guidance": o.guidance,
         "negative_prompt": o.negative_prompt,
         "steps": len(table),
         "sampler": table_digest(table),
-        "resolution": side_of(o) or gate.resolution,
+        "resolution": side_of(o) or model.resolution,
         "mixed_precision": o.mixed_precision,
         "versions": versions(),
     }

@@ -37,13 +37,13 @@ def reward_by_name(name: str, *, device: torch.device, seed: int) -> Reward:
     return load_reward(name, device=device, seed=seed)
 
 
-def decoded(gate: TextToImage, reward: Reward, chunk: int) -> Callable[[Tensor, list[str]], Tensor]:
+def decoded(model: TextToImage, reward: Reward, chunk: int) -> Callable[[Tensor, list[str]], Tensor]:
     """`(latents [B,...], prompts) -> [B]`: no more than `chunk` pictures exist at a time, or half as many where memory
     runs out."""
 
     def score(latents: Tensor, prompts: list[str]) -> Tensor:
         def part(rows: slice) -> Tensor:
-            return reward(gate.decode(latents[rows]), prompts[rows])
+            return reward(model.decode(latents[rows]), prompts[rows])
 
         return torch.cat(in_parts(part, len(prompts), chunk, "scoring pictures")[0])
 

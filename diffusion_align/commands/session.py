@@ -60,7 +60,7 @@ class Session:
     run: Path
     resumed: Checkpoint | None
     accelerator: Accelerator
-    gate: TextToImage
+    model: TextToImage
     reference: Predict
     named: dict[str, Parameter]
     ema: Ema | None
@@ -107,7 +107,7 @@ class Session:
             if o.run_validation is not False:
                 with self.accelerator.autocast():  # before the checkpoint's weights come: the policy is the base now
                     folder = self.run / run_folder.SAMPLES / "base"
-                    self.base = grids.base_pictures(self.gate, self.prompts, folder, **self._look)
+                    self.base = grids.base_pictures(self.model, self.prompts, folder, **self._look)
         progress = first_progress(o.mixed_precision)
         self.best = Best(o.keep_best, resumed.state.get("best") if resumed else None)
         if resumed is not None:
@@ -230,7 +230,7 @@ class Session:
         if self.accelerator.is_main_process:
             with self.accelerator.autocast():
                 path = self.run / run_folder.SAMPLES / f"step-{step:08d}.png"
-                grids.write_grid(self.gate, self.prompts, self.base, path, **self._look)
+                grids.write_grid(self.model, self.prompts, self.base, path, **self._look)
         meet(self.accelerator)
 
     @watch.named()
@@ -241,7 +241,7 @@ class Session:
         with self.ema.applied(self.named) if self.ema is not None else nullcontext():
             if self.accelerator.is_main_process:
                 try:
-                    written = (save_lora if self.options.mode == "lora" else save_unet)(self.gate.unet, self.run)
+                    written = (save_lora if self.options.mode == "lora" else save_unet)(self.model.unet, self.run)
                 except (OSError, SafetensorError) as error:  # a full disk, above all
                     go_on = run_folder.resume_line(self.run, self.verb, getattr(self.options, "reward", None))
                     raise OSError(

@@ -102,13 +102,13 @@ def draw(o: Synth, out: Path, prompts: list[str], parts: Sequence[int], source: 
     from diffusion_align.models import load_pipeline  # seconds, so after everything that can be refused
 
     name = source.base["pretrained_model_name_or_path"]
-    gate = load_pipeline(name, device=o.device, revision=source.base["revision"], variant=source.base["variant"])
+    model = load_pipeline(name, device=o.device, revision=source.base["revision"], variant=source.base["variant"])
     if source.run:
-        load_tuned(gate, source.run)
+        load_tuned(model, source.run)
     with progress_bar(total=sum(map(len, left)), desc=f"draw {source.name}", unit="picture") as bar:
         for batch in left:
             addresses = [(prompts[n], m, places.index(place)) for n, place in batch]
-            for (number, place), picture in zip(batch, _pictures(gate, o, addresses, bar.update), strict=True):
+            for (number, place), picture in zip(batch, _pictures(model, o, addresses, bar.update), strict=True):
                 if not picture.isfinite().all():
                     raise ValueError(f"{source.name}: picture {place} of prompt {number} is not finite")
                 path = picture_path(out, number, place)
@@ -118,18 +118,18 @@ def draw(o: Synth, out: Path, prompts: list[str], parts: Sequence[int], source: 
 
 @torch.no_grad()
 def _pictures(
-    gate: TextToImage, o: Synth, addresses: list[tuple[str, int, int]], drawn: Callable[[float], object]
+    model: TextToImage, o: Synth, addresses: list[tuple[str, int, int]], drawn: Callable[[float], object]
 ) -> Tensor:
     """[B,3,H,W] in [0, 1] on the CPU, one for each (prompt, m, i). `drawn` is told what share a step has drawn."""
-    table = step_table(gate.schedule, **sampler_of(o))
+    table = step_table(model.schedule, **sampler_of(o))
     sources = [generator(o.seed, "synth", *address) for address in addresses]
-    noise = torch.stack([draw_normal(gate.latent_shape(o.resolution), source) for source in sources])
-    denoiser = gate.denoiser(gate.encode_text([prompt for prompt, _, _ in addresses]), o.guidance)
+    noise = torch.stack([draw_normal(model.latent_shape(o.resolution), source) for source in sources])
+    denoiser = model.denoiser(model.encode_text([prompt for prompt, _, _ in addresses]), o.guidance)
     denoiser = counted(denoiser, partial(drawn, len(addresses) / len(table)))
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(o.mixed_precision)
-    with torch.autocast(gate.device.type, dtype=half, enabled=half is not None):
-        latents = sample(denoiser, table, noise.to(gate.device), sources)
-    return gate.decode(latents).cpu()
+    with torch.autocast(model.device.type, dtype=half, enabled=half is not None):
+        latents = sample(denoiser, table, noise.to(model.device), sources)
+    return model.decode(latents).cpu()
 
 
 def score(o: Synth, out: Path, prompts: list[str], parts: Sequence[int], name: str) -> None:

@@ -25,10 +25,10 @@ def train_dpo(options: TrainDpo) -> int:
     pairs, counts = read_training_pairs(o)
     pairs = pairs[: o.max_train_samples]
     session = open_session(o, "train dpo", resumed, needs_reference=needs_reference(o))
-    gate, accelerator = session.gate, session.accelerator
+    model, accelerator = session.model, session.accelerator
     accelerator.print(f"pairs: {counts}")
-    cache = encoded(o, gate, accelerator, pairs, counts.bad_rows)
-    beta = beta_per_squared_error(o.beta_dpo, math.prod(gate.latent_shape(o.resolution)), o.beta_convention)
+    cache = encoded(o, model, accelerator, pairs, counts.bad_rows)
+    beta = beta_per_squared_error(o.beta_dpo, math.prod(model.latent_shape(o.resolution)), o.beta_convention)
     pieces = (o.train_batch_size, accelerator.num_processes, accumulation)
     plan = steps_of(*pieces, o.num_train_epochs, o.max_train_steps, len(cache))
     batch, steps = plan.batch, plan.steps or 0  # known, as the pairs are
@@ -45,13 +45,13 @@ def train_dpo(options: TrainDpo) -> int:
     if o.loss_type == "kto":
         train = partial(train_pictures, liked_share=o.liked_share)
     else:
-        train = partial(train_pairs, loss=make_loss(o, beta, gate.schedule.num_timesteps))
+        train = partial(train_pairs, loss=make_loss(o, beta, model.schedule.num_timesteps))
     records = train(
         cache,
-        gate.predict,
+        model.predict,
         session.reference,
-        schedule=gate.schedule,
-        prediction_type=gate.prediction_type,
+        schedule=model.schedule,
+        prediction_type=model.prediction_type,
         beta=beta,
         parameters=session.parameters,
         optimizer=optimizer,

@@ -41,22 +41,22 @@ class Rollout:
 
     def __init__(self, session: Session, prompts: list[str]):
         o: TrainOnline = session.options
-        gate, accelerator = session.gate, session.accelerator
+        model, accelerator = session.model, session.accelerator
         self.session, self.options, self.prompts = session, o, prompts
-        self.shape = gate.latent_shape(o.resolution)
+        self.shape = model.latent_shape(o.resolution)
         self.dims = math.prod(self.shape)
-        self.tables = run_tables(o, gate.schedule)
+        self.tables = run_tables(o, model.schedule)
 
         def in_precision(predict: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Bind:
             def run(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
                 with accelerator.autocast():
                     return predict(x, t, text)
 
-            return binder(run, gate.schedule, gate.prediction_type, gate.empty_text, o.guidance)
+            return binder(run, model.schedule, model.prediction_type, model.empty_text, o.guidance)
 
-        self.policy, self.reference = in_precision(gate.predict), in_precision(session.reference)
+        self.policy, self.reference = in_precision(model.predict), in_precision(session.reference)
         self.allowed = along_runs(
-            arithmetic(accelerator), self.tables.whole, self.dims, o.guidance, gate.prediction_type
+            arithmetic(accelerator), self.tables.whole, self.dims, o.guidance, model.prediction_type
         )  # fmt: skip
         self.per_dim = getattr(o, "log_ratio_unit", "mean") == "mean"
 
@@ -82,23 +82,23 @@ class Rollout:
 
     def texts(self, samples: list[Sample]) -> tuple[list[str], Tensor]:
         prompts = [self.prompts[index] for _, index in samples]
-        return prompts, self.session.gate.encode_text(prompts)
+        return prompts, self.session.model.encode_text(prompts)
 
     def picture_reward(self) -> Score:
-        o, gate = self.options, self.session.gate
+        o, model = self.options, self.session.model
         if o.reward == "people" and not isinstance(o, TrainSpo):
             if self.session.accelerator.num_processes > 1:
                 raise ValueError("reward people asks at one page; train with one process")
             reward = people(self.session.run / "choices", o.group_size, seed=o.seed)
         else:
-            reward = reward_by_name(o.reward or "", device=gate.device, seed=o.seed)
-        return decoded(gate, reward, o.sample_chunk)
+            reward = reward_by_name(o.reward or "", device=model.device, seed=o.seed)
+        return decoded(model, reward, o.sample_chunk)
 
     def later(self) -> Later:
         """Scoring, while the next pictures are drawn where the two do not want the same processor."""
         score, spec = self.picture_reward(), read_spec(self.options.reward or "")
         elsewhere = any(part.kind == "http" for part in spec.parts)
-        return Later(partial(scored, score=score), elsewhere or self.session.gate.device.type != "cpu")
+        return Later(partial(scored, score=score), elsewhere or self.session.model.device.type != "cpu")
 
 
 def train_d3po(o: TrainD3po) -> int:
@@ -159,8 +159,8 @@ def step_score(r: Rollout) -> StepScore:
     if o.preference_model is None:
         plain = r.picture_reward()
         return lambda clean, prompts, t: plain(clean, prompts)
-    gate = r.session.gate
-    return latent_scorer(o.preference_model, decode=gate.decode, device=gate.device, chunk=o.sample_chunk)
+    model = r.session.model
+    return latent_scorer(o.preference_model, decode=model.decode, device=model.device, chunk=o.sample_chunk)
 
 
 def require_preference_model(source: str | None) -> None:
@@ -219,7 +219,7 @@ def online_identity(o: TrainOnline, rollout: Rollout, rate: float, steps: int) -
     # The files behind these two count, not their names; the others may change.
     apart = {"prompts", "preference_model", "num_rounds", "sample_chunk"}
     return {
-        "model": rollout.session.gate.fingerprint(),
+        "model": rollout.session.model.fingerprint(),
         "prompts": digest("\n".join(rollout.prompts).encode()),
         "preference_model": _weights(getattr(o, "preference_model", None)),
         "resolution": list(rollout.shape),

@@ -28,11 +28,11 @@ def train_rankdpo(options: TrainRankdpo) -> int:
     rankings, counts = read_training_rankings(o)
     rankings = rankings[: o.max_train_samples]
     session = open_session(o, "train rankdpo", resumed)
-    gate, accelerator = session.gate, session.accelerator
+    model, accelerator = session.model, session.accelerator
     accelerator.print(f"rankings: {counts}")
-    cache = encoded(o, gate, accelerator, rankings, counts.bad_rows)
+    cache = encoded(o, model, accelerator, rankings, counts.bad_rows)
     relevance = [rankings[place].relevance for place in cache.kept]
-    beta = beta_per_squared_error(o.beta_dpo, math.prod(gate.latent_shape(o.resolution)), o.beta_convention)
+    beta = beta_per_squared_error(o.beta_dpo, math.prod(model.latent_shape(o.resolution)), o.beta_convention)
     pieces = (o.train_batch_size, accelerator.num_processes, accumulation)
     plan = steps_of(*pieces, o.num_train_epochs, o.max_train_steps, len(cache))
     batch, steps = plan.batch, plan.steps or 0  # known, as the rankings are
@@ -50,10 +50,10 @@ def train_rankdpo(options: TrainRankdpo) -> int:
     records = train_rankings(
         cache,
         relevance,
-        gate.predict,
+        model.predict,
         session.reference,
-        schedule=gate.schedule,
-        prediction_type=gate.prediction_type,
+        schedule=model.schedule,
+        prediction_type=model.prediction_type,
         loss=partial(rank_dpo, beta=beta, pair_norm=o.pair_norm, discount=o.discount),
         pair_weights=partial(gain_weights, discount=o.discount),
         beta=beta,

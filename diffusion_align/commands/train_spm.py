@@ -63,35 +63,35 @@ def train_spm(options: TrainSpm) -> int:
     threads.settle(o.threads, say=accelerator.print)
     accelerator.print(f"pairs: {counts}; {len(training)} to train on, {len(held)} held out")
     name = present_model(o.pretrained_model_name_or_path or "")
-    gate = load_pipeline(name, device=accelerator.device, revision=o.revision, variant=o.variant)
+    model = load_pipeline(name, device=accelerator.device, revision=o.revision, variant=o.variant)
     main = accelerator.is_main_process
 
     def cached(pairs: Sequence[Pair], known_bad: Sequence[BadRow] = ()) -> tuple[PairCache, list[str]]:
-        cache = encoded(o, gate, accelerator, pairs, known_bad)
+        cache = encoded(o, model, accelerator, pairs, known_bad)
         return cache, [pairs[place].prompt for place in cache.kept]
 
     cache, prompts = cached(training, counts.bad_rows)
     aside = cached(held) if held else None
     labels = labels_of([training[place] for place in cache.kept], o, accelerator)
     aside_labels = labels_of([held[place] for place in aside[0].kept], o, accelerator) if aside else None
-    latents, examples, decode = None, None, gate.decode
+    latents, examples, decode = None, None, model.decode
     if o.inputs == "latents":
-        latents, decode = gate.latent_shape(o.resolution), as_they_are
+        latents, decode = model.latent_shape(o.resolution), as_they_are
         known = cache.batch(range(min(EXAMPLES, len(cache))))[0].flatten(0, 1)
-        examples = known, gate.decode(known).cpu()
+        examples = known, model.decode(known).cpu()
     # Alike on every process, as every draw has an address.
-    model = start_step_aware(o.reward, device=accelerator.device, latents=latents, examples=examples, seed=o.seed)
+    scorer = start_step_aware(o.reward, device=accelerator.device, latents=latents, examples=examples, seed=o.seed)
 
     def predict_clean(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        return gate.denoiser(text, o.guidance)(x, t)
+        return model.denoiser(text, o.guidance)(x, t)
 
     def accuracy() -> dict[int, float]:
-        times = [t for t in TIMESTEPS if t < gate.schedule.num_timesteps]
+        times = [t for t in TIMESTEPS if t < model.schedule.num_timesteps]
         if aside is None:
             return {}
         return accuracy_by_noise(
-            *aside, step_aware_scorer(model), predict_clean, decode,
-            schedule=gate.schedule, timesteps=times, seed=o.seed, labels=aside_labels, device=gate.device,
+            *aside, step_aware_scorer(scorer), predict_clean, decode,
+            schedule=model.schedule, timesteps=times, seed=o.seed, labels=aside_labels, device=model.device,
         )  # fmt: skip
 
     plan = steps_of(
@@ -101,15 +101,15 @@ def train_spm(options: TrainSpm) -> int:
     steps = plan.steps or 0  # known, as the pairs are
     o = settle_warmup(o, steps)
     accelerator.print("\n".join(describe_steps(plan) + describe_course(o, steps, o.learning_rate)))
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
     optimizer = adamw(parameters, o.learning_rate, weight_decay=o.adam_weight_decay)
     records = train_step_aware(
         cache,
         prompts,
-        model,
+        scorer,
         predict_clean,
         decode,
-        schedule=gate.schedule,
+        schedule=model.schedule,
         parameters=parameters,
         optimizer=optimizer,
         lr_scheduler=lr_schedule(optimizer, o.lr_scheduler, warmup=warmup_of(o), total=steps),
@@ -144,7 +144,7 @@ def train_spm(options: TrainSpm) -> int:
         report |= {"labels": o.relabel or "data", "tie_margin": o.tie_margin if o.relabel else None}
         report |= {"before": before, "after": after}
         (home / ACCURACY).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        save_step_aware(model, home)
+        save_step_aware(scorer, home)
         print("\n".join([*accuracy_table(before, after), f"model: {home}"]))
     meet(accelerator)
     watch.stop()

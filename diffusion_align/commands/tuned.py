@@ -52,8 +52,8 @@ def trained_at(config: dict[str, Any]) -> int | None:
     return (config.get("data") or {}).get("resolution")
 
 
-def load_tuned(gate: TextToImage, run: str | Path) -> None:
-    """Put a run's trained weights, a LoRA or a whole UNet, into the gate of its base.
+def load_tuned(model: TextToImage, run: str | Path) -> None:
+    """Put a run's trained weights, a LoRA or a whole UNet, into the model of its base.
 
     Raises:
         FileNotFoundError: the run has no trained weights (yet).
@@ -63,9 +63,9 @@ def load_tuned(gate: TextToImage, run: str | Path) -> None:
 
     path = trained_weights(run)
     if path.name == LORA_FILE:
-        load_lora(gate, run)
+        load_lora(model, run)
     else:
-        load_unet(gate, run)
+        load_unet(model, run)
 
 
 def trained_weights(run: str | Path) -> Path:

@@ -96,7 +96,7 @@ class PairCache:
 
 
 def build_cache(
-    gate: Encoders,
+    model: Encoders,
     pairs: Sequence[Pair] | Sequence[Ranking],
     folder: str | os.PathLike[str],
     *,
@@ -131,7 +131,7 @@ def build_cache(
         raise DataError("there are no pairs to encode")
     identity = {
         "format": FORMAT,
-        "model": gate.fingerprint(),
+        "model": model.fingerprint(),
         "resolution": resolution,
         "data": fingerprint(pairs),
         "seed": seed,
@@ -145,13 +145,13 @@ def build_cache(
         # The ceiling is this run's, not that of the run which built the cache.
         bad = [BadRow(row["row"], row["reason"]) for _, row in jsonl_rows(home / "bad_rows.jsonl")]
         check_bad_fraction(str(home / "bad_rows.jsonl"), bad, len(pairs) + len(known_bad), max_bad_fraction)
-        _encode_dropped(gate, home, share, dtype)
+        _encode_dropped(model, home, share, dtype)
         share.meet(0)
         return PairCache(home)
     home.mkdir(parents=True, exist_ok=True)
-    job = Job(gate, pairs, home, share, resolution, seed, dtype, (pairs_per_shard, prompts_per_shard))
-    require_room(home, bytes_of(pairs, len(job.prompts), gate.latent_shape(resolution), gate.empty_text, dtype))
-    _encode_dropped(gate, home, share, dtype)
+    job = Job(model, pairs, home, share, resolution, seed, dtype, (pairs_per_shard, prompts_per_shard))
+    require_room(home, bytes_of(pairs, len(job.prompts), model.latent_shape(resolution), model.empty_text, dtype))
+    _encode_dropped(model, home, share, dtype)
     rows = len(pairs) + len(known_bad)
     # Each for itself until all is known; the file of another process may be half as long.
     so_far = home / ("bad_rows.jsonl" if share.rank == 0 else f"bad_rows-{share.rank}.jsonl")
@@ -184,10 +184,10 @@ def build_cache(
     return PairCache(home)
 
 
-def _encode_dropped(gate: Encoders, home: Path, share: Share, dtype: torch.dtype) -> None:
+def _encode_dropped(model: Encoders, home: Path, share: Share, dtype: torch.dtype) -> None:
     """What a dropped caption becomes. It has a name of its own: older caches have SDXL's zeros in their "empty"."""
     if share.rank == 0 and known_shard(home, "dropped") is None:
-        write_shard(home, "dropped", gate.encode_text([""]).to(dtype), {})
+        write_shard(home, "dropped", model.encode_text([""]).to(dtype), {})
 
 
 @contextmanager

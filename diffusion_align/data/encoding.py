@@ -39,7 +39,7 @@ def encode_texts(job: Job) -> tuple[int, Iterator[int]]:
                 for first in range(0, len(prompts), _PROMPTS):
                     if parts:
                         yield left - first
-                    parts.append(job.gate.encode_text(prompts[first : first + _PROMPTS]).to(job.dtype))
+                    parts.append(job.model.encode_text(prompts[first : first + _PROMPTS]).to(job.dtype))
                 write_shard(job.home, name, torch.cat(parts), {})
             left -= len(prompts)
             yield left
@@ -58,7 +58,10 @@ def encode_pictures(job: Job, names: Names, check: Callable[[list[BadRow]], None
         for shard in mine:
             rows, facts = job.rows(shard), known_shard(job.home, job.name(shard))
             if facts is None:
-                latents, facts = [torch.empty(0, *job.gate.latent_shape(job.resolution))], {"digests": [], "broken": {}}
+                latents, facts = (
+                    [torch.empty(0, *job.model.latent_shape(job.resolution))],
+                    {"digests": [], "broken": {}},
+                )
                 with ThreadPoolExecutor(4) as pool:
                     for start in range(rows.start, rows.stop, CHUNK):
                         if start > rows.start:
@@ -91,8 +94,8 @@ def _encode(
             good.append(picture)
     if not good:
         return []
-    noise = rng.normal_batch(job.gate.latent_shape(job.resolution), job.seed, "vae", numbers)
-    return [job.gate.encode_images(torch.stack(good), noise).cpu()]
+    noise = rng.normal_batch(job.model.latent_shape(job.resolution), job.seed, "vae", numbers)
+    return [job.model.encode_images(torch.stack(good), noise).cpu()]
 
 
 def _decode(name: str, picture: Picture, *, resolution: int, home: Path) -> Tensor | str:

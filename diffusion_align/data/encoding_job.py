@@ -20,7 +20,7 @@ CHUNK = 16
 
 
 class Encoders(Protocol):
-    """The part of the gate that a cache needs (models.TextToImage has it)."""
+    """The part of the model that a cache needs (models.TextToImage has it)."""
 
     @property
     def empty_text(self) -> Tensor: ...
@@ -57,7 +57,7 @@ def together(share: Share, left: int, work: Iterator[int], reach: Callable[[int]
 class Job:
     """What is encoded, for whom and where to. `per_shard`: lists, and prompts, of a shard."""
 
-    gate: Encoders
+    model: Encoders
     lists: Sequence[Pair] | Sequence[Ranking]
     home: Path
     share: Share

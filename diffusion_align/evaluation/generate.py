@@ -37,7 +37,7 @@ __all__ = [
 PURPOSE = "evaluation"
 
 
-class Gate(Protocol):
+class Model(Protocol):
     """What generation asks of a model; `models.TextToImage` has it."""
 
     @property
@@ -77,18 +77,18 @@ def address(number: int, per_prompt: int) -> tuple[int, ...]:
 
 @torch.no_grad()
 def _draw(
-    gate: Gate, prompts: list[str], sources: list[torch.Generator], table: StepTable, guidance: float,
+    model: Model, prompts: list[str], sources: list[torch.Generator], table: StepTable, guidance: float,
     side: int | None, drawn: Callable[[float], object],
 ) -> Tensor:  # fmt: skip
     # Each source goes on to the noise of stochastic steps.
-    noise = torch.stack([draw_normal(gate.latent_shape(side), source) for source in sources]).to(gate.device)
-    denoiser = gate.denoiser(gate.encode_text(prompts), guidance=guidance)
+    noise = torch.stack([draw_normal(model.latent_shape(side), source) for source in sources]).to(model.device)
+    denoiser = model.denoiser(model.encode_text(prompts), guidance=guidance)
     denoiser = counted(denoiser, partial(drawn, len(prompts) / len(table)))
-    return gate.decode(sample(denoiser, table, noise, sources)).float().cpu()
+    return model.decode(sample(denoiser, table, noise, sources)).float().cpu()
 
 
 def generate(
-    gate: Gate,
+    model: Model,
     prompts: Sequence[str],
     *,
     seed: int,
@@ -105,7 +105,7 @@ def generate(
     All randomness of a picture is at its `address`, i being the prompt's place in the list.
 
     Args:
-        gate: the model, as `models.load_pipeline` gives it.
+        model: the model, as `models.load_pipeline` gives it.
         prompts: N prompts.
         table: the sampler's steps, usually `evaluation_table`; a stochastic one will do as well.
         guidance: classifier-free guidance scale; 1 is none.
@@ -126,7 +126,7 @@ def generate(
         part = wanted[start : start + batch_size]
         sources = [generator(seed, PURPOSE, *address(number, per_prompt)) for number in part]
         texts = [prompts[number // per_prompt] for number in part]
-        images = _draw(gate, texts, sources, table, guidance, resolution, drawn)
+        images = _draw(model, texts, sources, table, guidance, resolution, drawn)
         for number, image in zip(part, images, strict=True):
             if not torch.isfinite(image).all():
                 raise ValueError(f"the picture of prompt {number // per_prompt} is not finite: the model has diverged")
@@ -140,7 +140,7 @@ def table_digest(table: StepTable) -> str:
 
 
 def save_pictures(
-    gate: Gate,
+    model: Model,
     prompts: Sequence[str],
     folder: str | Path,
     *,
@@ -158,7 +158,7 @@ def save_pictures(
     """Generate into a folder in GenEval's layout; see `fill` for what resumes, `extras` and `shard`.
 
     Written down are seed, guidance, sampler, model, prompts and a resolution that is given. `facts` joins them: name
-    the adapter there, for the gate's fingerprint knows files only. `drawn` is told of every step, as in `generate`.
+    the adapter there, for the model's fingerprint knows files only. `drawn` is told of every step, as in `generate`.
 
     Raises:
         ValueError: the folder holds other pictures, a shard that there is not, and as `generate`.
@@ -168,10 +168,10 @@ def save_pictures(
 
     def draw(numbers: list[int]) -> Iterator[Batch]:
         return generate(
-            gate, prompts,
+            model, prompts,
             seed=seed, table=table, guidance=guidance, batch_size=batch_size, per_prompt=per_prompt, numbers=numbers,
             resolution=resolution, drawn=drawn,
         )  # fmt: skip
 
-    facts = {**made, "model": gate.fingerprint(), **(facts or {})}
+    facts = {**made, "model": model.fingerprint(), **(facts or {})}
     yield from fill(folder, prompts, draw, facts, per_prompt=per_prompt, shard=shard, extras=extras)

@@ -1,4 +1,4 @@
-"""The gate to diffusers: models come in here as tensors' functions, and nothing above imports diffusers.
+"""Models as functions of tensors. Only this package imports diffusers.
 
 Names load lazily, because importing diffusers takes seconds.
 """

@@ -106,7 +106,7 @@ def trainable(unet: UNet2DConditionModel, mode: str) -> list[Parameter]:
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
-def reference(gate: TextToImage, mode: str) -> Predict:
+def reference(model: TextToImage, mode: str) -> Predict:
     """The frozen model as `(x, t, text) -> output` float32, without gradients.
 
     With a LoRA it is the same network with the adapter switched off, so its precision path is the policy's and their
@@ -115,17 +115,17 @@ def reference(gate: TextToImage, mode: str) -> Predict:
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}: expected one of {', '.join(MODES)}")
     if mode == "full":
-        frozen = copy.copy(gate)
-        frozen.unet = copy.deepcopy(gate.unet).requires_grad_(False)
+        frozen = copy.copy(model)
+        frozen.unet = copy.deepcopy(model.unet).requires_grad_(False)
         return torch.no_grad()(frozen.predict)
 
-    if not any(isinstance(module, BaseTunerLayer) for module in gate.unet.modules()):
+    if not any(isinstance(module, BaseTunerLayer) for module in model.unet.modules()):
         raise ValueError("this network has no LoRA to switch off: call add_lora first")
 
     @torch.no_grad()
     def without_adapter(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        with _adapter_off(gate.unet):
-            return gate.predict(x, t, text)
+        with _adapter_off(model.unet):
+            return model.predict(x, t, text)
 
     return without_adapter
 

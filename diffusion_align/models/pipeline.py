@@ -1,4 +1,4 @@
-"""The gate: a model whose text and picture encoders and denoisers are plain functions, whichever family it is of.
+"""A text-to-image model whose encoders, decoder and denoisers are plain functions, for every model family.
 
 Between floors pictures are float32 `[B,3,H,W]` in [0, 1], and latents are float32 and already times the VAE's scaling
 factor. Text is one tensor `[B,L,E]`; `conditioning` tells what else SDXL puts into it.
@@ -186,7 +186,7 @@ class TextToImage:
         return guided_denoiser(self.predict, text, without, guidance, self.schedule, self.prediction_type)
 
     def fingerprint(self) -> str:
-        """Identifies the weights the gate was loaded from: the key of caches, and part of a run's identity on
+        """Identifies the weights the model was loaded from: the key of caches, and part of a run's identity on
         resume."""
         return self._fingerprint
 

@@ -63,8 +63,8 @@ def _staged(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def load_lora(gate: TextToImage, folder: str | os.PathLike[str], *, allow_partial: bool = False) -> None:
-    """Add the LoRA of a run folder, or of a file in diffusers', peft's or kohya's names, to the gate's network; all of
+def load_lora(model: TextToImage, folder: str | os.PathLike[str], *, allow_partial: bool = False) -> None:
+    """Add the LoRA of a run folder, or of a file in diffusers', peft's or kohya's names, to the model's network; all of
     it or nothing.
 
     What was repaired (names, half precision, a missing alpha, a strength of each layer's own) is told in one warning.
@@ -78,12 +78,12 @@ def load_lora(gate: TextToImage, folder: str | os.PathLike[str], *, allow_partia
     """
     path = _lora_file(Path(folder))
     tensors, header = read_tensors(path)
-    require_no_lora(gate.unet)
+    require_no_lora(model.unet)
     source = Source(path, allow_partial)
-    lora = read_lora(source, tensors, header | _peft_header(path), gate.unet)
-    add_lora(gate.unet, lora.rank, lora.alpha, list(lora.pairs))
+    lora = read_lora(source, tensors, header | _peft_header(path), model.unet)
+    add_lora(model.unet, lora.rank, lora.alpha, list(lora.pairs))
     with torch.no_grad():
-        for key, parameter in _lora_state(gate.unet).items():
+        for key, parameter in _lora_state(model.unet).items():
             layer, half = key.removesuffix(".weight").rsplit(".lora.", 1)
             parameter.copy_(lora.pairs[layer][half == "up"])
     if source.notes:
@@ -138,13 +138,13 @@ def save_unet(unet: UNet2DConditionModel, folder: str | os.PathLike[str]) -> Pat
     return path
 
 
-def load_unet(gate: TextToImage, folder: str | os.PathLike[str]) -> None:
-    """Replace the gate's network's weights by those in `folder/unet`, all of them or nothing, in the gate's precision.
+def load_unet(model: TextToImage, folder: str | os.PathLike[str]) -> None:
+    """Replace the network's weights by those in `folder/unet`, all of them or nothing, in the model's precision.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: a key is missing, unknown, of another shape or not finite (the message names it), or the network is
-            another one than the gate's.
+            another one than the model's.
     """
     path = Path(folder) / "unet"
     files = sorted(path.glob("diffusion_pytorch_model*.safetensors"))
@@ -152,14 +152,14 @@ def load_unet(gate: TextToImage, folder: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(f"{path} is not there: give the folder of a finished run with full fine-tuning")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     for key in ("in_channels", "out_channels", "cross_attention_dim", "attention_head_dim"):
-        if config.get(key) != gate.unet.config[key]:
-            raise ValueError(f"{path}: {key} is {config.get(key)}, the base model has {gate.unet.config[key]}")
+        if config.get(key) != model.unet.config[key]:
+            raise ValueError(f"{path}: {key} is {config.get(key)}, the base model has {model.unet.config[key]}")
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors |= read_tensors(file)[0]
-    wanted = gate.unet.state_dict()
+    wanted = model.unet.state_dict()
     require_same_tensors(path, wanted, tensors)
-    gate.unet.load_state_dict(tensors)
+    model.unet.load_state_dict(tensors)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -101,7 +101,7 @@ def train_step_aware(
     Args:
         prompts: of the cache's pairs, by index.
         model: the scores to train, such as `rewards.step_aware.StepAware`.
-        decode: clean latents -> what the model reads: the gate's decode, or nothing but the latents themselves.
+        decode: clean latents -> what the scorer reads: the model's decode, or the latents as they are.
         labels: [len(cache)] probability that the first of a pair is preferred; None: always.
         batch_size: pairs per optimizer step, over all processes and pieces.
 

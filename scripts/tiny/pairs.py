@@ -22,10 +22,10 @@ STEPS, GUIDANCE = 10, 1.0  # without guidance, so that what a model learnt of th
 SHARD = 64  # prompts sampled between two saves
 
 
-def own_pictures(folder: Path, name: str, model: Path, prompts: list[str], k: int, *, seed: int) -> Tensor:
+def own_pictures(folder: Path, name: str, base: Path, prompts: list[str], k: int, *, seed: int) -> Tensor:
     """`[P,K,3,64,64]` uint8: K samples of each prompt from the model; resumable by shards."""
-    gate = load_pipeline(str(model), device="cpu")
-    table = step_table(gate.schedule, STEPS, solver="dpmpp", order=2, eta=0.0)
+    model = load_pipeline(str(base), device="cpu")
+    table = step_table(model.schedule, STEPS, solver="dpmpp", order=2, eta=0.0)
     shards = []
     for start in tqdm(range(0, len(prompts), SHARD), desc=name):
         shard_file = folder / f"{name}-{start}.safetensors"
@@ -34,10 +34,10 @@ def own_pictures(folder: Path, name: str, model: Path, prompts: list[str], k: in
             addresses = [(start + i // k, i % k) for i in range(len(some))]
             pictures = []
             for i in range(0, len(some), 64):
-                x = normal_batch(gate.latent_shape(), seed, name, addresses[i : i + 64])
-                denoiser = gate.denoiser(gate.encode_text(some[i : i + 64]), guidance=GUIDANCE)
+                x = normal_batch(model.latent_shape(), seed, name, addresses[i : i + 64])
+                denoiser = model.denoiser(model.encode_text(some[i : i + 64]), guidance=GUIDANCE)
                 with torch.no_grad():
-                    pictures.append(gate.decode(sample(denoiser, table, x)))
+                    pictures.append(model.decode(sample(denoiser, table, x)))
             levels = (torch.cat(pictures) * 255).round().to(torch.uint8)
             save_file({"pictures": levels.unflatten(0, (-1, k))}, shard_file.with_suffix(".tmp"))
             shard_file.with_suffix(".tmp").replace(shard_file)

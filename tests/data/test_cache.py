@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers_cache import SHAPE, SIZE, FakeGate, build, make_pairs, mean, picture
+from helpers_cache import SHAPE, SIZE, FakeModel, build, make_pairs, mean, picture
 
 from diffusion_align import progress, rng
 from diffusion_align.data.cache import PairCache
@@ -46,29 +46,29 @@ def test_the_posterior_is_sampled_once_with_noise_by_picture_index(tmp_path):
 
 
 def test_each_picture_and_prompt_is_encoded_once_ever(tmp_path):
-    pairs, gate = make_pairs(), FakeGate()
-    cache = build(tmp_path, pairs, gate)
+    pairs, model = make_pairs(), FakeModel()
+    cache = build(tmp_path, pairs, model)
     different = len({pair.winner for pair in pairs} | {pair.loser for pair in pairs})
-    assert cache.pictures == gate.pictures == different < 80
-    assert sorted(gate.prompts, key=len) == ["p" * i for i in range(8)]
-    again = build(tmp_path, pairs, gate)
-    assert gate.pictures == different and len(gate.prompts) == 8
+    assert cache.pictures == model.pictures == different < 80
+    assert sorted(model.prompts, key=len) == ["p" * i for i in range(8)]
+    again = build(tmp_path, pairs, model)
+    assert model.pictures == different and len(model.prompts) == 8
     assert torch.equal(again.batch(range(40))[0], cache.batch(range(40))[0])
 
 
 def test_the_same_picture_under_another_name_is_recognised(tmp_path):
     (tmp_path / "a.png").write_bytes(picture(0))
     (tmp_path / "b.png").write_bytes(picture(0))
-    gate = FakeGate()
-    latents, _ = build(tmp_path / "cache", [Pair("0", "p", tmp_path / "a.png", tmp_path / "b.png")], gate).batch([0])
-    assert gate.pictures == 1 and torch.equal(latents[0, 0], latents[0, 1])
+    model = FakeModel()
+    latents, _ = build(tmp_path / "cache", [Pair("0", "p", tmp_path / "a.png", tmp_path / "b.png")], model).batch([0])
+    assert model.pictures == 1 and torch.equal(latents[0, 0], latents[0, 1])
 
 
 @pytest.mark.parametrize("fail_at", range(0, 30, 4))
 def test_an_interrupted_build_goes_on_after_its_whole_shards(tmp_path, fail_at):
     pairs = make_pairs()
     whole = build(tmp_path / "whole", pairs)
-    first, second = FakeGate(fail_at=fail_at), FakeGate()
+    first, second = FakeModel(fail_at=fail_at), FakeModel()
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "cut", pairs, first)
     cache = build(tmp_path / "cut", pairs, second)
@@ -87,7 +87,7 @@ def test_killed_builds_end_in_the_same_cache(tmp_path):
         child = os.fork()
         if child == 0:
             try:
-                build(tmp_path / "cut", pairs, FakeGate(pause=0.004), pairs_per_shard=2)
+                build(tmp_path / "cut", pairs, FakeModel(pause=0.004), pairs_per_shard=2)
             finally:
                 os._exit(0)
         time.sleep(0.01 + 0.004 * moment)
@@ -104,10 +104,10 @@ def test_killed_builds_end_in_the_same_cache(tmp_path):
 def test_a_changed_input_is_another_cache(tmp_path, change):
     pairs = make_pairs(8)
     first = build(tmp_path, pairs)
-    gate = FakeGate("other" if change == "model" else "fake")
+    model = FakeModel("other" if change == "model" else "fake")
     options = {"resolution": {"resolution": 32}, "seed": {"seed": 1}, "dtype": {"dtype": torch.float16}}.get(change, {})
-    second = build(tmp_path, pairs[::-1] if change == "data" else pairs, gate, **options)
-    assert gate.pictures > 0 and second.folder != first.folder
+    second = build(tmp_path, pairs[::-1] if change == "data" else pairs, model, **options)
+    assert model.pictures > 0 and second.folder != first.folder
     assert {name for name in first.identity if first.identity[name] != second.identity[name]} == {change}
 
 
@@ -150,10 +150,10 @@ def test_nothing_left(tmp_path):
 
 
 def test_encodings_that_are_not_finite_are_refused(tmp_path):
-    gate = FakeGate()
-    gate.encode_images = lambda images, noise: torch.full((len(images), *SHAPE), torch.nan)
+    model = FakeModel()
+    model.encode_images = lambda images, noise: torch.full((len(images), *SHAPE), torch.nan)
     with pytest.raises(DataError, match="not finite.*sdxl-vae-fp16-fix"):
-        build(tmp_path, make_pairs(2), gate)
+        build(tmp_path, make_pairs(2), model)
 
 
 @pytest.mark.parametrize("kind", ["flip", "cut", "gone"])
@@ -171,9 +171,9 @@ def test_a_damaged_shard_is_named_and_can_be_encoded_again(tmp_path, kind):
     with pytest.raises(DataError, match="pairs-00001.safetensors: is missing or damaged; delete .*manifest.json"):
         PairCache(cache.folder).batch(range(40))
     (cache.folder / "manifest.json").unlink()
-    gate = FakeGate()
-    assert torch.equal(build(tmp_path, pairs, gate).batch(range(40))[0], before)
-    assert 0 < gate.pictures < cache.pictures
+    model = FakeModel()
+    assert torch.equal(build(tmp_path, pairs, model).batch(range(40))[0], before)
+    assert 0 < model.pictures < cache.pictures
 
 
 def test_progress_goes_to_stderr_with_an_estimate(tmp_path, capfd, monkeypatch):
@@ -205,18 +205,18 @@ def on_a_disk_with(monkeypatch, free, total=10**12):
 
 def test_a_disk_without_room_is_told_before_anything_is_encoded(tmp_path, monkeypatch):
     """30 different pictures of 4 x 4 x 4 float32, 7 prompts and the empty one of 3 x 2: 7,872 bytes."""
-    pairs, gate, size = make_pairs(), FakeGate(), (30 * 64 + 8 * 6) * 4
+    pairs, model, size = make_pairs(), FakeModel(), (30 * 64 + 8 * 6) * 4
     assert len({picture for pair in pairs for picture in pair.pictures}) == 30
     on_a_disk_with(monkeypatch, free=size - 1)
     with pytest.raises(
         DataError, match=r"encoding takes up to 7\.87e-06 GB, and the disk has 7\.87e-06 GB.*--cache_dir"
     ):
-        build(tmp_path, pairs, gate)
-    assert not gate.pictures and not gate.prompts and not list(tmp_path.rglob("*.safetensors"))
+        build(tmp_path, pairs, model)
+    assert not model.pictures and not model.prompts and not list(tmp_path.rglob("*.safetensors"))
     on_a_disk_with(monkeypatch, free=size)
-    assert len(build(tmp_path, pairs, gate)) == 40
+    assert len(build(tmp_path, pairs, model)) == 40
     on_a_disk_with(monkeypatch, free=0)
-    assert len(build(tmp_path, pairs, gate)) == 40  # it is there
+    assert len(build(tmp_path, pairs, model)) == 40  # it is there
 
 
 def test_half_precision_needs_half_the_room(tmp_path, monkeypatch):
@@ -229,7 +229,7 @@ def test_half_precision_needs_half_the_room(tmp_path, monkeypatch):
 def test_what_an_interrupted_build_has_written_needs_no_room_again(tmp_path, monkeypatch):
     pairs = make_pairs()
     with pytest.raises(KeyboardInterrupt):
-        build(tmp_path, pairs, FakeGate(fail_at=20))
+        build(tmp_path, pairs, FakeModel(fail_at=20))
     there = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
     on_a_disk_with(monkeypatch, free=(30 * 64 + 8 * 6) * 4 - there)
     assert len(build(tmp_path, pairs)) == 40

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers_cache import SIZE, FakeGate, build, make_pairs, picture
+from helpers_cache import SIZE, FakeModel, build, make_pairs, picture
 from stress_jobs import launch
 
 from diffusion_align.commands import encode
@@ -37,19 +37,19 @@ class Meeting:
         return meet
 
 
-def build_together(folder, pairs, gates, heard=lambda rank: None, **options):
+def build_together(folder, pairs, models, heard=lambda rank: None, **options):
     """The caches of all ranks, or the error of each."""
-    meeting, found = Meeting(len(gates)), [None] * len(gates)
+    meeting, found = Meeting(len(models)), [None] * len(models)
 
     def work(rank):
-        share = Share(rank, len(gates), meeting.of(rank, lambda: heard(rank)))
+        share = Share(rank, len(models), meeting.of(rank, lambda: heard(rank)))
         try:
-            found[rank] = build(folder, pairs, gates[rank], share=share, **options)
+            found[rank] = build(folder, pairs, models[rank], share=share, **options)
         except BaseException as error:  # the others must not wait for it, as they would not for a process that is gone
             found[rank] = error
             meeting.barrier.abort()
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(gates))]
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(models))]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -74,16 +74,16 @@ def some_pairs(tmp_path):
 @pytest.mark.parametrize("ranks", [2, 3, 5])
 def test_any_number_of_processes_makes_the_same_files(tmp_path, ranks):
     pairs, options = some_pairs(tmp_path), {"max_bad_fraction": 0.1, "known_bad": [BadRow("set:99", "no prompt")]}
-    whole, alone = FakeGate(), build(tmp_path / "one", pairs, **options)
+    whole, alone = FakeModel(), build(tmp_path / "one", pairs, **options)
     build(tmp_path / "count", pairs, whole, **options)
-    gates = [FakeGate() for _ in range(ranks)]
-    caches = build_together(tmp_path / "many", pairs, gates, **options)
+    models = [FakeModel() for _ in range(ranks)]
+    caches = build_together(tmp_path / "many", pairs, models, **options)
     assert files(tmp_path / "many") == files(tmp_path / "one")
     assert all(cache.kept == alone.kept and cache.bad == alone.bad == 4 for cache in caches)
     # Each picture and prompt once in all, and nobody does it all.
-    assert sum(gate.pictures for gate in gates) == whole.pictures == alone.pictures
-    assert max(gate.pictures for gate in gates) < whole.pictures
-    assert sorted(sum((gate.prompts for gate in gates), [])) == sorted(whole.prompts)
+    assert sum(model.pictures for model in models) == whole.pictures == alone.pictures
+    assert max(model.pictures for model in models) < whole.pictures
+    assert sorted(sum((model.prompts for model in models), [])) == sorted(whole.prompts)
 
 
 def test_nobody_works_for_long_before_all_meet(tmp_path):
@@ -91,14 +91,14 @@ def test_nobody_works_for_long_before_all_meet(tmp_path):
     rankings = [
         Ranking(str(i), "p", tuple(picture(3 * i + k) for k in range(3)), (1.0, 0.5, 0.0)) for i in range(4 * CHUNK)
     ]
-    gates, most, last = [FakeGate(), FakeGate()], [], [0, 0]
+    models, most, last = [FakeModel(), FakeModel()], [], [0, 0]
 
     def heard(rank):
-        most.append(gates[rank].pictures - last[rank])
-        last[rank] = gates[rank].pictures
+        most.append(models[rank].pictures - last[rank])
+        last[rank] = models[rank].pictures
 
-    caches = build_together(tmp_path, rankings, gates, heard, pairs_per_shard=1024)
-    assert [gate.pictures for gate in gates] == [12 * CHUNK, 0] and len(caches[1]) == 4 * CHUNK
+    caches = build_together(tmp_path, rankings, models, heard, pairs_per_shard=1024)
+    assert [model.pictures for model in models] == [12 * CHUNK, 0] and len(caches[1]) == 4 * CHUNK
     assert max(most) == 3 * CHUNK
 
 
@@ -106,12 +106,14 @@ def test_a_process_that_fails_leaves_what_others_go_on_from(tmp_path):
     """Then with another number of processes."""
     pairs = make_pairs(60, pictures=120)
     whole = build(tmp_path / "whole", pairs)
-    gates = [FakeGate(), FakeGate(fail_at=30)]
-    found = build_together(tmp_path / "cut", pairs, gates)
+    models = [FakeModel(), FakeModel(fail_at=30)]
+    found = build_together(tmp_path / "cut", pairs, models)
     assert isinstance(found[1], KeyboardInterrupt) and isinstance(found[0], threading.BrokenBarrierError)
-    again = [FakeGate() for _ in range(3)]
+    again = [FakeModel() for _ in range(3)]
     build_together(tmp_path / "cut", pairs, again)
-    assert 0 < sum(gate.pictures for gate in again) <= whole.pictures - 32 and not any(gate.prompts for gate in again)
+    assert 0 < sum(model.pictures for model in again) <= whole.pictures - 32 and not any(
+        model.prompts for model in again
+    )
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
@@ -119,7 +121,7 @@ def test_too_many_broken_rows_stop_all(tmp_path):
     pairs = make_pairs(100)
     for i in range(40, 50):
         pairs[i] = Pair(f"set:{i}", "p", b"junk%d" % i, picture(1))
-    found = build_together(tmp_path, pairs, [FakeGate(), FakeGate()])
+    found = build_together(tmp_path, pairs, [FakeModel(), FakeModel()])
     errors = [error for error in found if isinstance(error, DataError)]
     assert len(errors) == 1 and "of 100 rows are broken" in str(errors[0])
 
@@ -144,8 +146,8 @@ def options_of(folder, precision="no"):
     )  # fmt: skip
 
 
-class Gate(FakeGate):
-    """A gate that knows its device and notes the precision in which it is asked."""
+class Model(FakeModel):
+    """A model that knows its device and notes the precision in which it is asked."""
 
     device = torch.device("cpu")
 
@@ -168,14 +170,14 @@ class Gate(FakeGate):
 def test_precision_is_an_option_and_part_of_the_key(tmp_path):
     accelerator, pairs, folders = Accelerator(cpu=True), make_pairs(4), set()
     for name, dtype in (("no", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        gate = Gate()
-        cache = encode.encoded(options_of(tmp_path, name), gate, accelerator, pairs)
-        assert gate.asked == {dtype} and cache.identity.get("precision", "no") == name
+        model = Model()
+        cache = encode.encoded(options_of(tmp_path, name), model, accelerator, pairs)
+        assert model.asked == {dtype} and cache.identity.get("precision", "no") == name
         assert cache.batch([0])[0].dtype == torch.float32
         folders.add(cache.folder)
     assert len(folders) == 3
     # The key of float32 is what it was, so that earlier caches are found.
-    assert "precision" not in encode.encoded(options_of(tmp_path), Gate(), accelerator, pairs).identity
+    assert "precision" not in encode.encoded(options_of(tmp_path), Model(), accelerator, pairs).identity
 
 
 def test_two_processes_encode_together(tmp_path):
@@ -186,7 +188,7 @@ def test_two_processes_encode_together(tmp_path):
     def work(rank):
         accelerator = Accelerator(cpu=True)
         watch.start(tmp_path / ".ranks", rank, 2)
-        cache = encode.encoded(options_of(tmp_path / "shared"), Gate(), accelerator, pairs)
+        cache = encode.encoded(options_of(tmp_path / "shared"), Model(), accelerator, pairs)
         assert total(accelerator, len(cache) + rank) == 121
         watch.stop()
         return 0
@@ -200,12 +202,12 @@ def test_a_process_that_is_gone_while_encoding_is_named(tmp_path):
     def work(rank):
         accelerator = Accelerator(cpu=True)
         watch.start(tmp_path / ".ranks", rank, 2)
-        gate = Gate(pause=0.01)
+        model = Model(pause=0.01)
         if rank == 1:
-            gate.encode_images = lambda images, noise: os._exit(9)
+            model.encode_images = lambda images, noise: os._exit(9)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(encode, "build_cache", lambda *a, **k: build(a[2], a[1], a[0], share=k["share"]))
-            encode.encoded(options_of(tmp_path / "run"), gate, accelerator, make_pairs(40))
+            encode.encoded(options_of(tmp_path / "run"), model, accelerator, make_pairs(40))
         return 0
 
     ended = launch(2, work, tmp_path / "logs", patience=10)

@@ -185,7 +185,7 @@ def test_rankings_beside_pairs_are_not_guessed(tmp_path):
 
 
 class Encoders:
-    """A gate whose latents are the picture's mean colour, and which counts what it encodes."""
+    """A model whose latents are the picture's mean colour, and which counts what it encodes."""
 
     pictures = 0
 
@@ -218,11 +218,11 @@ def ranking(number, pictures, relevance=None):
 
 def test_the_cache_holds_k_pictures_a_row_each_encoded_once(tmp_path):
     rankings = [ranking(1, [0, 1, 2]), ranking(2, [2, 3, 0]), ranking(3, [4, 1, 3])]
-    gate = Encoders()
-    cache = build_cache(gate, rankings, tmp_path, resolution=SIZE, pairs_per_shard=2, progress=False)
+    model = Encoders()
+    cache = build_cache(model, rankings, tmp_path, resolution=SIZE, pairs_per_shard=2, progress=False)
     latents, text = cache.batch([2, 1])
     assert latents.shape == (2, 3, 3, 1, 1) and cache.lengths == [3, 3, 3]
-    assert gate.pictures == cache.pictures == 5
+    assert model.pictures == cache.pictures == 5
     for row, places in zip(latents, ([4, 1, 3], [2, 3, 0]), strict=True):
         expected = torch.stack([load_picture(picture(i), SIZE).mean((1, 2)) for i in places])
         assert torch.allclose(row.flatten(1), expected, atol=1e-6)

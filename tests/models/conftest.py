@@ -16,7 +16,7 @@ def tiny_v_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def gate(tiny_folder):
+def model(tiny_folder):
     return load_pipeline(tiny_folder, device="cpu")
 
 

@@ -29,9 +29,9 @@ FILE = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture
-def item(gate):
+def item(model):
     x = torch.randn(3, 4, 8, 8, generator=generator(0, "x"))
-    return x, torch.tensor([1, 500, 999]), gate.encode_text(["a red circle", "", "a blue square"])
+    return x, torch.tensor([1, 500, 999]), model.encode_text(["a red circle", "", "a blue square"])
 
 
 def disturb(parameters, scale=0.05):
@@ -42,24 +42,24 @@ def disturb(parameters, scale=0.05):
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("mode", ["lora", "full"])
-def test_policy_is_its_reference_exactly_until_it_moves(gate, item, mode, half):
-    parameters = add_lora(gate.unet, 4, 8.0) if mode == "lora" else trainable(gate.unet, "full")
-    frozen = reference(gate, mode)
+def test_policy_is_its_reference_exactly_until_it_moves(model, item, mode, half):
+    parameters = add_lora(model.unet, 4, 8.0) if mode == "lora" else trainable(model.unet, "full")
+    frozen = reference(model, mode)
     before = frozen(*item)
     with torch.autocast("cpu", torch.bfloat16, enabled=half), torch.no_grad():
-        assert torch.equal(frozen(*item), gate.predict(*item))
+        assert torch.equal(frozen(*item), model.predict(*item))
     # Where gradients flow torch may take another kernel for the same product of matrices.
-    assert_rounded(gate.predict(*item), before, depth=200)
+    assert_rounded(model.predict(*item), before, depth=200)
     assert not frozen(*item).requires_grad
     disturb(parameters)
     assert torch.equal(frozen(*item), before)
-    assert not torch.allclose(gate.predict(*item), before, atol=1e-3)
+    assert not torch.allclose(model.predict(*item), before, atol=1e-3)
 
 
-def test_only_the_lora_gets_gradients_and_at_first_only_its_upper_half(gate, item):
-    parameters = add_lora(gate.unet, 4)
-    gate.predict(*item).square().sum().backward()
-    named = {name: p for name, p in gate.unet.named_parameters() if p.requires_grad}
+def test_only_the_lora_gets_gradients_and_at_first_only_its_upper_half(model, item):
+    parameters = add_lora(model.unet, 4)
+    model.predict(*item).square().sum().backward()
+    named = {name: p for name, p in model.unet.named_parameters() if p.requires_grad}
     assert len(named) == len(parameters) and all("lora_" in name for name in named)
     # B is 0, so the output cannot yet depend on A, but does on B (Hu et al. 2021, sec. 4.1).
     assert not any(bool(p.grad.any()) for name, p in named.items() if "lora_A" in name)
@@ -67,21 +67,21 @@ def test_only_the_lora_gets_gradients_and_at_first_only_its_upper_half(gate, ite
 
 
 def test_first_weights_are_addressed_and_gaussian(tiny_folder):
-    gates = [load_pipeline(tiny_folder, device="cpu") for _ in range(3)]
-    first, same, other = (add_lora(g.unet, 8, seed=seed) for g, seed in zip(gates, (3, 3, 4), strict=True))
+    models = [load_pipeline(tiny_folder, device="cpu") for _ in range(3)]
+    first, same, other = (add_lora(g.unet, 8, seed=seed) for g, seed in zip(models, (3, 3, 4), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
-    downs = torch.cat([p.flatten() for n, p in gates[0].unet.named_parameters() if "lora_A" in n]) * 8
-    others = torch.cat([p.flatten() for n, p in gates[2].unet.named_parameters() if "lora_A" in n]) * 8
+    downs = torch.cat([p.flatten() for n, p in models[0].unet.named_parameters() if "lora_A" in n]) * 8
+    others = torch.cat([p.flatten() for n, p in models[2].unet.named_parameters() if "lora_A" in n]) * 8
     assert len(other) == len(first) and abs(torch.corrcoef(torch.stack([downs, others]))[0, 1]) < 0.05
     assert abs(downs.std() - 1) < 0.05 and abs(downs.mean()) < 0.05
 
 
 @pytest.mark.parametrize("alpha", [1.0, 4.0, 16.0])
 @pytest.mark.parametrize("targets", [ATTENTION, WIDE], ids=["attention", "wide"])
-def test_plain_diffusers_reloads_the_same_function(gate, item, tiny_folder, tmp_path, alpha, targets):
-    disturb(add_lora(gate.unet, 4, alpha, targets))
-    expected = gate.predict(*item).detach()
-    save_lora(gate.unet, tmp_path)
+def test_plain_diffusers_reloads_the_same_function(model, item, tiny_folder, tmp_path, alpha, targets):
+    disturb(add_lora(model.unet, 4, alpha, targets))
+    expected = model.predict(*item).detach()
+    save_lora(model.unet, tmp_path)
     ours = load_pipeline(tiny_folder, device="cpu")
     load_lora(ours, tmp_path)
     assert torch.equal(ours.predict(*item).detach(), expected)
@@ -92,24 +92,24 @@ def test_plain_diffusers_reloads_the_same_function(gate, item, tiny_folder, tmp_
 
 
 def test_masters_are_float32_on_a_half_precision_network(tiny_folder):
-    gate = load_pipeline(tiny_folder, device="cpu", dtype=torch.bfloat16)
-    assert {p.dtype for p in add_lora(gate.unet, 4)} == {torch.float32}
+    model = load_pipeline(tiny_folder, device="cpu", dtype=torch.bfloat16)
+    assert {p.dtype for p in add_lora(model.unet, 4)} == {torch.float32}
     with pytest.raises(ValueError, match="needs float32"):
         trainable(load_pipeline(tiny_folder, device="cpu", dtype=torch.bfloat16).unet, "full")
 
 
-def test_bad_requests(gate):
+def test_bad_requests(model):
     with pytest.raises(ValueError, match="at least 1"):
-        add_lora(gate.unet, 0)
+        add_lora(model.unet, 0)
     with pytest.raises(ValueError, match="no layer"):
-        add_lora(gate.unet, 4, targets=["to_nowhere"])
-    add_lora(gate.unet, 4)
+        add_lora(model.unet, 4, targets=["to_nowhere"])
+    add_lora(model.unet, 4)
     with pytest.raises(ValueError, match="already has a LoRA"):
-        add_lora(gate.unet, 4)
+        add_lora(model.unet, 4)
     with pytest.raises(ValueError, match="unknown mode"):
-        trainable(gate.unet, "half")
+        trainable(model.unet, "half")
     with pytest.raises(ValueError, match="unknown mode"):
-        reference(gate, "half")
+        reference(model, "half")
 
 
 def spoil(path, change):
@@ -138,9 +138,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_damaged_lora_is_refused_whole(gate, item, tiny_folder, tmp_path, fault):
-    disturb(add_lora(gate.unet, 4))
-    spoil(save_lora(gate.unet, tmp_path), FAULTS[fault])
+def test_a_damaged_lora_is_refused_whole(model, item, tiny_folder, tmp_path, fault):
+    disturb(add_lora(model.unet, 4))
+    spoil(save_lora(model.unet, tmp_path), FAULTS[fault])
     fresh = load_pipeline(tiny_folder, device="cpu")
     before = fresh.predict(*item)
     with pytest.raises(ValueError) as error:
@@ -151,62 +151,62 @@ def test_a_damaged_lora_is_refused_whole(gate, item, tiny_folder, tmp_path, faul
     assert torch.equal(fresh.predict(*item), before)
 
 
-def test_truncated_and_absent_files(gate, tmp_path):
+def test_truncated_and_absent_files(model, tmp_path):
     with pytest.raises(FileNotFoundError, match="not there"):
-        load_lora(gate, tmp_path)
-    add_lora(gate.unet, 4)
-    path = save_lora(gate.unet, tmp_path)
+        load_lora(model, tmp_path)
+    add_lora(model.unet, 4)
+    path = save_lora(model.unet, tmp_path)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match="not a whole safetensors"):
-        load_lora(gate, tmp_path)
+        load_lora(model, tmp_path)
 
 
-def test_the_header_holds_the_strength(gate, tmp_path):
-    add_lora(gate.unet, 4, 16.0)
-    with safe_open(save_lora(gate.unet, tmp_path), "pt") as file:
+def test_the_header_holds_the_strength(model, tmp_path):
+    add_lora(model.unet, 4, 16.0)
+    with safe_open(save_lora(model.unet, tmp_path), "pt") as file:
         header = json.loads(file.metadata()["lora_adapter_metadata"])
     assert header["unet.r"] == 4 and header["unet.lora_alpha"] == 16.0
 
 
-def test_a_file_without_header_loads_with_alpha_as_rank(gate, item, tiny_folder, tmp_path):
-    disturb(add_lora(gate.unet, 4, 4.0))
-    path = save_lora(gate.unet, tmp_path)
+def test_a_file_without_header_loads_with_alpha_as_rank(model, item, tiny_folder, tmp_path):
+    disturb(add_lora(model.unet, 4, 4.0))
+    path = save_lora(model.unet, tmp_path)
     save_file(load_file(path), path)
     fresh = load_pipeline(tiny_folder, device="cpu")
     load_lora(fresh, tmp_path)
-    assert torch.equal(fresh.predict(*item).detach(), gate.predict(*item).detach())
+    assert torch.equal(fresh.predict(*item).detach(), model.predict(*item).detach())
 
 
-def test_full_weights_round_trip_and_wrong_networks_are_refused(gate, item, tiny_folder, tmp_path):
-    disturb(trainable(gate.unet, "full"), 0.01)
-    save_unet(gate.unet, tmp_path)
+def test_full_weights_round_trip_and_wrong_networks_are_refused(model, item, tiny_folder, tmp_path):
+    disturb(trainable(model.unet, "full"), 0.01)
+    save_unet(model.unet, tmp_path)
     fresh = load_pipeline(tiny_folder, device="cpu")
     load_unet(fresh, tmp_path)
     with torch.no_grad():
-        assert torch.equal(fresh.predict(*item), gate.predict(*item))
+        assert torch.equal(fresh.predict(*item), model.predict(*item))
     plain = UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet")
     x, t, text = item
     with torch.no_grad():
-        assert torch.equal(plain(x, t, text).sample, gate.predict(*item))
+        assert torch.equal(plain(x, t, text).sample, model.predict(*item))
     with pytest.raises(FileNotFoundError, match="not there"):
         load_unet(fresh, tmp_path / "nowhere")
     with torch.no_grad():
-        next(iter(gate.unet.parameters())).view(-1)[0] = float("inf")
-    save_unet(gate.unet, tmp_path)
+        next(iter(model.unet.parameters())).view(-1)[0] = float("inf")
+    save_unet(model.unet, tmp_path)
     with pytest.raises(ValueError, match="not finite"):
         load_unet(fresh, tmp_path)
 
 
-def test_warnings_stay_ours(gate, tmp_path):
+def test_warnings_stay_ours(model, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        add_lora(gate.unet, 2)
-        save_lora(gate.unet, tmp_path)
+        add_lora(model.unet, 2)
+        save_lora(model.unet, tmp_path)
 
 
-def test_a_refused_lora_leaves_the_plain_network(gate, tiny_folder, tmp_path):
-    add_lora(gate.unet, 4)
-    spoil(save_lora(gate.unet, tmp_path), FAULTS["nan"])
+def test_a_refused_lora_leaves_the_plain_network(model, tiny_folder, tmp_path):
+    add_lora(model.unet, 4)
+    spoil(save_lora(model.unet, tmp_path), FAULTS["nan"])
     fresh = load_pipeline(tiny_folder, device="cpu")
     names = set(fresh.unet.state_dict())
     with pytest.raises(ValueError, match="not finite"):
@@ -215,33 +215,33 @@ def test_a_refused_lora_leaves_the_plain_network(gate, tiny_folder, tmp_path):
     add_lora(fresh.unet, 4)
 
 
-def test_modes_that_do_not_fit_the_network_are_refused(gate):
+def test_modes_that_do_not_fit_the_network_are_refused(model):
     with pytest.raises(ValueError, match="no LoRA"):
-        trainable(gate.unet, "lora")
+        trainable(model.unet, "lora")
     with pytest.raises(ValueError, match="no LoRA"):
-        reference(gate, "lora")
-    add_lora(gate.unet, 4)
+        reference(model, "lora")
+    add_lora(model.unet, 4)
     with pytest.raises(ValueError, match="has a LoRA"):
-        trainable(gate.unet, "full")
+        trainable(model.unet, "full")
 
 
-def test_the_reference_changes_no_gradient_and_no_flag(gate, item):
-    parameters = add_lora(gate.unet, 4)
+def test_the_reference_changes_no_gradient_and_no_flag(model, item):
+    parameters = add_lora(model.unet, 4)
     disturb(parameters)
-    set_attention(gate.unet, gradient_checkpointing=True)  # recomputes in backward, when the adapter must be on again
+    set_attention(model.unet, gradient_checkpointing=True)  # recomputes in backward, when the adapter must be on again
     gradients = []
     for between in (False, True):
-        loss = gate.predict(*item).square().sum()
+        loss = model.predict(*item).square().sum()
         if between:
-            reference(gate, "lora")(*item)
+            reference(model, "lora")(*item)
         gradients.append(torch.autograd.grad(loss, parameters))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-    gate.unet.requires_grad_(False)
-    reference(gate, "lora")(*item)
-    assert not any(p.requires_grad for p in gate.unet.parameters())
+    model.unet.requires_grad_(False)
+    reference(model, "lora")(*item)
+    assert not any(p.requires_grad for p in model.unet.parameters())
 
 
-def test_the_reference_sees_through_a_wrapper(gate, item):
+def test_the_reference_sees_through_a_wrapper(model, item):
     class Wrapper(torch.nn.Module):
         def __init__(self, module):
             super().__init__()
@@ -250,16 +250,16 @@ def test_the_reference_sees_through_a_wrapper(gate, item):
         def forward(self, x, t, text, return_dict=True):
             return self.module(x, t, text, return_dict=return_dict)
 
-    before = gate.predict(*item)
-    disturb(add_lora(gate.unet, 4))
-    gate.unet = Wrapper(gate.unet)
-    assert gate.latent_shape() == (4, 8, 8) and torch.equal(reference(gate, "lora")(*item), before)
+    before = model.predict(*item)
+    disturb(add_lora(model.unet, 4))
+    model.unet = Wrapper(model.unet)
+    assert model.latent_shape() == (4, 8, 8) and torch.equal(reference(model, "lora")(*item), before)
 
 
 @pytest.mark.parametrize("key, value", [("use_rslora", True), ("use_dora", True), ("rank_pattern", {"to_q": 2})])
-def test_a_header_that_means_another_kind_of_lora_is_refused(gate, tiny_folder, tmp_path, key, value):
-    add_lora(gate.unet, 4)
-    path = save_lora(gate.unet, tmp_path)
+def test_a_header_that_means_another_kind_of_lora_is_refused(model, tiny_folder, tmp_path, key, value):
+    add_lora(model.unet, 4)
+    path = save_lora(model.unet, tmp_path)
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["lora_adapter_metadata"])
     save_file(load_file(path), path, metadata={"lora_adapter_metadata": json.dumps({**header, f"unet.{key}": value})})
@@ -268,30 +268,30 @@ def test_a_header_that_means_another_kind_of_lora_is_refused(gate, tiny_folder, 
 
 
 @pytest.mark.parametrize("fault", ["one missing", "nan", "shape"])
-def test_damaged_full_weights_are_refused_whole(gate, item, tmp_path, fault):
-    path = save_unet(gate.unet, tmp_path) / "diffusion_pytorch_model.safetensors"
-    before = gate.predict(*item)
+def test_damaged_full_weights_are_refused_whole(model, item, tmp_path, fault):
+    path = save_unet(model.unet, tmp_path) / "diffusion_pytorch_model.safetensors"
+    before = model.predict(*item)
     spoil(path, FAULTS[fault])
     with pytest.raises(ValueError) as error:
-        load_unet(gate, tmp_path)
+        load_unet(model, tmp_path)
     assert "conv_in.bias" in str(error.value) and "\n" not in str(error.value)
-    assert torch.equal(gate.predict(*item), before)
+    assert torch.equal(model.predict(*item), before)
 
 
-def test_another_network_is_refused(gate, tmp_path):
+def test_another_network_is_refused(model, tmp_path):
     with torch.random.fork_rng():
-        wider = UNet2DConditionModel.from_config({**gate.unet.config, "block_out_channels": (16, 48)})
-        heads = UNet2DConditionModel.from_config({**gate.unet.config, "attention_head_dim": 4})
+        wider = UNet2DConditionModel.from_config({**model.unet.config, "block_out_channels": (16, 48)})
+        heads = UNet2DConditionModel.from_config({**model.unet.config, "attention_head_dim": 4})
     for other, words in ((wider, "the network wants"), (heads, "attention_head_dim is 4")):
         save_unet(other, tmp_path)
         with pytest.raises(ValueError, match=words):
-            load_unet(gate, tmp_path)
+            load_unet(model, tmp_path)
 
 
-def test_equal_weights_make_equal_files(gate, tmp_path):
+def test_equal_weights_make_equal_files(model, tmp_path):
     """safetensors writes a header's metadata in an order drawn anew each time; of 12 files half would differ."""
-    add_lora(gate.unet, 4, 8.0)
-    files = [save_lora(gate.unet, tmp_path / str(i)) for i in range(12)]
+    add_lora(model.unet, 4, 8.0)
+    files = [save_lora(model.unet, tmp_path / str(i)) for i in range(12)]
     assert len({file.read_bytes() for file in files}) == 1
     with safe_open(files[0], "pt") as file:
         assert file.metadata()["format"] == "pt" and len(file.metadata()) == 2

@@ -35,25 +35,25 @@ def test_gradient_goes_through_both_halves():
     assert weight.grad.item() == 1 + 4 * (3 - 1)
 
 
-def test_xformers_where_it_cannot_run_says_so_in_one_line(gate):
+def test_xformers_where_it_cannot_run_says_so_in_one_line(model):
     with pytest.raises(ValueError, match="enable_xformers_memory_efficient_attention") as error:
-        set_attention(gate.unet, xformers=True)
+        set_attention(model.unet, xformers=True)
     assert "\n" not in str(error.value)
 
 
-def test_gradient_checkpointing_changes_no_number(gate):
-    x, t, text = torch.ones(1, 4, 8, 8), torch.tensor([5]), gate.empty_text
-    gate.unet.requires_grad_(True)
+def test_gradient_checkpointing_changes_no_number(model):
+    x, t, text = torch.ones(1, 4, 8, 8), torch.tensor([5]), model.empty_text
+    model.unet.requires_grad_(True)
     gradients, saved = [], []
     for checkpointing in (False, True):
-        set_attention(gate.unet, gradient_checkpointing=checkpointing)
-        gate.unet.zero_grad()
+        set_attention(model.unet, gradient_checkpointing=checkpointing)
+        model.unet.zero_grad()
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda v, kept=kept: kept.append(v.numel()) or v, lambda v: v):
-            loss = gate.predict(x, t, text).square().sum()
+            loss = model.predict(x, t, text).square().sum()
         saved.append(sum(kept))
         loss.backward()
-        gradients.append([p.grad.clone() for p in gate.unet.parameters() if p.grad is not None])
+        gradients.append([p.grad.clone() for p in model.unet.parameters() if p.grad is not None])
     assert saved[1] < saved[0] / 2  # it does recompute
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)

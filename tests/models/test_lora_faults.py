@@ -33,11 +33,11 @@ def test_every_fault_is_refused_or_repaired_and_none_is_silent(both, tmp_path, w
 
 def load_theirs(family, path):
     kind = StableDiffusionXLPipeline if family.name == "SDXL" else StableDiffusionPipeline
-    pipe = kind.from_pretrained(family.model)
+    pipe = kind.from_pretrained(family.folder)
     pipe.load_lora_weights(path.parent, weight_name=path.name)
-    gate = family.fresh()
-    gate.unet = pipe.unet
-    return family.answer(gate)
+    model = family.fresh()
+    model.unet = pipe.unet
+    return family.answer(model)
 
 
 # Those that diffusers' own loader reads right; peft's have their own test, and names without a prefix it does not know.
@@ -49,11 +49,11 @@ def test_a_file_is_the_same_function_here_and_in_diffusers(both, tmp_path, which
         return
     writer, tells_alpha, _, targets = FORMATS[name]
     path = writer(family.tuned(1, ALPHA if tells_alpha else RANK, targets).unet, tmp_path)
-    gate = family.fresh()
-    load_lora(gate, path)
+    model = family.fresh()
+    load_lora(model, path)
     theirs = load_theirs(family, path)
     assert (theirs - family.plain).abs().max() > 1e-2
-    assert_rounded(family.answer(gate), theirs, depth=200)
+    assert_rounded(family.answer(model), theirs, depth=200)
 
 
 def test_a_folder_of_pefts_own_loads_with_its_strength(both, tmp_path):
@@ -61,25 +61,25 @@ def test_a_folder_of_pefts_own_loads_with_its_strength(both, tmp_path):
     config = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "conv1"], init_lora_weights=False)
     with torch.random.fork_rng():
         get_peft_model(family.fresh().unet, config).save_pretrained(tmp_path)
-    gate, theirs = family.fresh(), family.fresh()
+    model, theirs = family.fresh(), family.fresh()
     with heard() as messages:
-        load_lora(gate, tmp_path)
+        load_lora(model, tmp_path)
     with torch.random.fork_rng():
         theirs.unet = PeftModel.from_pretrained(theirs.unet, tmp_path)
     assert "peft names read, such as base_model.model." in messages[0] and "alpha" not in messages[0]
-    assert_rounded(family.answer(gate), family.answer(theirs), depth=200)
+    assert_rounded(family.answer(model), family.answer(theirs), depth=200)
 
 
-def merged(gate, tensors):
+def merged(model, tensors):
     """The plain network with `alpha / rank * up @ down` (kohya's own definition) added to its weights."""
-    layers = {"lora_unet_" + name.replace(".", "_"): module for name, module in gate.unet.named_modules()}
+    layers = {"lora_unet_" + name.replace(".", "_"): module for name, module in model.unet.named_modules()}
     for key, down in tensors.items():
         if key.endswith(".lora_down.weight"):
             stem = key.removesuffix(".lora_down.weight")
             up, alpha = tensors[stem + ".lora_up.weight"], tensors[stem + ".alpha"]
             update = (up.flatten(1) @ down.flatten(1)).view_as(layers[stem].weight)
             layers[stem].weight.data += float(alpha) / len(down) * update
-    return gate
+    return model
 
 
 @pytest.mark.parametrize("same_strength", [True, False])
@@ -91,14 +91,14 @@ def test_ranks_and_strengths_of_each_layers_own_are_kept(both, tmp_path, same_st
         tensors[key] = tensors[key][:3]
         tensors[stem + ".lora_up.weight"] = tensors[stem + ".lora_up.weight"][:, :3]
         tensors[stem + ".alpha"] = torch.tensor(6.0 if same_strength else 1.5)
-    gate = family.fresh()
+    model = family.fresh()
     with heard() as messages:
-        load_lora(gate, write(tmp_path / "mixed.safetensors", tensors))
-    assert_rounded(family.answer(gate), family.answer(merged(family.fresh(), tensors)), depth=200)
+        load_lora(model, write(tmp_path / "mixed.safetensors", tensors))
+    assert_rounded(family.answer(model), family.answer(merged(family.fresh(), tensors)), depth=200)
     assert "filled up with zeros to 4" in messages[0] and ("multiplied in" in messages[0]) != same_strength
-    save_lora(gate.unet, tmp_path / "again")
+    save_lora(model.unet, tmp_path / "again")
     assert_rounded(
-        load_theirs(family, tmp_path / "again" / "pytorch_lora_weights.safetensors"), family.answer(gate), depth=200
+        load_theirs(family, tmp_path / "again" / "pytorch_lora_weights.safetensors"), family.answer(model), depth=200
     )
 
 
@@ -168,12 +168,12 @@ def test_what_is_left_out_of_a_file_is_said_in_one_line(both, tmp_path, caplog):
     path = save_lora(tuned.unet, tmp_path)
     tensors, header = read(path)
     write(path, tensors | {TE: torch.zeros(RANK, 32)}, header)
-    gate = family.fresh()
+    model = family.fresh()
     with pytest.raises(ValueError, match=r"1 tensors are for text encoders.*fc1.*allow_partial=True"):
-        load_lora(gate, path)
+        load_lora(model, path)
     with caplog.at_level(logging.WARNING):
-        load_lora(gate, path, allow_partial=True)
-    assert torch.equal(family.answer(gate), family.answer(tuned))
+        load_lora(model, path, allow_partial=True)
+    assert torch.equal(family.answer(model), family.answer(tuned))
     (line,) = [record.getMessage() for record in caplog.records]
     assert line == (
         f"{path}: gone on without: 1 tensors are for text encoders, which are not tuned here, the first is {TE}"
@@ -185,22 +185,22 @@ def test_a_part_of_the_layers_is_loaded_only_where_that_is_allowed(both, tmp_pat
     tensors, header = read(FORMATS["kohya"][0](family.tuned(4, ALPHA).unet, tmp_path))
     middle = {key: value for key, value in tensors.items() if "mid_block" in key}
     path = write(tmp_path / "middle.safetensors", middle, header)
-    gate = family.fresh()
+    model = family.fresh()
     with pytest.raises(ValueError, match=r"of \d+ layers are missing, the first is lora of down_blocks"):
-        load_lora(gate, path)
-    load_lora(gate, path, allow_partial=True)
+        load_lora(model, path)
+    load_lora(model, path, allow_partial=True)
     due = family.answer(merged(family.fresh(), middle))
-    assert_rounded(family.answer(gate), due, depth=200)
+    assert_rounded(family.answer(model), due, depth=200)
 
 
 def test_a_missing_alpha_is_taken_for_the_rank_as_others_do(both, tmp_path):
     family = both[0]
     path = FORMATS["kohya"][0](family.tuned(5, RANK).unet, tmp_path)
     without_alpha(path)
-    gate = family.fresh()
+    model = family.fresh()
     with heard() as messages:
-        load_lora(gate, path)
-    assert_rounded(family.answer(gate), load_theirs(family, path), depth=200)
+        load_lora(model, path)
+    assert_rounded(family.answer(model), load_theirs(family, path), depth=200)
     assert "alpha is missing, so taken to be the rank" in messages[0]
 
 
@@ -261,14 +261,14 @@ def test_the_judge_of_the_stress_is_not_blind(both, tmp_path):
 
 
 def test_the_command_refuses_or_repairs_a_runs_lora(tmp_path):
-    model = pictures_of_64(families(tmp_path)[0].model)
+    model = pictures_of_64(families(tmp_path)[0].folder)
     some = ("none", "float16", "NaN", "half of the keys missing", "empty file")
     assert dict(through("sample", model, tmp_path, some)) == dict.fromkeys(some, True)
     assert load_pipeline(model, device="cpu") and make_run(model, tmp_path / "run").exists()
 
 
 def test_no_faulty_weights_are_resumed(both, tmp_path):
-    found = dict(resumed(both[0].model, tmp_path))
+    found = dict(resumed(both[0].folder, tmp_path))
     assert len(found) == 30 and all(found.values()), [what for what, right in found.items() if not right]
 
 
@@ -276,11 +276,11 @@ def test_half_precision_is_cast_and_said(both, tmp_path):
     family = both[0]
     tensors, header = read(save_lora(family.tuned(12, ALPHA).unet, tmp_path))
     path = write(tmp_path / "half.safetensors", {key: value.bfloat16() for key, value in tensors.items()}, header)
-    gate = family.fresh()
+    model = family.fresh()
     with heard() as messages:
-        load_lora(gate, path)
+        load_lora(model, path)
     assert "bfloat16 cast to float32, such as unet." in messages[0]
-    rows = dict(gate.unet.named_parameters())
+    rows = dict(model.unet.named_parameters())
     key = next(key for key in rows if "lora_A" in key)
     assert rows[key].dtype == torch.float32
     name = "unet." + key.replace(".lora_A.default.", ".lora.down.")

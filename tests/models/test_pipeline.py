@@ -1,4 +1,4 @@
-"""The gate against plain diffusers, part by part and whole."""
+"""The model against plain diffusers, part by part and whole."""
 
 import json
 import shutil
@@ -28,21 +28,21 @@ def plain(tiny_folder):
     return pipe
 
 
-def test_text_encoding_is_diffusers_own(gate, plain):
+def test_text_encoding_is_diffusers_own(model, plain):
     text, empty = plain.encode_prompt(PROMPTS, "cpu", 1, True, negative_prompt=["", ""])
-    assert_rounded(gate.encode_text(PROMPTS, chunk=1), text, depth=50)
-    assert_rounded(gate.empty_text.expand_as(empty), empty, depth=50)
+    assert_rounded(model.encode_text(PROMPTS, chunk=1), text, depth=50)
+    assert_rounded(model.empty_text.expand_as(empty), empty, depth=50)
 
 
-def test_pictures_and_latents_are_diffusers_own(gate, plain):
+def test_pictures_and_latents_are_diffusers_own(model, plain):
     images, noise = torch.rand(3, 3, 32, 32, generator=generator(1, "images")), draw(3, 4, 8, 8)
     posterior = plain.vae.encode(images * 2 - 1).latent_dist
     factor = plain.vae.config.scaling_factor
-    assert_rounded(gate.encode_images(images), posterior.mean * factor, depth=100)
+    assert_rounded(model.encode_images(images), posterior.mean * factor, depth=100)
     sampled = (posterior.mean + posterior.std * noise).detach() * factor
-    assert_rounded(gate.encode_images(images, noise, chunk=2), sampled, depth=100)
+    assert_rounded(model.encode_images(images, noise, chunk=2), sampled, depth=100)
     decoded = (plain.vae.decode(sampled / factor).sample / 2 + 0.5).clamp(0, 1).detach()
-    assert_rounded(gate.decode(sampled, chunk=2), decoded, depth=200)
+    assert_rounded(model.decode(sampled, chunk=2), decoded, depth=200)
     assert decoded.min() >= 0 and decoded.max() <= 1
 
 
@@ -51,7 +51,7 @@ def test_pictures_and_latents_are_diffusers_own(gate, plain):
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_a_whole_run_is_the_plain_pipelines(request, folder, solver, guidance):
     folder = request.getfixturevalue(folder)
-    gate, pipe = load_pipeline(folder, device="cpu"), StableDiffusionPipeline.from_pretrained(folder)
+    model, pipe = load_pipeline(folder, device="cpu"), StableDiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     kind = DDIMScheduler if solver == "ddim" else DPMSolverMultistepScheduler
     config = {**pipe.scheduler.config, "timestep_spacing": "trailing", "set_alpha_to_one": True}
@@ -60,18 +60,18 @@ def test_a_whole_run_is_the_plain_pipelines(request, folder, solver, guidance):
     theirs = pipe(
         PROMPTS, num_inference_steps=10, guidance_scale=guidance, latents=x, output_type="latent", height=32, width=32
     ).images
-    table = step_table(gate.schedule, 10, solver=solver, order=2, eta=0.0)
+    table = step_table(model.schedule, 10, solver=solver, order=2, eta=0.0)
     with torch.no_grad():
-        ours = sample(gate.denoiser(gate.encode_text(PROMPTS), guidance=guidance), table, x)
+        ours = sample(model.denoiser(model.encode_text(PROMPTS), guidance=guidance), table, x)
     torch.testing.assert_close(ours, theirs.detach(), rtol=1e-3, atol=1e-3)
 
 
-def test_predict_is_differentiable_float32_and_blind_to_batch_mates(gate):
-    x, t, text = draw(2, 4, 8, 8), torch.tensor([3, 900]), gate.encode_text(PROMPTS)
+def test_predict_is_differentiable_float32_and_blind_to_batch_mates(model):
+    x, t, text = draw(2, 4, 8, 8), torch.tensor([3, 900]), model.encode_text(PROMPTS)
     x.requires_grad_()
-    output = gate.predict(x, t, text)
+    output = model.predict(x, t, text)
     assert output.dtype == torch.float32 and output.shape == x.shape
-    assert_rounded(gate.predict(x[1:], t[1:], text[1:]), output[1:], depth=200)
+    assert_rounded(model.predict(x[1:], t[1:], text[1:]), output[1:], depth=200)
     output.square().sum().backward()
     assert x.grad is not None and bool(x.grad.any())
 
@@ -90,16 +90,16 @@ def test_half_precision_weights_give_float32_results(tiny_folder):
 def test_half_precision_files_load_as_float32(tiny_folder, tmp_path):
     pipe = StableDiffusionPipeline.from_pretrained(tiny_folder, torch_dtype=torch.float16)
     pipe.save_pretrained(tmp_path / "half")
-    gate = load_pipeline(tmp_path / "half", device="cpu")
-    for part in (gate.unet, gate.vae, gate.text_encoder):
+    model = load_pipeline(tmp_path / "half", device="cpu")
+    for part in (model.unet, model.vae, model.text_encoder):
         assert {p.dtype for p in part.parameters()} == {torch.float32}
         assert not part.training and not any(p.requires_grad for p in part.parameters())
 
 
-def test_sizes(gate):
-    assert gate.resolution == 32 and gate.latent_shape() == (4, 8, 8) and gate.latent_shape(64) == (4, 16, 16)
+def test_sizes(model):
+    assert model.resolution == 32 and model.latent_shape() == (4, 8, 8) and model.latent_shape(64) == (4, 16, 16)
     with pytest.raises(ValueError, match="multiple of 4"):
-        gate.latent_shape(30)
+        model.latent_shape(30)
 
 
 def test_fingerprint_names_the_weights(tiny_folder, tiny_v_folder, tmp_path):
@@ -181,7 +181,7 @@ def test_an_empty_tokenizer_folder_is_refused(tiny_folder, tmp_path):
     one_line(error, "tokenizer.json", "merges.txt")
 
 
-def test_the_older_tokenizer_files_give_the_same_text(gate, tiny_folder, tmp_path):
+def test_the_older_tokenizer_files_give_the_same_text(model, tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "old")
     words = tmp_path / "old" / "tokenizer"
     model = json.loads((words / "tokenizer.json").read_text())["model"]
@@ -189,30 +189,30 @@ def test_the_older_tokenizer_files_give_the_same_text(gate, tiny_folder, tmp_pat
     (words / "vocab.json").write_text(json.dumps(model["vocab"]))
     (words / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"]))
     old = load_pipeline(tmp_path / "old", device="cpu")
-    assert torch.equal(old.encode_text([*PROMPTS, "gray zebra!"]), gate.encode_text([*PROMPTS, "gray zebra!"]))
+    assert torch.equal(old.encode_text([*PROMPTS, "gray zebra!"]), model.encode_text([*PROMPTS, "gray zebra!"]))
 
 
-def test_an_inpainting_model_is_refused(gate, tiny_folder, tmp_path):
+def test_an_inpainting_model_is_refused(model, tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "nine")
     with torch.random.fork_rng():
-        network = UNet2DConditionModel.from_config({**gate.unet.config, "in_channels": 9})
+        network = UNet2DConditionModel.from_config({**model.unet.config, "in_channels": 9})
     network.save_pretrained(tmp_path / "nine" / "unet")
     with pytest.raises(ValueError) as error:
         load_pipeline(tmp_path / "nine", device="cpu")
     one_line(error, "9 channels", "inpainting")
 
 
-def test_pictures_and_noise_of_the_wrong_kind_are_refused(gate):
+def test_pictures_and_noise_of_the_wrong_kind_are_refused(model):
     image = torch.full((2, 3, 32, 32), 0.5)
     for wrong in (image * 255, image - 1, image.to(torch.uint8), image[0], image[:, :1]):
         with pytest.raises(ValueError, match="pictures are"):
-            gate.encode_images(wrong)
+            model.encode_images(wrong)
     with pytest.raises(ValueError, match="noise is"):
-        gate.encode_images(image, torch.zeros(1, 4, 8, 8))  # would broadcast: the same noise for every picture
+        model.encode_images(image, torch.zeros(1, 4, 8, 8))  # would broadcast: the same noise for every picture
 
 
-def test_no_prompts_no_text(gate):
-    assert gate.encode_text([]).shape == (0, 16, 32)
+def test_no_prompts_no_text(model):
+    assert model.encode_text([]).shape == (0, 16, 32)
 
 
 def test_a_single_file_is_no_folder(tmp_path):

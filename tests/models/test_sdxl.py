@@ -1,4 +1,4 @@
-"""The gate on SDXL's format against plain diffusers: text, sizes, whole runs, the VAE, weights, refusals."""
+"""The model on SDXL's format against plain diffusers: text, sizes, whole runs, the VAE, weights, refusals."""
 
 import json
 import shutil
@@ -58,25 +58,25 @@ def disturb(parameters):
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_text_encoding_is_diffusers_own(request, folder):
     folder = request.getfixturevalue(folder)
-    gate, plain = load_pipeline(folder, device="cpu"), plain_pipeline(folder)
+    model, plain = load_pipeline(folder, device="cpu"), plain_pipeline(folder)
     with torch.no_grad():  # None is the pipeline's own empty prompt: zeros or an encoding, as model_index.json says
         text, empty, pooled, empty_pooled = plain.encode_prompt(PROMPTS, device="cpu", negative_prompt=None)
-    ours = gate.encode_text(PROMPTS)
+    ours = model.encode_text(PROMPTS)
     assert ours.shape[1:] == PACKED_SHAPE and ours.dtype == torch.float32
     assert_rounded(parts(ours)[0], text, depth=50)
     assert_rounded(parts(ours)[1], pooled, depth=50)
     assert not ours[:, TOKENS, POOLED:].any() and not ours[:, TOKENS + 1].any()
-    ours = gate.empty_text.expand(2, -1, -1)
+    ours = model.empty_text.expand(2, -1, -1)
     assert_rounded(parts(ours)[0], empty, depth=50)
     assert_rounded(parts(ours)[1], empty_pooled, depth=50)
     with torch.no_grad():  # an empty prompt that is given is encoded, whatever model_index.json says
         text, _, pooled, _ = plain.encode_prompt("", device="cpu")
-    assert_rounded(parts(gate.encode_text([""]))[0], text, depth=50)
-    assert_rounded(parts(gate.encode_text([""]))[1], pooled, depth=50)
+    assert_rounded(parts(model.encode_text([""]))[0], text, depth=50)
+    assert_rounded(parts(model.encode_text([""]))[1], pooled, depth=50)
     assert bool(text.any()) and bool(pooled.any())
-    assert bool(gate.empty_text.any()) == (not gate.second.zero_empty) == bool(empty.any())
-    assert_rounded(gate.encode_text([*PROMPTS, ""], chunk=1), gate.encode_text([*PROMPTS, ""]), depth=50)
-    assert gate.encode_text([]).shape == (0, *PACKED_SHAPE)
+    assert bool(model.empty_text.any()) == (not model.second.zero_empty) == bool(empty.any())
+    assert_rounded(model.encode_text([*PROMPTS, ""], chunk=1), model.encode_text([*PROMPTS, ""]), depth=50)
+    assert model.encode_text([]).shape == (0, *PACKED_SHAPE)
 
 
 def test_both_tokenizers_pad_as_their_own_files_say(sdxl):
@@ -91,11 +91,11 @@ def their_run(pipe, x, prompts=PROMPTS, **settings):
     ).images
 
 
-def our_run(gate, x, solver, **settings):
-    text = gate.encode_text(PROMPTS, sizes=settings.pop("sizes", None))
-    table = step_table(gate.schedule, 8, solver=solver, order=2, eta=0.0)
+def our_run(model, x, solver, **settings):
+    text = model.encode_text(PROMPTS, sizes=settings.pop("sizes", None))
+    table = step_table(model.schedule, 8, solver=solver, order=2, eta=0.0)
     with torch.no_grad():
-        return sample(gate.denoiser(text, **settings), table, x)
+        return sample(model.denoiser(text, **settings), table, x)
 
 
 def with_scheduler(pipe, solver):
@@ -115,12 +115,12 @@ def assert_same(ours, theirs):
 def test_a_whole_run_is_the_plain_pipelines(request, folder, solver, guidance, side):
     """At another side than the model's own as well: the network is told the size of the picture that is made."""
     folder = request.getfixturevalue(folder)
-    gate, pipe, x = (
+    model, pipe, x = (
         load_pipeline(folder, device="cpu"),
         with_scheduler(plain_pipeline(folder), solver),
         draw(2, 4, 8, side),
     )
-    assert_same(our_run(gate, x, solver, guidance=guidance), their_run(pipe, x, guidance_scale=guidance))
+    assert_same(our_run(model, x, solver, guidance=guidance), their_run(pipe, x, guidance_scale=guidance))
 
 
 def test_a_run_with_sizes_and_a_negative_prompt_is_the_plain_pipelines(sdxl, sdxl_folder):
@@ -171,9 +171,9 @@ def test_predict_is_the_networks_own_call_and_differentiable(sdxl, item):
     assert torch.equal(ours, theirs) and bool(ours.any())
 
 
-def test_sizes_are_for_sdxl_only(gate):
+def test_sizes_are_for_sdxl_only(model):
     with pytest.raises(ValueError, match="leave out sizes"):
-        gate.encode_text(PROMPTS, sizes=SIZES)
+        model.encode_text(PROMPTS, sizes=SIZES)
 
 
 def test_pictures_and_latents_are_diffusers_own(sdxl, sdxl_folder):
@@ -196,7 +196,7 @@ def test_a_vae_with_means_and_deviations(sdxl_folder, tmp_path):
     shutil.copytree(sdxl_folder, tmp_path / "model")
     means, stds = [-1.0, 0.5, 2.0, 0.0], [4.0, 5.0, 6.0, 7.0]
     change_config(tmp_path / "model", "vae", latents_mean=means, latents_std=stds)
-    gate, pipe, x = (
+    model, pipe, x = (
         load_pipeline(tmp_path / "model", device="cpu"),
         plain_pipeline(tmp_path / "model"),
         draw(2, 4, 8, 8),
@@ -204,14 +204,14 @@ def test_a_vae_with_means_and_deviations(sdxl_folder, tmp_path):
     theirs = with_scheduler(pipe, "dpmpp")(
         PROMPTS, num_inference_steps=4, latents=x, output_type="pt", height=32, width=32, guidance_scale=1.0
     ).images
-    table = step_table(gate.schedule, 4, solver="dpmpp", order=2, eta=0.0)
+    table = step_table(model.schedule, 4, solver="dpmpp", order=2, eta=0.0)
     with torch.no_grad():
-        latents = sample(gate.denoiser(gate.encode_text(PROMPTS)), table, x)
-    torch.testing.assert_close(gate.decode(latents), theirs, rtol=1e-3, atol=1e-3)
+        latents = sample(model.denoiser(model.encode_text(PROMPTS)), table, x)
+    torch.testing.assert_close(model.decode(latents), theirs, rtol=1e-3, atol=1e-3)
     images = torch.rand(2, 3, 32, 32, generator=generator(1, "images"))
-    z = gate.vae.encode(images * 2 - 1).latent_dist.mean.detach()
+    z = model.vae.encode(images * 2 - 1).latent_dist.mean.detach()
     by_hand = (z - torch.tensor(means).view(4, 1, 1)) / torch.tensor(stds).view(4, 1, 1) * 0.13025
-    assert_rounded(gate.encode_images(images), by_hand, depth=100)
+    assert_rounded(model.encode_images(images), by_hand, depth=100)
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +234,7 @@ def test_a_vae_that_overflows_in_float16_stays_in_float32(loud_folder):
     images, latents = torch.rand(1, 3, 32, 32, generator=generator(1, "images")), draw(1, 4, 8, 8)
     with torch.autocast("cpu", torch.float16):
         assert not full.vae.decode(latents).sample.isfinite().all()  # or this test shows nothing
-        made = [(gate.decode(latents), gate.encode_images(images)) for gate in (full, half)]
+        made = [(model.decode(latents), model.encode_images(images)) for model in (full, half)]
     for decoded, encoded in made:
         assert torch.equal(decoded, full.decode(latents)) and torch.equal(encoded, full.encode_images(images))
 
@@ -291,7 +291,7 @@ def test_plain_diffusers_reloads_the_same_function(sdxl, item, sdxl_folder, tmp_
     assert_rounded(theirs, expected, depth=200)
 
 
-def test_full_weights_round_trip(sdxl, item, gate, sdxl_folder, tmp_path):
+def test_full_weights_round_trip(sdxl, item, model, sdxl_folder, tmp_path):
     disturb(trainable(sdxl.unet, "full"))
     save_unet(sdxl.unet, tmp_path)
     fresh = load_pipeline(sdxl_folder, device="cpu")
@@ -302,7 +302,7 @@ def test_full_weights_round_trip(sdxl, item, gate, sdxl_folder, tmp_path):
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, sdxl.unet.state_dict()[name])
     with pytest.raises(ValueError, match="cross_attention_dim is 64, the base model has 32"):
-        load_unet(gate, tmp_path)
+        load_unet(model, tmp_path)
 
 
 def test_fingerprint_covers_the_second_encoder_and_the_empty_prompt(sdxl, sdxl_folder, tmp_path):

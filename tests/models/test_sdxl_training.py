@@ -102,11 +102,11 @@ def test_the_command_trains_it_and_the_pipeline_loads_the_run(sdxl_folder, pairs
     rows = record.read(run / "metrics.jsonl")
     assert len(rows) == 3 and rows[0]["loss"] == pytest.approx(math.log(2)) and rows[0]["margin_p95"] == 0
 
-    gate, x, t = load_pipeline(sdxl_folder, device="cpu"), normal((2, 4, 8, 8), 0, "x"), torch.tensor([100, 900])
-    text = gate.encode_text(["a red circle", ""])
-    base = gate.predict(x, t, text)
-    load_lora(gate, run)
-    tuned = gate.predict(x, t, text).detach()
+    model, x, t = load_pipeline(sdxl_folder, device="cpu"), normal((2, 4, 8, 8), 0, "x"), torch.tensor([100, 900])
+    text = model.encode_text(["a red circle", ""])
+    base = model.predict(x, t, text)
+    load_lora(model, run)
+    tuned = model.predict(x, t, text).detach()
     assert (tuned - base).abs().max() > 1e-3
     pipe = StableDiffusionXLPipeline.from_pretrained(sdxl_folder, add_watermarker=False)
     pipe.load_lora_weights(run)

@@ -26,7 +26,7 @@ from diffusion_align.train.rankings import train_rankings
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def loaded(tmp_path_factory):
     return load_pipeline(make_tiny_folder(tmp_path_factory.mktemp("model")))
 
 
@@ -130,23 +130,23 @@ def test_rankings(one_graph):
 
 
 @pytest.mark.parametrize("solver", [("ddim", 1), ("dpmpp", 2)])
-def test_a_real_model_draws_and_encodes(solver, model):
-    """The same pictures as on the CPU: every stage of the gate, pictures in, pictures out."""
-    gate = copy.copy(model)
-    table = step_table(gate.schedule, 3, solver=solver[0], order=solver[1], eta=1.0)
-    start = rng.normal((2, *gate.latent_shape(RESOLUTION)), 0, "x")
+def test_a_real_model_draws_and_encodes(solver, loaded):
+    """The same pictures as on the CPU: every stage of the model, pictures in, pictures out."""
+    model = copy.copy(loaded)
+    table = step_table(model.schedule, 3, solver=solver[0], order=solver[1], eta=1.0)
+    start = rng.normal((2, *model.latent_shape(RESOLUTION)), 0, "x")
 
     def draw():
-        text = gate.encode_text(["a red circle", "a blue square"])
+        text = model.encode_text(["a red circle", "a blue square"])
         sources = [rng.generator(0, "noise", i) for i in range(2)]
-        images = gate.decode(sample(gate.denoiser(text, 3.0), table, start.to(gate.device), sources))
-        return images, gate.encode_images(images, start.to(gate.device))
+        images = model.decode(sample(model.denoiser(text, 3.0), table, start.to(model.device), sources))
+        return images, model.encode_images(images, start.to(model.device))
 
     here = draw()
     for name in ("unet", "vae", "text_encoder"):
-        setattr(gate, name, move(copy.deepcopy(getattr(gate, name))))
-    gate.device = DEVICE
-    vars(gate).pop("empty_text", None)
+        setattr(model, name, move(copy.deepcopy(getattr(model, name))))
+    model.device = DEVICE
+    vars(model).pop("empty_text", None)
     there = draw()
     assert all(x.device == DEVICE for x in there)
     for a, b in zip(here, there, strict=True):

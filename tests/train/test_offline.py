@@ -425,7 +425,7 @@ def test_a_bad_number_on_one_process_skips_the_step_on_both(tmp_path):
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_a_real_stable_diffusion_folder_trains_from_its_own_cache(tmp_path, mode):
-    """Everything but the toy: pairs, cache, gate, adapters, loop. The start is log 2; one small step lowers the
+    """Everything but the toy: pairs, cache, model, adapters, loop. The start is log 2; one small step lowers the
     loss of the very same samples."""
     from helpers_tiny import RESOLUTION, make_tiny_folder
 
@@ -435,26 +435,26 @@ def test_a_real_stable_diffusion_folder_trains_from_its_own_cache(tmp_path, mode
     from diffusion_align.models.adapters import add_lora, reference, trainable
     from diffusion_align.objectives import beta_per_squared_error, logistic
 
-    gate = load_pipeline(make_tiny_folder(tmp_path / "model"))
+    model = load_pipeline(make_tiny_folder(tmp_path / "model"))
     pictures = [encode_png(rng.normal((3, RESOLUTION, RESOLUTION), 0, "p", i).sigmoid()) for i in range(8)]
     pairs = [Pair(str(i), "a red circle", pictures[2 * i], pictures[2 * i + 1]) for i in range(4)]
-    cache = build_cache(gate, pairs, tmp_path / "cache", resolution=RESOLUTION, progress=False)
+    cache = build_cache(model, pairs, tmp_path / "cache", resolution=RESOLUTION, progress=False)
     if mode == "lora":
-        add_lora(gate.unet, rank=2)
-    frozen = reference(gate, mode)
-    parameters = trainable(gate.unet, mode)
-    beta = beta_per_squared_error(5000, math.prod(gate.latent_shape(RESOLUTION)), "salesforce")
+        add_lora(model.unet, rank=2)
+    frozen = reference(model, mode)
+    parameters = trainable(model.unet, mode)
+    beta = beta_per_squared_error(5000, math.prod(model.latent_shape(RESOLUTION)), "salesforce")
     before = [parameter.detach().clone() for parameter in parameters]
-    base = {name: p.detach().clone() for name, p in gate.unet.named_parameters() if not p.requires_grad}
+    base = {name: p.detach().clone() for name, p in model.unet.named_parameters() if not p.requires_grad}
 
     def first_step():
         return next(
             offline.train_pairs(
                 cache,
-                gate.predict,
+                model.predict,
                 frozen,
-                schedule=gate.schedule,
-                prediction_type=gate.prediction_type,
+                schedule=model.schedule,
+                prediction_type=model.prediction_type,
                 loss=on_margin(lambda margin: logistic(margin, beta)),
                 beta=beta,
                 parameters=parameters,
@@ -472,4 +472,4 @@ def test_a_real_stable_diffusion_folder_trains_from_its_own_cache(tmp_path, mode
     start, after = first_step(), first_step()
     assert start.loss == pytest.approx(math.log(2), rel=4 * 2**-23) and start.metrics["grad_norm"] > 0
     assert after.loss < start.loss and after.metrics["implicit_accuracy"] > 0.5
-    assert all(torch.equal(p, base[name]) for name, p in gate.unet.named_parameters() if name in base)
+    assert all(torch.equal(p, base[name]) for name, p in model.unet.named_parameters() if name in base)
