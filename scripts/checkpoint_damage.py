@@ -9,7 +9,7 @@ from pathlib import Path
 import safetensors.torch
 from checkpoint_kills import base, content, is_content
 
-from diffusion_align.train.checkpoint import latest_good, save
+from diffusion_align.train.checkpoints.store import latest_good, save
 
 
 def flips(data: bytes, count: int, seed: int = 0) -> Iterator[bytes]:
@@ -58,7 +58,7 @@ class _Said(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
-        self.logger = logging.getLogger("diffusion_align.train.checkpoint")
+        self.logger = logging.getLogger("diffusion_align.train.checkpoints.store")
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())

@@ -13,7 +13,7 @@ from pathlib import Path
 from checkpoint_kills import base, content, ended, in_child, is_content
 from torch import Tensor
 
-from diffusion_align.train.checkpoint import CheckpointError, latest_good, save
+from diffusion_align.train.checkpoints.store import CheckpointError, latest_good, save
 
 
 def limited_files(folder: Path, points: int, parameters: int) -> Counter[str]:

@@ -16,7 +16,7 @@ from typing import Any
 import safetensors.torch
 from checkpoint_kills import base, content, ended, in_child, is_content, whole
 
-from diffusion_align.train.checkpoint import CheckpointError, latest_good, save, write_part
+from diffusion_align.train.checkpoints.store import CheckpointError, latest_good, save, write_part
 
 OPERATIONS = {
     "open", "os.chmod", "os.fsync", "os.listdir", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.scandir",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from diffusion_align import rng
-from diffusion_align.train.checkpoint import Checkpoint, CheckpointError, latest_good, load, save
+from diffusion_align.train.checkpoints.store import Checkpoint, CheckpointError, latest_good, load, save
 
 GROUPS = ("model", "first", "second")
 Content = tuple[dict[str, dict[str, Tensor]], dict[str, Any]]

@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from diffusion_align import cli
 from diffusion_align.models import add_lora, load_pipeline, save_lora
 from diffusion_align.rng import normal
-from diffusion_align.train import checkpoint
-from diffusion_align.train.manifest import write_manifest
-from diffusion_align.train.state import pack, restore
+from diffusion_align.train.checkpoints import store as checkpoint
+from diffusion_align.train.checkpoints.manifest import write_manifest
+from diffusion_align.train.checkpoints.state import pack, restore
 from diffusion_align.train.steps import Progress
 
 VERBS: dict[str, tuple[str, ...]] = {

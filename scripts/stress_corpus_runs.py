@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from stress_corpus import ROOT, case, write
 from stress_corpus_models import sample
 
-from diffusion_align.train import checkpoint as room
+from diffusion_align.train.checkpoints import store as room
 
 ADAPTER = "pytorch_lora_weights.safetensors"
 

@@ -26,10 +26,10 @@ from diffusion_align.evaluation.generate import save_pictures
 from diffusion_align.models import load_pipeline
 from diffusion_align.objectives import gain_weights, rank_dpo
 from diffusion_align.samplers import step_table
-from diffusion_align.train import checkpoint
+from diffusion_align.train.checkpoints import store as checkpoint
+from diffusion_align.train.checkpoints.state import pack, restore
 from diffusion_align.train.pair_losses import PairLoss
 from diffusion_align.train.rankings import train_rankings
-from diffusion_align.train.state import pack, restore
 from diffusion_align.train.steps import NonFiniteError, Progress
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))

@@ -27,7 +27,9 @@ from helpers_train import _join as join_ranks  # pyright: ignore[reportMissingIm
 from stress_runs import train
 
 from diffusion_align.commands import encode, train_dpo, train_online
-from diffusion_align.train import checkpoint, collect, rounds, steps, watch
+from diffusion_align.train import collect, rounds, steps
+from diffusion_align.train.checkpoints import store as checkpoint
+from diffusion_align.train.processes import watch
 
 # Seconds: for a job before it counts as hung, from SIGTERM to SIGKILL, and between two looks. The first two bound what
 # never ends, on a machine as busy as it likes; how long jobs take is for the scripts to print.

@@ -30,7 +30,7 @@ from helpers_machine import free_port  # pyright: ignore[reportMissingImports]
 from stress_jobs import LIMIT, Ended, Fault, Tally, command, launch, timed
 from stress_runs import STEPS, differences, end_of, flags, make_world, stop_at, train
 
-from diffusion_align.train import checkpoint
+from diffusion_align.train.checkpoints import store as checkpoint
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PROMPT = 60.0  # seconds within which a job is to end, on a machine that does nothing else

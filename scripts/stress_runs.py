@@ -26,7 +26,8 @@ from diffusion_align import cli
 from diffusion_align.data import write_pairs_parquet
 from diffusion_align.data.images import encode_png
 from diffusion_align.shapes import sample_captions
-from diffusion_align.train import checkpoint, record
+from diffusion_align.train import record
+from diffusion_align.train.checkpoints import store as checkpoint
 
 METHODS = ("dpo", "rankdpo", "d3po", "spo", "prdp")
 STEPS = 12

@@ -12,8 +12,9 @@ import torch
 from diffusion_align.commands import session, versions
 from diffusion_align.commands.best import Best
 from diffusion_align.commands.interrupt import Interrupted, Interruptible
-from diffusion_align.train import checkpoint, offline, record
-from diffusion_align.train.checkpoint import CheckpointError
+from diffusion_align.train import offline, record
+from diffusion_align.train.checkpoints import store as checkpoint
+from diffusion_align.train.checkpoints.store import CheckpointError
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
 from stress_runs import differences, end_of, flags, make_world, stop_at, train

@@ -14,7 +14,7 @@ from diffusion_align.data import write_pairs_parquet
 from diffusion_align.data.images import encode_png
 from diffusion_align.options import TrainD3po, TrainDpo, TrainRankdpo
 from diffusion_align.train import record
-from diffusion_align.train.checkpoint import Checkpoint, CheckpointError
+from diffusion_align.train.checkpoints.store import Checkpoint, CheckpointError
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
 from stress_runs import differences, end_of, flags, make_world, stop_at, train

@@ -19,8 +19,8 @@ from diffusion_align.data.summary import summarise
 from diffusion_align.models.hub import asset
 from diffusion_align.options import VERBS, TrainDpo, UsageError, options_of, parse, resolve, to_yaml
 from diffusion_align.options.place import step_named
-from diffusion_align.train import checkpoint
-from diffusion_align.train.checkpoint import CheckpointError
+from diffusion_align.train.checkpoints import store as checkpoint
+from diffusion_align.train.checkpoints.store import CheckpointError
 
 
 def read(argv, verb="train dpo"):

@@ -94,7 +94,7 @@ def _load_checkpoint(model: TextToImage, who: Contender) -> None:
     """The trained weights of a checkpoint; their average, where the run keeps one and would export it."""
     from diffusion_align.models import add_lora
     from diffusion_align.models.adapters import TARGETS
-    from diffusion_align.train import checkpoint
+    from diffusion_align.train.checkpoints import store as checkpoint
 
     assert who.trained is not None
     saved = checkpoint.load(who.trained)

@@ -15,8 +15,8 @@ from diffusion_align.data import Pair, PairCache, Ranking, build_cache
 from diffusion_align.data.encoding_job import Share
 from diffusion_align.data.readers import BadRow
 from diffusion_align.options import TrainOffline, TrainSpm
-from diffusion_align.train import watch
-from diffusion_align.train.agree import total
+from diffusion_align.train.processes import watch
+from diffusion_align.train.processes.agree import total
 
 if TYPE_CHECKING:
     from diffusion_align.models import TextToImage

@@ -12,7 +12,7 @@ from typing import Any
 from diffusion_align.options import TrainCommon, TrainOffline, TrainOnline
 from diffusion_align.options.paths import settled, without_folders
 from diffusion_align.options.schema import options_of
-from diffusion_align.train.checkpoint import Checkpoint, require_same_identity
+from diffusion_align.train.checkpoints.store import Checkpoint, require_same_identity
 
 # Fields that hold digests, as a person calls what they stand for.
 DIGESTS = {

@@ -16,9 +16,9 @@ from diffusion_align.commands.session import Session
 from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.tracking import tracker_names
 from diffusion_align.options import TrainCommon, TrainOffline, UsageError
-from diffusion_align.train import watch
-from diffusion_align.train.checkpoint import Checkpoint
+from diffusion_align.train.checkpoints.store import Checkpoint
 from diffusion_align.train.ema import start_ema
+from diffusion_align.train.processes import watch
 
 
 def claim_early(o: TrainCommon) -> Checkpoint | None:

@@ -13,8 +13,8 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from diffusion_align.options.train_common import TrainCommon
 from diffusion_align.options.train_spm import TrainSpm
-from diffusion_align.train import watch
-from diffusion_align.train.agree import meet
+from diffusion_align.train.processes import watch
+from diffusion_align.train.processes.agree import meet
 
 ACCELERATE_DEVICE = "ACCELERATE_TORCH_DEVICE"
 RANKS = ".ranks"  # in the run folder

@@ -9,9 +9,10 @@ from pathlib import Path
 from diffusion_align.commands.pasted import again
 from diffusion_align.options.paths import settled_reward
 from diffusion_align.options.place import CHECKPOINTS, CONFIG, LATEST, METRICS, step_named
-from diffusion_align.train import checkpoint, record
-from diffusion_align.train.checkpoint import Checkpoint
-from diffusion_align.train.checkpoint_folder import found as checkpoints_in
+from diffusion_align.train import record
+from diffusion_align.train.checkpoints import store as checkpoint
+from diffusion_align.train.checkpoints.folder import found as checkpoints_in
+from diffusion_align.train.checkpoints.store import Checkpoint
 
 SAMPLES = "samples"
 RESULTS = ("pytorch_lora_weights.safetensors", "unet")

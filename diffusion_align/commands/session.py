@@ -32,15 +32,17 @@ from diffusion_align.commands.tracking import finish_trackers, trackers_of
 from diffusion_align.commands.versions import versions, warn_of_versions
 from diffusion_align.options import to_yaml
 from diffusion_align.progress import progress_bar
-from diffusion_align.train import NonFiniteError, Progress, StepRecord, checkpoint, record, watch
-from diffusion_align.train.agree import alike, anywhere, meet, most
+from diffusion_align.train import NonFiniteError, Progress, StepRecord, record
 from diffusion_align.train.alarm import CollapseError
-from diffusion_align.train.buffer import round_name, round_of, write_round
-from diffusion_align.train.checkpoint import Checkpoint, CheckpointError
+from diffusion_align.train.checkpoints import store as checkpoint
+from diffusion_align.train.checkpoints.round_data import round_name, round_of, write_round
+from diffusion_align.train.checkpoints.state import pack, restore
+from diffusion_align.train.checkpoints.store import Checkpoint, CheckpointError
 from diffusion_align.train.ema import Ema
 from diffusion_align.train.method import Round
+from diffusion_align.train.processes import watch
+from diffusion_align.train.processes.agree import alike, anywhere, meet, most
 from diffusion_align.train.rounds import NothingToLearn
-from diffusion_align.train.state import pack, restore
 from diffusion_align.train.update import first_progress
 
 if TYPE_CHECKING:

@@ -31,9 +31,10 @@ from diffusion_align.options import to_yaml
 from diffusion_align.options.train_spm import TrainSpm
 from diffusion_align.progress import progress_bar
 from diffusion_align.rewards.step_aware import WEIGHTS, save_step_aware, start_step_aware, step_aware_scorer
-from diffusion_align.train import NonFiniteError, record, watch
-from diffusion_align.train.agree import meet, most
+from diffusion_align.train import NonFiniteError, record
 from diffusion_align.train.optimizer import adamw, lr_schedule
+from diffusion_align.train.processes import watch
+from diffusion_align.train.processes.agree import meet, most
 from diffusion_align.train.step_aware import TIMESTEPS, accuracy_by_noise, train_step_aware
 
 VERB = "reward train-spm"

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Generic, Protocol
 
 from diffusion_align import rng
-from diffusion_align.train.agree import each
 from diffusion_align.train.method import Chunk, Method, Round
+from diffusion_align.train.processes.agree import each
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

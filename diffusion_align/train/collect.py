@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from diffusion_align.memory import in_parts
 from diffusion_align.rewards import prefetch
-from diffusion_align.train.agree import anywhere, most
 from diffusion_align.train.method import Chunk, Method, Round
+from diffusion_align.train.processes.agree import anywhere, most
+from diffusion_align.train.processes.watch import doing
 from diffusion_align.train.steps import Progress, Sample
-from diffusion_align.train.watch import doing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from diffusion_align.memory import CURE, OutOfMemory, free, logger, ran_out
-from diffusion_align.train.agree import anywhere
 from diffusion_align.train.batches import steps_of
 from diffusion_align.train.collect import draw_round
 from diffusion_align.train.method import Chunk, Columns, Method, Round
+from diffusion_align.train.processes.agree import anywhere
+from diffusion_align.train.processes.watch import doing
 from diffusion_align.train.recut import recut
 from diffusion_align.train.steps import samples_at
 from diffusion_align.train.update import Outcome, Progress, StepRecord, require_finite, require_plain_tools, update
-from diffusion_align.train.watch import doing
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -17,7 +17,8 @@ from torch.nn import Parameter
 
 from diffusion_align import rng
 from diffusion_align.memory import free, halved, ran_out
-from diffusion_align.train.agree import anywhere
+from diffusion_align.train.processes.agree import anywhere
+from diffusion_align.train.processes.watch import doing
 from diffusion_align.train.update import (
     NonFiniteError,
     Progress,
@@ -27,7 +28,6 @@ from diffusion_align.train.update import (
     scaled_backward,
     update,
 )
-from diffusion_align.train.watch import doing
 
 __all__ = ["NonFiniteError", "Progress", "Sample", "StepRecord", "Survey", "run_steps", "samples_at"]
 

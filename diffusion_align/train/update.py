@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from diffusion_align.train.agree import anywhere
+from diffusion_align.train.processes.agree import anywhere
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -15,8 +15,8 @@ from diffusion_align.data import Ranking
 from diffusion_align.data.encoding_job import CHUNK, Share
 from diffusion_align.data.pairs import Pair
 from diffusion_align.data.readers import BadRow, DataError
-from diffusion_align.train import watch
-from diffusion_align.train.agree import total
+from diffusion_align.train.processes import watch
+from diffusion_align.train.processes.agree import total
 
 
 class Meeting:

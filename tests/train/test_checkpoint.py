@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers_checkpoint import content, is_content, names
 
-from diffusion_align.train.checkpoint import CheckpointError, latest_good, load, require_same_identity, save
+from diffusion_align.train.checkpoints.store import CheckpointError, latest_good, load, require_same_identity, save
 
 
 def test_what_is_saved_comes_back(tmp_path):

@@ -11,7 +11,7 @@ from checkpoint_damage import cuts, flips, refused, two_checkpoints
 from helpers_checkpoint import content, is_content
 
 from diffusion_align.train import manifest
-from diffusion_align.train.checkpoint import CheckpointError, latest_good, load, save
+from diffusion_align.train.checkpoints.store import CheckpointError, latest_good, load, save
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "model.safetensors", "second.safetensors", "state.json"])

@@ -16,8 +16,8 @@ from checkpoint_faults import deaths, errors
 from checkpoint_kills import kills
 from helpers_checkpoint import content, is_content, names
 
-from diffusion_align.train import checkpoint
-from diffusion_align.train.checkpoint import CheckpointError, latest_good, load, save, write_part
+from diffusion_align.train.checkpoints import store as checkpoint
+from diffusion_align.train.checkpoints.store import CheckpointError, latest_good, load, save, write_part
 
 
 def test_killed_saves_leave_a_whole_checkpoint(tmp_path):

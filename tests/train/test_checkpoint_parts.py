@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers_checkpoint import content, is_content, names
 
-from diffusion_align.train.checkpoint import CheckpointError, latest_good, load, save, write_part
+from diffusion_align.train.checkpoints.store import CheckpointError, latest_good, load, save, write_part
 
 
 def test_parts_of_other_processes_are_groups_under_the_same_seal(tmp_path):

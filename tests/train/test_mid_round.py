@@ -6,11 +6,11 @@ import pytest
 import torch
 from helpers_online import METHODS, Toy, darkness
 
-from diffusion_align.train import checkpoint
-from diffusion_align.train.buffer import pack_round, round_name, round_of, unpack_round
-from diffusion_align.train.checkpoint import CheckpointError
+from diffusion_align.train.checkpoints import store as checkpoint
+from diffusion_align.train.checkpoints.round_data import pack_round, round_name, round_of, unpack_round
+from diffusion_align.train.checkpoints.state import pack, restore
+from diffusion_align.train.checkpoints.store import CheckpointError
 from diffusion_align.train.method import Round
-from diffusion_align.train.state import pack, restore
 
 ROUNDS = {"prompts_per_step": 2, "passes": 2, "max_steps": 8}  # 4 steps a round
 

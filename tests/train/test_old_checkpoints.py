@@ -11,8 +11,8 @@ import pytest
 import torch
 from helpers_train import make_run
 
-from diffusion_align.train import checkpoint
-from diffusion_align.train.state import pack, restore
+from diffusion_align.train.checkpoints import store as checkpoint
+from diffusion_align.train.checkpoints.state import pack, restore
 from diffusion_align.train.steps import Progress
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"

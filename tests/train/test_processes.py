@@ -19,9 +19,9 @@ from helpers_train import make_run
 from stress_jobs import Fault, Tally, command, launch
 from stress_runs import flags, make_world
 
-from diffusion_align.train import notes, watch
-from diffusion_align.train.notes import Note, blame, read_notes
-from diffusion_align.train.watch import ProcessFailed, ProcessLost
+from diffusion_align.train.processes import notes, watch
+from diffusion_align.train.processes.notes import Note, blame, read_notes
+from diffusion_align.train.processes.watch import ProcessFailed, ProcessLost
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_processes_that_found_other_checkpoints_do_not_start(tmp_path):
     def work(rank):
         from accelerate import Accelerator
 
-        from diffusion_align.train.agree import alike
+        from diffusion_align.train.processes.agree import alike
 
         accelerator = Accelerator(cpu=True)
         alike(accelerator, 5, "as they should")

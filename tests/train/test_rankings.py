@@ -13,12 +13,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from diffusion_align import rng
 from diffusion_align.objectives import gain_weights, logistic, rank_dpo
-from diffusion_align.train import checkpoint, offline
+from diffusion_align.train import offline
+from diffusion_align.train.checkpoints import store as checkpoint
+from diffusion_align.train.checkpoints.state import pack, restore
 from diffusion_align.train.offline import noised_lists
 from diffusion_align.train.optimizer import lr_schedule
 from diffusion_align.train.pair_losses import on_margin
 from diffusion_align.train.rankings import ranking_scores, train_rankings
-from diffusion_align.train.state import pack, restore
 from diffusion_align.train.steps import Progress, samples_at
 
 SEED = 3

@@ -6,9 +6,10 @@ import pytest
 import torch
 from helpers_train import MemoryPairs, make_run
 
-from diffusion_align.train import checkpoint, record
-from diffusion_align.train.checkpoint import Checkpoint, CheckpointError
-from diffusion_align.train.state import pack, restore
+from diffusion_align.train import record
+from diffusion_align.train.checkpoints import store as checkpoint
+from diffusion_align.train.checkpoints.state import pack, restore
+from diffusion_align.train.checkpoints.store import Checkpoint, CheckpointError
 from diffusion_align.train.steps import Progress
 
 # 12 steps of 4 over 10 pairs: epochs end inside steps 3, 8, ... and with 8 pairs exactly on every second step.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from diffusion_align.train.watch import waiting
+from diffusion_align.train.processes.watch import waiting
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

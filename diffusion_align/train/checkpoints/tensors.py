@@ -8,8 +8,8 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
-from diffusion_align.train.checkpoint_folder import make, remove, require_space
-from diffusion_align.train.manifest import CheckpointError, sync
+from diffusion_align.train.checkpoints.folder import make, remove, require_space
+from diffusion_align.train.checkpoints.manifest import CheckpointError, sync
 
 SUFFIX = ".safetensors"
 _PART = ".part-"

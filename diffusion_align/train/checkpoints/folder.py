@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from diffusion_align.train.manifest import CheckpointError, sync
+from diffusion_align.train.checkpoints.manifest import CheckpointError, sync
 
 _NAME = re.compile(r"step-(\d{8,})")
 _SPARE_BYTES = 2**20  # for the headers of files, the manifest and the directory

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from diffusion_align.train.checkpoint import Checkpoint, CheckpointError
+from diffusion_align.train.checkpoints.store import Checkpoint, CheckpointError
 from diffusion_align.train.ema import Ema
 from diffusion_align.train.steps import Progress
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from diffusion_align.samplers import StepTable
-from diffusion_align.train import checkpoint as files
 from diffusion_align.train.branches import Comparisons
-from diffusion_align.train.checkpoint import Checkpoint, CheckpointError
+from diffusion_align.train.checkpoints import store as files
+from diffusion_align.train.checkpoints.store import Checkpoint, CheckpointError
 from diffusion_align.train.method import Round
 from diffusion_align.train.runs import Runs
 from diffusion_align.trajectory import Trajectory

@@ -20,8 +20,9 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from diffusion_align.train.checkpoint_folder import clean, found, make, prune, put, require_space, staging, step_of
-from diffusion_align.train.checkpoint_tensors import (
+from diffusion_align.train.checkpoints.folder import clean, found, make, prune, put, require_space, staging, step_of
+from diffusion_align.train.checkpoints.manifest import FORMAT, CheckpointError, checked_files, sync, write_manifest
+from diffusion_align.train.checkpoints.tensors import (
     SUFFIX,
     bytes_of,
     part_name,
@@ -32,7 +33,6 @@ from diffusion_align.train.checkpoint_tensors import (
     write_part,
     write_tensors,
 )
-from diffusion_align.train.manifest import FORMAT, CheckpointError, checked_files, sync, write_manifest
 
 __all__ = [
     "FORMAT", "Checkpoint", "CheckpointError", "latest_good", "load", "part_path", "require_same_identity",
