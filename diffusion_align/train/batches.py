@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Generic, Protocol
 
 from diffusion_align import rng
-from diffusion_align.train.method import Chunk, Method, Round
+from diffusion_align.train.method import Chunk, OnlineMethod, Round
 from diffusion_align.train.processes.agree import each
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class ChunksOf(Protocol, Generic[Chunk]):
 
 
 def steps_of(
-    method: Method[Chunk], round: Round[Chunk], items_per_step: int | None, address: tuple[int, int], where: Accelerator
+    method: OnlineMethod[Chunk], round: Round[Chunk], items_per_step: int | None, address: tuple[int, int], where: Accelerator
 ) -> tuple[int, ChunksOf[Chunk]]:
     """How many steps a pass over the round has, at least 1, and which of the round's chunks each step learns from.
 

@@ -1,6 +1,6 @@
-"""The first half of a round: its prompts shared out, drawn a chunk at a time, scored, and put out of the way."""
+"""The first half of a round: its prompts are divided among the ranks, drawn a chunk at a time, and scored."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -9,6 +9,7 @@ from diffusion_align.rewards import prefetch
 from diffusion_align.train.method import Chunk, Method, Round
 from diffusion_align.train.processes.agree import anywhere, most
 from diffusion_align.train.processes.watch import doing
+from diffusion_align.train.run import Progress, Run
 from diffusion_align.train.steps import Progress, Sample
 
 if TYPE_CHECKING:
@@ -16,22 +17,17 @@ if TYPE_CHECKING:
 
 
 def draw_round(
-    method: Method[Chunk],
-    steps: list[list[Sample]],
-    progress: Progress,
-    prompts_per_chunk: int,
-    accelerator: "Accelerator",
-    asked: Callable[[], bool],
+    method: OnlineMethod[Chunk], run: Run, steps: list[list[Sample]], progress: Progress, prompts_per_chunk: int
 ) -> tuple[Round[Chunk], Progress] | None:
-    """This process's chunks of each step, and the progress with what was learnt about memory.
+    """This rank's chunks of each step, and the progress with the chunk size that memory allowed.
 
-    None where any process was asked to stop meanwhile: nothing has been learnt from the round yet, so it is begun anew
-    when the run goes on.
+    None where any rank was asked to stop meanwhile: nothing has been learnt from the round yet, so it starts again when
+    the run is resumed.
 
     Raises:
         OutOfMemory: the pictures of one prompt do not fit together.
     """
-    first = _size(prompts_per_chunk, progress.halvings)
+    accelerator, first = run.accelerator, _size(prompts_per_chunk, progress.halvings)
     blocks = _blocks(method, [_share(step, accelerator) for step in steps], first, progress.samples)
     chunks: list[list[Chunk]] = [[] for _ in steps]
     smallest = first
@@ -40,7 +36,7 @@ def draw_round(
         doing("scoring")
         chunks[number] += [method.score(chunk) for chunk in drawn] if method.score else drawn
         smallest = min(smallest, size)
-        if anywhere(accelerator, asked())[0]:
+        if anywhere(accelerator, run.asked())[0]:
             return None
         doing("drawing")
     halvings = progress.halvings
@@ -61,7 +57,7 @@ def _share(step: list[Sample], accelerator: "Accelerator") -> list[Sample]:
 
 
 def _blocks(
-    method: Method[Chunk], shares: list[list[Sample]], size: int, round: int
+    method: OnlineMethod[Chunk], shares: list[list[Sample]], size: int, round: int
 ) -> Iterator[tuple[int, list[Chunk], int]]:
     """(step, chunks, size) of every `size` prompts: as many on each process, however its memory makes it cut them."""
     block = size

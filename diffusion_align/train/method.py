@@ -1,4 +1,6 @@
-"""What a round of online training asks of a method, and what it has drawn."""
+"""What the two engines ask of a method, and what a round of online training has drawn."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,11 +9,44 @@ from typing import Generic, Protocol, Self, TypeVar
 import torch
 from torch import Tensor
 
-from diffusion_align.train.steps import Sample
+Sample = tuple[int, int]
+"""(epoch, index in the data): the address of everything drawn for it."""
+
+Columns = dict[str, Tensor]
+"""Numbers of what was collected or learnt from, [M] each: a row an item, a picture or a group."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A pass over all samples of a step before its gradients, for a loss whose terms depend on the whole batch.
+
+    measure: samples [b] -> columns [b], called without gradients on each micro-batch.
+    receive: is given those columns of the whole batch [batch_size], in stream order, float64 on the CPU.
+    """
+
+    measure: Callable[[list[Sample]], Columns]
+    receive: Callable[[Columns], None]
+
+
+@dataclass(frozen=True)
+class OfflineMethod:
+    """A method that learns from n items of data, as `steps.run_steps` asks it.
+
+    micro_batch: (samples [b], all samples of the step) -> columns [b], "loss" among them with its graph.
+    summarise: the columns of the whole batch [batch_size], in stream order -> metrics.
+    check_start: called with those columns in the first step of a fresh run, before the update; raises to stop.
+    survey: made before the gradients of each step, unless one micro-batch holds the whole step.
+    """
+
+    n: int
+    micro_batch: Callable[[list[Sample], list[Sample]], Columns]
+    summarise: Callable[[Columns], dict[str, float]]
+    check_start: Callable[[Columns], None] | None = None
+    survey: Survey | None = None
 
 
 class Movable(Protocol):
-    """What was drawn; it waits in main memory, so that the device holds one chunk however many pictures a round has."""
+    """A chunk of what was drawn. It waits in main memory, so the device holds one chunk however large a round is."""
 
     def to(self, device: torch.device | str, /) -> Self: ...
 
@@ -21,13 +56,11 @@ class Movable(Protocol):
 
 
 Chunk = TypeVar("Chunk", bound=Movable)
-Columns = dict[str, Tensor]
-"""Numbers of what was collected or learnt from, [M] each: a row an item, a picture or a group."""
 
 
 @dataclass(frozen=True)
-class Method(Generic[Chunk]):
-    """What a round asks of a method.
+class OnlineMethod(Generic[Chunk]):
+    """A method that draws its own data, as `rounds.run_rounds` asks it.
 
     collect: (samples (epoch, prompt), round) -> a chunk of whole groups, drawn without gradients. The round is named by
         the prompts used before it: an address for what all of it shares.
@@ -61,8 +94,8 @@ class Method(Generic[Chunk]):
 
 @dataclass(frozen=True, eq=False)
 class Round(Generic[Chunk]):
-    """This process's share of a round's data: for each step of a pass its chunks, in main memory. `halvings`: how often
-    chunks had been halved for want of memory when they were drawn."""
+    """This rank's data of a round: for each step of a pass its chunks, in main memory. `halvings`: how often chunks had
+    been halved because memory ran out when they were drawn."""
 
     chunks: list[list[Chunk]]
     halvings: int

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per optimizer step, each with its `step`; and what several methods log alike."""
+"""metrics.jsonl: one JSON object per optimizer step, each with its `step`."""
 
 import json
 import logging
@@ -8,15 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 logger = logging.getLogger(__name__)
-
-
-def quantiles(name: str, values: Tensor) -> dict[str, float]:
-    """The 5th, 50th and 95th percentile of values [M], under the names that all methods log them by."""
-    low, middle, high = values.quantile(values.new_tensor([0.05, 0.5, 0.95])).tolist()
-    return {f"{name}_p05": low, f"{name}_p50": middle, f"{name}_p95": high}
 
 
 def append(path: str | os.PathLike[str], row: dict[str, Any]) -> None:

@@ -11,11 +11,11 @@ from dataclasses import replace
 import torch
 
 from diffusion_align.memory import logger
-from diffusion_align.train.method import Chunk, Method, Round
+from diffusion_align.train.method import Chunk, OnlineMethod, Round
 
 
 def recut(
-    method: Method[Chunk], round: Round[Chunk], halvings: int, unmoved: bool, device: torch.device
+    method: OnlineMethod[Chunk], round: Round[Chunk], halvings: int, unmoved: bool, device: torch.device
 ) -> Round[Chunk]:
     """The round in chunks that were halved `halvings` times in all; the same one where it is already, or where nothing
     in it depends on the batch it was drawn in (SPO), so that it may be cut anew in each step.

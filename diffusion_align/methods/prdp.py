@@ -1,16 +1,39 @@
-"""PRDP, whose loss couples all steps of all runs of a group: the exact gradient, one network graph in memory."""
+"""`train prdp`: PRDP (Deng et al. 2024, arXiv 2402.08714), regression of log-ratio differences on reward differences.
+
+The loss couples all steps of all runs of a group. Its gradient is exact, with one network graph in memory.
+"""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from diffusion_align.gaussian import Gaussian
+from diffusion_align.methods.entry import About, Entry
+from diffusion_align.methods.shared.online_setup import OnlineSetup, online_length, require_rewards, start_with
+from diffusion_align.methods.shared.rollout_plan import RunTables, evaluations_of_runs, run_tables
+from diffusion_align.methods.shared.rollouts import Rollouts, method_on_runs
+from diffusion_align.methods.shared.runs import Bind, Runs, decided
 from diffusion_align.objectives import prdp, prdp_clip_fraction
+from diffusion_align.options import TrainPrdp
 from diffusion_align.samplers import path_gradient
 from diffusion_align.tensors import widen
-from diffusion_align.train.method import Columns
-from diffusion_align.train.runs import Bind, Runs, decided
+from diffusion_align.train.method import Columns, OnlineMethod
+
+
+def prdp_method(
+    rollouts: Rollouts[Runs], *, beta: float, clip: float | None, mean: bool, fresh: bool
+) -> OnlineMethod[Runs]:
+    """PRDP on the groups of runs. Constants as in `learn_prdp`. `fresh`: each round's data are used for one step only,
+    so the runs' own predictions are those of the policy and spare a pass."""
+
+    def learn(runs: Runs, factor: float) -> Columns:
+        constants = {"beta": beta, "clip": clip, "mean": mean, "fresh": fresh}
+        return learn_prdp(runs, rollouts.policy, factor, tolerance=rollouts.allowed.prediction, **constants)
+
+    return method_on_runs(rollouts, learn, items=lambda runs: int(decided(runs).sum()))
 
 
 def learn_prdp(
@@ -69,3 +92,40 @@ def _after(runs: Runs, k: int) -> Tensor:
 def _grouped(log_ratio: Tensor, groups: int) -> Tensor:
     """[T,B] -> [G,K,T] float64 on the CPU: next to targets of 1e9 nats, sums over steps need it."""
     return log_ratio.cpu().to(torch.float64).T.reshape(groups, -1, len(log_ratio))
+
+
+def used_once(o: TrainPrdp) -> bool:
+    """Whether each round is learnt from in one step only."""
+    return o.passes == 1 and (o.prompts_per_step or o.prompts_per_round) == o.prompts_per_round
+
+
+def build(o: TrainPrdp, setup: OnlineSetup) -> OnlineMethod[Runs]:
+    return prdp_method(setup.rollouts(), beta=o.beta, clip=o.clip, mean=setup.per_dim, fresh=used_once(o))
+
+
+def evaluations(o: TrainPrdp, tables: RunTables) -> dict[str, float]:
+    """Each pass but one that the runs' own predictions spare begins with one without gradients."""
+    found = evaluations_of_runs(o, tables)
+    first = found["policy with gradient"] / o.passes * (o.passes - 1 if used_once(o) else o.passes)
+    reference = found.pop("reference")
+    return found | ({"without": first} if first else {}) | {"reference": reference}
+
+
+def constants(o: TrainPrdp, about: About) -> list[str]:
+    """beta and clip in nats."""
+    unit = about.dims if o.log_ratio_unit == "mean" else 1
+    noisy = o.noise_window or o.learn_steps or run_tables(o, about.schedule).noisy
+    over = unit * (noisy if o.log_ratio_unit == "mean" else 1)
+    clip = "none" if o.clip is None else f"{o.clip * unit:.4g} nats a step"
+    return [f"beta             {o.beta / over:.4g} per nat of a run", f"clip             {clip}"]
+
+
+METHOD = Entry(
+    verb="train prdp",
+    data="prompts",
+    shown=("reward_mean", "kl"),
+    require=require_rewards,
+    length=partial(online_length, evaluations=evaluations),
+    constants=constants,
+    start=partial(start_with, build),
+)

@@ -1,4 +1,4 @@
-"""How far two evaluations of the same network may differ by rounding alone.
+"""Before the first update margin is 0 and ratio 1: checks of that, and how much of a difference rounding explains.
 
 A kernel rounds in another order when the batch has another shape, or when gradients are on. The difference is relative
 to the network's output and grows with the unit roundoff of its arithmetic. Measured between autocast and float32, in
@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from diffusion_align.samplers import StepTable
+from diffusion_align.tensors import sum_dims
+from diffusion_align.train.method import Columns
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -72,3 +75,54 @@ def along_runs(name: str, table: StepTable, dims: int, guidance: float, predicti
             delta = relative * moved / float(table.std[k])
             nats.append(delta**2 * dims / 2 + 6 * delta * math.sqrt(dims))
     return Allowed(relative, max(nats, default=0.0), sum(nats), NAMES[name])
+
+
+@torch.no_grad()
+def apart(policy: Tensor, reference: Tensor, entries: int) -> Tensor:
+    """How far the outputs [K b,...] of two networks on lists of K are apart, [b]: the largest relative difference of a
+    list's entries, whose rows are in the order of `Noised`."""
+    difference, size = (sum_dims(x.to(torch.float32).square()) for x in (policy - reference, reference))
+    relative = torch.where(difference > 0, difference / size, difference).sqrt()
+    return relative.view(entries, -1).amax(0)
+
+
+def require_equal_outputs(columns: Columns, *, allowed: float) -> None:
+    """Stop a fresh run whose policy is further `apart` from its reference than rounding explains: both are one function
+    then, so more is a difference that nobody meant."""
+    # A number that is not finite is the business of the step, which is then skipped.
+    largest = float(torch.where(columns["apart"].isfinite(), columns["apart"], 0).max())
+    if largest > allowed:
+        raise RuntimeError(
+            "before the first update the policy already differs from its reference: their outputs are "
+            f"{largest:.1e} apart, relative, and rounding explains {allowed:.1e}. Usual causes: dropout in the model "
+            "(make it 0 in unet/config.json); weights that only the policy has (start from a model without them); "
+            "kernels that round more (leave out xformers, or train in float32)"
+        )
+
+
+def require_equal_ratios(columns: Columns, *, dims: int, allowed: Allowed) -> None:
+    """Stop a fresh run whose policy is not what drew the runs, or not its reference, before the first update.
+
+    Both ratios are those of a function to itself: 1 up to the rounding that is `allowed` where kernels differ with
+    gradients on. Raises RuntimeError, which says how much that is.
+    """
+
+    def largest(values: Tensor) -> float:
+        # A number that is not finite is the business of the step, which is then skipped.
+        return float(torch.where(values.isfinite(), values, 0).abs().max())
+
+    drift = largest(columns.get("drift", torch.zeros(1)))
+    if drift > allowed.step:
+        raise RuntimeError(
+            "before the first update the importance ratio is not 1: a step's log-ratio to the policy that drew it is "
+            f"{drift:.3g} nats over {dims} dims, and rounding in {allowed.name} explains {allowed.step:.3g}. Usual "
+            "causes: dropout or something else random in the model; weights that changed after drawing"
+        )
+    apart = max(largest(v) for name, v in columns.items() if name.startswith("log_ratio"))
+    if apart > allowed.run:
+        raise RuntimeError(
+            f"before the first update the policy already differs from its reference: |log-ratio| is {apart:.3g} nats "
+            f"over {dims} dims, not 0, and rounding in {allowed.name} explains {allowed.run:.3g}. Usual causes: "
+            "dropout is active; they run in different precision; the policy was loaded with weights that the reference "
+            "lacks"
+        )

@@ -1,16 +1,18 @@
-"""What a run would do, in numbers a person can check before it starts. Imports torch, never diffusers."""
+"""How long an offline run is, and its beta in every unit: numbers that a person can check before it starts."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from diffusion_align.commands.model_facts import ModelFacts
+from diffusion_align.methods.entry import About, Length
 from diffusion_align.objectives import beta_per_squared_error
-from diffusion_align.options import TrainCommon, TrainOffline, UsageError
+from diffusion_align.options import TrainOffline, UsageError
 from diffusion_align.schedule import Schedule
 
 
@@ -80,15 +82,6 @@ def path_weight(schedule: Schedule) -> float:
     return float((torch.expm1(2 * (lam[:-1] - lam[1:])) / 2).sum())
 
 
-def describe_trained(o: TrainCommon, facts: ModelFacts) -> str:
-    """What is trained, and how many weights that is."""
-    what = "the whole UNet" if o.mode == "full" else f"LoRA of rank {o.rank}, alpha {o.network_alpha or o.rank:g}"
-    if not facts.unet_shapes:
-        return f"{what}: number of parameters unknown"
-    number = facts.full_parameters() if o.mode == "full" else facts.lora_parameters(o.rank, o.lora_targets)
-    return f"{what}: {number:,} of {facts.full_parameters():,} parameters"
-
-
 def describe_steps(plan: Steps) -> list[str]:
     devices = "device" if plan.processes == 1 else "devices"
     batch = f"{plan.per_device} per device x {plan.processes} {devices} x {plan.accumulation} accumulation"
@@ -105,41 +98,34 @@ def describe_steps(plan: Steps) -> list[str]:
     return [*lines, f"steps            {plan.steps}, {samples} samples{epochs}"]
 
 
-def describe_rate(learning_rate: float, scale: bool, batch: int) -> str:
-    factor = f" = {learning_rate:g} x {batch} (scale_lr)" if scale else ""
-    return f"learning rate    {learning_rate * (batch if scale else 1):g}{factor}"
+def latent_beta(o: Any, shape: Sequence[int]) -> float:
+    """`beta_dpo` per squared error summed over the latents' dims."""
+    return beta_per_squared_error(o.beta_dpo, math.prod(shape), o.beta_convention)
 
 
-def describe_beta(beta: float, convention: str, shape: tuple[int, int, int], schedule: Schedule) -> list[str]:
+def describe_beta(o: Any, about: About) -> list[str]:
     """beta in the unit it was given, per squared error summed over dims, in the other published unit, and per nat."""
-    dims = math.prod(shape)
-    per_sum = beta_per_squared_error(beta, dims, convention)
+    per_sum, dims, schedule = latent_beta(o, about.shape), about.dims, about.schedule
     others = {"salesforce": 2 * dims * per_sum, "diffusers": dims * per_sum}
-    same = ", ".join(f"{value:g} in the unit of {name}" for name, value in others.items() if name != convention)
+    same = ", ".join(f"{value:g} in the unit of {name}" for name, value in others.items() if name != o.beta_convention)
     per_nat = f"; about {per_sum / path_weight(schedule):.3g} per nat of path KL" if schedule.kind == "vp" else ""
     return [
-        f"latent dims D    {' x '.join(map(str, shape))} = {dims}",
-        f"beta             {beta:g} in the unit of {convention} = {same}",
+        f"latent dims D    {' x '.join(map(str, about.shape))} = {dims}",
+        f"beta             {o.beta_dpo:g} in the unit of {o.beta_convention} = {same}",
         f"                 {per_sum:.4g} per squared error summed over D{per_nat}",
     ]
 
 
-def describe_loss(loss_type: str, label_smoothing: float) -> str:
-    """Where the loss starts (margin 0) and what it can reach."""
-    q = label_smoothing
-    if loss_type == "sigmoid" and q:
-        lowest = -q * math.log(q) - (1 - q) * math.log1p(-q)
-        reach = f"starts at log 2 = 0.6931, reaches [{lowest:.4f}, inf), the least being the entropy of the smoothing"
-    else:
-        reach = {
-            "sigmoid": "starts at log 2 = 0.6931, reaches (0, inf)",
-            "hinge": "starts at 1, reaches [0, inf)",
-            "ipo": "(beta margin - 1/2)^2, starts at 1/4, reaches [0, inf)",
-            "robust": "starts at log 2 = 0.6931, "
-            + ("has no least value: watch the margins, not the loss" if q else "reaches (0, inf)"),
-            "kto": "of single pictures, starts at 1/2, reaches (0, 1)",
-            "kto_pairs": "mean over winner and loser, starts at 1/2, reaches (0, 1)",
-            "mapo": "the winner's error, mean over dims, and mapo_beta times a log sigmoid; no reference",
-            "dspo": "the winner's error, mean over dims, against a target pushed away from the reference",
-        }[loss_type]
-    return f"loss             {loss_type}, {reach}"
+def length_of(o: TrainOffline, about: About, counted: str) -> Length:
+    """Batch and steps of an offline run; `counted`: what its batch counts."""
+    accumulation = accumulation_of(o, about.processes)
+    plan = steps_of(
+        o.train_batch_size, about.processes, accumulation, o.num_train_epochs, o.max_train_steps, about.count
+    )  # fmt: skip
+    lines = [line.replace("pairs", counted) for line in describe_steps(plan)]
+    return Length(plan.steps, plan.batch, lines, accumulation, identity={"batch": plan.batch})
+
+
+def require_accumulation(o: TrainOffline) -> None:
+    """Refuse, early, a batch that the processes cannot share. Raises UsageError."""
+    accumulation_of(o, processes_here())

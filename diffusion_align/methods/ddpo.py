@@ -1,0 +1,94 @@
+"""`train ddpo`: policy gradients with a clipped surrogate: DDPO, GRPO and, with a KL to the reference, DPOK."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from diffusion_align.gaussian import Gaussian
+from diffusion_align.methods.entry import About, Entry
+from diffusion_align.methods.shared.metrics import RunSums
+from diffusion_align.methods.shared.online_setup import OnlineSetup, online_length, require_rewards, start_with
+from diffusion_align.methods.shared.rollouts import Rollouts, method_on_runs
+from diffusion_align.methods.shared.runs import Bind, Runs, decided
+from diffusion_align.objectives import clamped, group_advantage, ppo_clip
+from diffusion_align.options import TrainDdpo
+from diffusion_align.samplers import step_gradient
+from diffusion_align.train.method import Columns, OnlineMethod
+
+
+def policy_gradient_method(
+    rollouts: Rollouts[Runs], *, clip: float, std: str, kl_weight: float, per_dim: bool
+) -> OnlineMethod[Runs]:
+    """DDPO, GRPO and DPOK: the clipped surrogate with advantages in the group, and a KL to the reference."""
+
+    def learn(runs: Runs, factor: float) -> Columns:
+        constants = {"clip": clip, "std": std, "kl_weight": kl_weight, "per_dim": per_dim}
+        return learn_policy_gradient(runs, rollouts.policy, factor, **constants)
+
+    return method_on_runs(rollouts, learn, items=lambda runs: int(decided(runs).sum()) * runs.reward.shape[1])
+
+
+def learn_policy_gradient(
+    runs: Runs,
+    policy: Bind,
+    factor: float,
+    *,
+    clip: float,
+    std: str = "group",
+    kl_weight: float = 0.0,
+    max_advantage: float = 5.0,
+    per_dim: bool = True,
+) -> Columns:
+    """Add the gradient of factor x the sum over runs of PPO's clipped surrogate, averaged over steps; columns of runs.
+
+    DDPO and GRPO with their advantages within the group, DPOK with a `kl_weight` on the nats to the reference, which
+    is the exact divergence of the steps' Gaussians. Only decided groups count, so that it does not matter which chunk a
+    group is in. Columns as `learn_d3po`, without sides, of the runs of those groups.
+    """
+    advantage = advantages(runs.reward, std).flatten().clamp(-max_advantage, max_advantage).to(runs.text.device)
+    counts = decided(runs).repeat_interleave(runs.reward.shape[1]).to(runs.text.device)
+    sums = RunSums(runs)
+    unit = runs.dims if per_dim else 1
+    losses = torch.zeros_like(sums.kl)
+
+    def loss(k: int, step: Gaussian) -> Tensor:
+        _, drift, reference = sums.note(k, step)
+        sums.clamped += clamped(drift / unit, clip) / sums.steps
+        of_runs = ppo_clip(drift / unit, advantage.to(drift), clip) + kl_weight * step.kl(reference)
+        losses.add_(of_runs.detach() / sums.steps)
+        return factor * of_runs[counts].sum() / sums.steps
+
+    step_gradient(runs.under(policy), runs.trajectory, loss)
+    columns = {
+        "loss": losses, "log_ratio": sums.log_ratio, "kl": sums.kl, "clamped": sums.clamped, "drift": sums.drift
+    }  # fmt: skip
+    return {name: values[counts] for name, values in columns.items()}
+
+
+def advantages(reward: Tensor, std: str) -> Tensor:
+    """`group_advantage` where a reward may have failed: all of its group then count for nothing."""
+    return group_advantage(torch.where(reward.isnan().any(1, keepdim=True), 0.0, reward), std)
+
+
+def build(o: TrainDdpo, setup: OnlineSetup) -> OnlineMethod[Runs]:
+    constants = {"std": o.advantage_std, "kl_weight": o.kl_weight, "per_dim": setup.per_dim}
+    return policy_gradient_method(setup.rollouts(), clip=o.clip, **constants)
+
+
+def constants(o: TrainDdpo, about: About) -> list[str]:
+    unit = about.dims if o.log_ratio_unit == "mean" else 1
+    return [f"clip             {o.clip * unit:.4g} nats a step", f"kl_weight        {o.kl_weight:g} per nat of a step"]
+
+
+METHOD = Entry(
+    verb="train ddpo",
+    data="prompts",
+    shown=("reward_mean", "kl"),
+    require=require_rewards,
+    length=online_length,
+    constants=constants,
+    start=partial(start_with, build),
+)

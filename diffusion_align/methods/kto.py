@@ -1,0 +1,145 @@
+"""`train dpo --loss_type kto`: Diffusion-KTO on single pictures, liked or disliked (Li et al. 2024, arXiv 2404.04465).
+
+A pair gives two such pictures, its winner and its loser, and each visit takes one of them. Every picture has its own
+timestep and noise. The loss compares a picture's gain over the reference with the gain of the whole batch, over all
+micro-batches and processes: the baseline is known before any gradient (`train.method.Survey`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from diffusion_align import rng
+from diffusion_align.data.cache import PairCache
+from diffusion_align.methods.shared.metrics import quantiles
+from diffusion_align.methods.shared.noising import Networks, Noised, drop_captions, noised_lists
+from diffusion_align.methods.shared.start_checks import apart, between_outputs, require_equal_outputs
+from diffusion_align.objectives import implicit_accuracy, kto
+from diffusion_align.tensors import sum_dims, widen
+from diffusion_align.train.method import Columns, OfflineMethod, Sample, Survey
+from diffusion_align.train.run import Run
+
+
+def liked_of(samples: Sequence[Sample], share: float, seed: int) -> Tensor:
+    """Which of these visits [b] show the pair's winner, the others its loser: bool, addressed by (epoch, index)."""
+    return rng.uniform_batch(seed, "liked", list(samples)) < share
+
+
+def baseline_of(log_ratio: Tensor) -> Tensor:
+    """The mean log-ratio of a batch [B], at least 0, as in the authors' code: a number without gradient."""
+    return log_ratio.detach().to(torch.float64).mean().clamp(min=0)
+
+
+def pictures_method(
+    cache: PairCache,
+    networks: Networks,
+    run: Run,
+    *,
+    beta: float,
+    liked_share: float,
+    caption_dropout: float = 0.0,
+    weights: Sequence[float] | None = None,
+    check_start: bool = True,
+) -> OfflineMethod:
+    """Training on single pictures out of pairs with `objectives.kto`.
+
+    A micro-batch of b pictures costs one policy call and one reference call. Where a step has more than one
+    micro-batch, each costs one more policy call without gradients, for the baseline of the whole batch. So how a batch
+    is cut into micro-batches and processes changes only the rounding.
+
+    Args:
+        beta: per squared error summed over dims; `objectives.beta_per_squared_error` of a published one ("diffusers").
+        liked_share: probability that a visit shows the winner (0.8 in the authors' launcher).
+        weights: [len(cache)] factors on the losses of a pair's pictures; None: 1 each.
+        Others as in `dpo.pairs_method`.
+
+    Metrics: implicit_accuracy, the share of pictures whose log-ratio has its label's sign; winner_error_gap and
+    loser_error_gap, policy minus reference on liked and disliked pictures, mean over dims (absent where a step shows
+    none of them); baseline_logit, beta times the baseline; log_ratio_p05, _p50, _p95 of beta times the log-ratio.
+
+    Raises ValueError for a share outside [0, 1] or a wrong number of weights.
+    """
+    if not 0 <= liked_share <= 1:
+        raise ValueError(f"liked_share must lie in [0, 1], got {liked_share}")
+    if weights is not None and len(weights) != len(cache):
+        raise ValueError(f"expected {len(cache)} weights, one a pair, got {len(weights)}")
+    of_pair = torch.ones(len(cache)) if weights is None else torch.tensor(weights, dtype=torch.float32)
+    visits = _Visits(cache, networks, run, liked_share, caption_dropout)
+
+    def micro_batch(samples: list[Sample], of_step: list[Sample]) -> Columns:
+        noised, liked = visits.noised(samples)
+        output = visits.policy(noised)
+        errors, distance = visits.reference(samples, noised, output)
+        log_ratio = errors - _errors(output, noised)
+        baseline = baseline_of(log_ratio) if len(samples) == len(of_step) else visits.baseline
+        losses = kto(log_ratio, liked, float(baseline), beta) * of_pair[[i for _, i in samples]].to(log_ratio)
+        columns = {"loss": losses, "log_ratio": log_ratio, "liked": liked.to(losses)}
+        return columns | ({"apart": distance} if check_start else {})
+
+    def summarise(columns: Columns) -> dict[str, float]:
+        log_ratio, liked = columns["log_ratio"], columns["liked"] == 1
+        sides = {"winner_error_gap": -log_ratio[liked], "loser_error_gap": -log_ratio[~liked]}
+        return {
+            "implicit_accuracy": float(implicit_accuracy(torch.where(liked, log_ratio, -log_ratio)).mean()),
+            **{name: float(gap.mean() / visits.dims) for name, gap in sides.items() if len(gap)},
+            "baseline_logit": beta * float(baseline_of(log_ratio)),
+            **quantiles("log_ratio", beta * log_ratio),
+        }
+
+    check = partial(require_equal_outputs, allowed=between_outputs(run.accelerator)) if check_start else None
+    return OfflineMethod(len(cache), micro_batch, summarise, check, Survey(visits.measure, visits.receive))
+
+
+class _Visits:
+    """Pictures as they are shown to the networks, and what a step's survey found out about them."""
+
+    def __init__(self, cache: PairCache, networks: Networks, run: Run, liked_share: float, caption_dropout: float):
+        self.cache, self.networks, self.run = cache, networks, run
+        self.liked_share, self.caption_dropout = liked_share, caption_dropout
+        self.dims = 0
+        self.baseline = torch.zeros(())
+        # Of this step's survey: the reference's answer on each micro-batch, which its gradient then need not ask for.
+        self.known: dict[tuple[Sample, ...], tuple[Tensor, Tensor]] = {}
+
+    def noised(self, samples: list[Sample]) -> tuple[Noised, Tensor]:
+        """The pictures of these visits, noised, and which are liked [b]."""
+        seed, device = self.run.seed, self.run.accelerator.device
+        latents, text = self.cache.batch([index for _, index in samples])
+        liked = liked_of(samples, self.liked_share, seed)
+        shown = latents[torch.arange(len(samples)), (~liked).long()].to(device)
+        text = drop_captions(text.to(device), self.cache.empty_text, samples, self.caption_dropout, seed)
+        self.dims = shown[0].numel()
+        return noised_lists(shown[:, None], text, samples, self.networks, seed), liked.to(device)
+
+    def policy(self, noised: Noised) -> Tensor:
+        with self.run.accelerator.autocast():
+            return self.networks.policy(noised.x, noised.t, noised.text)
+
+    def reference(self, samples: list[Sample], noised: Noised, policy: Tensor) -> tuple[Tensor, Tensor]:
+        """The reference's errors [b], and how far its outputs are from the policy's; as the survey found them."""
+        known = self.known.pop(tuple(samples), None)
+        if known is not None:
+            return known
+        assert self.networks.reference is not None  # KTO needs one
+        with torch.no_grad(), self.run.accelerator.autocast():
+            output = self.networks.reference(noised.x, noised.t, noised.text)
+        return _errors(output, noised), apart(policy, output, 1)
+
+    def measure(self, samples: list[Sample]) -> Columns:
+        noised, _ = self.noised(samples)
+        output = self.policy(noised)
+        found = self.reference(samples, noised, output)
+        self.known[tuple(samples)] = found
+        return {"log_ratio": found[0] - _errors(output, noised)}
+
+    def receive(self, columns: Columns) -> None:
+        self.baseline = baseline_of(columns["log_ratio"])
+
+
+def _errors(output: Tensor, noised: Noised) -> Tensor:
+    """Squared errors [b], summed over dims."""
+    return sum_dims((widen(output) - widen(noised.target)).square())

@@ -1,0 +1,88 @@
+"""Noised pictures and their denoising errors, for every method that learns from given pictures.
+
+`noised_lists` and `denoising_errors` work for lists of any length K, a pair being K = 2, the winner first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusion_align import rng
+from diffusion_align.prediction import add_noise, target
+from diffusion_align.schedule import Schedule
+from diffusion_align.tensors import sum_dims
+from diffusion_align.train.method import Sample
+
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""`(x [B,...], t [B], text [B,L,E]) -> the network's output [B,...]`, float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class Networks:
+    """The trained network, its frozen reference, and the noise that both were made for.
+
+    `reference` may be None for a loss that compares with none.
+    """
+
+    policy: Predict
+    reference: Predict | None
+    schedule: Schedule
+    prediction_type: str
+
+
+class Noised(NamedTuple):
+    """A batch of lists, noised, as one batch of K*B rows: all first entries, then all second ones, and so on."""
+
+    x: Tensor
+    t: Tensor
+    text: Tensor
+    target: Tensor
+    entries: int
+
+
+def noised_lists(
+    latents: Tensor, text: Tensor, samples: Sequence[Sample], networks: Networks, seed: int, *, shared_noise: bool = True
+) -> Noised:
+    """Noise latents [B,K,C,h,w] with one timestep and one noise per list, addressed by (epoch, index).
+
+    Timesteps are uniform over 0..N-1. That timestep and noise are shared in the pair is the pseudo-code of
+    Diffusion-DPO's paper; sharing makes the margin a difference of the pictures only. Without `shared_noise` each
+    picture has its own, at (epoch, index, picture), as in RankDPO (Karthik et al. 2024, arXiv 2410.18013, eq. 5).
+    """
+    batch, entries = latents.shape[:2]
+    addresses = list(samples)
+    t = rng.integers_batch(0, networks.schedule.num_timesteps, seed, "timestep", addresses)
+    # All first entries, then all second ones: the order of the rows.
+    places = addresses * entries if shared_noise else [(*a, entry) for entry in range(entries) for a in addresses]
+    drawn = {place: rng.normal(latents.shape[2:], seed, "noise", *place) for place in dict.fromkeys(places)}
+    noise = torch.stack([drawn[place] for place in places]).to(latents)
+    levels = networks.schedule.alpha(t), networks.schedule.sigma(t)
+    alpha, sigma = (level.to(latents).repeat(entries) for level in levels)
+    clean = latents.transpose(0, 1).reshape(entries * batch, *latents.shape[2:])
+    return Noised(
+        x=add_noise(clean, noise, alpha, sigma),
+        t=t.to(latents.device).repeat(entries),
+        text=text.repeat(entries, *[1] * (text.ndim - 1)),
+        target=target(clean, noise, alpha, sigma, networks.prediction_type),
+        entries=entries,
+    )
+
+
+def denoising_errors(predict: Predict, noised: Noised) -> Tensor:
+    """Squared errors of one call of the network on the whole batch, summed over dims in float32 -> [B,K]."""
+    output = predict(noised.x, noised.t, noised.text)
+    errors = sum_dims((output.to(torch.float32) - noised.target.to(torch.float32)).square())
+    return errors.view(noised.entries, -1).T
+
+
+def drop_captions(text: Tensor, empty: Tensor, samples: Sequence[Sample], probability: float, seed: int) -> Tensor:
+    """Replace each text [B,L,E] by the empty prompt's [1,L,E] with this probability, addressed by (epoch, index)."""
+    if probability == 0:
+        return text
+    dropped = rng.uniform_batch(seed, "caption", list(samples)) < probability
+    return torch.where(dropped.to(text.device)[:, None, None], empty.to(text), text)

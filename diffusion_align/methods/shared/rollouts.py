@@ -1,0 +1,54 @@
+"""Runs as an online method is handed them: how they are drawn and scored, and the networks that they are compared by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic
+
+from diffusion_align.methods.shared.metrics import facts_of, summarise_runs
+from diffusion_align.methods.shared.runs import Bind, Runs, asked_again
+from diffusion_align.methods.shared.start_checks import Allowed, require_equal_ratios
+from diffusion_align.train.method import Chunk, Columns, OnlineMethod, Sample
+
+ALL_TIED = (
+    "all pictures of every prompt had one reward, or it failed; draw more a prompt (--group_size), look at the reward"
+)
+
+
+@dataclass(frozen=True)
+class Rollouts(Generic[Chunk]):
+    """What an online method learns from.
+
+    draw: (samples (epoch, prompt), prompts used before the round) -> a chunk of runs or comparisons.
+    policy, reference: networks with guidance, waiting for a prompt. Without a reference it is the policy that drew the
+        round. dims: D, of a latent. allowed: what rounding explains at the start.
+    score: chunk -> the same with rewards, where drawing does not score. ahead: score while the next chunk is drawn.
+    """
+
+    draw: Callable[[list[Sample], int], Chunk]
+    policy: Bind
+    reference: Bind | None
+    dims: int
+    allowed: Allowed
+    score: Callable[[Chunk], Chunk] | None = None
+    ahead: bool = False
+
+
+def method_on_runs(
+    rollouts: Rollouts[Runs], learn: Callable[[Runs, float], Columns], items: Callable[[Runs], int]
+) -> OnlineMethod[Runs]:
+    """A method that compares the finished pictures of a prompt, by what it learns of a chunk and what it counts there."""
+    return OnlineMethod(
+        collect=rollouts.draw,
+        score=rollouts.score,
+        ahead=rollouts.ahead,
+        items=items,
+        learn=learn,
+        facts=facts_of,
+        summarise=partial(summarise_runs, dims=rollouts.dims),
+        check_start=partial(require_equal_ratios, dims=rollouts.dims, allowed=rollouts.allowed),
+        nothing=ALL_TIED,
+        again=partial(asked_again, policy=rollouts.policy, reference=rollouts.reference),
+    )
