@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from diffusion_align import rng
-from diffusion_align.memory import free, halved, ran_out
+from diffusion_align.system.memory import free, halved, ran_out
 from diffusion_align.train.processes.agree import anywhere
 from diffusion_align.train.processes.watch import doing
 from diffusion_align.train.update import (
