@@ -7,10 +7,10 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from diffusion_align.consoles import steady
 from diffusion_align.options import VERBS, UsageError, build_parser, parse, preset_names, resolve, unknown
 from diffusion_align.options.paths import require_outputs
-from diffusion_align.printable import printable
+from diffusion_align.system.consoles import steady
+from diffusion_align.system.printable import printable
 
 PROG = "diffusion-align"
 OTHER_VERBS = {
@@ -62,7 +62,7 @@ def _main(argv: list[str]) -> int:
         if ours or isinstance(error, ValueError | OSError | ImportError | NotImplementedError):
             _complain(_one_line(error))
         elif type(error).__name__ == "OutOfMemoryError":
-            from diffusion_align.memory import CURE
+            from diffusion_align.system.memory import CURE
 
             _complain(f"{_one_line(error)}; {CURE}")
         else:

@@ -22,12 +22,12 @@ from tqdm import tqdm
 
 from diffusion_align import cli
 from diffusion_align.commands.interrupt import Interrupted, Interruptible
-from diffusion_align.consoles import steady
 from diffusion_align.evaluation import sheet
 from diffusion_align.models import weights
-from diffusion_align.progress import counted, progress_bar
 from diffusion_align.rewards import RewardError, prefetch
 from diffusion_align.rewards.custom import python_reward
+from diffusion_align.system.consoles import steady
+from diffusion_align.system.progress import counted, progress_bar
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
 from stress_runs import flags, make_world, train
@@ -141,7 +141,7 @@ def now(monkeypatch):
     """The time that bars read, in seconds."""
     clock = [1000.0]
     monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
-    monkeypatch.setattr("diffusion_align.consoles.monotonic", lambda: clock[0])
+    monkeypatch.setattr("diffusion_align.system.consoles.monotonic", lambda: clock[0])
     return clock
 
 

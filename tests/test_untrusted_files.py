@@ -23,10 +23,10 @@ from diffusion_align.data.images import ImageError, decode_image
 from diffusion_align.data.readers import MAX_ROW, BadRow, DataError
 from diffusion_align.data.recognise import recognise, rows
 from diffusion_align.models.hub import checked
-from diffusion_align.plain_json import require_modest, require_no_code
-from diffusion_align.printable import printable
 from diffusion_align.rewards import containers
 from diffusion_align.rewards.weights import read_weights
+from diffusion_align.system.plain_json import require_modest, require_no_code
+from diffusion_align.system.printable import printable
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and forks")
 

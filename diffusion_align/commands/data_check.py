@@ -16,7 +16,7 @@ from diffusion_align.data.recognise import recognise
 from diffusion_align.data.rows import is_tie
 from diffusion_align.data.summary import summarise
 from diffusion_align.options.data import DataCheck
-from diffusion_align.progress import progress_bar
+from diffusion_align.system.progress import progress_bar
 
 # Captions that are counted together.
 _CHUNK = 1024

@@ -11,7 +11,7 @@ from diffusion_align.data.readers import DataError
 from diffusion_align.data.recognise import LAYOUTS
 from diffusion_align.data.summary import summarise
 from diffusion_align.options.data import DataConvert
-from diffusion_align.progress import progress_bar
+from diffusion_align.system.progress import progress_bar
 
 
 def data_convert(options: DataConvert) -> int:

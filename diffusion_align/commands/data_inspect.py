@@ -17,7 +17,7 @@ from diffusion_align.data.summary import Summary, summarise
 from diffusion_align.data.tables import SUFFIXES, columns_of
 from diffusion_align.models.hub import on_hub
 from diffusion_align.options.data import DataInspect
-from diffusion_align.printable import printable
+from diffusion_align.system.printable import printable
 
 
 def data_inspect(options: DataInspect) -> int:

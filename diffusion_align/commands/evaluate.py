@@ -23,7 +23,7 @@ from diffusion_align.evaluation.report import versions
 from diffusion_align.options import Evaluate
 from diffusion_align.options.names import shard_of
 from diffusion_align.options.sample import check_evaluate
-from diffusion_align.progress import progress_bar
+from diffusion_align.system.progress import progress_bar
 
 if TYPE_CHECKING:
     from diffusion_align.models import TextToImage

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusion_align.evaluation import evaluation_table, generate, pairs_picture, read_pictures, save_pictures
 from diffusion_align.models import TextToImage
-from diffusion_align.progress import progress_bar
+from diffusion_align.system.progress import progress_bar
 
 DEFAULT_PROMPTS = 4
 SHEET_SIDE = 192  # pixels of a picture, for small models; larger pictures keep their size

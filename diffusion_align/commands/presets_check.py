@@ -11,11 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from diffusion_align.offline import offline
 from diffusion_align.options import VERBS, resolve
 from diffusion_align.origins import DATA_SETS, MODELS, PROMPT_LISTS, SHIPPED, STEP_AWARE
 from diffusion_align.rewards.catalogue import CATALOGUE
 from diffusion_align.rewards.spec import read_spec
+from diffusion_align.system.network import offline
 
 UNKNOWN = "not known here: look at its page"
 CLIP_L = "timm/vit_large_patch14_clip_224.openai"  # where open_clip has OpenAI's ViT-L-14

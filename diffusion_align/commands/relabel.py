@@ -15,9 +15,9 @@ from diffusion_align.data.images import decode_image
 from diffusion_align.data.layouts import read_bytes
 from diffusion_align.data.pairs import fingerprint
 from diffusion_align.data.readers import digest
-from diffusion_align.progress import progress_bar
 from diffusion_align.rewards import Reward
 from diffusion_align.rewards.spec import read_spec
+from diffusion_align.system.progress import progress_bar
 
 CHUNK = 16  # pairs whose pictures are in memory at a time
 

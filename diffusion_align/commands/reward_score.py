@@ -18,9 +18,9 @@ from diffusion_align.commands.score import require_reward, reward_by_name
 from diffusion_align.commands.sources import read_prompts
 from diffusion_align.data.images import FORMATS, ImageError, decode_image
 from diffusion_align.options.reward import RewardScore
-from diffusion_align.progress import progress_bar
 from diffusion_align.rewards import RewardError, one_each, prefetch
 from diffusion_align.rewards.weights import place_of
+from diffusion_align.system.progress import progress_bar
 
 ENDINGS = (".jpg", ".tif", *(f".{name.lower()}" for name in FORMATS))
 Job = tuple[str, str, "Tensor | str"]  # a picture's path, its prompt, and its levels [3,H,W] uint8 or what is wrong

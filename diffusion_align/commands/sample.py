@@ -21,10 +21,10 @@ from diffusion_align.data.images import encode_png
 from diffusion_align.data.prompts import Prompt
 from diffusion_align.evaluation.report import versions
 from diffusion_align.options import Sample
-from diffusion_align.progress import counted, progress_bar
 from diffusion_align.rng import draw_normal, generator
 from diffusion_align.samplers import StepTable, step_table
 from diffusion_align.samplers import sample as run_sampler
+from diffusion_align.system.progress import counted, progress_bar
 
 if TYPE_CHECKING:
     from diffusion_align.models import TextToImage

@@ -16,7 +16,7 @@ from diffusion_align.evaluation.layouts import TARGETS, Drawn, arrange, read_dra
 from diffusion_align.evaluation.picture_folder import Batch, fill, read_png
 from diffusion_align.evaluation.report import versions
 from diffusion_align.options import Sample
-from diffusion_align.progress import progress_bar
+from diffusion_align.system.progress import progress_bar
 
 if TYPE_CHECKING:
     from diffusion_align.commands.sample import Draw

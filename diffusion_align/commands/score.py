@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from diffusion_align.memory import in_parts
 from diffusion_align.rewards import Reward, load_reward
 from diffusion_align.rewards.clip import resolve_source
 from diffusion_align.rewards.controls import judged_share, random_reward
 from diffusion_align.rewards.spec import read_spec
+from diffusion_align.system.memory import in_parts
 
 if TYPE_CHECKING:
     from diffusion_align.models import TextToImage

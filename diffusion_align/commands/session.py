@@ -31,7 +31,7 @@ from diffusion_align.commands.threads import Threads
 from diffusion_align.commands.tracking import finish_trackers, trackers_of
 from diffusion_align.commands.versions import versions, warn_of_versions
 from diffusion_align.options import to_yaml
-from diffusion_align.progress import progress_bar
+from diffusion_align.system.progress import progress_bar
 from diffusion_align.train import NonFiniteError, Progress, StepRecord, record
 from diffusion_align.train.alarm import CollapseError
 from diffusion_align.train.checkpoints import store as checkpoint

@@ -28,10 +28,10 @@ from diffusion_align.data.readers import digest
 from diffusion_align.data.shards import write_bytes
 from diffusion_align.models.hub import folder_digest, locate
 from diffusion_align.options import Synth
-from diffusion_align.progress import counted, progress_bar
 from diffusion_align.rewards import Reward, RewardError, one_each
 from diffusion_align.rng import draw_normal, generator
 from diffusion_align.samplers import sample, step_table
+from diffusion_align.system.progress import counted, progress_bar
 
 if TYPE_CHECKING:
     from diffusion_align.models import TextToImage

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from diffusion_align.data.prompts import Prompt, prompts_once, read_list
 from diffusion_align.data.readers import DataError
-from diffusion_align.offline import offline
 from diffusion_align.origins import BENCHMARKS, PROMPT_LISTS, PromptList
+from diffusion_align.system.network import offline
 
 __all__ = ["BENCHMARKS", "PROMPT_LISTS", "Wanted", "fetch", "wanted"]
 

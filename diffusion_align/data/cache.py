@@ -34,7 +34,7 @@ from diffusion_align.data.pairs import check_bad_fraction, fingerprint
 from diffusion_align.data.readers import BadRow, DataError, digest, jsonl_rows
 from diffusion_align.data.room import bytes_of, require_room
 from diffusion_align.data.shards import Shards, known_shard, write_bytes, write_shard
-from diffusion_align.progress import progress_bar
+from diffusion_align.system.progress import progress_bar
 
 ALONE = Share()
 FORMAT = 1

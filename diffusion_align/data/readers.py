@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffusion_align.printable import printable
+from diffusion_align.system.printable import printable
 
 _EDGE = 64 * 1024
 # What pyarrow raises for bytes that are no parquet, or no more: a flipped bit may lie in a name, a type or a length.

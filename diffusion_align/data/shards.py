@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusion_align.data.readers import DataError
-from diffusion_align.file_modes import readable
+from diffusion_align.system.file_modes import readable
 
 
 def write_bytes(path: Path, data: bytes) -> None:

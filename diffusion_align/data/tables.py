@@ -15,7 +15,7 @@ from diffusion_align.data.formats import Format
 from diffusion_align.data.match import wanted
 from diffusion_align.data.readers import BadRow, DataError
 from diffusion_align.data.records import Record
-from diffusion_align.printable import printable
+from diffusion_align.system.printable import printable
 
 SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json", ".csv")
 _LOOK_AT = 100

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from diffusion_align.data.readers import BadRow, DataError
-from diffusion_align.printable import printable
+from diffusion_align.system.printable import printable
 
 PICTURES = frozenset(("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff"))
 TEXTS = frozenset(("txt", "json"))

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..prediction import Denoiser
-from ..progress import counted
 from ..rng import draw_normal, generator
 from ..samplers import StepTable, sample, step_table
 from ..schedule import Schedule
+from ..system.progress import counted
 from .picture_folder import Batch, fill, missing_pictures, picture_path, read_picture, read_pictures
 
 __all__ = [

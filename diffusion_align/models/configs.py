@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..plain_json import read_json, require_modest, require_no_code
+from ..system.plain_json import read_json, require_modest, require_no_code
 
 MAX_TOKENS = 100_000
 

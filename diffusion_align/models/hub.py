@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..offline import offline
-from ..plain_json import read_json, require_no_code
-from ..printable import printable
+from ..system.network import offline
+from ..system.plain_json import read_json, require_no_code
+from ..system.printable import printable
 from .configs import require_plain_files
 
 # Repositories that were deleted or renamed, and where their weights are now (huggingface/diffusers issues 9428, 12874).

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..printable import printable
+from ..system.printable import printable
 from .lora_names import flat, kind, layer_names, of_text_encoder, read_name
 from .lora_tensors import Pair, alphas_of, one_rank, require_sound
 

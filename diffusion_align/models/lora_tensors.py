@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ..printable import printable
+from ..system.printable import printable
 
 if TYPE_CHECKING:
     from .lora_files import Source

@@ -18,9 +18,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..memory import in_parts
 from ..prediction import Denoiser
 from ..schedule import Schedule
+from ..system.memory import in_parts
 from .captions import cut_captions
 from .conditioning import pack, unpack, with_sizes_of
 from .guidance import guided_denoiser

@@ -19,8 +19,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor
 
-from ..file_modes import readable
-from ..plain_json import read_json
+from ..system.file_modes import readable
+from ..system.plain_json import read_json
 from .adapters import add_lora, require_no_lora
 from .header import sort_header
 from .lora_files import METADATA, Source, read_lora

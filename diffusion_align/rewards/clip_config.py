@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from ..plain_json import read_json, require_modest, require_no_code
+from ..system.plain_json import read_json, require_modest, require_no_code
 from .clip_fetch import fetched
 from .containers import require_container
 from .weights import hub_file

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from ..offline import offline
+from ..system.network import offline
 
 T = TypeVar("T")
 

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from diffusion_align.file_modes import readable
+from diffusion_align.system.file_modes import readable
 
-from ..plain_json import read_json
+from ..system.plain_json import read_json
 from ..tensors import widen
 from .clip import resolve_source
 from .clip_config import CONFIG_FILE, require_plain_clip

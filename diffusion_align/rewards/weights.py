@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..offline import offline
+from ..system.network import offline
 from .containers import require_container, require_plain
 
 

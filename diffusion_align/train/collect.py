@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from diffusion_align.memory import in_parts
 from diffusion_align.rewards import prefetch
+from diffusion_align.system.memory import in_parts
 from diffusion_align.train.method import Chunk, Method, Round
 from diffusion_align.train.processes.agree import anywhere, most
 from diffusion_align.train.processes.watch import doing

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from diffusion_align.memory import logger
+from diffusion_align.system.memory import logger
 from diffusion_align.train.method import Chunk, OnlineMethod, Round
 
 

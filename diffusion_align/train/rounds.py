@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffusion_align.memory import CURE, OutOfMemory, free, logger, ran_out
+from diffusion_align.system.memory import CURE, OutOfMemory, free, logger, ran_out
 from diffusion_align.train.batches import steps_of
 from diffusion_align.train.collect import draw_round
 from diffusion_align.train.method import Chunk, Columns, OnlineMethod, Round

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffusion_align import rng
-from diffusion_align.memory import free, halved, ran_out
+from diffusion_align.system.memory import free, halved, ran_out
 from diffusion_align.train.method import Columns, OfflineMethod, Sample, Survey
 from diffusion_align.train.processes.agree import anywhere
 from diffusion_align.train.processes.watch import doing

@@ -12,7 +12,6 @@ import pytest
 from helpers_data import STRUCT, dump, lines, pictures, png, structs, table, tar
 from transformers import CLIPTokenizer
 
-from diffusion_align import progress
 from diffusion_align.cli import main
 from diffusion_align.commands import data_check
 from diffusion_align.data import convert as converting
@@ -24,6 +23,7 @@ from diffusion_align.data.rows import Row
 from diffusion_align.data.summary import summarise
 from diffusion_align.models.captions import tokenizers_in
 from diffusion_align.models.hub import asset
+from diffusion_align.system import progress
 
 VOTES = [0.7, 0.25, 0.5, 1.0, 0.6]
 

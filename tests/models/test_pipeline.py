@@ -184,10 +184,10 @@ def test_an_empty_tokenizer_folder_is_refused(tiny_folder, tmp_path):
 def test_the_older_tokenizer_files_give_the_same_text(model, tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "old")
     words = tmp_path / "old" / "tokenizer"
-    model = json.loads((words / "tokenizer.json").read_text())["model"]
+    tokenizer = json.loads((words / "tokenizer.json").read_text())["model"]
     (words / "tokenizer.json").unlink()
-    (words / "vocab.json").write_text(json.dumps(model["vocab"]))
-    (words / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"]))
+    (words / "vocab.json").write_text(json.dumps(tokenizer["vocab"]))
+    (words / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in tokenizer["merges"]))
     old = load_pipeline(tmp_path / "old", device="cpu")
     assert torch.equal(old.encode_text([*PROMPTS, "gray zebra!"]), model.encode_text([*PROMPTS, "gray zebra!"]))
 

@@ -6,8 +6,8 @@ from helpers_memory import FullOnTheWayBack, Limited, full, short_of_memory
 from helpers_online import METHODS, PROMPTS, Toy, darkness
 from helpers_train import MemoryPairs, make_run
 
-from diffusion_align import memory
-from diffusion_align.memory import OutOfMemory, in_parts
+from diffusion_align.system import memory
+from diffusion_align.system.memory import OutOfMemory, in_parts
 
 
 def test_parts_are_halved_and_stay_so():

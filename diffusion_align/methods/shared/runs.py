@@ -12,7 +12,6 @@ from torch import Tensor
 
 from diffusion_align import rng
 from diffusion_align.gaussian import Gaussian
-from diffusion_align.memory import ran_out
 from diffusion_align.models.guidance import Predict, guided_denoiser
 from diffusion_align.prediction import Denoiser
 from diffusion_align.rewards import RewardError, one_each
@@ -20,6 +19,7 @@ from diffusion_align.samplers import StepTable, rollout, step_gaussian
 from diffusion_align.samplers.rollout import earlier, predict, scored_predictions
 from diffusion_align.samplers.two_pass import relative_change
 from diffusion_align.schedule import Schedule
+from diffusion_align.system.memory import ran_out
 from diffusion_align.tensors import widen
 from diffusion_align.train.steps import Sample
 from diffusion_align.trajectory import Trajectory

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch.distributed
 
-from diffusion_align.memory import CURE
+from diffusion_align.system.memory import CURE
 from diffusion_align.train.processes.notes import LENGTH, Note, blame, note_path, read_notes, whence
 
 # Of RuntimeErrors that come of talking to another process; gloo has no class of its own for them.

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TextIO, TypeVar
 
 from tqdm import tqdm
 
-from diffusion_align.consoles import BETWEEN, SHORT
+from diffusion_align.system.consoles import BETWEEN, SHORT
 
 BAR = "{l_bar}{bar}| {done}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 LINE = "{desc}: {percentage:.0f} %, {done} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
