@@ -14,7 +14,7 @@ from diffusion_align.commands.model_facts import LORA_LAYERS, read_model_facts
 from diffusion_align.commands.sources import present_model
 from diffusion_align.models.hub import local_folder
 from diffusion_align.models.ranks import require_rank
-from diffusion_align.options import TrainCommon, TrainSpm, UsageError
+from diffusion_align.options import TrainCommon, TrainUnet, UsageError
 
 XFORMERS = "--enable_xformers_memory_efficient_attention"
 
@@ -28,7 +28,7 @@ def require_possible(o: Any) -> None:
     require_device(getattr(o, "device", None))
     if isinstance(o, TrainCommon):
         require_packages(o)
-    if isinstance(o, TrainCommon | TrainSpm) and o.mixed_precision == "fp16":
+    if isinstance(o, TrainCommon) and o.mixed_precision == "fp16":
         require_fp16(o.device)
     require_model(o)
 
@@ -45,10 +45,10 @@ def require_model(o: Any) -> None:
         return
     name = present_model(o.pretrained_model_name_or_path)
     local_folder(name)
-    if not isinstance(o, TrainCommon | TrainSpm):
+    if not isinstance(o, TrainCommon):
         return
     facts = read_model_facts(name)
-    if isinstance(o, TrainCommon) and o.mode == "lora":
+    if isinstance(o, TrainUnet) and o.mode == "lora":
         try:
             require_rank(facts.unet_shapes, o.rank, LORA_LAYERS[o.lora_targets])
         except ValueError as error:
@@ -103,7 +103,7 @@ def require_packages(o: TrainCommon) -> None:
         raise UsageError(
             "train.use_8bit_adam needs bitsandbytes: pip install 'diffusion_align[8bit]', or leave the option out"
         )
-    if o.enable_xformers_memory_efficient_attention:
+    if isinstance(o, TrainUnet) and o.enable_xformers_memory_efficient_attention:
         if find_spec("xformers") is None:
             raise UsageError(
                 f"{XFORMERS} needs xformers: pip install 'diffusion_align[xformers]', or leave it out "

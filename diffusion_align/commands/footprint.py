@@ -14,13 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_align.commands.model_facts import ModelFacts
-from diffusion_align.options import TrainCommon, TrainOffline, TrainOnline, TrainRankdpo, TrainSpm, TrainSpo, UsageError
+from diffusion_align.options import (
+    GivenPictures,
+    TrainCommon,
+    TrainOffline,
+    TrainOnline,
+    TrainRankdpo,
+    TrainSpo,
+    UsageError,
+)
 
 SMALL = 1 << 30  # bytes that fit everywhere
 COPIES = 6  # of each picture's latents
 
 
-def require_memory(o: TrainCommon | TrainSpm, facts: ModelFacts) -> None:
+def require_memory(o: TrainCommon, facts: ModelFacts) -> None:
     """Refuse a batch, or a model, whose least need is above all the memory of the device.
 
     Raises:
@@ -45,17 +53,17 @@ def require_memory(o: TrainCommon | TrainSpm, facts: ModelFacts) -> None:
         )
 
 
-def _rows(o: TrainCommon | TrainSpm) -> tuple[str, int, str, int]:
+def _rows(o: TrainCommon) -> tuple[str, int, str, int]:
     """The option that says how much is in the network at once, its value, what it counts, and rows of the network."""
     if isinstance(o, TrainOnline):
         pictures = o.prompts_per_round * (o.children if isinstance(o, TrainSpo) else o.group_size)
         return "sample_chunk", min(o.sample_chunk, pictures), "pictures", 1 if o.guidance == 1 else 2
-    assert isinstance(o, TrainOffline | TrainSpm)
+    assert isinstance(o, GivenPictures)
     rows = 1 if isinstance(o, TrainRankdpo) and o.one_picture_at_a_time else 2
     return "train_batch_size", o.train_batch_size, "prompts" if isinstance(o, TrainRankdpo) else "pairs", rows
 
 
-def weights_bytes(o: TrainCommon | TrainSpm, facts: ModelFacts) -> int:
+def weights_bytes(o: TrainCommon, facts: ModelFacts) -> int:
     """Of the UNet: half precision where it is frozen; in full training float32, with gradients and moments."""
     if getattr(o, "mode", "lora") != "full":
         return 2 * facts.full_parameters()
@@ -63,7 +71,7 @@ def weights_bytes(o: TrainCommon | TrainSpm, facts: ModelFacts) -> int:
     return (2 + 4 + 4 + moments) * facts.full_parameters()
 
 
-def picture_bytes(o: TrainCommon | TrainSpm, facts: ModelFacts) -> int:
+def picture_bytes(o: TrainCommon, facts: ModelFacts) -> int:
     """Of one row of the network: its latents, and the activations that a pass, or a training, holds at once."""
     channels, side, _ = facts.latent_shape(o.resolution)
     size = 4 if o.mixed_precision == "no" else 2

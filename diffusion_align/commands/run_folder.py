@@ -15,9 +15,20 @@ from diffusion_align.train.checkpoints.folder import found as checkpoints_in
 from diffusion_align.train.checkpoints.store import Checkpoint
 
 SAMPLES = "samples"
-RESULTS = ("pytorch_lora_weights.safetensors", "unet")
+RESULTS = ("pytorch_lora_weights.safetensors", "unet", "step_aware.safetensors")
 # Everything a run or its evaluation writes, but not the cache, which any run with the same data can use.
-RECORDS = (CONFIG, METRICS, CHECKPOINTS, SAMPLES, *RESULTS, "evaluation", "report.html", "report.json", "pairs.png")
+RECORDS = (
+    CONFIG,
+    METRICS,
+    CHECKPOINTS,
+    SAMPLES,
+    *RESULTS,
+    "accuracy.json",
+    "evaluation",
+    "report.html",
+    "report.json",
+    "pairs.png",
+)
 
 
 def require_free(run: Path, *, resuming: bool, overwrite: bool) -> None:

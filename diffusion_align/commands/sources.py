@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffusion_align.models.hub import MOVED, asset, on_hub
-from diffusion_align.options import TrainOffline, TrainSpm
-from diffusion_align.origins import DATA_SETS
 
 # Pick-a-Pic's own address has not answered since 2025-04-30; this is a copy by others.
 MOVED_DATA = {"yuvalkirstain/pickapic_v1": "pickapic-anonymous/pickapic_v1"}
@@ -20,26 +18,6 @@ def present_model(name: str) -> str:
 def present_pairs(name: str) -> str:
     """A data set's name, or its present address if published launchers have an old one."""
     return MOVED_DATA[name] if name in MOVED_DATA and not Path(name).exists() else name
-
-
-def pairs_of(o: TrainOffline | TrainSpm) -> Path | None:
-    """The path of the pairs or rankings that the options name, or None for a data set on the hub.
-
-    --train_data_dir is a path and nothing else. Raises FileNotFoundError where it has a hub name that is not here; any
-    other path that is not there is left to the reader, who says so.
-    """
-    name = pairs_name(o)
-    path = pairs_on_disk(name, hub=o.train_data_dir is None)
-    if path is not None and not path.exists() and name in DATA_SETS and DATA_SETS[name].make:
-        raise FileNotFoundError(f"{name}: nobody publishes it; its counterpart is made by `{DATA_SETS[name].make}`")
-    if path is not None and not path.exists() and on_hub(name):
-        raise FileNotFoundError(f"{name}: no such path here; for a data set on the hub: --dataset_name {name}")
-    return path
-
-
-def pairs_name(o: TrainOffline | TrainSpm) -> str:
-    """The path or name of the pairs or rankings that the options give, under its present address."""
-    return present_pairs(o.train_data_dir or o.dataset_name or "")
 
 
 def pairs_on_disk(name: str, *, hub: bool = True) -> Path | None:

@@ -1,1 +1,1 @@
-"""The methods, one file each: `METHOD` says what the training command needs to know of it. Shared pieces in `shared`."""
+"""The methods, one file each, whose `METHOD` says what the training command asks of it. Shared pieces in `shared`."""

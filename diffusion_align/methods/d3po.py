@@ -10,7 +10,13 @@ from torch import Tensor
 from diffusion_align.gaussian import Gaussian
 from diffusion_align.methods.entry import Entry
 from diffusion_align.methods.shared.metrics import RunSums
-from diffusion_align.methods.shared.online_setup import OnlineSetup, describe_clamp, online_length, require_rewards, start_with
+from diffusion_align.methods.shared.online_setup import (
+    OnlineSetup,
+    describe_clamp,
+    online_length,
+    reward_of,
+    start_with,
+)
 from diffusion_align.methods.shared.rollout_plan import RunTables, evaluations_of_runs
 from diffusion_align.methods.shared.rollouts import Rollouts, method_on_runs
 from diffusion_align.methods.shared.runs import Bind, Runs
@@ -78,7 +84,7 @@ METHOD = Entry(
     verb="train d3po",
     data="prompts",
     shown=("reward_mean", "implicit_accuracy"),
-    require=require_rewards,
+    rewards=reward_of,
     length=partial(online_length, evaluations=evaluations),
     constants=describe_clamp,
     start=partial(start_with, build),

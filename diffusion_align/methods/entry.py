@@ -37,7 +37,7 @@ class About:
     """
 
     schedule: Schedule
-    shape: tuple[int, ...]
+    shape: tuple[int, int, int]
     items: Sequence[Any] | None
     count: int | None
     processes: int
@@ -53,8 +53,8 @@ class Length:
     """How long a run is, and its lines of the plan.
 
     steps: of the optimizer, in all; None while the data are not counted. batch: what one step takes, over all
-    processes; `--scale_lr` multiplies by it. accumulation: micro-batches of a step on each process. sizes: how an online
-    method cuts its rounds. identity: what of it a resumed run must have in common with the saved one.
+    processes; `--scale_lr` multiplies by it. accumulation: micro-batches of a step on each process. sizes: how an
+    online method cuts its rounds. identity: what of it a resumed run must have in common with the saved one.
     """
 
     steps: int | None
@@ -79,7 +79,7 @@ class Opened:
     model: TextToImage
     networks: Networks
     accelerator: Accelerator
-    shape: tuple[int, ...]
+    shape: tuple[int, int, int]
     items: list[Any]
     bad_rows: Sequence[BadRow]
     folder: Path
@@ -115,17 +115,15 @@ class Started:
     report: Callable[[int], None] | None = None
 
 
-def nothing_to_require(o: Any) -> None:
-    """For methods whose options say everything that can be refused early."""
-
-
 @dataclass(frozen=True)
 class Entry(Generic[Options]):
     """A method as its command sees it.
 
     verb: the words of the command. data: what it reads. shown: metrics on the progress bar.
     length: how long the run is. constants: lines of the plan about the loss. start: data and model -> the loop.
-    require: refuses, before the model is loaded, what options alone cannot know. needs_reference: whether the loss
+    require: refuses, before the model is loaded, what the options' own checks cannot know. rewards: texts of the
+    rewards that it will ask for, which the command checks early. count: how many of the items it trains on, before any
+    turns out to be unreadable. needs_reference: whether the loss
     compares with the frozen model; unet: whether the UNet is what is trained.
     """
 
@@ -135,6 +133,8 @@ class Entry(Generic[Options]):
     length: Callable[[Options, About], Length]
     constants: Callable[[Options, About], list[str]]
     start: Callable[[Options, Opened], Started]
-    require: Callable[[Options], None] = nothing_to_require
+    require: Callable[[Options], None] = lambda o: None
+    rewards: Callable[[Options], list[str]] = lambda o: []
+    count: Callable[[Options, Sequence[Any]], int] = lambda o, items: len(items)
     needs_reference: Callable[[Options], bool] = lambda o: True
     unet: bool = True

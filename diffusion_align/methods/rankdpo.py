@@ -1,37 +1,42 @@
-"""RankDPO's loop over cached rankings (Karthik et al. 2024, arXiv 2410.18013), on the pieces of `offline`.
+"""`train rankdpo`: RankDPO on rankings of pictures (Karthik et al. 2024, arXiv 2410.18013).
 
 A picture's score is minus the paper's s, its gap of denoising errors: by how much the policy's error lies below the
 reference's. The loss couples the K scores of a prompt, but its gradient is a sum over pictures of dL/dscore_i times the
 gradient of one error, so K pictures need no more network memory than one.
 """
 
+from __future__ import annotations
+
+import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
+from diffusion_align.data import Ranking
 from diffusion_align.data.cache import PairCache
-from diffusion_align.objectives import best_and_worst, implicit_accuracy
-from diffusion_align.schedule import Schedule
-from diffusion_align.train.offline import (
+from diffusion_align.data.readers import digest
+from diffusion_align.methods.entry import About, Entry, Length, Opened, Started
+from diffusion_align.methods.shared.metrics import quantiles
+from diffusion_align.methods.shared.noising import (
+    Networks,
     Noised,
     Predict,
-    apart,
     denoising_errors,
     drop_captions,
     noised_lists,
-    require_start,
 )
-from diffusion_align.train.record import quantiles
-from diffusion_align.train.rounding import between_outputs
-from diffusion_align.train.steps import Progress, Sample, StepRecord, run_steps
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from diffusion_align.methods.shared.plan import describe_beta, latent_beta, length_of, require_accumulation
+from diffusion_align.methods.shared.start_checks import apart, between_outputs, require_equal_outputs
+from diffusion_align.objectives import best_and_worst, gain_weights, implicit_accuracy, rank_dpo
+from diffusion_align.options import TrainRankdpo
+from diffusion_align.train.method import Columns, OfflineMethod, Sample
+from diffusion_align.train.run import Run, StepRecord
+from diffusion_align.train.steps import run_steps
 
 
 def ranking_scores(predict_policy: Predict, predict_reference: Predict, noised: Noised, *, one_graph: bool) -> Tensor:
@@ -57,119 +62,89 @@ def ranking_scores(predict_policy: Predict, predict_reference: Predict, noised: 
     return torch.cat(scores, 1)
 
 
-def train_rankings(
+@dataclass(frozen=True)
+class RankingLoss:
+    """A loss of rankings with its constants.
+
+    of_scores: (minus the error gaps [b,K], relevance [b,K]) -> [b], beta bound; `objectives.rank_dpo`.
+    pair_weights: relevance [b,K] -> [b,K,K], what a pair counts in the metrics; `objectives.gain_weights`.
+    beta: the loss's own, here only to report margins as logits.
+    """
+
+    of_scores: Callable[[Tensor, Tensor], Tensor]
+    pair_weights: Callable[[Tensor], Tensor]
+    beta: float
+
+
+def rankings_method(
     cache: PairCache,
+    networks: Networks,
+    run: Run,
     relevance: Sequence[Sequence[float]],
-    predict_policy: Predict,
-    predict_reference: Predict,
     *,
-    schedule: Schedule,
-    prediction_type: str,
-    loss: Callable[[Tensor, Tensor], Tensor],
-    pair_weights: Callable[[Tensor], Tensor],
-    beta: float,
-    parameters: Sequence[Parameter],
-    optimizer: torch.optim.Optimizer,
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None,
-    accelerator: "Accelerator",
-    batch_size: int,
-    seed: int,
-    max_steps: int,
+    loss: RankingLoss,
     shared_noise: bool = False,
     one_graph: bool = False,
-    accumulation: int = 1,
     caption_dropout: float = 0.0,
-    max_grad_norm: float | None = 1.0,
-    progress: Progress | None = None,
-    max_skipped_in_row: int = 5,
-    spike: float | None = None,
     check_start: bool = True,
-) -> Iterator[StepRecord]:
-    """Train on rankings with a loss of their scores; yields after each optimizer step, as `offline.train_pairs`.
-
-    For each prompt K evaluations of the policy and K of the reference, for K (K - 1) / 2 pairs; with `one_graph` K more
-    of the policy. Lists of several lengths may share a step: those of one length go through the networks together.
+) -> OfflineMethod:
+    """Training on rankings with a loss of scores and relevance.
 
     Args:
         relevance: [len(cache)][K], higher is better, in the order of the cache.
-        loss: minus the error gaps [b,K] and relevance [b,K] -> [b], beta already bound; `objectives.rank_dpo`.
-        pair_weights: relevance [b,K] -> [b,K,K], what a pair counts in the metrics; `objectives.gain_weights`.
-        beta: the loss's own, here only to report margins as logits.
-        batch_size: prompts per optimizer step, over all processes and pieces.
         shared_noise: one noise for the K pictures of a prompt, as in Diffusion-DPO; the paper has K.
         one_graph: keep the network's activations for one picture of a prompt at a time.
+        Others as in `dpo.pairs_method`.
 
-    The other arguments are those of `train_pairs`. Metrics, w and l being a prompt's most and least relevant picture:
-    implicit_accuracy, of all pairs by weight; winner_error_gap and loser_error_gap, policy minus reference on w and l,
-    mean over dims; margin_p05, margin_p50, margin_p95 of beta (score_w - score_l); pair_weight, the mean sum of a
-    prompt's weights; and grad_norm, lr, samples, skipped.
+    Metrics, w and l being a prompt's most and least relevant picture: implicit_accuracy, of all pairs by weight;
+    winner_error_gap and loser_error_gap, policy minus reference on w and l, mean over dims; margin_p05, margin_p50,
+    margin_p95 of beta (score_w - score_l); pair_weight, the mean sum of a prompt's weights.
 
-    Raises:
-        RuntimeError: policy and reference differ before the first update (see `check_start`).
-        ValueError: relevance that does not fit the cache.
-        ValueError, NonFiniteError: as `steps.run_steps`.
+    Raises ValueError for relevance that does not fit the cache, or networks without a reference.
     """
     if [len(shares) for shares in relevance] != cache.lengths:
         raise ValueError(
             f"relevance of {len(relevance)} rankings does not fit the {len(cache)} in the cache, or their K"
         )
-    dims: list[int] = []
+    if networks.reference is None:
+        raise ValueError("RankDPO compares with the frozen reference: give networks that have one")
+    reference, dims = networks.reference, [0]
 
-    def of_one_length(samples: list[Sample]) -> dict[str, Tensor]:
+    def of_one_length(samples: list[Sample]) -> Columns:
         indices = [index for _, index in samples]
-        latents, text = (part.to(accelerator.device) for part in cache.batch(indices))
-        text = drop_captions(text, cache.empty_text, samples, caption_dropout, seed)
-        noised = noised_lists(
-            latents, text, samples, schedule, prediction_type, seed, shared_noise=shared_noise
-        )  # fmt: skip
+        latents, text = (part.to(run.accelerator.device) for part in cache.batch(indices))
+        text = drop_captions(text, cache.empty_text, samples, caption_dropout, run.seed)
+        noised = noised_lists(latents, text, samples, networks, run.seed, shared_noise=shared_noise)
         dims[:] = [latents[0, 0].numel()]
         mine: list[Tensor] = []
         theirs: list[Tensor] = []
-        with accelerator.autocast():
-            scores = ranking_scores(
-                noted(predict_policy, mine), noted(predict_reference, theirs), noised, one_graph=one_graph
-            )
+        with run.accelerator.autocast():
+            scores = ranking_scores(noted(networks.policy, mine), noted(reference, theirs), noised, one_graph=one_graph)
         phi = torch.tensor([relevance[index] for index in indices], dtype=torch.float64).to(scores)
-        columns = {"loss": loss(scores, phi), **_columns(scores.detach(), phi, pair_weights(phi))}
+        columns = {"loss": loss.of_scores(scores, phi), **_columns(scores.detach(), phi, loss.pair_weights(phi))}
         return columns | ({"apart": apart(torch.cat(mine), torch.cat(theirs), noised.entries)} if check_start else {})
 
-    def micro_batch(samples: list[Sample], _: list[Sample]) -> dict[str, Tensor]:
+    def micro_batch(samples: list[Sample], _: list[Sample]) -> Columns:
         lengths = [cache.lengths[index] for _, index in samples]
         parts = [
             of_one_length([sample for sample, k in zip(samples, lengths, strict=True) if k == length])
             for length in sorted(set(lengths))
         ]
-        # Rows are now in the order of their lengths, which no mean feels.
+        # Rows are now in the order of their lengths, which does not matter to a mean.
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def summarise(columns: dict[str, Tensor]) -> dict[str, float]:
+    def summarise(columns: Columns) -> dict[str, float]:
         weight = columns["weight"].sum()
         return {
             "implicit_accuracy": float(columns["right"].sum() / weight),
             "winner_error_gap": float(columns["winner_gap"].mean() / dims[0]),
             "loser_error_gap": float(columns["loser_gap"].mean() / dims[0]),
-            **quantiles("margin", beta * columns["margin"]),
+            **quantiles("margin", loss.beta * columns["margin"]),
             "pair_weight": float(weight / len(columns["margin"])),
         }
 
-    return run_steps(
-        micro_batch,
-        summarise,
-        n=len(cache),
-        parameters=parameters,
-        optimizer=optimizer,
-        lr_scheduler=lr_scheduler,
-        accelerator=accelerator,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        seed=seed,
-        max_steps=max_steps,
-        max_grad_norm=max_grad_norm,
-        progress=progress or Progress(),
-        max_skipped_in_row=max_skipped_in_row,
-        spike=spike,
-        check_first=partial(require_start, allowed=between_outputs(accelerator)) if check_start else None,
-    )
+    check = partial(require_equal_outputs, allowed=between_outputs(run.accelerator)) if check_start else None
+    return OfflineMethod(len(cache), micro_batch, summarise, check)
 
 
 def noted(predict: Predict, outputs: list[Tensor]) -> Predict:
@@ -196,3 +171,59 @@ def _columns(scores: Tensor, relevance: Tensor, weights: Tensor) -> dict[str, Te
         "loser_gap": 0 - loser,
         "margin": winner - loser,
     }
+
+
+def start(o: TrainRankdpo, opened: Opened) -> Started:
+    """Encode the rankings. How a batch is cut into micro-batches, processes and pictures may change on a resume."""
+    cache = opened.encode(opened.items, opened.bad_rows)
+    relevance = [opened.items[place].relevance for place in cache.kept]
+    beta = latent_beta(o, opened.shape)
+    loss = RankingLoss(
+        partial(rank_dpo, beta=beta, pair_norm=o.pair_norm, discount=o.discount),
+        partial(gain_weights, discount=o.discount),
+        beta,
+    )
+
+    def loop(run: Run, length: Length) -> Iterator[StepRecord]:
+        method = rankings_method(
+            cache, opened.networks, run, relevance, loss=loss, shared_noise=o.shared_noise,
+            one_graph=o.one_picture_at_a_time, caption_dropout=o.proportion_empty_prompts,
+        )  # fmt: skip
+        return run_steps(method, run, batch_size=length.batch, accumulation=length.accumulation)
+
+    labels = digest(json.dumps(relevance).encode())  # the cache does not know them
+    return Started(len(cache), cache.identity | {"beta": beta, "relevance": labels}, loop)
+
+
+def length(o: TrainRankdpo, about: About) -> Length:
+    """Batch and steps, counted in prompts; with the rankings at hand also their pictures and evaluations."""
+    found = length_of(o, about, "prompts")
+    return found if about.items is None else found.with_lines([*found.lines, *describe_lists(o, about.items)])
+
+
+def describe_lists(o: TrainRankdpo, rankings: Sequence[Ranking]) -> list[str]:
+    """How long the lists are, what they cost, and where the loss starts: all scores are 0 then."""
+    lengths = Counter(len(ranking.pictures) for ranking in rankings)
+    start = weight = 0.0
+    for ranking in rankings:
+        phi = torch.tensor([ranking.relevance], dtype=torch.float64)
+        start += float(rank_dpo(0 * phi, phi, 1.0, pair_norm=o.pair_norm, discount=o.discount)) / len(rankings)
+        weight += float(gain_weights(phi, o.discount).triu().sum()) / len(rankings)
+    k = max(lengths)
+    more = f" + {k} without" if o.one_picture_at_a_time else ""
+    return [
+        f"pictures         {', '.join(f'{k} for each of {n} prompts' for k, n in sorted(lengths.items()))}",
+        f"evaluations      of {k} pictures: {k} policy with gradient{more} + {k} reference, {k * (k - 1) // 2} pairs",
+        f"loss             starts at {start:.4f}, reaches (0, inf); a prompt's pairs weigh {weight:.4f} together",
+    ]
+
+
+METHOD = Entry(
+    verb="train rankdpo",
+    data="rankings",
+    shown=("implicit_accuracy",),
+    require=require_accumulation,
+    length=length,
+    constants=describe_beta,
+    start=start,
+)

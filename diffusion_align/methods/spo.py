@@ -1,28 +1,74 @@
-"""SPO's loss on pairs of transitions (Liang et al. 2024, arXiv 2406.04314, eq. 5), a few at a time in the network."""
+"""`train spo`: SPO (Liang et al. 2024, arXiv 2406.04314, eq. 5) on pairs of transitions from one state."""
 
 from __future__ import annotations
 
+import hashlib
+import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from diffusion_align.gaussian import Gaussian
+from diffusion_align.methods.entry import About, Entry, Length, Opened, Started
+from diffusion_align.methods.shared.branches import Branching, Comparisons, StepScore, resample
+from diffusion_align.methods.shared.metrics import summarise_runs
+from diffusion_align.methods.shared.online_setup import (
+    OnlineSetup,
+    describe_clamp,
+    online_length,
+    reward_of,
+    start_with,
+)
+from diffusion_align.methods.shared.rollout_plan import RoundPlan, RunTables, mean_evaluations, plan_prompts, run_tables
+from diffusion_align.methods.shared.rollouts import Rollouts
+from diffusion_align.methods.shared.runs import Bind
+from diffusion_align.methods.shared.start_checks import require_equal_ratios
 from diffusion_align.objectives import clamped, spo
+from diffusion_align.options import TrainSpo
+from diffusion_align.options.train.spo import compared_from
+from diffusion_align.origins import STEP_AWARE
+from diffusion_align.rewards.step_aware import latent_scorer, step_aware_weights
 from diffusion_align.samplers import StepTable, step_gaussian
 from diffusion_align.tensors import widen
-from diffusion_align.train.branches import Comparisons
-from diffusion_align.train.method import Columns
-from diffusion_align.train.runs import Bind
+from diffusion_align.train.method import Columns, OnlineMethod, Sample
+
+
+def spo_method(
+    comparisons: Rollouts[Comparisons],
+    table: StepTable,
+    *,
+    beta: float,
+    clip: float | None,
+    per_dim: bool,
+    at_once: int,
+) -> OnlineMethod[Comparisons]:
+    """SPO on comparisons under a table. Constants as in `learn_spo`; `at_once`: families in the network at a time."""
+    policy, reference = comparisons.policy, comparisons.reference
+    assert reference is not None  # a frozen one
+    constants = {"table": table, "beta": beta, "clip": clip, "per_dim": per_dim, "at_once": at_once}
+    # Its log-ratios are of single steps.
+    allowed = replace(comparisons.allowed, run=comparisons.allowed.step)
+    return OnlineMethod(
+        collect=comparisons.draw,
+        items=len,
+        learn=lambda pairs, factor: learn_spo(pairs, policy, reference, factor=factor, **constants),
+        pick=partial(pick_pairs, at_once=at_once),
+        facts=lambda pairs: {"score": pairs.score, "kept": pairs.kept.float()},
+        summarise=partial(summarise_runs, dims=comparisons.dims),
+        check_start=partial(require_equal_ratios, dims=comparisons.dims, allowed=allowed),
+        nothing="no two children of a state were far enough apart; lower --threshold, or look at the reward",
+    )
 
 
 def learn_spo(
     pairs: Comparisons,
     policy: Bind,
     reference: Bind,
+    *,
     table: StepTable,
     factor: float,
-    *,
     beta: float,
     clip: float | None,
     per_dim: bool = True,
@@ -106,3 +152,104 @@ def _steps(bind: Bind, table: StepTable, pairs: Comparisons, rows: Tensor, order
     mean, std = step_gaussian(table, k, x, clean, earlier)
     both = [Gaussian(m[place], s[place]) for m, s in zip(mean.chunk(sides), std.chunk(sides), strict=True)]
     return both[0], both[-1]
+
+
+def build(o: TrainSpo, setup: OnlineSetup) -> OnlineMethod[Comparisons]:
+    score = step_score(o, setup)
+    how = Branching(o.children, compared_from(o), o.threshold, o.segment, o.pairs == "all", o.lookahead)
+
+    def draw(samples: list[Sample], round: int) -> Comparisons:
+        prompted, table = setup.prompted(samples), setup.table_of(round)
+        return resample(
+            setup.policy, table, prompted, score, how, shape=setup.shape, seed=o.seed, quiet=setup.tables.quiet
+        )  # fmt: skip
+
+    comparisons = Rollouts(draw, setup.policy, setup.reference, setup.dims, setup.allowed)
+    constants = {"beta": o.beta, "clip": o.clip, "per_dim": setup.per_dim, "at_once": o.sample_chunk}
+    return spo_method(comparisons, setup.tables.whole, **constants)
+
+
+def step_score(o: TrainSpo, setup: OnlineSetup) -> StepScore:
+    """The preference model: step-aware where one is given, else the plain reward whatever the step."""
+    if o.preference_model is None:
+        plain = setup.picture_score()
+        return lambda clean, prompts, t: plain(clean, prompts)
+    model = setup.opened.model
+    return latent_scorer(o.preference_model, decode=model.decode, device=model.device, chunk=o.sample_chunk)
+
+
+def require(o: TrainSpo) -> None:
+    """Raise FileNotFoundError where a preference model is not to be had, before the base is loaded."""
+    source = o.preference_model
+    if source is not None and not step_aware_weights(source).is_file():
+        raise FileNotFoundError(
+            f"preference model {source}: {step_aware_weights(source)} is not there; give a folder of "
+            f"`reward train-spm`, a file as SPO's authors publish it, or one of {', '.join(STEP_AWARE)}"
+        )
+
+
+def start(o: TrainSpo, opened: Opened) -> Started:
+    """The rounds; of a preference model the content of its weights is part of the run's identity, not its name."""
+    started = start_with(build, o, opened)
+    if o.preference_model is None:
+        return started
+    with step_aware_weights(o.preference_model).open("rb") as file:  # a published one has 5 GB: never whole in memory
+        weights = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
+    return replace(started, identity=started.identity | {"preference_model": weights})
+
+
+def length(o: TrainSpo, about: About) -> Length:
+    """Rounds whose steps take prompts, or so many pairs of the whole round."""
+    tables = run_tables(o, about.schedule)
+    by_pairs = o.pairs_per_step is not None
+    plan = plan_pairs(o, about.processes, tables) if by_pairs else plan_prompts(o, about.processes, o.children)
+    return online_length(o, about, plan=plan, evaluations=evaluations)
+
+
+def plan_pairs(o: TrainSpo, processes: int, tables: RunTables) -> RoundPlan:
+    """Rounds whose steps take pairs. Raises ValueError where a round's prompts cannot be shared out."""
+    n, per_step = o.prompts_per_round, o.pairs_per_step or 1
+    if n % processes:
+        raise ValueError(f"{n} prompts a round cannot be shared out to {processes} processes")
+    of_state = 1 if o.pairs == "best_worst" else o.children * (o.children - 1) // 2
+    most = max(len(compared(o, table)) for table in tables.of_rounds) * of_state * n
+    per_round = o.passes * math.ceil(most / per_step)
+    if o.max_train_steps is not None:
+        rounds = math.ceil(o.max_train_steps / per_round)
+        return RoundPlan(n, n, o.children, per_round, o.max_train_steps, rounds, per_step)
+    return RoundPlan(n, n, o.children, per_round, per_round * o.num_rounds, o.num_rounds, per_step, o.num_rounds)
+
+
+def compared(o: TrainSpo, table: StepTable) -> list[int]:
+    """The steps at whose ends SPO compares: those with noise, from `start` on where no window says where."""
+    return [k for k in range(compared_from(o), len(table)) if table.stochastic[k]]
+
+
+def evaluations(o: TrainSpo, tables: RunTables) -> dict[str, float]:
+    """Network evaluations a prompt and round, if every pair is kept."""
+    drawn, learnt = mean_evaluations(o, tables, partial(_branched, o))
+    return {"rollout": drawn, "policy with gradient": learnt * o.passes, "reference": learnt * o.passes}
+
+
+def _branched(o: TrainSpo, table: StepTable) -> tuple[int, int]:
+    """Of a prompt: states that SPO's rollout asks the network about, one a step on the way to its first comparison and
+    then the children and where they look; and states that learning asks about."""
+    steps, last = compared(o, table), len(table) - 1
+    ends = [min(k + o.segment, steps[-1] + 1) for k in steps[:: o.segment]]
+    looks = sum(max(0, min(o.lookahead, last - end)) for end in ends)
+    # Children of the last step are finished pictures, which the network is not asked about.
+    children = len(steps) - (steps[-1] == last)
+    back = int(table.order[steps].max())  # second-order steps also need the state before
+    return steps[0] + 1 + (children + looks) * o.children, len(steps) * back * (2 if o.segment > 1 else 1)
+
+
+METHOD = Entry(
+    verb="train spo",
+    data="prompts",
+    shown=("score_mean", "kept"),
+    require=require,
+    rewards=reward_of,
+    length=length,
+    constants=describe_clamp,
+    start=start,
+)

@@ -13,12 +13,17 @@ from .reward import RewardScore, RewardServe
 from .sample import Evaluate, Sample
 from .schema import Option, by_any_name, options_of
 from .synth import Synth
-from .train_common import TrainCommon, TrainOffline
-from .train_dpo import TrainDpo
-from .train_online import TrainD3po, TrainDdpo, TrainOnline, TrainPrdp, TrainSpo
-from .train_rankdpo import TrainRankdpo
-from .train_spm import TrainSpm
-from .verbs import VERBS, Verb
+from .train.common import GivenPictures, TrainCommon, TrainOffline, TrainUnet
+from .train.d3po import TrainD3po
+from .train.ddpo import TrainDdpo
+from .train.dpo import TrainDpo
+from .train.online import TrainOnline
+from .train.prdp import TrainPrdp
+from .train.rankdpo import TrainRankdpo
+from .train.spm import TrainSpm
+from .train.spo import TrainSpo
+from .verb import Verb
+from .verbs import VERBS
 
 __all__ = [
     "VERBS",
@@ -27,6 +32,7 @@ __all__ = [
     "DataConvert",
     "DataInspect",
     "Evaluate",
+    "GivenPictures",
     "Option",
     "Parsed",
     "Resolved",
@@ -44,6 +50,7 @@ __all__ = [
     "TrainRankdpo",
     "TrainSpm",
     "TrainSpo",
+    "TrainUnet",
     "UsageError",
     "Verb",
     "all_presets",

@@ -71,7 +71,7 @@ def option(default: Any, section: str, help: str, **described: Any) -> Any:
 def options_of(options_class: type) -> dict[str, Option]:
     """All options of a verb by name, in the order of declaration.
 
-    >>> from diffusion_align.options.train_dpo import TrainDpo
+    >>> from diffusion_align.options.train.dpo import TrainDpo
     >>> options_of(TrainDpo)["rank"].key
     'adapter.rank'
     """

@@ -25,7 +25,11 @@ class ChunksOf(Protocol, Generic[Chunk]):
 
 
 def steps_of(
-    method: OnlineMethod[Chunk], round: Round[Chunk], items_per_step: int | None, address: tuple[int, int], where: Accelerator
+    method: OnlineMethod[Chunk],
+    round: Round[Chunk],
+    items_per_step: int | None,
+    address: tuple[int, int],
+    where: Accelerator,
 ) -> tuple[int, ChunksOf[Chunk]]:
     """How many steps a pass over the round has, at least 1, and which of the round's chunks each step learns from.
 

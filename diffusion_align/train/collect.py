@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING
 
 from diffusion_align.rewards import prefetch
 from diffusion_align.system.memory import in_parts
-from diffusion_align.train.method import Chunk, Method, Round
+from diffusion_align.train.method import Chunk, OnlineMethod, Round, Sample
 from diffusion_align.train.processes.agree import anywhere, most
 from diffusion_align.train.processes.watch import doing
 from diffusion_align.train.run import Progress, Run
-from diffusion_align.train.steps import Progress, Sample
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -170,8 +170,11 @@ def _try_chunks(
 
 
 def _step_chunks(
-    method: OnlineMethod[Chunk], round: Round[Chunk], chunks_of: Callable[[Round[Chunk]], list[Chunk]], progress: Progress
-) -> list[Chunk]:  # fmt: skip
+    method: OnlineMethod[Chunk],
+    round: Round[Chunk],
+    chunks_of: Callable[[Round[Chunk]], list[Chunk]],
+    progress: Progress,
+) -> list[Chunk]:
     """The chunks of a step that have items, as small as memory was found to need."""
     times = 2 ** (progress.halvings - round.halvings)  # more than 1 where nothing depends on the batch
     return [part for chunk in chunks_of(round) for part in chunk.cut(times) if method.items(part)]

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from diffusion_align import rng
 from diffusion_align.gaussian import Gaussian
+from diffusion_align.methods.shared.runs import Bind, Prompted, Score, checked
 from diffusion_align.objectives import best_and_worst, clear_win, ordered_pairs
 from diffusion_align.prediction import Denoiser
 from diffusion_align.samplers import StepTable, branch, step_gaussian
 from diffusion_align.samplers.rollout import draw_noise, predict
 from diffusion_align.tensors import widen
-from diffusion_align.train.runs import Bind, Score, checked
-from diffusion_align.train.steps import Sample
 
 StepScore = Callable[[Tensor, list[str], Tensor], Tensor]
 """`(clean predictions [B,...], prompts, timesteps [B]) -> [B]`: logits of a preference model; 0: a finished picture."""
@@ -86,30 +85,40 @@ class Comparisons:
         return ((family % prompts) * (int(family.max()) + 1) + family).argsort(stable=True) if len(self) else family
 
 
+@dataclass(frozen=True)
+class Branching:
+    """How SPO compares.
+
+    children: of each state. start: the first step compared at. threshold: by how much winner and loser must differ in
+    probability. segment: steps between comparisons. all_pairs: all pairs of children instead of best and worst.
+    lookahead: noise-free steps that a child goes on by before it is scored.
+    """
+
+    children: int
+    start: int
+    threshold: float
+    segment: int = 1
+    all_pairs: bool = False
+    lookahead: int = 0
+
+
 @torch.no_grad()
 def resample(
     policy: Bind,
     table: StepTable,
-    text: Tensor,
-    prompts: list[str],
-    samples: Sequence[Sample],
+    prompted: Prompted,
     score: StepScore,
+    how: Branching,
     *,
-    children: int,
-    start: int,
-    threshold: float,
     shape: Sequence[int],
     seed: int,
-    segment: int = 1,
-    all_pairs: bool = False,
     quiet: StepTable | None = None,
-    lookahead: int = 0,
 ) -> Comparisons:
-    """Walk one chain a prompt and compare at the end of each segment; text [B,L,E], samples [B] are the addresses.
+    """Walk one chain a prompt and compare at the end of each segment.
 
-    Compared are the steps with noise from `start` on, so a table with a noise window compares in the window only.
-    With `lookahead` each child goes on by so many steps of `quiet`, the table at eta = 0, or to its end, before it is
-    scored by the clean prediction there: a reward that knows finished pictures only can then judge early steps.
+    Compared are the steps with noise from `how.start` on, so a table with a noise window compares in the window only.
+    With `how.lookahead` each child goes on by so many steps of `quiet`, the table at eta = 0, or to its end, before it
+    is scored by the clean prediction there: a reward that knows finished pictures only can then judge early steps.
 
     Network evaluations a prompt, with n the steps compared at and s those before: s + 1 + n K, and K for each step of
     a look ahead but its last, where that is the end.
@@ -117,11 +126,14 @@ def resample(
     Raises ValueError for fewer than 2 children, a start from which no step has a density, steps without one between
     those that have, or a look ahead without the table for it; RewardError as `checked`.
     """
-    if lookahead and quiet is None:
+    text, prompts, samples, children = prompted.text, prompted.prompts, prompted.samples, how.children
+    if how.lookahead and quiet is None:
         raise ValueError("to look ahead, give the noise-free table (quiet)")
-    noisy = [k for k in range(start, len(table)) if table.stochastic[k]]
-    if children < 2 or segment < 1 or not noisy:
-        raise ValueError(f"SPO compares 2 or more children from step {start} on: {children} of a table of {len(table)}")
+    noisy = [k for k in range(how.start, len(table)) if table.stochastic[k]]
+    if children < 2 or how.segment < 1 or not noisy:
+        raise ValueError(
+            f"SPO compares 2 or more children from step {how.start} on: {children} of a table of {len(table)}"
+        )
     first, last = noisy[0], noisy[-1]
     if len(noisy) != last - first + 1:
         raise ValueError(f"SPO compares at steps in a row, not at {noisy}")
@@ -141,15 +153,15 @@ def resample(
             k += 1
             clean = predict(walk.one, table, k, x)
             continue
-        states, cleans = walk.segment(k, min(segment, last + 1 - k), before, x, clean, previous)
+        states, cleans = walk.segment(k, min(how.segment, last + 1 - k), before, x, clean, previous)
         length = len(states) - 2  # states[0] is the one before the parents
         seen, there = cleans[-1].flatten(0, 1), k + length
         if quiet is not None:
-            seen, there = walk.look(quiet, there, states[-1].flatten(0, 1), cleans[-2:], lookahead)
+            seen, there = walk.look(quiet, there, states[-1].flatten(0, 1), cleans[-2:], how.lookahead)
         time = table.timesteps[there] if there < len(table) else torch.zeros(())
         values = checked(_at(score, time.to(x).expand(len(seen))), seen, prompts * children)
         values = values.view(children, -1).T.to(x.device)  # [B,K]
-        of, win, lose = _pairs(values, threshold, all_pairs)
+        of, win, lose = _pairs(values, how.threshold, how.all_pairs)
         sides, gap = torch.stack([win, lose]), values[of, win] - values[of, lose]
         for i in range(length):
             three = [states[i + j][sides, of] for j in range(3)]
@@ -162,7 +174,7 @@ def resample(
         k += length
     states, places = ([torch.cat(part, dim) for part in parts] for parts, dim in _columns(found))
     return Comparisons(
-        *states, *places, shared=segment == 1, score=torch.stack(scores), kept=torch.stack(passed), final=x
+        *states, *places, shared=how.segment == 1, score=torch.stack(scores), kept=torch.stack(passed), final=x
     )
 
 

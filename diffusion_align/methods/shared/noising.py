@@ -46,7 +46,13 @@ class Noised(NamedTuple):
 
 
 def noised_lists(
-    latents: Tensor, text: Tensor, samples: Sequence[Sample], networks: Networks, seed: int, *, shared_noise: bool = True
+    latents: Tensor,
+    text: Tensor,
+    samples: Sequence[Sample],
+    networks: Networks,
+    seed: int,
+    *,
+    shared_noise: bool = True,
 ) -> Noised:
     """Noise latents [B,K,C,h,w] with one timestep and one noise per list, addressed by (epoch, index).
 

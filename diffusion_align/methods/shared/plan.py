@@ -12,7 +12,7 @@ import torch
 
 from diffusion_align.methods.entry import About, Length
 from diffusion_align.objectives import beta_per_squared_error
-from diffusion_align.options import TrainOffline, UsageError
+from diffusion_align.options import TrainOffline, TrainSpm, UsageError
 from diffusion_align.schedule import Schedule
 
 
@@ -37,7 +37,7 @@ def processes_here() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def accumulation_of(o: TrainOffline, processes: int) -> int:
+def accumulation_of(o: TrainOffline | TrainSpm, processes: int) -> int:
     """Micro-batches that each device sums into one step: what was asked for, or what the effective batch leaves.
 
     Raises:
@@ -116,7 +116,7 @@ def describe_beta(o: Any, about: About) -> list[str]:
     ]
 
 
-def length_of(o: TrainOffline, about: About, counted: str) -> Length:
+def length_of(o: TrainOffline | TrainSpm, about: About, counted: str) -> Length:
     """Batch and steps of an offline run; `counted`: what its batch counts."""
     accumulation = accumulation_of(o, about.processes)
     plan = steps_of(
@@ -126,6 +126,6 @@ def length_of(o: TrainOffline, about: About, counted: str) -> Length:
     return Length(plan.steps, plan.batch, lines, accumulation, identity={"batch": plan.batch})
 
 
-def require_accumulation(o: TrainOffline) -> None:
+def require_accumulation(o: TrainOffline | TrainSpm) -> None:
     """Refuse, early, a batch that the processes cannot share. Raises UsageError."""
     accumulation_of(o, processes_here())

@@ -1,4 +1,4 @@
-"""Runs as an online method is handed them: how they are drawn and scored, and the networks that they are compared by."""
+"""Runs as an online method is handed them: how they are drawn and scored, and by which networks they are compared."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Rollouts(Generic[Chunk]):
 def method_on_runs(
     rollouts: Rollouts[Runs], learn: Callable[[Runs, float], Columns], items: Callable[[Runs], int]
 ) -> OnlineMethod[Runs]:
-    """A method that compares the finished pictures of a prompt, by what it learns of a chunk and what it counts there."""
+    """A method that compares the finished pictures of a prompt. learn, items: as `OnlineMethod` has them."""
     return OnlineMethod(
         collect=rollouts.draw,
         score=rollouts.score,

@@ -21,7 +21,7 @@ from diffusion_align.samplers.two_pass import relative_change
 from diffusion_align.schedule import Schedule
 from diffusion_align.system.memory import ran_out
 from diffusion_align.tensors import widen
-from diffusion_align.train.steps import Sample
+from diffusion_align.train.method import Sample
 from diffusion_align.trajectory import Trajectory
 
 Bind = Callable[[Tensor], Denoiser]
@@ -110,15 +110,21 @@ def decided(runs: Runs) -> Tensor:
     return runs.reward.amax(1) > runs.reward.amin(1)
 
 
+@dataclass(frozen=True, eq=False)
+class Prompted:
+    """G prompts, their text [G,L,E], and the samples (epoch, index) that address what is drawn for them."""
+
+    prompts: list[str]
+    text: Tensor
+    samples: Sequence[Sample]
+
+
 @torch.no_grad()
 def draw_runs(
     policy: Bind,
     reference: Bind | None,
     table: StepTable,
-    text: Tensor,
-    prompts: list[str],
-    samples: Sequence[Sample],
-    score: Score | None,
+    prompted: Prompted,
     *,
     group: int,
     share_noise: bool,
@@ -126,14 +132,14 @@ def draw_runs(
     seed: int,
     learn_steps: int | None = None,
 ) -> Runs:
-    """Run the policy `group` times for each prompt, evaluate the reference along the runs and score where they end.
-    Without a score the rewards are nan until `scored`.
+    """Run the policy `group` times for each prompt, and evaluate the reference along the runs. `scored` adds rewards.
 
     The noise of a run is at the address (seed, "run", epoch, prompt, k), its start at (seed, "x_T", epoch, prompt, k)
-    or, shared by the group as D3PO has it and PRDP's optimum needs it, without the k. text [G,L,E]; samples [G].
-    `learn_steps` keeps only the first so many steps for learning: the others are walked, but neither scored nor asked
-    of the reference. Without a reference it is the policy that ran: renewed every round, it costs nothing.
+    or, shared by the group as D3PO has it and PRDP's optimum needs it, without the k. `learn_steps` keeps only the
+    first so many steps for learning: the others are walked, but neither scored nor asked of the reference. Without a
+    reference it is the policy that ran: renewed every round, it costs nothing.
     """
+    text, samples = prompted.text, prompted.samples
     rows = [(*sample, k) for sample in samples for k in range(group)]
     starts = [row[:2] if share_noise else row for row in rows]
     x_T = rng.normal_batch(shape, seed, "x_T", starts).to(text.device)
@@ -143,8 +149,7 @@ def draw_runs(
     assert run.clean is not None  # rollouts keep them
     nothing = torch.zeros_like(run.clean)
     other = run.clean if reference is None else _along(once_a_group(reference, text, group), run, nothing)
-    runs = Runs(run, text, other, torch.full((len(prompts), group), torch.nan), prompts)
-    return runs if score is None else scored(runs, score)
+    return Runs(run, text, other, torch.full((len(samples), group), torch.nan), prompted.prompts)
 
 
 def scored(runs: Runs, score: Score) -> Runs:

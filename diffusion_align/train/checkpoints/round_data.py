@@ -5,7 +5,7 @@ What the records are is written in JSON, which goes as bytes among the tensors; 
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 
 from diffusion_align.samplers import StepTable
-from diffusion_align.train.branches import Comparisons
 from diffusion_align.train.checkpoints import store as files
 from diffusion_align.train.checkpoints.store import Checkpoint, CheckpointError
 from diffusion_align.train.method import Round
-from diffusion_align.train.runs import Runs
 from diffusion_align.trajectory import Trajectory
 
-_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Round, Runs, Comparisons, Trajectory, StepTable)}
+_KINDS: tuple[type, ...] = (Round, Trajectory, StepTable)
 _SHAPE = "shape.json"
 
 
@@ -38,8 +36,8 @@ def write_round(folder: Path, rank: int, round: Round[Any]) -> CheckpointError |
     return None
 
 
-def round_of(checkpoint: Checkpoint, rank: int, processes: int) -> Round[Any]:
-    """What a process had of the round in whose middle a checkpoint was saved.
+def round_of(checkpoint: Checkpoint, rank: int, processes: int, chunks: Sequence[type]) -> Round[Any]:
+    """A rank's data of the round in whose middle a checkpoint was saved. `chunks`: the classes they may be of.
 
     Raises:
         CheckpointError: it was saved by another number of processes, or cannot be read.
@@ -50,7 +48,7 @@ def round_of(checkpoint: Checkpoint, rank: int, processes: int) -> Round[Any]:
             f"{checkpoint.path} is of the middle of a round, which {saved} processes had drawn, and there are now "
             f"{processes}: resume with {saved}, or from a checkpoint between rounds"
         )
-    return unpack_round(checkpoint.tensors[round_name(rank)])
+    return unpack_round(checkpoint.tensors[round_name(rank)], chunks)
 
 
 def pack_round(data: Round[Any]) -> dict[str, Tensor]:
@@ -60,10 +58,11 @@ def pack_round(data: Round[Any]) -> dict[str, Tensor]:
     return {**tensors, _SHAPE: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 
 
-def unpack_round(tensors: Mapping[str, Tensor]) -> Round[Any]:
+def unpack_round(tensors: Mapping[str, Tensor], chunks: Sequence[type]) -> Round[Any]:
     """The data again. Raises CheckpointError for tensors that are not those of a round."""
     try:
-        made = _up(json.loads(bytes(tensors[_SHAPE].tolist())), tensors)
+        kinds = {kind.__name__: kind for kind in (*_KINDS, *chunks)}
+        made = _up(json.loads(bytes(tensors[_SHAPE].tolist())), tensors, kinds)
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"the checkpoint's data of a round cannot be read ({error!r})") from error
     if not isinstance(made, Round):
@@ -77,7 +76,7 @@ def _down(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         return {"tensor": name}
     if isinstance(value, list | tuple):
         return [_down(part, f"{name}.{i}", tensors) for i, part in enumerate(value)]
-    if type(value).__name__ in _KINDS:
+    if dataclasses.is_dataclass(value):
         fields = {f.name: _down(getattr(value, f.name), f"{name}.{f.name}", tensors) for f in dataclasses.fields(value)}
         return {"kind": type(value).__name__, "fields": fields}
     if value is None or isinstance(value, str | int | float):
@@ -85,11 +84,11 @@ def _down(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(f"{name}: a {type(value).__name__} has no place in a checkpoint")
 
 
-def _up(shape: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _up(shape: Any, tensors: Mapping[str, Tensor], kinds: Mapping[str, type]) -> Any:
     if isinstance(shape, list):
-        return [_up(part, tensors) for part in shape]
+        return [_up(part, tensors, kinds) for part in shape]
     if not isinstance(shape, dict):
         return shape
     if "tensor" in shape:
         return tensors[shape["tensor"]]
-    return _KINDS[shape["kind"]](**{name: _up(part, tensors) for name, part in shape["fields"].items()})
+    return kinds[shape["kind"]](**{name: _up(part, tensors, kinds) for name, part in shape["fields"].items()})

@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 from diffusion_align.train.checkpoints.store import Checkpoint, CheckpointError
 from diffusion_align.train.ema import Ema
-from diffusion_align.train.steps import Progress
+from diffusion_align.train.run import Progress
 
 
 def pack(

@@ -11,8 +11,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from diffusion_align.options.train_common import TrainCommon
-from diffusion_align.options.train_spm import TrainSpm
+from diffusion_align.options import TrainCommon
 from diffusion_align.train.processes import watch
 from diffusion_align.train.processes.agree import meet
 
@@ -20,7 +19,7 @@ ACCELERATE_DEVICE = "ACCELERATE_TORCH_DEVICE"
 RANKS = ".ranks"  # in the run folder
 
 
-def join(o: TrainCommon | TrainSpm, project_dir: str | None = None) -> Accelerator:
+def join(o: TrainCommon, project_dir: str | None = None) -> Accelerator:
     """The accelerator of this process, once all processes of the job are there. It starts the notes of `watch`."""
     # NCCL would else abort the process at the time-out, instead of raising where the rank at fault can be named.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")

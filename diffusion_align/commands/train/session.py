@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,44 +18,46 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import Parameter
-from tqdm import tqdm
 
-from diffusion_align.commands import grids, run_folder
-from diffusion_align.commands.alarm import alarm_of
-from diffusion_align.commands.best import Best
-from diffusion_align.commands.identity import Facts, facts_of, require_same_run
+from diffusion_align.commands import run_folder
 from diffusion_align.commands.interrupt import Interrupted, Interruptible
 from diffusion_align.commands.pasted import pasted
-from diffusion_align.commands.setup import extend_rate
 from diffusion_align.commands.threads import Threads
-from diffusion_align.commands.tracking import finish_trackers, trackers_of
+from diffusion_align.commands.train import grids
+from diffusion_align.commands.train.best import Best
+from diffusion_align.commands.train.follower import Follower
+from diffusion_align.commands.train.identity import Facts, facts_of, require_same_run
+from diffusion_align.commands.train.optimizer import extend_rate
+from diffusion_align.commands.train.tracking import finish_trackers
 from diffusion_align.commands.versions import versions, warn_of_versions
+from diffusion_align.methods.entry import Trained
+from diffusion_align.methods.shared.branches import Comparisons
+from diffusion_align.methods.shared.runs import Runs
 from diffusion_align.options import to_yaml
-from diffusion_align.system.progress import progress_bar
-from diffusion_align.train import NonFiniteError, Progress, StepRecord, record
 from diffusion_align.train.alarm import CollapseError
 from diffusion_align.train.checkpoints import store as checkpoint
 from diffusion_align.train.checkpoints.round_data import round_name, round_of, write_round
 from diffusion_align.train.checkpoints.state import pack, restore
 from diffusion_align.train.checkpoints.store import Checkpoint, CheckpointError
 from diffusion_align.train.ema import Ema
-from diffusion_align.train.method import Round
 from diffusion_align.train.processes import watch
 from diffusion_align.train.processes.agree import alike, anywhere, meet, most
 from diffusion_align.train.rounds import NothingToLearn
-from diffusion_align.train.update import first_progress
+from diffusion_align.train.run import Run, StepRecord, first_progress
+from diffusion_align.train.update import NonFiniteError
 
 if TYPE_CHECKING:
     from diffusion_align.models import TextToImage
     from diffusion_align.models.guidance import Predict
 
 KEEP_ALL = sys.maxsize
+CHUNKS = (Runs, Comparisons)  # what the data of a round may be made of
 logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
 class Session:
-    """What a run has beside its data and its loss. `named` are the trained weights, in the optimizer's order."""
+    """What a run has beside its data and its loss."""
 
     options: Any
     verb: str
@@ -63,17 +65,16 @@ class Session:
     resumed: Checkpoint | None
     accelerator: Accelerator
     model: TextToImage
-    reference: Predict
-    named: dict[str, Parameter]
-    ema: Ema | None
     threads: Threads
+    trained: Trained = field(init=False)
+    reference: Predict | None = field(init=False, default=None)
+    ema: Ema | None = field(init=False, default=None)
     optimizer: torch.optim.Optimizer = field(init=False)
     scheduler: torch.optim.lr_scheduler.LambdaLR = field(init=False)
     identity: dict[str, Any] = field(init=False)
     facts: Facts = field(init=False)
     prompts: list[str] = field(init=False)
     base: Tensor = field(init=False)
-    round: Round[Any] | None = field(init=False, default=None)
     interrupt: Interruptible = field(init=False, default_factory=Interruptible)
     best: Best = field(init=False)
 
@@ -81,9 +82,23 @@ class Session:
         """Whether this process was told to stop."""
         return self.interrupt.asked > 0
 
+    def trains(self, trained: Trained | None) -> None:
+        """Take over what a method trains in place of the UNet."""
+        if trained is not None:
+            self.trained = trained
+
+    @property
+    def named(self) -> dict[str, Parameter]:
+        return self.trained.named
+
     @property
     def parameters(self) -> list[Parameter]:
         return list(self.named.values())
+
+    @property
+    def _draws(self) -> bool:
+        """Whether the run has sample grids."""
+        return self.trained.pictures and self.options.run_validation is not False
 
     @watch.named()
     def start(
@@ -92,25 +107,26 @@ class Session:
         scheduler: torch.optim.lr_scheduler.LambdaLR,
         identity: dict[str, Any],
         prompts: Sequence[str],
-    ) -> Progress:
-        """Claim the run folder, draw the base's pictures, and restore a checkpoint; where the loop is to begin."""
+        steps: int,
+    ) -> Run:
+        """Claim the run folder, draw the base's pictures, and restore a checkpoint: the run as the engine takes it."""
         o, resumed, extended = self.options, self.resumed, None
         self.facts = facts_of(o, number=len(prompts))
         self.optimizer, self.scheduler, self.identity = optimizer, scheduler, identity
         at = resumed.step if resumed else 0
         alike(self.accelerator, at, "as the step to go on from: give all the same output_dir, on a disk they share")
         if resumed is not None:
-            processes = self.accelerator.num_processes
-            extended = require_same_run(o, resumed, identity, self.facts, processes)
-        self.prompts = grids.grid_prompts(o.validation_prompts, prompts)
+            extended = require_same_run(o, resumed, identity, self.facts, self.accelerator.num_processes)
         self.base = torch.empty(0)
         if self.accelerator.is_main_process:
             run_folder.claim(self.run, to_yaml(o, self.verb, settle=True), step=at, overwrite=o.overwrite_output_dir)
-            if o.run_validation is not False:
+        if self._draws:
+            self.prompts = grids.grid_prompts(o.validation_prompts, prompts)
+            if self.accelerator.is_main_process:
                 with self.accelerator.autocast():  # before the checkpoint's weights come: the policy is the base now
                     folder = self.run / run_folder.SAMPLES / "base"
                     self.base = grids.base_pictures(self.model, self.prompts, folder, **self._look)
-        progress = first_progress(o.mixed_precision)
+        progress, round = first_progress(o.mixed_precision), None
         self.best = Best(o.keep_best, resumed.state.get("best") if resumed else None)
         if resumed is not None:
             warn_of_versions(resumed.state.get("versions", {}))
@@ -118,9 +134,12 @@ class Session:
             if extended is not None:
                 self.accelerator.print(extend_rate(o, scheduler, extended, identity["steps"], at))
             if progress.in_round:
-                self.round = round_of(resumed, self.accelerator.process_index, self.accelerator.num_processes)
+                round = round_of(resumed, self.accelerator.process_index, self.accelerator.num_processes, CHUNKS)
         meet(self.accelerator)
-        return progress
+        return Run(
+            self.parameters, optimizer, scheduler, self.accelerator, o.seed, steps, progress,
+            max_grad_norm=o.max_grad_norm, spike=o.skip_spikes, round=round, asked=self.asked,
+        )  # fmt: skip
 
     @property
     def _look(self) -> dict[str, Any]:
@@ -128,68 +147,54 @@ class Session:
         sampler = {"steps": o.validation_sampling_steps, "guidance": o.validation_guidance}
         return {"seed": o.seed, "resolution": o.resolution, **sampler}
 
-    def follow(self, records: Iterable[StepRecord], progress: Progress, steps: int, shown: Sequence[str]) -> int:
+    def follow(
+        self, records: Iterable[StepRecord], run: Run, shown: Sequence[str], report: Callable[[int], None] | None = None
+    ) -> int:
         """Run the loop to its end: metrics, checkpoints, grids, and at last the trained weights.
 
-        `shown` are the metrics on the progress bar. In the middle of a round a checkpoint is as large as the round's
-        data; one that is merely due waits for the round's end.
+        `shown` are the metrics on the progress bar; `report` is called on the main process once the weights are
+        written. Inside a round a checkpoint is as large as the round's data; one that is merely due waits for the
+        round's end.
 
         Raises:
             Interrupted: after a signal, once a checkpoint is saved; it says the command that goes on.
             CollapseError: the alarm was given and is to stop the run; a checkpoint is saved.
             NonFiniteError, NothingToLearn: of the loop; a checkpoint of the weights before them is saved.
         """
-        o, accelerator = self.options, self.accelerator
+        progress, steps = run.progress, run.max_steps
         if progress.step:
-            accelerator.print(f"resumed at step {progress.step} of {steps}")
-        report = trackers_of(o, accelerator, self.run, progress.step)
-        hidden = not accelerator.is_main_process
-        bar = progress_bar(total=steps, initial=progress.step, desc=self.verb, unit="step", hidden=hidden)
-        write = record.recorder(self.run / run_folder.METRICS)
-        due, alarm, collapse, saved = False, alarm_of(o, self.run / run_folder.METRICS), None, progress.step
-        last = StepRecord(progress.step, 0, 0.0, {}, progress, round=self.round)
+            self.accelerator.print(f"resumed at step {progress.step} of {steps}")
+        follower = Follower(self, steps, shown, progress.step)
+        last, saved = StepRecord(progress.step, 0, 0.0, {}, progress, round=run.round), progress.step
         # Within the interrupt: the launcher's SIGTERM, once one process has failed, must not cut off what another says.
-        with bar, self.interrupt, watch.named(NonFiniteError, NothingToLearn, CollapseError):
+        with follower.bar, self.interrupt, watch.named(NonFiniteError, NothingToLearn, CollapseError):
             try:
-                for row in records:
-                    last = row
-                    if self.ema is not None and row.updated:
-                        self.ema.update(self.named)
-                    if accelerator.is_main_process:
-                        write({**row.row(), "threads": self.threads.count})
-                        report(row.row())
-                    figures = {name: f"{row.metrics[name]:.2f}" for name in shown if name in row.metrics}
-                    bar.set_postfix({"loss": f"{row.loss:.4f}", **figures}, refresh=False)
-                    bar.update()
-                    if changed := self.threads.look():
-                        tqdm.write(f"step {row.step}: {changed}", file=sys.stderr)
-                    self.best.hear(row.row())
-                    collapse = (alarm.hear(row.row()) if alarm else None) or collapse
-                    if collapse and o.collapse_alarm == "warn":
-                        tqdm.write(f"collapse? step {row.step}: {collapse}", file=sys.stderr)
-                        collapse = None
-                    # Each has read metrics.jsonl for itself, and a network disk may have shown it another file.
-                    stop, alarmed = most(accelerator, self.interrupt.asked, int(collapse is not None))
-                    due = due or bool(alarmed) or row.step % o.checkpointing_steps == 0 or row.step >= steps or row.ends
-                    if stop or (due and row.round is None):
-                        kept = self.save(row)
-                        due, saved = False, row.step if kept else saved
+                for last in records:
+                    follower.step(last)
+                    stop, collapse = follower.decide(last)
+                    if stop or (follower.due and last.round is None):
+                        kept = self.save(last)
+                        follower.due, saved = False, last.step if kept else saved
                         if stop:
-                            self.stopped(row.step, stop, kept)
-                        if alarmed:
-                            why = collapse or "as another process found"
-                            raise CollapseError(f"stopped{', and saved,' if kept else ''} at step {row.step}: {why}")
-                    if o.run_validation and row.step % o.validation_steps == 0 and row.step < steps:
-                        self.draw(row.step)
+                            self.stopped(last.step, stop, kept)
+                        if collapse is not None:
+                            raise CollapseError(
+                                f"stopped{', and saved,' if kept else ''} at step {last.step}: {collapse}"
+                            )
+                    if self._draws and self.options.run_validation and self._grid_due(last.step) and last.step < steps:
+                        self.draw(last.step)
             except (NonFiniteError, NothingToLearn):
                 if saved < last.step:
                     self.save(last)
                 raise
-            (stop,) = most(accelerator, self.interrupt.asked)
+            (stop,) = most(self.accelerator, self.interrupt.asked)
             if stop and last.step < steps and not last.ends:  # the loop has ended early, while it drew
                 self.stopped(last.step, stop, self.save(last))
-        finish_trackers(accelerator)
-        return self.export(last.step)
+        finish_trackers(self.accelerator)
+        return self.export(last.step, report)
+
+    def _grid_due(self, step: int) -> bool:
+        return step % self.options.validation_steps == 0
 
     def stopped(self, step: int, number: int, kept: bool) -> NoReturn:
         """End the run for signal `number`, when all is saved or cannot be."""
@@ -226,7 +231,7 @@ class Session:
 
     def draw(self, step: int) -> None:
         """The sample grid of this step, beside the base's pictures; nothing where the run is to have none."""
-        if self.options.run_validation is False:
+        if not self._draws:
             return
         watch.doing("drawing the sample grid", step)
         if self.accelerator.is_main_process:
@@ -236,14 +241,12 @@ class Session:
         meet(self.accelerator)
 
     @watch.named()
-    def export(self, steps: int) -> int:
+    def export(self, steps: int, report: Callable[[int], None] | None) -> int:
         """The trained weights, averaged if an average was kept, and then the last grid, which may take long."""
-        from diffusion_align.models import save_lora, save_unet
-
         with self.ema.applied(self.named) if self.ema is not None else nullcontext():
             if self.accelerator.is_main_process:
                 try:
-                    written = (save_lora if self.options.mode == "lora" else save_unet)(self.model.unet, self.run)
+                    written = self.trained.write(self.run)
                 except (OSError, SafetensorError) as error:  # a full disk, above all
                     go_on = run_folder.resume_line(self.run, self.verb, getattr(self.options, "reward", None))
                     raise OSError(
@@ -251,8 +254,11 @@ class Session:
                         f"checkpoint of step {steps}; make room, then {go_on} writes them"
                     ) from error
                 print(f"trained weights: {written}", flush=True)
+                if report is not None:
+                    report(steps)
             self.draw(steps)
-        self.accelerator.print(f"next: {pasted('evaluate', self.run)}")
+        if self.trained.pictures:
+            self.accelerator.print(f"next: {pasted('evaluate', self.run)}")
         meet(self.accelerator)
         watch.stop()
         return 0

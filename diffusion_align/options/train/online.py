@@ -1,4 +1,4 @@
-"""The options of the online methods: prompts, rollouts and rewards, and the constants of each objective.
+"""The options that online methods share: prompts, rollouts and rewards.
 
 Defaults are the papers' where there is one, in the papers' units: log-ratios averaged over the latent's dims.
 """
@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from .names import UsageError
-from .reward import check_reward
-from .schema import option
-from .train_common import TrainCommon, check_train
+from ..names import UsageError
+from ..reward import check_reward
+from ..schema import option
+from .common import TrainUnet, check_train
 
 UNITS = "unit of beta and clip: mean (log-ratios averaged over dims, as published) or nats (summed)"
 
 
 @dataclass(frozen=True)
-class TrainOnline(TrainCommon):
+class TrainOnline(TrainUnet):
     # fmt: off
     prompts: str | None = option(None, "data", "file with one prompt a line, the name of a list (animals, spo-4k, hpdv2-train and more: assets/prompts/README.md), or tiny (captions of the embedded world's training split)", aliases=("prompts_file",), path="name")
     num_prompts: int | None = option(None, "data", "use the first N prompts (default: all; of tiny, 4000)", at_least=1)
@@ -48,64 +48,14 @@ class TrainOnline(TrainCommon):
     # fmt: on
 
 
-@dataclass(frozen=True)
-class TrainD3po(TrainOnline):
-    # fmt: off
-    output_dir: str = option("runs/d3po", "output", "the run folder", path="folder")
-    beta: float = option(0.1, "train", "scale of the log-ratios, in log_ratio_unit", above=0)
-    clip: float | None = option(0.1, "train", "each ratio is clamped to 1 -+ this, in log_ratio_unit; none: no clamp", above=0, below=1)
-    log_ratio_unit: str = option("mean", "train", UNITS, choices=("mean", "nats"))
-    reference: str = option("frozen", "train", "what log-ratios are against: frozen (the base model) or round (the policy at the start of each round, as in the paper's runs with people)", choices=("frozen", "round"))
-    # fmt: on
-
-
-@dataclass(frozen=True)
-class TrainSpo(TrainOnline):
-    # fmt: off
-    output_dir: str = option("runs/spo", "output", "the run folder", path="folder")
-    beta: float = option(10.0, "train", "scale of the log-ratios, in log_ratio_unit", above=0)
-    clip: float | None = option(0.1, "train", "each ratio is clamped to 1 -+ this, in log_ratio_unit; none: no clamp", above=0, below=1)
-    log_ratio_unit: str = option("mean", "train", UNITS, choices=("mean", "nats"))
-    children: int = option(4, "rollout", "continuations compared at each step; K of the paper", at_least=2)
-    start: int = option(4, "rollout", "first step at which continuations are compared; with a noise_window they are compared there", at_least=0, one_of="learnt")
-    threshold: float = option(0.3, "rollout", "a pair is kept where the softmax of its scores differs by more", at_least=0, below=1)
-    pairs: str = option("best_worst", "rollout", "of a state's continuations: best_worst, one pair as published, or all, each that threshold lets through", choices=("best_worst", "all"))
-    segment: int = option(1, "rollout", "steps between comparisons; above 1 it is the paper's MSPO for SDXL, which has 4", at_least=1)
-    lookahead: int = option(0, "rollout", "noise-free steps that each continuation goes on before its predicted picture is compared, for rewards of finished pictures; as many as steps: to the end", at_least=0)
-    pairs_per_step: int | None = option(None, "train", "an optimizer step for every N pairs of a round, over all devices, in an order drawn anew each round; the last step of a round takes what is left (default: a step for prompts_per_step prompts)", at_least=1, one_of="step")
-    preference_model: str | None = option(None, "reward", "a step-aware preference model: a folder of reward train-spm, a file as SPO's authors publish it, or theirs by name: spo-sd15, spo-sdxl; default: the reward, on the predicted picture at every step", path="name")
-    # fmt: on
-
-
-@dataclass(frozen=True)
-class TrainPrdp(TrainOnline):
-    # fmt: off
-    output_dir: str = option("runs/prdp", "output", "the run folder", path="folder")
-    beta: float = option(3e-5, "train", "weight of the KL beside the reward, in log_ratio_unit", above=0)
-    clip: float | None = option(1e-4, "train", "how far a step's log-ratio may move from the policy that drew it, in log_ratio_unit; none: any", above=0)
-    log_ratio_unit: str = option("mean", "train", "unit of beta and clip: mean (over dims, and for beta over steps, as in the paper's code) or nats (summed over both)", choices=("mean", "nats"))
-    # fmt: on
-
-
-@dataclass(frozen=True)
-class TrainDdpo(TrainOnline):
-    # fmt: off
-    output_dir: str = option("runs/ddpo", "output", "the run folder", path="folder")
-    clip: float = option(1e-4, "train", "the ratio to the policy that drew a run is clipped to 1 -+ this, in log_ratio_unit", above=0, below=1)
-    advantage_std: str = option("group", "train", "rewards are centred in their group and divided by the group's standard deviation (GRPO), or by none", choices=("group", "none"))
-    kl_weight: float = option(0.0, "train", "weight of the nats to the reference, a step (DPOK, GRPO)", at_least=0)
-    log_ratio_unit: str = option("mean", "train", "unit of clip: mean (over dims, as published) or nats (summed)", choices=("mean", "nats"))
-    # fmt: on
-
-
-def check_online(options: TrainOnline) -> None:
-    """What no single option can know.
+def check_online(options: TrainOnline, metrics: tuple[str, ...], pictures: str = "group_size") -> None:
+    """What no single option can know. `pictures`: the option that says how many of a prompt are drawn together.
 
     Raises:
         UsageError: no prompts, or numbers that cannot be cut as asked.
     """
     o = options
-    check_train(o)
+    check_train(o, metrics)
     if o.prompts is None:
         raise UsageError("which prompts? --prompts FILE with one a line, or tiny")
     if o.solver == "ddim" and o.eta > 1:
@@ -124,10 +74,9 @@ def check_online(options: TrainOnline) -> None:
     if o.learn_steps is not None and o.learn_steps >= o.steps:
         raise UsageError(f"rollout.learn_steps {o.learn_steps} must be fewer than rollout.steps {o.steps}")
     _check_window(o)
-    pictures, name = (o.children, "children") if isinstance(o, TrainSpo) else (o.group_size, "group_size")
-    if o.sample_chunk < pictures:
+    if o.sample_chunk < getattr(o, pictures):
         raise UsageError(
-            f"rollout.sample_chunk {o.sample_chunk} must hold the {pictures} pictures of a prompt ({name})"
+            f"rollout.sample_chunk {o.sample_chunk} must hold the {getattr(o, pictures)} pictures of a prompt ({pictures})"
         )
 
 
@@ -162,22 +111,6 @@ def _check_window(o: TrainOnline) -> None:
         )
 
 
-def compared_from(options: TrainSpo) -> int:
-    """The first step that SPO may compare at: any, where a window says which have noise at all."""
-    return options.start if options.noise_window is None else 0
-
-
-def check_spo(options: TrainSpo) -> None:
-    """`check_online`, and steps left to compare at."""
-    check_online(options)
-    if options.learn_steps is not None:
-        raise UsageError("rollout.learn_steps is not for spo, which learns where it compares: --start, --noise_window")
-    if options.pairs_per_step is not None and options.prompts_per_step is not None:
-        raise UsageError("train.pairs_per_step and train.prompts_per_step each say what a step takes: give one")
-    if options.noise_window is None and options.start >= noisy_steps(options):
-        raise UsageError(f"rollout.start {options.start} leaves none of {options.steps} steps to compare at")
-
-
 def notes_online(options: TrainOnline, given: Collection[str]) -> list[str]:
     """One line for a place of a window that there is not."""
     return [
@@ -185,20 +118,3 @@ def notes_online(options: TrainOnline, given: Collection[str]) -> list[str]:
         for name in ("window_first", "window_last")
         if name in given and options.noise_window is None
     ]
-
-
-def notes_spo(options: TrainSpo, given: Collection[str]) -> list[str]:
-    """One line for what another online method would heed."""
-    notes = [
-        f"{name} has no effect: spo compares the children of one state"
-        for name in ("group_size", "share_initial_noise")
-        if name in given
-    ]
-    if options.pairs_per_step and options.max_train_steps is None and not options.lr_scheduler.startswith("constant"):
-        notes.append(
-            f"lr_scheduler {options.lr_scheduler} is laid over the most steps that num_rounds can have and ends above 0 "
-            "where pairs are not kept; with max_train_steps the run has exactly that many steps"
-        )
-    if options.noise_window is not None and "start" in given:
-        notes.append("start has no effect with noise_window: spo compares in the window")
-    return notes + notes_online(options, given)

@@ -5,11 +5,36 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
-from .losses import PUBLISHED
-from .names import UsageError
-from .schema import option
-from .train_common import TrainOffline, check_offline
+from ..names import UsageError
+from ..schema import option
+from ..verb import Verb
+from .common import TrainOffline, check_data, check_train
+from .metrics import ALWAYS, PAIRS, quantiles_of
+
+# The constants that each loss was published with. Whoever asks for a loss and names none gets them.
+# diffusers' script, which offers the first three with one default; robust DPO has nothing of its own for diffusion.
+_MARGIN = {"beta_dpo": 2500.0, "beta_convention": "diffusers"}
+# jacklishufan/diffusion-kto: train_kto_sd_v1.5.py's default, a mean over dims without a 1/2; the launcher leaves it.
+_KTO = {"beta_dpo": 1000.0, "beta_convention": "diffusers"}
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "sigmoid": _MARGIN,
+    "ipo": _MARGIN,
+    "hinge": _MARGIN,
+    "robust": _MARGIN,
+    "kto": _KTO,
+    "kto_pairs": _KTO,
+    "mapo": _MARGIN,  # it reads no beta_dpo: as if nothing were set
+    # huaishengzhu/DSPO, launchers/sd15.sh: its one --beta_dpo is dspo_strength too, and the sigmoid halves it.
+    "dspo": {"beta_dpo": 0.001, "beta_convention": "salesforce"},
+}
+_METRICS = {
+    "kto": (*ALWAYS, "implicit_accuracy", "winner_error_gap", "loser_error_gap", "baseline_logit")
+    + quantiles_of("log_ratio"),
+    "mapo": (*ALWAYS, "winner_error", "loser_error"),
+}
 
 
 @dataclass(frozen=True)
@@ -24,6 +49,11 @@ class TrainDpo(TrainOffline):
     mapo_beta: float = option(0.1, "train", "weight of mapo's preference beside the winner's error (authors' code)", above=0)
     dspo_strength: float = option(0.001, "train", "how far dspo pushes the winner's target from the reference (authors' code)", above=0)
     # fmt: on
+
+
+def metrics_of(options: TrainDpo) -> tuple[str, ...]:
+    """The metrics that this loss writes."""
+    return _METRICS.get(options.loss_type, PAIRS)
 
 
 def notes_train_dpo(options: TrainDpo, given: Collection[str]) -> list[str]:
@@ -50,7 +80,8 @@ def check_train_dpo(options: TrainDpo) -> None:
     Raises:
         UsageError: options that contradict each other, or something needed that is missing.
     """
-    check_offline(options)
+    check_train(options, metrics_of(options))
+    check_data(options)
     if options.label_smoothing and options.loss_type not in ("sigmoid", "robust"):
         raise UsageError(
             f"train.label_smoothing has no meaning for loss_type {options.loss_type}; use sigmoid or robust"
@@ -60,3 +91,13 @@ def check_train_dpo(options: TrainDpo) -> None:
             f"train.winner_share is for losses of the margin, not loss_type {options.loss_type}; "
             "use sigmoid, ipo, hinge or robust"
         )
+
+
+VERB = Verb(
+    "train dpo",
+    TrainDpo,
+    check_train_dpo,
+    "Diffusion-DPO: learn from pairs of pictures, one preferred.",
+    method="dpo",
+    notes=notes_train_dpo,
+)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import TypeVar
 
-from diffusion_align.options import TrainCommon, TrainSpm
+from diffusion_align.options import TrainCommon
 from diffusion_align.train.optimizer import lr_factor
 
 WARMUP, SHARE = 500, 10  # steps of warm-up that the scripts people know have by default, and the share of a run here
-Options = TypeVar("Options", bound=TrainCommon | TrainSpm)
+Options = TypeVar("Options", bound=TrainCommon)
 
 
 def settle_warmup(o: Options, steps: int) -> Options:
@@ -22,12 +22,12 @@ def settle_warmup(o: Options, steps: int) -> Options:
     return dataclasses.replace(o, lr_warmup_steps=min(WARMUP, steps // SHARE))
 
 
-def warmup_of(o: TrainCommon | TrainSpm) -> int:
+def warmup_of(o: TrainCommon) -> int:
     """Steps of warm-up, once settled. "constant" has none, whatever --lr_warmup_steps says, as in other scripts."""
     return 0 if o.lr_scheduler == "constant" else o.lr_warmup_steps or 0
 
 
-def describe_course(o: TrainCommon | TrainSpm, steps: int | None, rate: float) -> list[str]:
+def describe_course(o: TrainCommon, steps: int | None, rate: float) -> list[str]:
     """How the rate rises and falls, and a warning where it never gets to what is asked for. `rate` is the effective
     one; `steps` None: unknown yet."""
     name = o.lr_scheduler.removesuffix("_with_warmup")
@@ -38,10 +38,8 @@ def describe_course(o: TrainCommon | TrainSpm, steps: int | None, rate: float) -
     rise = f"rises over {warmup} steps, then " if warmup else ""
     fall = "constant" if name == "constant" else f"{name} to 0 at step {steps}"
     lines = [f"course           {rise}{fall}"]
-    cycles, power = getattr(o, "lr_num_cycles", 1), getattr(o, "lr_power", 1.0)
-    peak = max(
-        lr_factor(step, name=name, warmup=warmup, total=steps, cycles=cycles, power=power) for step in range(steps)
-    )
+    shape = {"name": name, "warmup": warmup, "total": steps, "cycles": o.lr_num_cycles, "power": o.lr_power}
+    peak = max(lr_factor(step, **shape) for step in range(steps))
     if peak < 0.9:
         lines.append(
             f"warning          the rate gets to {peak * rate:.3g} at most, {100 * peak:.3g} % of {rate:g}: the warm-up "

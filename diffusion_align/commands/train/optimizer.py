@@ -1,15 +1,14 @@
-"""The parts of a run that every method builds alike."""
+"""AdamW and its learning rate, as the options ask for them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from diffusion_align.commands.course import WARMUP, warmup_of
+from diffusion_align.commands.train.course import warmup_of
 from diffusion_align.options import TrainCommon
 from diffusion_align.train.optimizer import adamw, lr_schedule, redraw_rate
 
@@ -38,15 +37,3 @@ def extend_rate(o: TrainCommon, scheduler: LambdaLR, was: int, steps: int, step:
         f"extended from {was} to {steps} steps: the {o.lr_scheduler} rate follows its course over {steps}; "
         f"after step {step} it is {after:.4g}, where the course over {was} had {before:.4g}"
     )
-
-
-def optimizer_identity(o: TrainCommon, *, learning_rate: float, steps: int) -> dict[str, Any]:
-    """What a resumed run must share with the saved one, whatever its method. `learning_rate` is the effective one."""
-    same = """mode rank network_alpha lora_targets seed lr_scheduler lr_warmup_steps adam_beta1 adam_beta2
-        adam_weight_decay adam_epsilon max_grad_norm skip_spikes use_8bit_adam use_ema ema_decay mixed_precision
-        allow_tf32""".split()
-    identity: dict[str, Any] = {"learning_rate": learning_rate, **{name: getattr(o, name) for name in same}}
-    if o.lr_warmup_steps is None:
-        identity["lr_warmup_steps"] = WARMUP  # of a constant rate, which has none: what older checkpoints say
-    # A course that ends somewhere depends on where; a constant rate can be trained on for as long as one likes.
-    return identity if o.lr_scheduler.startswith("constant") else identity | {"steps": steps}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +14,6 @@ from diffusion_align.commands.captions import describe_cut
 from diffusion_align.data import Pair, PairCache, Ranking, build_cache
 from diffusion_align.data.encoding_job import Share
 from diffusion_align.data.readers import BadRow
-from diffusion_align.options import TrainOffline, TrainSpm
 from diffusion_align.train.processes import watch
 from diffusion_align.train.processes.agree import total
 
@@ -26,7 +25,7 @@ PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @watch.named()
 def encoded(
-    o: TrainOffline | TrainSpm,
+    o: Any,
     model: TextToImage,
     accelerator: Accelerator,
     lists: Sequence[Pair] | Sequence[Ranking],

@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from .names import UsageError
-from .schema import option
-from .train_common import TrainOffline, check_train
+from ..schema import option
+from ..verb import Verb
+from .common import TrainOffline, check_data, check_train
+from .metrics import PAIRS
+
+METRICS = (*PAIRS, "pair_weight")
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,15 @@ def check_train_rankdpo(options: TrainRankdpo) -> None:
     Raises:
         UsageError: no model, no rankings or two sources of them, or options that contradict each other.
     """
-    check_train(options)
-    if options.train_data_dir is None and options.dataset_name is None:
-        raise UsageError("which rankings? --train_data_dir PATH or --dataset_name NAME (tiny: the embedded ones)")
-    if options.train_data_dir is not None and options.dataset_name is not None:
-        raise UsageError("two sources of rankings: give --train_data_dir or --dataset_name, not both")
+    check_train(options, METRICS)
+    check_data(options, "rankings", " (tiny: the embedded ones)")
+
+
+VERB = Verb(
+    "train rankdpo",
+    TrainRankdpo,
+    check_train_rankdpo,
+    "RankDPO: learn from rankings of several pictures, by how much each pair matters to the ranking.",
+    method="rankdpo",
+    notes=notes_train_rankdpo,
+)

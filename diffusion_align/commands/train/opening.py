@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from diffusion_align.commands import run_folder, threads
-from diffusion_align.commands.processes import join
-from diffusion_align.commands.session import Session
 from diffusion_align.commands.sources import present_model
-from diffusion_align.commands.tracking import tracker_names
-from diffusion_align.options import TrainCommon, TrainOffline, UsageError
+from diffusion_align.commands.train.job import join
+from diffusion_align.commands.train.session import Session
+from diffusion_align.commands.train.tracking import tracker_names
+from diffusion_align.methods.entry import Entry, Trained
+from diffusion_align.options import GivenPictures, TrainCommon, UsageError
 from diffusion_align.train.checkpoints.store import Checkpoint
 from diffusion_align.train.ema import start_ema
 from diffusion_align.train.processes import watch
@@ -29,7 +30,7 @@ def claim_early(o: TrainCommon) -> Checkpoint | None:
     run = Path(o.output_dir)
     run_folder.require_free(run, resuming=o.resume_from_checkpoint is not None, overwrite=o.overwrite_output_dir)
     found = run_folder.find_checkpoint(run, o.resume_from_checkpoint)
-    if isinstance(o, TrainOffline) and o.max_train_steps is not None:
+    if isinstance(o, GivenPictures) and o.max_train_steps is not None:
         require_ahead(found, o.max_train_steps)
     return found
 
@@ -44,10 +45,9 @@ def require_ahead(resumed: Checkpoint | None, steps: int) -> None:
 
 
 @watch.named()
-def open_session(o: TrainCommon, verb: str, resumed: Checkpoint | None, *, needs_reference: bool = True) -> Session:
-    """Load the model, add what is trained, and set the frozen reference beside it, where the loss needs one."""
-    from diffusion_align.models import add_lora, load_pipeline, reference, set_attention, trainable
-    from diffusion_align.models.adapters import TARGETS
+def open_session(o: Any, entry: Entry[Any], resumed: Checkpoint | None) -> Session:
+    """Load the model, add what is trained of it, and set the frozen reference beside it where the loss needs one."""
+    from diffusion_align.models import load_pipeline
 
     if o.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("mixed_precision fp16 needs a CUDA GPU and there is none here; take bf16 or no")
@@ -56,19 +56,27 @@ def open_session(o: TrainCommon, verb: str, resumed: Checkpoint | None, *, needs
     set_tf32(o.allow_tf32)
     name = present_model(o.pretrained_model_name_or_path or "")
     model = load_pipeline(name, device=accelerator.device, revision=o.revision, variant=o.variant)
+    session = Session(o, entry.verb, Path(o.output_dir), resumed, accelerator, model, workers)
+    if entry.unet:
+        _train_unet(session, entry.needs_reference(o))
+    return session
+
+
+def _train_unet(session: Session, needs_reference: bool) -> None:
+    """Train the UNet of a session, or a LoRA on it."""
+    from diffusion_align.models import add_lora, reference, save_lora, save_unet, set_attention, trainable
+    from diffusion_align.models.adapters import TARGETS
+
+    o, model = session.options, session.model
     xformers = o.enable_xformers_memory_efficient_attention
     set_attention(model.unet, xformers=xformers, gradient_checkpointing=o.gradient_checkpointing)
     if o.mode == "lora":
         add_lora(model.unet, o.rank, o.network_alpha, TARGETS[o.lora_targets], seed=o.seed)
     trainable(model.unet, o.mode)
     named = {key: value for key, value in model.unet.named_parameters() if value.requires_grad}
-    ema = start_ema(named, o.ema_decay) if o.use_ema else None
-    frozen = reference(model, o.mode) if needs_reference else _no_reference
-    return Session(o, verb, Path(o.output_dir), resumed, accelerator, model, frozen, named, ema, workers)
-
-
-def _no_reference(x: Tensor, t: Tensor, text: Tensor) -> NoReturn:
-    raise RuntimeError("this run keeps no reference, as its loss needs none")
+    session.trained = Trained(named, partial(save_lora if o.mode == "lora" else save_unet, model.unet))
+    session.ema = start_ema(named, o.ema_decay) if o.use_ema else None
+    session.reference = reference(model, o.mode) if needs_reference else None
 
 
 def set_tf32(allow: bool) -> None:

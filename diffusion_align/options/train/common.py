@@ -1,4 +1,4 @@
-"""The options that every `train` verb has: names and defaults of the scripts that people know (diffusers' DPO script first).
+"""The options that training verbs share: names and defaults of the scripts that people know (diffusers' DPO script first).
 
 Where a default differs from that script, the help says so. Numbers from papers live in presets, with unit and source.
 """
@@ -6,14 +6,12 @@ Where a default differs from that script, the help says so. Numbers from papers 
 # ruff: noqa: E501  (a table: one option a line)
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
-from .device import DEVICE, device_fault
+from ..device import DEVICE, device_fault
+from ..names import UsageError
+from ..schema import option
 from .metrics import check_metric
-from .names import UsageError
-from .schema import option
 
 CACHED = "pictures are encoded once, centre-cropped and unflipped, before training"
 NO_UPLOAD = "nothing is uploaded; the run folder is what to upload"
@@ -21,6 +19,8 @@ NO_UPLOAD = "nothing is uploaded; the run folder is what to upload"
 
 @dataclass(frozen=True)
 class TrainCommon:
+    """Those of every training."""
+
     # fmt: off
     pretrained_model_name_or_path: str | None = option(None, "model", "folder or hub id in diffusers format, or tiny (the embedded model)", aliases=("model",), path="name")
     revision: str | None = option(None, "model", "branch, tag or commit on the hub")
@@ -29,11 +29,6 @@ class TrainCommon:
 
     resolution: int | None = option(None, "data", "side of the pictures in pixels (default: the model's own)", at_least=8)
     cache_dir: str | None = option(None, "data", "where downloads and encoded pictures are kept (default: the hub's own place, and output_dir/cache)", path="folder")
-
-    mode: str = option("lora", "adapter", "train a LoRA, or the full UNet", choices=("lora", "full"))
-    rank: int = option(4, "adapter", "rank of the LoRA", aliases=("network_dim",), at_least=1)
-    network_alpha: float | None = option(None, "adapter", "strength of the LoRA: its output is scaled by alpha / rank (default: the rank)", aliases=("lora_alpha",), above=0)
-    lora_targets: str = option("attention", "adapter", "layers that get a LoRA: attention (its projections), or wide (also feed-forward layers and convolutions)", choices=("attention", "wide"))
 
     seed: int = option(0, "train", "every draw is keyed by it", at_least=0)
     max_train_steps: int | None = option(None, "train", "steps of the optimizer; overrides num_train_epochs", at_least=1, one_of="length")
@@ -49,23 +44,14 @@ class TrainCommon:
     adam_epsilon: float = option(1e-8, "train", "AdamW's epsilon", above=0)
     max_grad_norm: float = option(1.0, "train", "gradients are clipped to this norm", above=0)
     skip_spikes: float | None = option(None, "train", "skip steps whose gradient norm is so many standard deviations above that of the last 128 good steps (default: none is skipped)", above=0)
-    collapse_alarm: str = option("warn", "train", "where pictures that people like get worse, or a prompt's pictures ever more alike: warn, stop (a checkpoint is saved) or off", choices=("warn", "stop", "off"))
-    collapse_winner_error: float = option(0.01, "train", "alarm when the error on preferred pictures is so much above the reference's, mean over dims", above=0)
-    collapse_diversity: float = option(0.5, "train", "alarm when the pictures of a prompt differ by less than this share of how they did at first", at_least=0, at_most=1)
-    collapse_patience: int = option(20, "train", "steps whose mean the alarm judges", at_least=1)
-    use_ema: bool = option(False, "train", "keep a running average of the weights, and export it")
-    ema_decay: float = option(0.999, "train", "decay of that average; less in the first steps", at_least=0, below=1)
     use_8bit_adam: bool = option(False, "train", "AdamW in 8 bits; needs the extra [8bit]")
 
     device: str | None = option(None, "machine", DEVICE, fault=device_fault)
     threads: int | None = option(None, "machine", "CPU threads (default: OMP_NUM_THREADS, else one for each core that other programs leave free)", at_least=1)
     mixed_precision: str = option("no", "machine", "precision of the network", choices=("no", "fp16", "bf16"))
     allow_tf32: bool = option(False, "machine", "TF32 in products and convolutions on NVIDIA GPUs; else neither has it")
-    gradient_checkpointing: bool = option(False, "machine", "less memory, slower")
-    enable_xformers_memory_efficient_attention: bool = option(False, "machine", "attention by xformers, on CUDA; torch's own is as fast")
     process_timeout: int = option(1800, "machine", "with several processes: seconds they wait for one that does not come; more than the longest that one alone is busy (a grid, a reward)", at_least=10)
     local_rank: int = option(-1, "machine", "set by old launchers", saved=False, unused="the rank is read from the environment")
-    prior_generation_precision: str | None = option(None, "machine", "a leftover of DreamBooth scripts", choices=("no", "fp32", "fp16", "bf16"), unused="no prior is generated")
 
     output_dir: str = option("runs/dpo", "output", "the run folder", path="folder")
     overwrite_output_dir: bool = option(False, "output", "delete the records of an earlier run in output_dir", saved=False)
@@ -77,6 +63,29 @@ class TrainCommon:
     report_to: str | None = option(None, "output", "trackers to report to beside metrics.jsonl: tensorboard, wandb, ... (several with commas), all, none")
     tracker_name: str | None = option(None, "output", "project name in a tracker", aliases=("tracker_project_name",))
     logging_dir: str | None = option(None, "output", "folder of trackers that write files, inside output_dir unless absolute (default: logs)", path="inside")
+    # fmt: on
+
+
+@dataclass(frozen=True)
+class TrainUnet(TrainCommon):
+    """Those of methods that train the UNet, or a LoRA on it."""
+
+    # fmt: off
+    mode: str = option("lora", "adapter", "train a LoRA, or the full UNet", choices=("lora", "full"))
+    rank: int = option(4, "adapter", "rank of the LoRA", aliases=("network_dim",), at_least=1)
+    network_alpha: float | None = option(None, "adapter", "strength of the LoRA: its output is scaled by alpha / rank (default: the rank)", aliases=("lora_alpha",), above=0)
+    lora_targets: str = option("attention", "adapter", "layers that get a LoRA: attention (its projections), or wide (also feed-forward layers and convolutions)", choices=("attention", "wide"))
+
+    collapse_alarm: str = option("warn", "train", "where pictures that people like get worse, or a prompt's pictures ever more alike: warn, stop (a checkpoint is saved) or off", choices=("warn", "stop", "off"))
+    collapse_winner_error: float = option(0.01, "train", "alarm when the error on preferred pictures is so much above the reference's, mean over dims", above=0)
+    collapse_diversity: float = option(0.5, "train", "alarm when the pictures of a prompt differ by less than this share of how they did at first", at_least=0, at_most=1)
+    collapse_patience: int = option(20, "train", "steps whose mean the alarm judges", at_least=1)
+    use_ema: bool = option(False, "train", "keep a running average of the weights, and export it")
+    ema_decay: float = option(0.999, "train", "decay of that average; less in the first steps", at_least=0, below=1)
+
+    gradient_checkpointing: bool = option(False, "machine", "less memory, slower")
+    enable_xformers_memory_efficient_attention: bool = option(False, "machine", "attention by xformers, on CUDA; torch's own is as fast")
+    prior_generation_precision: str | None = option(None, "machine", "a leftover of DreamBooth scripts", choices=("no", "fp32", "fp16", "bf16"), unused="no prior is generated")
 
     run_validation: bool | None = option(None, "validation", "sample grids: true, also every validation_steps; false, none at all (default: of the base at the start, and at the end)")
     validation_steps: int = option(200, "validation", "steps between sample grids", at_least=1)
@@ -91,22 +100,16 @@ class TrainCommon:
 
 
 @dataclass(frozen=True)
-class TrainOffline(TrainCommon):
-    """Those of methods that learn from a fixed set of pictures."""
+class GivenPictures:
+    """Those of methods that learn from given pictures."""
 
     # fmt: off
     train_data_dir: str | None = option(None, "data", "pairs on disk: a folder or a file", aliases=("data",), one_of="source", path="name")
     dataset_name: str | None = option(None, "data", "pairs by name: a path, a data set on the hub, or tiny", one_of="source", path="name")
-    dataset_config_name: str | None = option(None, "data", "configuration of a data set on the hub", unused="the data set's default is read")
     dataset_split_name: str | None = option(None, "data", "split of a data set (default: train)", aliases=("split",))
     max_train_samples: int | None = option(None, "data", "use only the first N pairs", at_least=1)
     max_bad_fraction: float = option(0.01, "data", "share of broken rows that is left out and listed; with more the run stops", at_least=0, at_most=1)
     encode_precision: str = option("no", "data", "precision in which pictures and prompts are encoded (no: float32); they are kept in float32", choices=("no", "fp16", "bf16"))
-    proportion_empty_prompts: float = option(0.0, "data", "share of prompts replaced by the empty one", at_least=0, at_most=1)
-    vae_encode_batch_size: int = option(8, "data", "pictures encoded at a time", at_least=1, unused="the cache encodes as many at a time as are new among 16 pairs, in chunks of 16")
-    random_crop: bool = option(False, "data", "crop at random", unused=CACHED)
-    no_hflip: bool = option(False, "data", "do not flip pictures", unused=CACHED)
-    dataloader_num_workers: int = option(0, "data", "processes that load data", at_least=0, unused="batches come from the cache; there is nothing to load")
 
     train_batch_size: int = option(4, "train", "pairs per device and step of accumulation", at_least=1)
     gradient_accumulation_steps: int | None = option(None, "train", "micro-batches summed into one step on each device (default: 1, or what effective_batch_size asks for)", at_least=1, one_of="accumulation")
@@ -115,8 +118,22 @@ class TrainOffline(TrainCommon):
     # fmt: on
 
 
-def check_train(options: TrainCommon) -> None:
-    """What no single option can know, for every method.
+@dataclass(frozen=True)
+class TrainOffline(GivenPictures, TrainUnet):
+    """Those of methods that train the UNet on given pictures."""
+
+    # fmt: off
+    dataset_config_name: str | None = option(None, "data", "configuration of a data set on the hub", unused="the data set's default is read")
+    proportion_empty_prompts: float = option(0.0, "data", "share of prompts replaced by the empty one", at_least=0, at_most=1)
+    vae_encode_batch_size: int = option(8, "data", "pictures encoded at a time", at_least=1, unused="the cache encodes as many at a time as are new among 16 pairs, in chunks of 16")
+    random_crop: bool = option(False, "data", "crop at random", unused=CACHED)
+    no_hflip: bool = option(False, "data", "do not flip pictures", unused=CACHED)
+    dataloader_num_workers: int = option(0, "data", "processes that load data", at_least=0, unused="batches come from the cache; there is nothing to load")
+    # fmt: on
+
+
+def check_train(options: TrainCommon, metrics: tuple[str, ...]) -> None:
+    """What no single option can know, for every method. `metrics`: those that the method writes.
 
     Raises:
         UsageError: options that contradict each other, or no model.
@@ -129,17 +146,12 @@ def check_train(options: TrainCommon) -> None:
         raise UsageError("--extend lengthens a run that is resumed: give --resume_from_checkpoint as well")
     if options.mixed_precision == "fp16" and options.device == "cpu":
         raise UsageError("machine.mixed_precision fp16 needs a GPU; take bf16 or no on a CPU")
-    check_metric(type(options).__name__, options.keep_best, getattr(options, "loss_type", ""))
+    check_metric(options.keep_best, metrics)
 
 
-def check_offline(options: TrainOffline) -> None:
-    """`check_train`, and exactly one source of data."""
-    check_train(options)
+def check_data(options: GivenPictures, what: str = "pairs", cure: str = "") -> None:
+    """Exactly one source of data. Raises UsageError."""
     if options.train_data_dir is None and options.dataset_name is None:
-        raise UsageError("which pairs? --train_data_dir PATH or --dataset_name NAME")
+        raise UsageError(f"which {what}? --train_data_dir PATH or --dataset_name NAME{cure}")
     if options.train_data_dir is not None and options.dataset_name is not None:
-        raise UsageError("two sources of pairs: give --train_data_dir or --dataset_name, not both")
-
-
-def no_notes(options: Any, given: Collection[str]) -> list[str]:
-    return []
+        raise UsageError(f"two sources of {what}: give --train_data_dir or --dataset_name, not both")

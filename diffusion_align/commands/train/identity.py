@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffusion_align.options import TrainCommon, TrainOffline, TrainOnline
+from diffusion_align.commands.train.course import WARMUP
+from diffusion_align.options import GivenPictures, TrainCommon, TrainOnline
 from diffusion_align.options.paths import settled, without_folders
 from diffusion_align.options.schema import options_of
 from diffusion_align.train.checkpoints.store import Checkpoint, require_same_identity
@@ -21,13 +22,50 @@ DIGESTS = {
     "prompts": "the list of prompts",
     "preference_model": "the preference model",
     "relevance": "the relevance of the rankings' pictures",
+    "labels": "the labels of the pairs",
 }
 # Numbers that are made of several options.
 MADE_OF = {
     "batch": "--train_batch_size x --gradient_accumulation_steps x processes",
     "beta": "made of --beta_dpo, --beta_convention and --resolution",
 }
+# What may change when a run is resumed; everything else may not, so that a new option is not forgotten here.
+FREE_SECTIONS = ("output", "validation", "hub")
+FREE = frozenset(
+    """
+    threads device local_rank process_timeout prior_generation_precision gradient_checkpointing
+    enable_xformers_memory_efficient_attention one_picture_at_a_time sample_chunk
+    collapse_alarm collapse_winner_error collapse_diversity collapse_patience
+    cache_dir max_bad_fraction vae_encode_batch_size random_crop no_hflip dataloader_num_workers
+    """.split()
+)
+# What the identity knows by content or by a number made of it: the model, the data and their encoding, beta, the batch.
+SETTLED = frozenset(
+    """
+    pretrained_model_name_or_path revision variant pretrained_vae_model_name_or_path
+    resolution encode_precision train_data_dir dataset_name dataset_config_name dataset_split_name max_train_samples
+    prompts num_prompts preference_model beta_dpo beta_convention scale_lr learning_rate
+    train_batch_size gradient_accumulation_steps effective_batch_size max_train_steps num_train_epochs num_rounds
+    """.split()
+)
+# Options that checkpoints lacked although there was such an option then: unknown there, so not compared.
+ADDED = ("lr_num_cycles", "lr_power")
 Facts = dict[str, dict[str, Any]]
+
+
+def identity_of(o: TrainCommon, found: Mapping[str, Any], *, learning_rate: float, steps: int) -> dict[str, Any]:
+    """What a resumed run must have in common with the saved one: every option but those listed above, and what was
+    `found` of data and model. `learning_rate` is the effective one."""
+    names = [
+        name
+        for name, described in options_of(type(o)).items()
+        if described.section not in FREE_SECTIONS and name not in FREE | SETTLED
+    ]
+    identity = {name: getattr(o, name) for name in names} | dict(found) | {"learning_rate": learning_rate}
+    if o.lr_warmup_steps is None:
+        identity["lr_warmup_steps"] = WARMUP  # of a constant rate, which has none: what older checkpoints say
+    # A course that ends somewhere depends on where; a constant rate can be trained on for as long as one likes.
+    return identity if o.lr_scheduler.startswith("constant") else identity | {"steps": steps}
 
 
 def facts_of(o: TrainCommon, *, number: int) -> Facts:
@@ -38,7 +76,7 @@ def facts_of(o: TrainCommon, *, number: int) -> Facts:
         return {f"--{name}": settled(described[name], getattr(o, name)) for name in names if name in described}
 
     facts = {"model": chosen("pretrained_model_name_or_path", "revision", "variant")}
-    if isinstance(o, TrainOffline):
+    if isinstance(o, GivenPictures):
         names = ("train_data_dir", "dataset_name", "dataset_split_name", "max_train_samples")
         facts["data"] = {"their number": number, **chosen(*names)}
         facts["relevance"] = facts["data"]
@@ -62,7 +100,7 @@ def require_same_run(
     saved, now = dict(resumed.state["identity"]), dict(identity)
     described = options_of(type(o))
     for name in now.keys() - saved.keys() & described.keys():
-        if now[name] == described[name].default:
+        if now[name] == described[name].default or name in ADDED:
             del now[name]
     for fields in (saved, now):
         if isinstance(fields.get("reward"), str):

@@ -1,0 +1,1 @@
+"""Training runs, whatever the method: read, open, plan, start, follow."""

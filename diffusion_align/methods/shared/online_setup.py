@@ -1,0 +1,157 @@
+"""An online run whose model is open: prompts, step tables, networks with guidance, and how its pictures are scored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_align import rng
+from diffusion_align.data.readers import digest
+from diffusion_align.methods.entry import About, Length, Opened, Started
+from diffusion_align.methods.shared.noising import Predict
+from diffusion_align.methods.shared.rollout_plan import (
+    RoundPlan,
+    RunTables,
+    describe_rounds,
+    describe_sampler,
+    evaluations_of_runs,
+    plan_prompts,
+    run_tables,
+)
+from diffusion_align.methods.shared.rollouts import Rollouts
+from diffusion_align.methods.shared.runs import Bind, Prompted, Runs, Score, binder, draw_runs, scored
+from diffusion_align.methods.shared.start_checks import along_runs, arithmetic
+from diffusion_align.objectives import stepwise_range
+from diffusion_align.options import TrainOnline
+from diffusion_align.rewards.spec import read_spec
+from diffusion_align.samplers import StepTable
+from diffusion_align.system.memory import in_parts
+from diffusion_align.train.method import OnlineMethod, Sample
+from diffusion_align.train.rounds import RoundSizes, run_rounds
+
+
+class OnlineSetup:
+    """What every online method is built from."""
+
+    def __init__(self, o: TrainOnline, opened: Opened):
+        model = opened.model
+        self.options, self.opened, self.prompts = o, opened, opened.items
+        self.shape, self.dims = opened.shape, math.prod(opened.shape)
+        self.tables = run_tables(o, model.schedule)
+
+        def bind(predict: Predict) -> Bind:
+            def in_precision(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+                with opened.accelerator.autocast():
+                    return predict(x, t, text)
+
+            return binder(in_precision, model.schedule, model.prediction_type, model.empty_text, o.guidance)
+
+        assert opened.networks.reference is not None  # every online method compares with one
+        self.policy, self.reference = bind(opened.networks.policy), bind(opened.networks.reference)
+        self.allowed = along_runs(
+            arithmetic(opened.accelerator), self.tables.whole, self.dims, o.guidance, model.prediction_type
+        )  # fmt: skip
+
+    @property
+    def per_dim(self) -> bool:
+        """Whether beta and clip belong to log-ratios averaged over dims."""
+        return getattr(self.options, "log_ratio_unit", "mean") == "mean"
+
+    def table_of(self, round: int) -> StepTable:
+        """The sampler of a round: with a noise window, one of the places where that may be."""
+        tables = self.tables.of_rounds
+        return tables[int(rng.integers_batch(0, len(tables), self.options.seed, "window", [round]))]
+
+    def prompted(self, samples: list[Sample]) -> Prompted:
+        """The prompts of these samples and their encodings."""
+        prompts = [self.prompts[index] for _, index in samples]
+        return Prompted(prompts, self.opened.model.encode_text(prompts), samples)
+
+    def rollouts(self, *, renewed: bool = False) -> Rollouts[Runs]:
+        """Runs of a round's prompts; with a `renewed` reference against the policy that drew them.
+
+        They are scored while the next are drawn where the two do not want the same processor.
+        """
+        o, score = self.options, self.picture_score()
+        reference = None if renewed else self.reference
+
+        def draw(samples: list[Sample], round: int) -> Runs:
+            return draw_runs(
+                self.policy, reference, self.table_of(round), self.prompted(samples), group=o.group_size,
+                share_noise=o.share_initial_noise, shape=self.shape, seed=o.seed, learn_steps=o.learn_steps,
+            )  # fmt: skip
+
+        elsewhere = any(part.kind == "http" for part in read_spec(o.reward or "").parts)
+        ahead = elsewhere or self.opened.model.device.type != "cpu"
+        return Rollouts(draw, self.policy, reference, self.dims, self.allowed, partial(scored, score=score), ahead)
+
+    def picture_score(self) -> Score:
+        """(final latents, prompts) -> rewards of the pictures; `sample_chunk` of them exist at a time, or fewer where
+        memory runs out."""
+        o, model, reward = self.options, self.opened.model, self.opened.reward(self.options.reward or "")
+
+        def score(latents: Tensor, prompts: list[str]) -> Tensor:
+            def of_rows(rows: slice) -> Tensor:
+                return reward(model.decode(latents[rows]), prompts[rows])
+
+            return torch.cat(in_parts(of_rows, len(prompts), o.sample_chunk, "scoring pictures")[0])
+
+        return score
+
+
+def reward_of(o: TrainOnline) -> list[str]:
+    """The reward that the options name, where they name one."""
+    return [] if o.reward is None else [o.reward]
+
+
+def start_with(build: Callable[[Any, OnlineSetup], OnlineMethod[Any]], o: TrainOnline, opened: Opened) -> Started:
+    """The rounds of the method that `build` makes of options and setup."""
+    setup = OnlineSetup(o, opened)
+    identity = {
+        "model": opened.model.fingerprint(),
+        "prompts": digest("\n".join(setup.prompts).encode()),
+        "preference_model": None,
+        "resolution": list(setup.shape),
+    }
+    return Started(
+        count=len(setup.prompts),
+        identity=identity,
+        loop=lambda run, length: run_rounds(build(o, setup), run, length.sizes),
+    )
+
+
+def online_length(
+    o: TrainOnline,
+    about: About,
+    *,
+    plan: RoundPlan | None = None,
+    evaluations: Callable[[Any, RunTables], dict[str, float]] = evaluations_of_runs,
+) -> Length:
+    """Rounds, steps and evaluations; by default of a method whose steps take prompts with their group of pictures."""
+    tables = run_tables(o, about.schedule)
+    plan = plan or plan_prompts(o, about.processes, o.group_size)
+    counts = " + ".join(f"{n:g} {word}" for word, n in evaluations(o, tables).items())
+    chunk = max(1, o.sample_chunk // plan.pictures_per_prompt)
+    sizes = RoundSizes(
+        about.count or 0, o.prompts_per_round, plan.prompts_per_step, chunk, o.passes, plan.pairs_per_step,
+        plan.max_rounds,
+    )  # fmt: skip
+    lines = [describe_sampler(o, tables), *describe_rounds(plan), f"evaluations      a prompt and round: {counts}"]
+    return Length(plan.steps, plan.batch, [*lines, f"latent dims D    {about.dims}"], sizes=sizes)
+
+
+def describe_clamp(o: Any, about: About) -> list[str]:
+    """beta and clip of a stepwise logistic loss in nats, and what the loss can reach."""
+    unit = about.dims if o.log_ratio_unit == "mean" else 1
+    low, high = stepwise_range(o.beta, o.clip)
+    nats = "none" if o.clip is None else f"{math.log1p(-o.clip) * unit:.4g} .. {math.log1p(o.clip) * unit:.4g} nats"
+    return [
+        f"beta             {o.beta:g} on {o.log_ratio_unit} log-ratios = {o.beta / unit:.4g} per nat of a step",
+        f"clamp            {nats} a step",
+        f"loss             starts at log 2 = 0.6931, reaches [{low:.4f}, {high:.4f}]",
+    ]

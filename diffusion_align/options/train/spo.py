@@ -1,0 +1,78 @@
+"""The options of `train spo`, beside those of every online method."""
+
+# ruff: noqa: E501  (a table: one option a line)
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from ..names import UsageError
+from ..schema import option
+from ..verb import Verb
+from .metrics import ALWAYS, SIDES
+from .online import UNITS, TrainOnline, check_online, noisy_steps, notes_online
+
+METRICS = (*ALWAYS, "dims", "score_mean", "kept", *SIDES, "kl", "gap", "items")
+
+
+@dataclass(frozen=True)
+class TrainSpo(TrainOnline):
+    # fmt: off
+    output_dir: str = option("runs/spo", "output", "the run folder", path="folder")
+    beta: float = option(10.0, "train", "scale of the log-ratios, in log_ratio_unit", above=0)
+    clip: float | None = option(0.1, "train", "each ratio is clamped to 1 -+ this, in log_ratio_unit; none: no clamp", above=0, below=1)
+    log_ratio_unit: str = option("mean", "train", UNITS, choices=("mean", "nats"))
+    children: int = option(4, "rollout", "continuations compared at each step; K of the paper", at_least=2)
+    start: int = option(4, "rollout", "first step at which continuations are compared; with a noise_window they are compared there", at_least=0, one_of="learnt")
+    threshold: float = option(0.3, "rollout", "a pair is kept where the softmax of its scores differs by more", at_least=0, below=1)
+    pairs: str = option("best_worst", "rollout", "of a state's continuations: best_worst, one pair as published, or all, each that threshold lets through", choices=("best_worst", "all"))
+    segment: int = option(1, "rollout", "steps between comparisons; above 1 it is the paper's MSPO for SDXL, which has 4", at_least=1)
+    lookahead: int = option(0, "rollout", "noise-free steps that each continuation goes on before its predicted picture is compared, for rewards of finished pictures; as many as steps: to the end", at_least=0)
+    pairs_per_step: int | None = option(None, "train", "an optimizer step for every N pairs of a round, over all devices, in an order drawn anew each round; the last step of a round takes what is left (default: a step for prompts_per_step prompts)", at_least=1, one_of="step")
+    preference_model: str | None = option(None, "reward", "a step-aware preference model: a folder of reward train-spm, a file as SPO's authors publish it, or theirs by name: spo-sd15, spo-sdxl; default: the reward, on the predicted picture at every step", path="name")
+    # fmt: on
+
+
+def compared_from(options: TrainSpo) -> int:
+    """The first step that SPO may compare at: any, where a window says which have noise at all."""
+    return options.start if options.noise_window is None else 0
+
+
+def check_spo(options: TrainSpo) -> None:
+    """`check_online`, and steps left to compare at."""
+    check_online(options, METRICS, "children")
+    if options.reward == "people":
+        raise UsageError("reward people chooses between finished pictures, and spo compares steps: train d3po or prdp")
+    if options.learn_steps is not None:
+        raise UsageError("rollout.learn_steps is not for spo, which learns where it compares: --start, --noise_window")
+    if options.pairs_per_step is not None and options.prompts_per_step is not None:
+        raise UsageError("train.pairs_per_step and train.prompts_per_step each say what a step takes: give one")
+    if options.noise_window is None and options.start >= noisy_steps(options):
+        raise UsageError(f"rollout.start {options.start} leaves none of {options.steps} steps to compare at")
+
+
+def notes_spo(options: TrainSpo, given: Collection[str]) -> list[str]:
+    """One line for what another online method would heed."""
+    notes = [
+        f"{name} has no effect: spo compares the children of one state"
+        for name in ("group_size", "share_initial_noise")
+        if name in given
+    ]
+    if options.pairs_per_step and options.max_train_steps is None and not options.lr_scheduler.startswith("constant"):
+        notes.append(
+            f"lr_scheduler {options.lr_scheduler} is laid over the most steps that num_rounds can have and ends above 0 "
+            "where pairs are not kept; with max_train_steps the run has exactly that many steps"
+        )
+    if options.noise_window is not None and "start" in given:
+        notes.append("start has no effect with noise_window: spo compares in the window")
+    return notes + notes_online(options, given)
+
+
+VERB = Verb(
+    "train spo",
+    TrainSpo,
+    check_spo,
+    "SPO: learn at each step from continuations of one state, compared by a step-aware preference model.",
+    method="spo",
+    notes=notes_spo,
+)

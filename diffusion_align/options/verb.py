@@ -1,0 +1,53 @@
+"""A verb of the command line as a record: its options, their check, and what runs it. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+
+def no_notes(options: Any, given: Collection[str]) -> list[str]:
+    """For verbs whose options all mean what a person may think."""
+    return []
+
+
+@dataclass(frozen=True)
+class Verb:
+    """`run` and `plan` are "module:function" in `diffusion_align.commands`, imported only when they are called; a
+    training has instead the name of a file in `diffusion_align.methods`."""
+
+    words: str
+    options: type
+    check: Callable[[Any], None]
+    about: str
+    run: str = ""
+    plan: str = ""  # what --dry-run calls; without one it prints the options
+    method: str = ""
+    positional: str = ""
+    notes: Callable[[Any, Collection[str]], list[str]] = no_notes
+
+    def start(self, options: Any) -> int:
+        if self.method:
+            return _function("commands.train.train:train")(_method(self.method), options)
+        return _function(f"commands.{self.run}")(options)
+
+    def dry_run(self, options: Any) -> int:
+        if self.method:
+            return _function("commands.train.train:dry_run")(_method(self.method), options)
+        if self.plan:
+            return _function(f"commands.{self.plan}")(options)
+        from .files import to_yaml
+
+        print(to_yaml(options, self.words), end="")
+        return 0
+
+
+def _method(name: str) -> Any:
+    return import_module(f"diffusion_align.methods.{name}").METHOD
+
+
+def _function(where: str) -> Callable[..., int]:
+    module, _, name = where.partition(":")
+    return getattr(import_module(f"diffusion_align.{module}"), name)
