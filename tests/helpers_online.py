@@ -4,15 +4,19 @@ import copy
 
 import torch
 from accelerate import Accelerator
-from helpers_train import SCHEDULE, SHAPE, TEXT, Network
+from helpers_train import SCHEDULE, SHAPE, TEXT, Network, run_of
 
 from diffusion_align import rng
+from diffusion_align.methods.d3po import d3po_method
+from diffusion_align.methods.ddpo import policy_gradient_method
+from diffusion_align.methods.prdp import prdp_method
+from diffusion_align.methods.shared.branches import Branching, resample
+from diffusion_align.methods.shared.rollouts import Rollouts
+from diffusion_align.methods.shared.runs import Prompted, binder, draw_runs, scored
+from diffusion_align.methods.shared.start_checks import along_runs
+from diffusion_align.methods.spo import spo_method
 from diffusion_align.samplers import noise_window, step_table
-from diffusion_align.train.branches import resample
-from diffusion_align.train.online import d3po_method, policy_gradient_method, prdp_method, spo_method
-from diffusion_align.train.rounding import along_runs
-from diffusion_align.train.rounds import run_rounds
-from diffusion_align.train.runs import binder, draw_runs
+from diffusion_align.train.rounds import RoundSizes, run_rounds
 
 PROMPTS = [f"prompt {i}" for i in range(6)]
 TEXTS = rng.normal((6, *TEXT), 0, "online text")
@@ -69,16 +73,16 @@ class Toy:
         self.optimizer = torch.optim.SGD(self.parameters, lr=1.0)
         self.dims = 32
 
-    def texts(self, samples):
+    def prompted(self, samples):
         rows = [index for _, index in samples]
-        return [PROMPTS[i] for i in rows], TEXTS[rows].to(self.dtype)
+        return Prompted([PROMPTS[i] for i in rows], TEXTS[rows].to(self.dtype), samples)
 
     def draw(self, samples, round=0):
-        prompts, text = self.texts(samples)
-        return draw_runs(
-            self.policy, self.reference, self.table, text, prompts, samples, self.reward,
-            group=self.group, share_noise=self.share, shape=self.shape, seed=self.seed,
+        runs = draw_runs(
+            self.policy, self.reference, self.table, self.prompted(samples), group=self.group, share_noise=self.share,
+            shape=self.shape, seed=self.seed,
         )  # fmt: skip
+        return scored(runs, self.reward)
 
     def logits(self, x, prompts, t):
         """What SPO compares by: the reward, stretched to logits; what is no tensor stays as it is."""
@@ -86,39 +90,34 @@ class Toy:
         return 20 * values if isinstance(values, torch.Tensor) else values
 
     def branch(self, samples, round=0, children=3, start=2, threshold=0.0, segment=1, lookahead=0, all_pairs=False):
-        prompts, text = self.texts(samples)
+        how = Branching(children, start, threshold, segment, all_pairs, lookahead)
         return resample(
-            self.policy, self.table, text, prompts, samples, self.logits,
-            children=children, start=start, threshold=threshold, shape=self.shape, seed=self.seed, segment=segment,
-            quiet=self.quiet, lookahead=lookahead, all_pairs=all_pairs,
+            self.policy, self.table, self.prompted(samples), self.logits, how, shape=self.shape, seed=self.seed,
+            quiet=self.quiet,
         )  # fmt: skip
 
-    def method(self, name, **more):
-        more = {"allowed": along_runs("no", self.table, self.dims, self.guidance, "epsilon")} | more
-        both = (self.policy, self.reference)
+    def method(self, name, *, allowed=None, score=None, ahead=False, **more):
+        allowed = allowed or along_runs("no", self.table, self.dims, self.guidance, "epsilon")
+        draw = self.branch if name == "spo" else self.draw
+        rollouts = Rollouts(draw, self.policy, self.reference, self.dims, allowed, score, ahead)
         if name == "d3po":
-            settings = {"beta": 5.0, "clip": 0.1, "per_dim": True} | more
-            return d3po_method(self.draw, *both, self.dims, **settings)
+            return d3po_method(rollouts, **{"beta": 5.0, "clip": 0.1, "per_dim": True} | more)
         if name == "prdp":
-            settings = {"beta": 0.05, "clip": None, "mean": False, "fresh": True} | more
-            return prdp_method(self.draw, *both, self.dims, **settings)
+            return prdp_method(rollouts, **{"beta": 0.05, "clip": None, "mean": False, "fresh": True} | more)
         if name == "ddpo":
             settings = {"clip": 0.1, "std": "group", "kl_weight": 0.0, "per_dim": True} | more
-            return policy_gradient_method(self.draw, *both, self.dims, **settings)
-        settings = {"beta": 10.0, "clip": 0.1, "per_dim": True, "at_once": 5} | more
-        return spo_method(self.branch, *both, self.table, self.dims, **settings)
+            return policy_gradient_method(rollouts, **settings)
+        return spo_method(rollouts, self.table, **{"beta": 10.0, "clip": 0.1, "per_dim": True, "at_once": 5} | more)
 
-    def rounds(self, method, *, progress=None, accelerator=None, **more):
-        from diffusion_align.train.update import Progress
-
+    def rounds(self, method, *, accelerator=None, **more):
         settings = {
             "n": len(PROMPTS), "prompts_per_round": 4, "prompts_per_step": 4, "prompts_per_chunk": 2, "passes": 1,
             "lr_scheduler": None, "seed": self.seed, "max_steps": 3, "max_grad_norm": None,
+            "parameters": self.parameters, "optimizer": self.optimizer,
+            "accelerator": accelerator or Accelerator(cpu=True),
         } | more  # fmt: skip
-        return run_rounds(
-            method, parameters=self.parameters, optimizer=self.optimizer, progress=progress or Progress(),
-            accelerator=accelerator or Accelerator(cpu=True), **settings,
-        )  # fmt: skip
+        run = run_of(settings)
+        yield from run_rounds(method, run, RoundSizes(**settings))
 
     def weights(self):
         return [p.detach().clone() for p in self.parameters]

@@ -12,13 +12,20 @@ from helpers_machine import free_port
 from torch import nn
 
 from diffusion_align import rng
+from diffusion_align.methods.dpo import pairs_method
+from diffusion_align.methods.kto import pictures_method
+from diffusion_align.methods.rankdpo import RankingLoss, rankings_method
+from diffusion_align.methods.shared.noising import Networks
+from diffusion_align.methods.shared.pair_losses import on_margin
+from diffusion_align.methods.shared.preferences import PreferencePairs, preference_method
 from diffusion_align.objectives import logistic
 from diffusion_align.schedule import Schedule
 from diffusion_align.train import ema as ema_module
-from diffusion_align.train import offline
+from diffusion_align.train import run as open_run
+from diffusion_align.train import steps
 from diffusion_align.train.ema import Ema
+from diffusion_align.train.method import OfflineMethod
 from diffusion_align.train.optimizer import lr_schedule
-from diffusion_align.train.pair_losses import on_margin
 
 SHAPE = (2, 4, 4)
 TEXT = (3, 5)
@@ -69,6 +76,56 @@ class Network(nn.Module):
         return torch.tanh(out).view_as(x)
 
 
+def run_of(settings):
+    """The open run of these settings, which are taken out of them."""
+    names = (
+        "parameters", "optimizer", "lr_scheduler", "accelerator", "seed", "max_steps", "progress", "max_grad_norm",
+        "spike", "max_skipped_in_row", "round", "asked",
+    )  # fmt: skip
+    given = {name: settings.pop(name) for name in names if name in settings}
+    if given.get("progress", 0) is None:
+        del given["progress"]
+    return open_run.Run(**given)
+
+
+def run_steps(micro_batch, summarise, *, n, batch_size, accumulation, check_first=None, survey=None, **settings):
+    """The offline engine on bare functions."""
+    method = OfflineMethod(n, micro_batch, summarise, check_first, survey)
+    yield from steps.run_steps(method, run_of(settings), batch_size=batch_size, accumulation=accumulation)
+
+
+def trains(make):
+    """A loop out of `make(cache, networks, run, *more, **constants)` and settings in one heap."""
+
+    def train(cache, *more, schedule, prediction_type, batch_size, accumulation=1, **settings):
+        *more, policy, reference = more
+        run = run_of(settings)
+        method = make(cache, Networks(policy, reference, schedule, prediction_type), run, *more, **settings)
+        yield from steps.run_steps(method, run, batch_size=batch_size, accumulation=accumulation)
+
+    return train
+
+
+def _rankings(cache, networks, run, relevance, *, loss, pair_weights, beta, **settings):
+    return rankings_method(cache, networks, run, relevance, loss=RankingLoss(loss, pair_weights, beta), **settings)
+
+
+train_pairs, train_pictures, train_rankings = trains(pairs_method), trains(pictures_method), trains(_rankings)
+
+
+def train_step_aware(cache, prompts, scorer, predict_clean, decode, *, schedule, batch_size, labels=None, **settings):
+    """The loop of a step-aware scorer."""
+    pairs, accumulation = (
+        PreferencePairs(cache, prompts, predict_clean, decode, schedule, labels),
+        settings.pop("accumulation", 1),
+    )
+    run = run_of(settings)
+    assert not settings
+    yield from steps.run_steps(
+        preference_method(pairs, scorer, run), run, batch_size=batch_size, accumulation=accumulation
+    )
+
+
 @dataclass
 class Run:
     """All that a script would hold."""
@@ -84,7 +141,7 @@ class Run:
     def steps(self, progress=None, **changes):
         """Records of the loop; the average is updated as a script would."""
         arguments = self.settings | {"predict_policy": self.network} | changes
-        records = offline.train_pairs(
+        records = train_pairs(
             arguments.pop("cache"),
             arguments.pop("predict_policy"),
             self.reference,
