@@ -216,8 +216,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=100, help="spoilt steps of each kind and method")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, help="online methods beside DPO")
     args = parser.parse_args(argv)
-    logging.getLogger("diffusion_align").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
     chance, failures = random.Random(0), 0
     each, rounds = min(10, args.steps), -(-args.steps // 10)
     for kind in ("loss", "gradient", "latent"):
@@ -240,4 +238,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Not in `main`, which the tests call: they go on in the same process.
+    logging.getLogger("diffusion_align").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
     sys.exit(main())
