@@ -18,6 +18,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
+from stress.runs import flags, make_world, train
 from tqdm import tqdm
 
 from diffusion_align import cli
@@ -28,9 +29,6 @@ from diffusion_align.rewards import RewardError, prefetch
 from diffusion_align.rewards.custom import python_reward
 from diffusion_align.system.consoles import steady
 from diffusion_align.system.progress import counted, progress_bar
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
-from stress_runs import flags, make_world, train
 
 
 @pytest.fixture(scope="module")
