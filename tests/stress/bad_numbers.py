@@ -215,7 +215,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=100, help="spoilt steps of each kind and method")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, help="online methods beside DPO")
     args = parser.parse_args(argv)
-    logging.getLogger("diffusion_align").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     chance, failures = random.Random(0), 0
     each, rounds = min(10, args.steps), -(-args.steps // 10)
@@ -239,4 +238,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    logging.getLogger("diffusion_align").setLevel(logging.ERROR)
     sys.exit(main())

@@ -219,7 +219,7 @@ def writers(world: Path, method: str, tally: Tally) -> None:
 def torchrun(world: Path, kind: str, tally: Tally) -> None:
     """A job through torchrun; `kind` says what befalls which of its processes."""
     run, begun = world / f"torchrun-{kind}", time.monotonic()
-    script = Path(__file__).resolve().parents[2] / "scripts" / "finetune_diffusion_dpo.py"
+    script = Path(__file__).resolve().parents[2] / "scripts" / "finetune.py"
     words = [
         sys.executable,
         "-m",
@@ -227,6 +227,7 @@ def torchrun(world: Path, kind: str, tally: Tally) -> None:
         "--nproc_per_node=2",
         f"--master_port={free_port()}",
         str(script),
+        "dpo",
     ]
     argv = [*job(world, "dpo", run, 2)[2:], "--max_train_steps=4000", "--lr_scheduler=constant"]
     process = subprocess.Popen([*words, *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
