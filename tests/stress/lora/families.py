@@ -67,7 +67,7 @@ def heard() -> Iterator[list[str]]:
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
-    log = logging.getLogger("diffusion_align.models.weights")
+    log = logging.getLogger("diffusion_align.models.saved_weights")
     log.addHandler(handler)
     before, log.propagate = log.propagate, False
     try:

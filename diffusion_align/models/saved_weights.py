@@ -22,12 +22,13 @@ from torch import Tensor
 from ..system.file_modes import readable
 from ..system.plain_json import read_json
 from .adapters import add_lora, require_no_lora
-from .header import sort_header
-from .lora_files import METADATA, Source, read_lora
+from .lora_files import METADATA, read_lora
+from .lora_tensors import Source
 from .pipeline import TextToImage
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
+_LENGTH = 8  # bytes before the header of a safetensors file, which say how long it is
 logger = logging.getLogger(__name__)
 
 
@@ -49,6 +50,28 @@ def save_lora(unet: UNet2DConditionModel, folder: str | os.PathLike[str]) -> Pat
         sort_header(partial / LORA_FILE)
         os.replace(partial / LORA_FILE, Path(folder) / LORA_FILE)
     return Path(folder) / LORA_FILE
+
+
+def sort_header(path: Path) -> None:
+    """Rewrite a file whose metadata safetensors wrote in an order that differs from process to process.
+
+    Only `__metadata__` is sorted: it has the same bytes in another order, so nothing else moves. The file is replaced
+    whole or not at all.
+    """
+    data = path.read_bytes()
+    end = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
+    header = json.loads(data[_LENGTH:end])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    # Eight-byte alignment of the tensors, as safetensors keeps it; spaces may follow the JSON.
+    text += b" " * (-len(text) % _LENGTH)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(len(text).to_bytes(_LENGTH, "little") + text + data[end:])
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
