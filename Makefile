@@ -37,10 +37,10 @@ check: $(VENV)/.installed
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 
-# What docs/reliability.md promises, counted in full: about three quarters of an hour on two cores. `make test` has a few of each.
-STRESS := resume numbers checkpoints processes files data loras offline long
+# What docs/reliability.md promises, counted in full: three quarters of an hour or more on two cores. `make test` has a few of each.
+STRESS := resume bad_numbers checkpoints processes files data loras offline long handover
 stress: $(VENV)/.installed
-	for name in $(STRESS); do echo "== $$name"; $(BIN)/python scripts/stress_$$name.py || exit 1; done
+	for name in $(STRESS); do echo "== $$name"; $(BIN)/python tests/stress/$$name.py || exit 1; done
 
 # What only a GPU can show, in nine minutes; the same command again goes on where it ended.
 gpu: $(VENV)/.installed

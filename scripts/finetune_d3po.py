@@ -1,14 +1,11 @@
-"""`diffusion-align train d3po`, for `accelerate launch scripts/finetune_d3po.py --flags`."""
+"""The same as `finetune.py d3po`."""
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 
-from diffusion_align.cli import main as command
+import finetune
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return command(["train", "d3po", *(sys.argv[1:] if argv is None else argv)])
-
+main = partial(finetune.main, verb=("train", "d3po"))
 
 if __name__ == "__main__":
     sys.exit(main())

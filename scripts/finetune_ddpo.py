@@ -1,14 +1,11 @@
-"""`diffusion-align train ddpo`, for `accelerate launch scripts/finetune_ddpo.py --flags`."""
+"""The same as `finetune.py ddpo`."""
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 
-from diffusion_align.cli import main as command
+import finetune
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return command(["train", "ddpo", *(sys.argv[1:] if argv is None else argv)])
-
+main = partial(finetune.main, verb=("train", "ddpo"))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,15 +1,11 @@
-"""Diffusion-DPO, the same as `diffusion-align train dpo`: for `accelerate launch scripts/finetune_diffusion_dpo.py
---flags`."""
+"""The same as `finetune.py dpo`."""
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 
-from diffusion_align.cli import main as command
+import finetune
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return command(["train", "dpo", *(sys.argv[1:] if argv is None else argv)])
-
+main = partial(finetune.main, verb=("train", "dpo"))
 
 if __name__ == "__main__":
     sys.exit(main())

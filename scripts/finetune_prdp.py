@@ -1,14 +1,11 @@
-"""`diffusion-align train prdp`, for `accelerate launch scripts/finetune_prdp.py --flags`."""
+"""The same as `finetune.py prdp`."""
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 
-from diffusion_align.cli import main as command
+import finetune
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return command(["train", "prdp", *(sys.argv[1:] if argv is None else argv)])
-
+main = partial(finetune.main, verb=("train", "prdp"))
 
 if __name__ == "__main__":
     sys.exit(main())

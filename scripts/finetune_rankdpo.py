@@ -1,14 +1,11 @@
-"""RankDPO, the same as `diffusion-align train rankdpo`: for `accelerate launch scripts/finetune_rankdpo.py --flags`."""
+"""The same as `finetune.py rankdpo`."""
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 
-from diffusion_align.cli import main as command
+import finetune
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return command(["train", "rankdpo", *(sys.argv[1:] if argv is None else argv)])
-
+main = partial(finetune.main, verb=("train", "rankdpo"))
 
 if __name__ == "__main__":
     sys.exit(main())

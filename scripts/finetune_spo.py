@@ -1,14 +1,11 @@
-"""`diffusion-align train spo`, for `accelerate launch scripts/finetune_spo.py --flags`."""
+"""The same as `finetune.py spo`."""
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 
-from diffusion_align.cli import main as command
+import finetune
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return command(["train", "spo", *(sys.argv[1:] if argv is None else argv)])
-
+main = partial(finetune.main, verb=("train", "spo"))
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,19 +18,17 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
+from stress.runs import flags, make_world, train
 from tqdm import tqdm
 
 from diffusion_align import cli
 from diffusion_align.commands.interrupt import Interrupted, Interruptible
 from diffusion_align.evaluation import sheet
-from diffusion_align.models import weights
+from diffusion_align.models import saved_weights
 from diffusion_align.rewards import RewardError, prefetch
 from diffusion_align.rewards.custom import python_reward
 from diffusion_align.system.consoles import steady
 from diffusion_align.system.progress import counted, progress_bar
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
-from stress_runs import flags, make_world, train
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +358,7 @@ def test_a_full_disk_at_the_end_keeps_the_older_file_and_says_where_the_weights_
         Path(args[1] if kind == "full" else args[0], "half").write_bytes(b"half of it")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    owner = "diffusion_align.models.weights."
+    owner = "diffusion_align.models.saved_weights."
     target = "UNet2DConditionModel.save_pretrained" if kind == "full" else "StableDiffusionPipeline.save_lora_weights"
     with monkeypatch.context() as patch:
         if kind == "full":
@@ -384,10 +382,10 @@ def test_an_older_export_stays_until_the_new_one_is_whole(tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     unet = SimpleNamespace(peft_config={"default": SimpleNamespace(r=4, lora_alpha=4, target_modules={"to_q"})})
-    monkeypatch.setattr(weights, "_lora_state", lambda unet: {})
-    monkeypatch.setattr(weights.StableDiffusionPipeline, "save_lora_weights", full)
+    monkeypatch.setattr(saved_weights, "_lora_state", lambda unet: {})
+    monkeypatch.setattr(saved_weights.StableDiffusionPipeline, "save_lora_weights", full)
     with pytest.raises(OSError, match="No space left"):
-        weights.save_lora(unet, tmp_path)  # pyright: ignore[reportArgumentType]
+        saved_weights.save_lora(unet, tmp_path)  # pyright: ignore[reportArgumentType]
     assert old.read_bytes() == b"good" and [path.name for path in tmp_path.iterdir()] == [old.name]
 
 

@@ -3,11 +3,10 @@
 import json
 import os
 import signal
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from stress.runs import differences, end_of, flags, make_world, stop_at, train
 
 from diffusion_align.commands import session, versions
 from diffusion_align.commands.best import Best
@@ -15,9 +14,6 @@ from diffusion_align.commands.interrupt import Interrupted, Interruptible
 from diffusion_align.train import offline, record
 from diffusion_align.train.checkpoints import store as checkpoint
 from diffusion_align.train.checkpoints.store import CheckpointError
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
-from stress_runs import differences, end_of, flags, make_world, stop_at, train
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import socket
 
 import pytest
-from stress_offline import ENVIRONMENTS, guard, in_process
+from stress.offline import ENVIRONMENTS, guard, in_process
 
 from diffusion_align.rewards import load_reward
 from diffusion_align.rewards.clip_fetch import fetch_command

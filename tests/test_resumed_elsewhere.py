@@ -3,10 +3,10 @@
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+from stress.runs import differences, end_of, flags, make_world, stop_at, train
 
 from diffusion_align.commands import tracking
 from diffusion_align.commands.identity import facts_of, require_same_run
@@ -15,9 +15,6 @@ from diffusion_align.data.images import encode_png
 from diffusion_align.options import TrainD3po, TrainDpo, TrainRankdpo
 from diffusion_align.train import record
 from diffusion_align.train.checkpoints.store import Checkpoint, CheckpointError
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
-from stress_runs import differences, end_of, flags, make_world, stop_at, train
 
 DIGEST = re.compile(r"[0-9a-f]{12,}")
 

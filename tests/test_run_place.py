@@ -224,6 +224,11 @@ LAUNCHED = {
         ["s/finetune_dpo.py", "--model", "a b", "--seed=1"],
         ["/opt/torchrun", "--nproc_per_node", "2", "s/finetune_dpo.py"],
     ),
+    "torchrun, the script of all methods": (
+        ["/bin/python3", "/opt/torchrun", "s/finetune.py", "dpo", "--seed=1"],
+        ["s/finetune.py", "dpo", "--seed=1"],
+        ["/opt/torchrun", "s/finetune.py", "dpo"],
+    ),
     "accelerate, a module": (
         ["python", "-m", "accelerate.commands.launch", "--num_processes=2", "-m",
          "diffusion_align.cli", "train", "dpo", "-h"],

@@ -324,8 +324,9 @@ def test_dry_run_says_what_will_happen_and_is_a_config(toys, finished, tmp_path,
     trained = sum(value.numel() for value in load_file(toys / "finished" / LORA).values())
     assert f"LoRA of rank 4, alpha 4: {trained:,} of " in said
     (tmp_path / "plan.yaml").write_text(said)
-    assert script("finetune_diffusion_dpo")(["--config", str(tmp_path / "plan.yaml"), "--dry_run"]) == 0
-    assert capsys.readouterr().out == said
+    for name, method in (("finetune_diffusion_dpo", []), ("finetune", ["dpo"])):
+        assert script(name)([*method, "--config", str(tmp_path / "plan.yaml"), "--dry_run"]) == 0
+        assert capsys.readouterr().out == said
 
 
 def test_every_number_arrives_where_it_works(toys, tmp_path, monkeypatch):
@@ -353,6 +354,13 @@ def test_every_number_arrives_where_it_works(toys, tmp_path, monkeypatch):
     assert {min(p.shape[:2]) for p in seen["parameters"]} == {2}
     with safe_open(tmp_path / "run" / LORA, "pt") as file:
         assert json.loads(file.metadata()["lora_adapter_metadata"])["unet.lora_alpha"] == 6
+
+
+@pytest.mark.parametrize("method", ["dpo", "rankdpo", "d3po", "ddpo", "prdp", "spo"])
+def test_every_method_has_a_launcher(method, capsys):
+    older = {"dpo": "finetune_diffusion_dpo"}.get(method, f"finetune_{method}")
+    assert script("finetune")([method, "--help"]) == script(older)(["--help"]) == 0
+    assert capsys.readouterr().out.count(f"usage: diffusion-align train {method} ") == 2
 
 
 def test_steps_from_epochs():

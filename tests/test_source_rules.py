@@ -14,7 +14,7 @@ SAFE_LOADERS = {"SafeLoader", "CSafeLoader"}
 RUNS_FILES = (
     "diffusion_align/rewards/custom.py",
     "diffusion_align/commands/doctor.py",
-    "scripts/stress_offline.py",
+    "tests/stress/offline.py",
 )
 FETCHES = {"urlopen", "urlretrieve", "HTTPConnection", "HTTPSConnection"}
 
@@ -121,8 +121,8 @@ def of_call(node, names, safe, path):
 
 
 def sources():
-    """Path and text of every file of the package and the scripts, and of every code cell of the notebooks."""
-    for folder in ("diffusion_align", "scripts"):
+    """Path and text of every file of the package, the scripts and the stress programs, and of the notebooks' cells."""
+    for folder in ("diffusion_align", "scripts", "tests/stress"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
@@ -142,8 +142,8 @@ def test_no_line_of_the_project_runs_what_a_file_holds():
 
 
 def is_bait(path, line, rule):
-    """The hostile files of the stress script are made with what is forbidden: pickles, and words in configurations."""
-    return path.startswith("scripts/stress_corpus") and rule in ("unpickler", "trust_remote_code")
+    """The hostile files of the stress programs need what is forbidden: pickles, and words in configurations."""
+    return path.startswith("tests/stress/hostile/") and rule in ("unpickler", "trust_remote_code")
 
 
 CODE = {

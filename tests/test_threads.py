@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
+from stress.runs import end_of, flags, make_world, stop_at, train
 
 from diffusion_align.commands import threads
 from diffusion_align.commands.threads import Threads, Usage, fitting, others
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
-from stress_runs import end_of, flags, make_world, stop_at, train
 
 
 @pytest.fixture(autouse=True)

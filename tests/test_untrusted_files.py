@@ -1,4 +1,4 @@
-"""Files that nobody vouches for, given to the commands that take them: a smoke of stress_files.py; and secrets."""
+"""Files that nobody vouches for, given to the commands that take them: a smoke test of `stress.files`; and secrets."""
 
 import json
 import os
@@ -9,14 +9,13 @@ import zipfile
 
 import pyarrow.parquet as pq
 import pytest
-import stress_bombs
-import stress_corpus
-import stress_files
 import torch
 from accelerate.state import AcceleratorState
 from helpers_data import lines, png, table, tar
 from helpers_tiny import make_tiny_folder
 from PIL import Image
+from stress import files
+from stress.hostile import bombs, cases
 
 from diffusion_align.cli import main
 from diffusion_align.data.images import ImageError, decode_image
@@ -32,18 +31,18 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and fork
 
 
 def test_a_table_with_checksums_never_changes_without_a_word():
-    outcomes, wrong = stress_files.damaged_tables(60, checksums=True)
+    outcomes, wrong = files.damaged_tables(60, checksums=True)
     assert wrong == [] and all(outcomes[what] for what in ("as before", "refused", "rows reported"))
 
 
 def test_a_table_without_checksums_is_still_read_or_refused_in_one_line():
-    outcomes, wrong = stress_files.damaged_tables(60, checksums=False)
+    outcomes, wrong = files.damaged_tables(60, checksums=False)
     assert sum(outcomes.values()) == 60 and all(line.endswith("changed without a word") for line in wrong)
 
 
 def test_a_damaged_row_group_is_named(tmp_path):
     path = tmp_path / "pairs.parquet"
-    data = bytearray(stress_files.pairs(path, checksums=True))
+    data = bytearray(files.pairs(path, checksums=True))
     column = pq.ParquetFile(path).metadata.row_group(1).column(0)
     data[column.dictionary_page_offset + column.total_compressed_size - 2] ^= 1
     path.write_bytes(data)
@@ -52,11 +51,11 @@ def test_a_damaged_row_group_is_named(tmp_path):
 
 
 @linux
-@pytest.mark.parametrize("name", stress_bombs.BOMBS)
+@pytest.mark.parametrize("name", bombs.BOMBS)
 def test_a_picture_that_would_unfold_is_refused_at_once(name):
-    said, spent, grown = stress_bombs.bomb(name)
+    said, spent, grown = bombs.bomb(name)
     assert not said.startswith(("DECODED", "the process")) and "\n" not in said
-    assert grown <= stress_bombs.MIB and spent <= 20 * stress_bombs.MS  # a machine of many tests is slow
+    assert grown <= bombs.MIB and spent <= 20 * bombs.MS  # a machine of many tests is slow
 
 
 def test_dear_pictures_are_refused_for_what_makes_them_dear():
@@ -68,16 +67,16 @@ def test_dear_pictures_are_refused_for_what_makes_them_dear():
         ("JPEG of 16 million pixels in 5000 scans", "5,001 scans"),
     ):
         with pytest.raises(ImageError, match=word):
-            decode_image(stress_bombs.BOMBS[name]())
+            decode_image(bombs.BOMBS[name]())
 
 
 def test_large_flat_and_described_pictures_of_people_are_read(tmp_path):
     """4000 x 4000 in white, ten texts, ten scans: all of it usual."""
-    assert decode_image(stress_bombs.png(4000, 4000, pixels=stress_bombs.zeros(45, 818_080))).size == (4000, 4000)
+    assert decode_image(bombs.png(4000, 4000, pixels=bombs.zeros(45, 818_080))).size == (4000, 4000)
     row = b"\0" * 193 * 64
-    texts = stress_bombs.texts(10, b"iTXt", b"\0\1\0\0\0")
-    assert decode_image(stress_bombs.png(64, 64, texts, stress_bombs.zeros(0, len(row)))).size == (64, 64)
-    assert decode_image(stress_bombs.progressive(800, 10)).size == (800, 800)
+    texts = bombs.texts(10, b"iTXt", b"\0\1\0\0\0")
+    assert decode_image(bombs.png(64, 64, texts, bombs.zeros(0, len(row)))).size == (64, 64)
+    assert decode_image(bombs.progressive(800, 10)).size == (800, 800)
     Image.new("L", (512, 512)).save(tmp_path / "x.tif", tiffinfo={322: 256, 323: 256}, compression="tiff_deflate")
     assert decode_image((tmp_path / "x.tif").read_bytes()).size == (512, 512)
 
@@ -91,23 +90,23 @@ CASES = ["a torch zip that calls the shell", "a zip bomb", "an open clip folder 
 
 @linux
 def test_files_that_carry_programs_are_refused_and_nothing_runs():
-    assert stress_corpus.traps_work()
-    outcomes = stress_files.corpus(CASES)
-    assert {outcome.name: outcome.fault(stress_files.CORPUS_MIB) for outcome in outcomes} == dict.fromkeys(CASES)
+    assert cases.traps_work()
+    outcomes = files.corpus(CASES)
+    assert {outcome.name: outcome.fault(files.CORPUS_MIB) for outcome in outcomes} == dict.fromkeys(CASES)
     assert sum(bool(outcome.code) for outcome in outcomes) >= len(CASES) - 1
 
 
 def test_there_are_enough_of_them():
-    assert len(stress_corpus.CASES) >= 60 and len(stress_bombs.BOMBS) >= 15
+    assert len(cases.CASES) >= 60 and len(bombs.BOMBS) >= 15
 
 
 def test_an_outcome_tells_what_is_wrong_with_it():
     """The judge of the corpus: what it must not let through."""
-    fine = stress_corpus.Outcome("x", False, 1, ["x: error: no"], 0.1, 1.0)
+    fine = cases.Outcome("x", False, 1, ["x: error: no"], 0.1, 1.0)
     assert fine.fault(10) is None
     for change in ({"ran": True}, {"code": None}, {"grown_mib": 11.0}, {"errors": []}, {"errors": ["a", "b"]},
                    {"errors": ["a\x1b[2J"]}, {"errors": ["Traceback"]}):  # fmt: skip
-        assert stress_corpus.Outcome(**(vars(fine) | change)).fault(10) is not None, change
+        assert cases.Outcome(**(vars(fine) | change)).fault(10) is not None, change
 
 
 def zipped(path, *members, packed=False):
@@ -309,7 +308,7 @@ def test_the_look_for_a_token_finds_one(tmp_path):
 
 def test_a_payload_is_only_ever_written(tmp_path):
     """The trap itself: pickling it runs nothing, unpickling it does."""
-    trap = stress_corpus.Trap(tmp_path / "canary")
+    trap = cases.Trap(tmp_path / "canary")
     data = pickle.dumps(trap)
     assert not trap.canary.exists()
     pickle.loads(data)

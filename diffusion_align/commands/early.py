@@ -13,7 +13,7 @@ from diffusion_align.commands.footprint import require_memory
 from diffusion_align.commands.model_facts import LORA_LAYERS, read_model_facts
 from diffusion_align.commands.sources import present_model
 from diffusion_align.models.hub import local_folder
-from diffusion_align.models.ranks import require_rank
+from diffusion_align.models.lora_rank import require_rank
 from diffusion_align.options import TrainCommon, TrainUnet, UsageError
 
 XFORMERS = "--enable_xformers_memory_efficient_attention"

@@ -26,8 +26,9 @@ def again(verb: str, words: Sequence[str]) -> str:
     if processes == 1:
         return pasted(*verb.split(), *words)
     given = sys.argv[1:]
-    # A script of one verb (scripts/finetune_*.py) is given its options only.
-    named = verb.split() if given[: len(verb.split())] == verb.split() else []
+    # scripts/finetune.py is given the method without `train`, the scripts of one method only options.
+    forms = (verb.split(), verb.split()[1:], [])
+    named = next(form for form in forms if given[: len(form)] == form)
     launcher = _launcher(given)
     if launcher is None:
         local = os.environ.get("LOCAL_WORLD_SIZE", str(processes))

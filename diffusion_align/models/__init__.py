@@ -10,17 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapters import add_lora, reference, trainable
-    from .attention import set_attention
-    from .loading import load_pipeline
+    from .loading import load_pipeline, set_attention
     from .pipeline import TextToImage
-    from .weights import load_lora, load_unet, save_lora, save_unet
+    from .saved_weights import load_lora, load_unet, save_lora, save_unet
 
 _ROOMS = {
     "adapters": ("add_lora", "reference", "trainable"),
-    "attention": ("set_attention",),
-    "loading": ("load_pipeline",),
+    "loading": ("load_pipeline", "set_attention"),
     "pipeline": ("TextToImage",),
-    "weights": ("load_lora", "load_unet", "save_lora", "save_unet"),
+    "saved_weights": ("load_lora", "load_unet", "save_lora", "save_unet"),
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

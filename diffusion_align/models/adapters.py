@@ -16,8 +16,8 @@ from torch.nn import Parameter
 
 from ..rng import normal
 from .guidance import Predict
+from .lora_rank import require_rank
 from .pipeline import TextToImage
-from .ranks import require_rank
 
 MODES = ("lora", "full")
 

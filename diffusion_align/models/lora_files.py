@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..system.printable import printable
 from .lora_names import flat, kind, layer_names, of_text_encoder, read_name
-from .lora_tensors import Pair, alphas_of, one_rank, require_sound
+from .lora_tensors import Pair, Source, alphas_of, one_rank, require_sound, shown
 
 METADATA = "lora_adapter_metadata"  # the header key under which diffusers keeps rank and alpha
 
@@ -27,28 +26,6 @@ class Lora:
     rank: int
     alpha: float
     pairs: dict[str, Pair]
-
-
-@dataclass
-class Source:
-    """The file that is read, how strictly, and what is to be said about it."""
-
-    path: Path
-    allow_partial: bool = False
-    notes: list[str] = field(default_factory=list)
-
-    def leave_out(self, keys: Iterable[str], problem: str) -> None:
-        """Refuse the file because of these keys, or, if it may be read in part, note that they are left out."""
-        if not (keys := sorted(keys)):
-            return
-        fault = f"{len(keys)} {problem}, the first is {shown(keys[0])}"
-        if not self.allow_partial:
-            raise ValueError(f"{self.path}: {fault}; load_lora(..., allow_partial=True) goes on without")
-        self.notes.append(f"gone on without: {fault}")
-
-
-def shown(key: str) -> str:
-    return printable(key)[:200]
 
 
 def read_lora(source: Source, tensors: Mapping[str, Tensor], header: Mapping[str, str], network: nn.Module) -> Lora:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,30 @@ from torch.nn.functional import pad
 
 from ..system.printable import printable
 
-if TYPE_CHECKING:
-    from .lora_files import Source
-
 Pair = tuple[Tensor, Tensor]
 Keys = Mapping[str, Mapping[str, str]]
+
+
+@dataclass
+class Source:
+    """The file that is read, how strictly, and what is to be said about it."""
+
+    path: Path
+    allow_partial: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    def leave_out(self, keys: Iterable[str], problem: str) -> None:
+        """Refuse the file because of these keys, or, if it may be read in part, note that they are left out."""
+        if not (keys := sorted(keys)):
+            return
+        fault = f"{len(keys)} {problem}, the first is {shown(keys[0])}"
+        if not self.allow_partial:
+            raise ValueError(f"{self.path}: {fault}; load_lora(..., allow_partial=True) goes on without")
+        self.notes.append(f"gone on without: {fault}")
+
+
+def shown(key: str) -> str:
+    return printable(key)[:200]
 
 
 def require_sound(source: Source, keys: Keys, pairs: Mapping[str, Pair], network: nn.Module, rank: int | None) -> None:

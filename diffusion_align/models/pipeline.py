@@ -21,11 +21,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ..prediction import Denoiser
 from ..schedule import Schedule
 from ..system.memory import in_parts
-from .captions import cut_captions
-from .conditioning import pack, unpack, with_sizes_of
+from .conditioning import SecondEncoder, last_states, pack, penultimate_states, unpack, with_sizes_of
 from .guidance import guided_denoiser
 from .hub import folder_digest
-from .text import SecondEncoder, last_states, penultimate_states
+from .token_limit import cut_captions
 
 
 @dataclass(eq=False)

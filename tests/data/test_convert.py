@@ -21,8 +21,8 @@ from diffusion_align.data.readers import DataError
 from diffusion_align.data.recognise import recognise, rows
 from diffusion_align.data.rows import Row
 from diffusion_align.data.summary import summarise
-from diffusion_align.models.captions import tokenizers_in
 from diffusion_align.models.hub import asset
+from diffusion_align.models.token_limit import tokenizers_in
 from diffusion_align.system import progress
 
 VOTES = [0.7, 0.25, 0.5, 1.0, 0.6]

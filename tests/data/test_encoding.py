@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers_cache import SIZE, FakeModel, build, make_pairs, picture
-from stress_jobs import launch
+from stress.jobs import launch
 
 from diffusion_align.commands import encode
 from diffusion_align.data import Ranking

@@ -1,8 +1,8 @@
 """Ten thousand rows, most of them broken in some way: each is used, a tie or reported, as whoever made it expects."""
 
 import pytest
-import stress_data
-from stress_pictures import PICTURES
+from stress import data
+from stress.dataset.pictures import PICTURES
 
 from diffusion_align.data.images import ImageError, decode_image
 
@@ -20,12 +20,12 @@ def test_kinds_of_pictures(name):
 
 
 def test_ten_thousand_rows(capsys):
-    report = stress_data.run(ROWS, clean=False)
+    report = data.run(ROWS, clean=False)
     print(report)
     assert report["astray"] == [] and report["rows"] == ROWS
     assert all(report["found"][what] > 300 for what in ("used", "reported", "tie"))
 
 
 def test_clean_rows_are_all_used():
-    report = stress_data.run(500, clean=True)
+    report = data.run(500, clean=True)
     assert report["astray"] == [] and report["found"] == {"used": 500}

@@ -1,30 +1,18 @@
-"""The stress of handing over, at its smallest, and that it sees what it is there to see."""
+"""The stress program that hands pictures over, at its smallest, and that it sees what it is there to see."""
 
-import importlib.util
 import time
-from pathlib import Path
 
-import pytest
-
-
-@pytest.fixture(scope="module")
-def stress():
-    path = Path(__file__).parent.parent.parent / "scripts" / "stress_handover.py"
-    spec = importlib.util.spec_from_file_location("stress_handover", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from stress import handover
 
 
-def test_killed_handovers_end_whole(stress, capsys):
-    assert stress.main(["--prompts", "24", "--kills", "3"]) == 0
+def test_killed_handovers_end_whole(capsys):
+    assert handover.main(["--prompts", "24", "--kills", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(",")[0] for line in lines] == ["dpg: 3 kills", "compbench: 3 kills"]
     assert all("0 not whole; at the end 0 of 24 bad" in line for line in lines)
 
 
-def test_a_half_file_and_a_missing_one_are_seen(stress, monkeypatch, tmp_path):
+def test_a_half_file_and_a_missing_one_are_seen(monkeypatch, tmp_path):
     def sloppy(drawn, out, layout):
         (out / layout).mkdir(parents=True, exist_ok=True)
         for place in range(len(drawn.rows) - 1):
@@ -32,6 +20,6 @@ def test_a_half_file_and_a_missing_one_are_seen(stress, monkeypatch, tmp_path):
             yield out
         time.sleep(0.3)  # so that most kills find it alive; the others do not count
 
-    monkeypatch.setattr(stress, "arrange", sloppy)
-    hits, seen, broken, wrong = stress.killed(tmp_path, "dpg", 12, 4, 0)
+    monkeypatch.setattr(handover, "arrange", sloppy)
+    hits, seen, broken, wrong = handover.killed(tmp_path, "dpg", 12, 4, 0)
     assert hits == 4 and seen == broken > 0 and wrong > 0

@@ -22,7 +22,7 @@ from diffusion_align.models import (
     trainable,
 )
 from diffusion_align.models.adapters import ATTENTION, WIDE
-from diffusion_align.models.header import sort_header
+from diffusion_align.models.saved_weights import sort_header
 from diffusion_align.rng import generator, normal
 
 FILE = "pytorch_lora_weights.safetensors"

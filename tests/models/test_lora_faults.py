@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from helpers_machine import assert_rounded
-from lora_doors import make_run, pictures_of_64, resumed, through
-from lora_families import families, heard, verdict
-from lora_faults import ALPHA, FORMATS, RANK, read, without_alpha, write
 from peft import LoraConfig, PeftModel, get_peft_model
-from stress_loras import cases
+from stress.lora.doors import make_run, pictures_of_64, resumed, through
+from stress.lora.families import families, heard, verdict
+from stress.lora.faults import ALPHA, FORMATS, RANK, read, without_alpha, write
+from stress.loras import cases
 
 from diffusion_align.models import load_lora, load_pipeline, save_lora
 from diffusion_align.models.lora_names import flat, layer_names, of_text_encoder

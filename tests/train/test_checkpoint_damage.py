@@ -7,10 +7,10 @@ import os
 from collections import Counter
 
 import pytest
-from checkpoint_damage import cuts, flips, refused, two_checkpoints
 from helpers_checkpoint import content, is_content
+from stress.checkpoint.damage import cuts, flips, refused, two_checkpoints
 
-from diffusion_align.train import manifest
+from diffusion_align.train.checkpoints import manifest
 from diffusion_align.train.checkpoints.store import CheckpointError, latest_good, load, save
 
 

@@ -1,6 +1,6 @@
 """Kills, errors and full disks while a checkpoint is written: what was there before and what comes after are well.
 
-scripts/stress_checkpoints.py does the same in full counts.
+tests/stress/checkpoints.py does the same in full counts.
 """
 
 import errno
@@ -11,10 +11,10 @@ from collections import Counter
 
 import pytest
 import torch
-from checkpoint_disks import full_disks, limited_files
-from checkpoint_faults import deaths, errors
-from checkpoint_kills import kills
 from helpers_checkpoint import content, is_content, names
+from stress.checkpoint.disks import full_disks, limited_files
+from stress.checkpoint.faults import deaths, errors
+from stress.checkpoint.kills import kills
 
 from diffusion_align.train.checkpoints import store as checkpoint
 from diffusion_align.train.checkpoints.store import CheckpointError, latest_good, load, save, write_part

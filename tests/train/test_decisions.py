@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers_train import MemoryPairs, make_run
-from stress_jobs import launch
+from stress.jobs import launch
 
 from diffusion_align import train
 

@@ -1,12 +1,12 @@
-"""A run that lasts holds no more than one that has just begun; scripts/stress_long.py looks at a thousand steps."""
+"""A run that lasts holds no more than one that has just begun; tests/stress/long.py looks at a thousand steps."""
 
 from dataclasses import replace
 
 import pytest
-import stress_long
 from accelerate.state import AcceleratorState
 from helpers_tiny import make_tiny_folder
-from stress_long import Growth, Mark, arguments, four, growth, marks
+from stress import long
+from stress.long import Growth, Mark, arguments, four, growth, marks
 
 from diffusion_align.train import record
 
@@ -26,7 +26,7 @@ def model(tmp_path_factory):
     return str(make_tiny_folder(tmp_path_factory.mktemp("long") / "model"))
 
 
-@pytest.mark.parametrize("method", stress_long.METHODS)
+@pytest.mark.parametrize("method", long.METHODS)
 def test_sixty_steps_hold_no_more_than_six(method, model, tmp_path, capfd):
     """Processor time is left to the long run: over six steps it says nothing."""
     command = arguments(method, STEPS, model, tmp_path)

@@ -1,5 +1,5 @@
 """Jobs of several processes when one of them fails: who is named, what is saved. The full counts are in
-scripts/stress_processes.py, whose functions these tests call once or twice."""
+tests/stress/processes.py, whose functions these tests call once or twice."""
 
 import os
 import random
@@ -11,13 +11,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import pytest
-import stress_equal
-import stress_processes
 import torch
 from helpers_machine import HANG
 from helpers_train import make_run
-from stress_jobs import Fault, Tally, command, launch
-from stress_runs import flags, make_world
+from stress import equal, processes
+from stress.jobs import Fault, Tally, command, launch
+from stress.runs import flags, make_world
 
 from diffusion_align.train.processes import notes, watch
 from diffusion_align.train.processes.notes import Note, blame, read_notes
@@ -194,7 +193,7 @@ def test_a_job_that_is_hurt_ends_and_names_the_rank(world, number, monkeypatch):
     # The others wait for the word of the one at fault, which comes; two seconds of it are enough on a quiet machine.
     monkeypatch.setattr(watch, "_SETTLING", HANG)
     tally = Tally()
-    stress_processes.hurt(world, number, random.Random(number), tally, compare=False)
+    processes.hurt(world, number, random.Random(number), tally, compare=False)
     assert tally.wrong == []
 
 
@@ -236,7 +235,7 @@ def test_a_process_that_stands_still_is_named_by_those_who_wait(tmp_path):
 
 def test_a_part_that_cannot_be_written_is_told_and_the_round_is_drawn_again(world):
     tally = Tally()
-    stress_processes.no_part(world, "d3po", tally, compare=False)
+    processes.no_part(world, "d3po", tally, compare=False)
     assert tally.wrong == []
 
 
@@ -251,24 +250,24 @@ def test_a_full_disk_on_the_main_process_holds_nobody_up(world, tmp_path):
 
 def test_only_the_first_process_writes_what_is_shared(world):
     tally = Tally()
-    stress_processes.writers(world, "d3po", tally)
+    processes.writers(world, "d3po", tally)
     assert tally.wrong == []
 
 
 def test_a_signal_to_any_process_stops_all_at_one_step(world):
     tally = Tally()
-    stress_processes.signalled(world, 0, random.Random(0), tally)
+    processes.signalled(world, 0, random.Random(0), tally)
     assert tally.wrong == []
 
 
 def test_one_bad_number_is_one_skip_on_both(tmp_path):
     tally = Tally()
-    stress_equal.not_finite(tmp_path, 10, random.Random(0), tally)
-    stress_equal.in_a_row(tmp_path / "row", tally)
+    equal.not_finite(tmp_path, 10, random.Random(0), tally)
+    equal.in_a_row(tmp_path / "row", tally)
     assert tally.wrong == [] and sum(tally.tried.values()) == 3
 
 
 def test_two_processes_are_accumulation_two_to_the_bit(tmp_path):
     tally = Tally()
-    stress_equal.equal(tmp_path, "dpo", 3, tally)
+    equal.equal(tmp_path, "dpo", 3, tally)
     assert tally.wrong == []

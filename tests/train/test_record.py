@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from checkpoint_kills import ended, in_child
+from stress.checkpoint.kills import ended, in_child
 
 from diffusion_align.train import record
 

@@ -1,29 +1,16 @@
-"""A few of each of what the stress scripts count in full (`make stress`): the same functions, small numbers."""
+"""A few of each of what the stress programs count in full (`make stress`): the same functions, small numbers."""
 
-import importlib
-import sys
-from pathlib import Path
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-
-
-def script(name):
-    sys.path.append(str(SCRIPTS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(SCRIPTS))
+from stress import bad_numbers, resume, runs
 
 
 def test_runs_are_stopped_and_resumed_with_every_bit(capsys):
-    assert script("stress_resume").main(["--smoke", "--processes", "1"]) == 0
+    assert resume.main(["--smoke", "--processes", "1"]) == 0
     said = capsys.readouterr().out
     assert "T1  4 resumes, 0 wrong" in said and "T8  3 signals at random moments" in said
 
 
 def test_a_comparison_that_finds_nothing_would_find_something(tmp_path):
     """A run that began with another seed differs in every part that a comparison looks at."""
-    runs = script("stress_runs")
     world = runs.make_world(tmp_path)
     for seed in (0, 1):
         assert (
@@ -35,5 +22,5 @@ def test_a_comparison_that_finds_nothing_would_find_something(tmp_path):
 
 
 def test_numbers_that_are_not_finite_and_memory_that_runs_out(capsys):
-    assert script("stress_numbers").main(["--steps", "4", "--methods", "prdp", "spo"]) == 0
+    assert bad_numbers.main(["--steps", "4", "--methods", "prdp", "spo"]) == 0
     assert capsys.readouterr().out.count(" 0 wrong") == 3 + 2 * 4 + 1 + 3 + 2 * 3

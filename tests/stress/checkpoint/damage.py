@@ -1,0 +1,83 @@
+"""Checkpoints with flipped bits, cut files and lost ones: each must be refused by name; for `checkpoints.py`."""
+
+import logging
+import random
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import safetensors.torch
+
+from diffusion_align.train.checkpoints.store import latest_good, save
+from stress.checkpoint.kills import base, content, is_content
+
+
+def flips(data: bytes, count: int, seed: int = 0) -> Iterator[bytes]:
+    """The data with one bit changed, at `count` different places (all of them, where there are fewer)."""
+    for bit in random.Random(seed).sample(range(8 * len(data)), min(count, 8 * len(data))):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
+        yield bytes(flipped)
+
+
+def cuts(data: bytes, count: int | None = None, seed: int = 0) -> Iterator[bytes]:
+    """The data cut to every length, or to `count` different ones."""
+    lengths = range(len(data))
+    for length in lengths if count is None else random.Random(seed).sample(lengths, count):
+        yield data[:length]
+
+
+def refused(path: Path, damages: Iterator[bytes]) -> Counter[str]:
+    """Put each damage in place of a file of the newest of two checkpoints, and read. How many were
+
+    refused: the file was named, and the checkpoint before it was loaded, whole.
+    unseen: the newest was loaded as if nothing were.
+    """
+    weights = base(1000)
+    data, said = path.read_bytes(), _Said()
+    found: Counter[str] = Counter(damages=0, refused=0, unseen=0)
+    said.logger.addHandler(said)
+    try:
+        for damage in damages:
+            path.write_bytes(damage)
+            said.lines.clear()
+            loaded = latest_good(path.parent.parent)
+            found["damages"] += 1
+            found["unseen"] += loaded is not None and loaded.path == path.parent
+            named = any(str(path) in line and "falling back" in line for line in said.lines)
+            found["refused"] += named and loaded is not None and loaded.step == 1 and is_content(loaded, weights)
+    finally:
+        said.logger.removeHandler(said)
+        path.write_bytes(data)
+    return found
+
+
+class _Said(logging.Handler):
+    """Keeps what the package warns of instead of printing it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self.logger = logging.getLogger("diffusion_align.train.checkpoints.store")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def two_checkpoints(folder: Path, parameters: int) -> Path:
+    """A small whole checkpoint, and the newer one that is to be damaged."""
+    save(folder, 1, *content(1, base(1000)))
+    return save(folder, 2, *content(2, base(parameters)))
+
+
+def silently_loaded(damages: Iterator[bytes]) -> Counter[str]:
+    """The same damages and safetensors alone: how many files it loads without a word."""
+    found: Counter[str] = Counter(damages=0, unseen=0)
+    for damage in damages:
+        found["damages"] += 1
+        try:
+            safetensors.torch.load(damage)
+        except safetensors.SafetensorError:
+            continue
+        found["unseen"] += 1
+    return found

@@ -1,0 +1,243 @@
+"""Jobs of several processes for the scripts that hurt them: forked after import, joined by gloo, watched by a launcher.
+
+The launcher does what torchrun does: when one process ends badly the others get SIGTERM and, after a while, SIGKILL.
+Each process runs the real command, and a fault is put into one of them by `Fault`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers_machine import free_port
+from helpers_train import _join as join_ranks
+
+from diffusion_align.commands import encode, train_dpo, train_online
+from diffusion_align.train import collect, rounds, steps
+from diffusion_align.train.checkpoints import store as checkpoint
+from diffusion_align.train.processes import watch
+from stress.runs import train
+
+# Seconds: for a job before it counts as hung, from SIGTERM to SIGKILL, and between two looks. The first two bound what
+# never ends, on a machine as busy as it likes; how long jobs take is for the scripts to print.
+LIMIT, GRACE, POLL = 600.0, 60.0, 0.1
+
+
+@dataclass
+class Ended:
+    """A job that has ended: exit codes (-9: killed), what each process said, seconds, and seconds since the fault."""
+
+    codes: list[int]
+    said: list[str]
+    seconds: float
+    hung: bool
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.said)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong in one process: `kind` at the first `doing` of `step` or later."""
+
+    kind: str = "none"
+    rank: int = 0
+    step: int = 3
+    doing: str = "learning"
+
+
+def launch(
+    count: int,
+    work: Callable[[int], int],
+    folder: Path,
+    meanwhile: Callable[[list[int]], None] | None = None,
+    patience: float = 0.0,
+) -> Ended:
+    """Run `work(rank)`, which returns an exit code, in forked processes; `meanwhile` gets their ids once they run.
+    `patience`: seconds from a bad end to the others' SIGTERM."""
+    port, begun = free_port(), time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    children = [_fork(rank, count, port, work, folder / f"rank-{rank}.txt") for rank in range(count)]
+    if meanwhile is not None:
+        meanwhile(children)
+    codes: dict[int, int] = {}
+    told = bad = float("inf")
+    hung = False
+    while len(codes) < count:
+        for rank, child in enumerate(children):
+            if rank not in codes:
+                done, status = os.waitpid(child, os.WNOHANG)
+                if done:
+                    codes[rank] = os.waitstatus_to_exitcode(status)
+        now = time.monotonic()
+        if any(codes.values()):
+            bad = min(bad, now)
+        if now - bad >= patience and told > now:
+            told = now
+            _signal(children, codes, signal.SIGTERM)
+        if now - begun > LIMIT:
+            hung = True
+        if hung or now - told > GRACE:
+            _signal(children, codes, signal.SIGKILL)
+        time.sleep(POLL)
+    said = [(folder / f"rank-{rank}.txt").read_text(errors="replace") for rank in range(count)]
+    return Ended([codes[rank] for rank in range(count)], said, time.monotonic() - begun, hung)
+
+
+def _signal(children: list[int], codes: dict[int, int], number: int) -> None:
+    for rank, child in enumerate(children):
+        if rank not in codes:
+            os.kill(child, number)
+
+
+def _fork(rank: int, count: int, port: int, work: Callable[[int], int], log: Path) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        sys.stdout = sys.stderr = log.open("w")  # and what writes to their numbers
+        os.dup2(sys.stderr.fileno(), 1)
+        os.dup2(sys.stderr.fileno(), 2)
+        join_ranks(rank, count, port)
+        code = work(rank)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def command(argv: list[str], fault: Fault | None = None) -> Callable[[int], int]:
+    """The work of a process: this command line, with a fault in one of them."""
+
+    def work(rank: int) -> int:
+        if fault is not None and rank == fault.rank:
+            FAULTS[fault.kind](fault)
+        code, said = train(argv)
+        print(said, file=sys.stderr)
+        return code
+
+    return work
+
+
+def step_now() -> int:
+    """The step that this process has noted last."""
+    return 0 if watch._watch is None else watch._watch.note.step
+
+
+def _at(fault: Fault, action: Callable[[], None]) -> None:
+    """`action` where this process begins what the fault names, in its step."""
+
+    def doing(what: str, step: int | None = None) -> None:
+        watch.doing(what, step)
+        if what == fault.doing and step_now() >= fault.step:
+            action()
+
+    steps.doing = rounds.doing = collect.doing = doing
+
+
+def _raise_in_loss(fault: Fault) -> None:
+    def broken(*_: Any) -> Any:
+        raise ValueError("the loss was made to fail")
+
+    def patch() -> None:
+        steps._try_pieces = rounds._try_pieces = broken
+
+    _at(fault, patch)
+
+
+def reward_by(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Let this process's reward pass through `change`."""
+    real = train_online.decoded
+
+    def decoded(*args: Any) -> Any:
+        score = real(*args)
+        return lambda latents, prompts: change(score(latents, prompts))
+
+    train_online.decoded = decoded
+
+
+def _raise_in_reward(fault: Fault) -> None:
+    def broken(values: torch.Tensor) -> torch.Tensor:
+        if step_now() >= fault.step:
+            raise ValueError("the reward was made to fail")
+        return values
+
+    reward_by(broken)
+
+
+def _bad_rows(fault: Fault) -> None:
+    def read(*_: Any, **__: Any) -> Any:
+        raise ValueError("3 of 10 rows are broken, more than max_bad_fraction 0.01")
+
+    if fault.doing == "reading":
+        train_dpo.read_training_pairs = read
+    else:
+        encode.build_cache = read
+
+
+def _full_disk(fault: Fault) -> None:
+    """Checkpoints fail from the given step on, for three saves."""
+    failures, real = [], checkpoint.write_tensors
+
+    def full(*args: Any) -> None:
+        if len(failures) < 3 and step_now() >= fault.step:
+            failures.append(0)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(*args)
+
+    checkpoint.write_tensors = full
+
+
+def _no_part(_: Fault) -> None:
+    def fails(*_: Any) -> Path:
+        raise checkpoint.CheckpointError("round_1: could not be saved (No space left on device)")
+
+    checkpoint.write_part = fails
+
+
+FAULTS: dict[str, Callable[[Fault], None]] = {
+    "kill": lambda fault: _at(fault, lambda: os.kill(os.getpid(), signal.SIGKILL)),
+    "stall": lambda fault: _at(fault, lambda: time.sleep(600)),
+    "signal": lambda fault: _at(fault, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+    "loss": _raise_in_loss,
+    "reward": _raise_in_reward,
+    "ties": lambda _: reward_by(torch.zeros_like),
+    "rows": _bad_rows,
+    "disk": _full_disk,
+    "part": _no_part,
+}
+
+
+@dataclass
+class Tally:
+    """Counts of what was tried and lines of what went wrong, for the scripts to print."""
+
+    tried: dict[str, int] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+    slowest: float = 0.0
+
+    def check(self, name: str, problems: list[str], seconds: float = 0.0) -> None:
+        self.tried[name] = self.tried.get(name, 0) + 1
+        self.wrong += [f"{name}: {problem}" for problem in problems]
+        self.slowest = max(self.slowest, seconds)
+
+
+@contextmanager
+def timed(name: str) -> Iterator[None]:
+    begun = time.monotonic()
+    yield
+    print(f"  {name}: {time.monotonic() - begun:.0f} s", flush=True)
