@@ -15,12 +15,12 @@ import argparse
 from dataclasses import replace
 
 import torch
-from diffusion_align.train.runs import Runs, binder, draw_runs
-from diffusion_align.train.step_losses import learn_policy_gradient
 from torch import Tensor
 
 from diffusion_align.commands.score import decoded, reward_by_name
 from diffusion_align.commands.train.items import TINY_SEED
+from diffusion_align.methods.ddpo import learn_policy_gradient
+from diffusion_align.methods.shared.runs import Runs, binder, draw_runs
 from diffusion_align.models import add_lora, load_pipeline
 from diffusion_align.models.adapters import TARGETS
 from diffusion_align.samplers import StepTable, noise_window, step_table

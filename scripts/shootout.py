@@ -109,18 +109,16 @@ def last_kl(run: Path) -> float | None:
 def network_evaluations(argv: list[str]) -> int:
     """Of the whole training, from its options: rollout, policy and reference, a forward pass each, with gradient or
     without; those of SPO if every pair is kept."""
-    from diffusion_align.commands.plan_online import rounds_of
-    from diffusion_align.commands.run_tables import evaluations, planned_tables
-    from diffusion_align.options import VERBS, TrainOnline, parse, resolve
+    from diffusion_align.commands.train.train import about_run
+    from diffusion_align.options import VERBS, parse, resolve
 
     words = " ".join(argv[:2])
     verb = VERBS[words]
     parsed = parse(verb.options, argv[2:], words)
     o = resolve(verb.options, words, preset=parsed.preset, settings=parsed.settings).options
-    if isinstance(o, TrainOnline):
-        tables = planned_tables(o)
-        each = sum(evaluations(o, tables).values())
-        return round(each * o.prompts_per_round) * rounds_of(o, 1, tables).rounds
+    length = verb.entry().length(o, about_run(verb.entry(), o))
+    if length.evaluations is not None:
+        return length.evaluations
     pictures = 2 if words == "train dpo" else 4
     return (o.max_train_steps or 0) * o.train_batch_size * (o.gradient_accumulation_steps or 1) * pictures * 2
 

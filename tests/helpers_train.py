@@ -15,6 +15,7 @@ from diffusion_align import rng
 from diffusion_align.methods.dpo import pairs_method
 from diffusion_align.methods.kto import pictures_method
 from diffusion_align.methods.rankdpo import RankingLoss, rankings_method
+from diffusion_align.methods.shared import noising
 from diffusion_align.methods.shared.noising import Networks
 from diffusion_align.methods.shared.pair_losses import on_margin
 from diffusion_align.methods.shared.preferences import PreferencePairs, preference_method
@@ -94,6 +95,12 @@ def run_steps(micro_batch, summarise, *, n, batch_size, accumulation, check_firs
     yield from steps.run_steps(method, run_of(settings), batch_size=batch_size, accumulation=accumulation)
 
 
+def noised_lists(latents, text, samples, schedule, prediction_type, seed, **options):
+    """`noising.noised_lists` without networks."""
+    networks = Networks(None, None, schedule, prediction_type)
+    return noising.noised_lists(latents, text, samples, networks, seed, **options)
+
+
 def trains(make):
     """A loop out of `make(cache, networks, run, *more, **constants)` and settings in one heap."""
 
@@ -115,15 +122,11 @@ train_pairs, train_pictures, train_rankings = trains(pairs_method), trains(pictu
 
 def train_step_aware(cache, prompts, scorer, predict_clean, decode, *, schedule, batch_size, labels=None, **settings):
     """The loop of a step-aware scorer."""
-    pairs, accumulation = (
-        PreferencePairs(cache, prompts, predict_clean, decode, schedule, labels),
-        settings.pop("accumulation", 1),
-    )
-    run = run_of(settings)
+    pairs = PreferencePairs(cache, prompts, predict_clean, decode, schedule, labels)
+    accumulation, run = settings.pop("accumulation", 1), run_of(settings)
     assert not settings
-    yield from steps.run_steps(
-        preference_method(pairs, scorer, run), run, batch_size=batch_size, accumulation=accumulation
-    )
+    method = preference_method(pairs, scorer, run)
+    yield from steps.run_steps(method, run, batch_size=batch_size, accumulation=accumulation)
 
 
 @dataclass

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from diffusion_align.commands.course import describe_course, settle_warmup
-from diffusion_align.commands.plan_dpo import plan_dpo
-from diffusion_align.commands.setup import make_optimizer, optimizer_identity
-from diffusion_align.options import TrainDdpo, TrainDpo, TrainSpm
+from diffusion_align.commands.train.course import describe_course, settle_warmup
+from diffusion_align.commands.train.identity import identity_of
+from diffusion_align.commands.train.optimizer import make_optimizer
+from diffusion_align.commands.train.train import dry_run
+from diffusion_align.options import VERBS, TrainDdpo, TrainDpo, TrainSpm
 
 
 def rates(o, steps):
@@ -55,11 +56,12 @@ def test_the_course_is_printed_and_one_that_never_gets_there_is_warned_of():
     assert "unknown until the data are counted" in describe_course(TrainDpo(), None, 1e-4)[0]
 
 
-def test_a_plan_says_the_course():
+def test_a_plan_says_the_course(capsys):
     o = TrainDpo(pretrained_model_name_or_path="tiny", dataset_name="tiny", max_train_steps=100, lr_scheduler="linear")
-    assert "course           rises over 10 steps, then linear to 0 at step 100" in plan_dpo(o)
+    assert dry_run(VERBS["train dpo"].entry(), o) == 0
+    assert "# course           rises over 10 steps, then linear to 0 at step 100\n" in capsys.readouterr().out
 
 
 def test_a_constant_run_goes_on_from_checkpoints_that_know_the_old_default():
-    identity = optimizer_identity(TrainDpo(), learning_rate=1.0, steps=100)
+    identity = identity_of(TrainDpo(), {}, learning_rate=1.0, steps=100)
     assert identity["lr_warmup_steps"] == 500

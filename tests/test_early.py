@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from diffusion_align import cli
-from diffusion_align.commands import early, processes
+from diffusion_align.commands import early
+from diffusion_align.commands.train import job
 from diffusion_align.options import VERBS, TrainDpo
 
 WITH_DEVICE = [words for words, verb in VERBS.items() if "device" in {f.name for f in dataclasses.fields(verb.options)}]
@@ -99,16 +100,16 @@ def test_the_device_asked_for_reaches_accelerate(word, told, monkeypatch):
             seen.append((os.environ.get("ACCELERATE_TORCH_DEVICE"), given["cpu"]))
             self.device, self.process_index, self.num_processes = torch.device(word or "cpu"), 0, 1
 
-    monkeypatch.setattr(processes, "Accelerator", Stub)
-    monkeypatch.setattr(processes, "meet", lambda accelerator: None)
-    monkeypatch.setattr(processes.watch, "start", lambda *args: None)
+    monkeypatch.setattr(job, "Accelerator", Stub)
+    monkeypatch.setattr(job, "meet", lambda accelerator: None)
+    monkeypatch.setattr(job.watch, "start", lambda *args: None)
     monkeypatch.delenv("ACCELERATE_TORCH_DEVICE", raising=False)
-    processes.join(TrainDpo(device=word))
+    job.join(TrainDpo(device=word))
     assert seen == [(told, word == "cpu")] and "ACCELERATE_TORCH_DEVICE" not in os.environ
     Stub.device = property(lambda self: torch.device("cpu"), lambda self, value: None)
     if told:
         with pytest.raises(ValueError, match=f"--device {word} was asked for and accelerate took cpu"):
-            processes.join(TrainDpo(device=word))
+            job.join(TrainDpo(device=word))
 
 
 @pytest.mark.parametrize("words", ["train dpo", "train prdp", "reward train-spm"])

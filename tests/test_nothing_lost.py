@@ -8,10 +8,12 @@ import pytest
 import torch
 from stress.runs import differences, end_of, flags, make_world, stop_at, train
 
-from diffusion_align.commands import session, versions
-from diffusion_align.commands.best import Best
+from diffusion_align.commands import versions
 from diffusion_align.commands.interrupt import Interrupted, Interruptible
-from diffusion_align.train import offline, record
+from diffusion_align.commands.train import session
+from diffusion_align.commands.train.best import Best
+from diffusion_align.methods import dpo
+from diffusion_align.train import record
 from diffusion_align.train.checkpoints import store as checkpoint
 from diffusion_align.train.checkpoints.store import CheckpointError
 
@@ -61,7 +63,7 @@ def test_a_signal_while_a_round_is_drawn_does_not_wait_for_it(world, tmp_path, m
 
 
 def test_numbers_that_stay_bad_end_the_run_with_its_state_saved(world, tmp_path, monkeypatch):
-    calls, real = [], offline.margin_of
+    calls, real = [], dpo.margin_of
 
     def from_step_4(pairs):
         calls.append(0)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from importlib import import_module
 
 import pytest
 import torch
@@ -14,12 +15,11 @@ from test_scripts import LORA, weights_of
 
 from diffusion_align import cli
 from diffusion_align.commands import score as score_module
-from diffusion_align.commands import train_online
+from diffusion_align.methods.shared import online_setup, rollouts
 from diffusion_align.options import VERBS, options_of, resolve
-from diffusion_align.options.metrics import METRICS
 from diffusion_align.rewards.step_aware import save_step_aware, start_step_aware
 from diffusion_align.shapes import sample_captions
-from diffusion_align.train import online, record
+from diffusion_align.train import record
 
 ONLINE = ("d3po", "spo", "prdp", "ddpo")
 
@@ -64,7 +64,8 @@ def test_a_run_that_is_interrupted_goes_on_as_if_it_never_stopped(toys, name, tm
     passes = 2 if name == "prdp" else 1
     assert [row["step"] for row in rows] == list(range(1, 3 * passes + 1))
     assert all(row["dims"] == 4 * 16 * 16 and row["items"] > 0 for row in rows)
-    assert set().union(*rows) == {"step", "epoch", "threads", *METRICS[VERBS[f"train {name}"].options.__name__]}
+    metrics = import_module(f"diffusion_align.options.train.{name}").METRICS
+    assert set().union(*rows) == {"step", "epoch", "threads", *metrics}
     AcceleratorState._reset_state(True)
     pipe = StableDiffusionPipeline.from_pretrained(toys / "model", safety_checker=None)
     pipe.load_lora_weights(whole)
@@ -233,7 +234,7 @@ def test_bad_rewards_are_one_line_and_nothing_done_is_lost(toys, tmp_path, capsy
 
         return score
 
-    monkeypatch.setattr("diffusion_align.commands.train_online.reward_by_name", good_at_first)
+    monkeypatch.setattr("diffusion_align.commands.train.train.reward_by_name", good_at_first)
     assert cli.main(argv(toys, "d3po", tmp_path / "run", "--num_rounds", "9")) == 1
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
     assert (tmp_path / "run" / "checkpoints" / "step-00000001").is_dir()
@@ -291,8 +292,8 @@ def test_spo_is_guided_by_a_step_aware_model(toys, tmp_path):
 
 def test_the_collapse_alarm_warns_or_stops_with_a_checkpoint(toys, tmp_path, capsys, monkeypatch):
     """Pictures that differ by less each round: six rounds, of which the first five are what the sixth is judged by."""
-    real, rounds = online.facts_of, iter([1.0, 1.0, 1.0, 1.0, 1.0, 0.3, 0.3, 0.3] * 2)
-    monkeypatch.setattr(online, "facts_of", lambda runs: real(runs) | {"diversity": torch.tensor([next(rounds)])})
+    real, rounds = rollouts.facts_of, iter([1.0, 1.0, 1.0, 1.0, 1.0, 0.3, 0.3, 0.3] * 2)
+    monkeypatch.setattr(rollouts, "facts_of", lambda runs: real(runs) | {"diversity": torch.tensor([next(rounds)])})
     more = ("--num_rounds", "8", "--collapse_patience", "1", "--prompts_per_round", "2", "--checkpointing_steps", "9")
     assert cli.main(argv(toys, "d3po", tmp_path / "warned", *more)) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "collapse?" in line]
@@ -306,13 +307,13 @@ def test_the_collapse_alarm_warns_or_stops_with_a_checkpoint(toys, tmp_path, cap
 
 def test_a_noise_window_has_one_place_a_round_and_another_in_the_next(toys, tmp_path, monkeypatch):
     """Whatever the chunk: two prompts a round, one or both in the network."""
-    real, seen = train_online.draw_runs, []
+    real, seen = online_setup.draw_runs, []
 
     def spy(policy, reference, table, *rest, **more):
         seen.append(table.stochastic.nonzero().flatten().tolist())
         return real(policy, reference, table, *rest, **more)
 
-    monkeypatch.setattr(train_online, "draw_runs", spy)
+    monkeypatch.setattr(online_setup, "draw_runs", spy)
     window = "--steps 5 --noise_window 2 --window_first 1 --num_rounds 6 --checkpointing_steps 9".split()
     assert cli.main(argv(toys, "d3po", tmp_path / "whole", *window)) == 0
     whole, seen[:] = list(seen), []

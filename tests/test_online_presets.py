@@ -5,9 +5,9 @@ table together. No model is loaded; what is assumed is Stable Diffusion's schedu
 """
 
 import pytest
+from helpers_plan import evaluations, planned_tables, rounds_of
 
-from diffusion_align.commands.plan_online import rounds_of
-from diffusion_align.commands.run_tables import compared, evaluations, planned_tables
+from diffusion_align.methods.spo import compared
 from diffusion_align.options import VERBS, resolve
 
 

@@ -7,7 +7,7 @@ import string
 import pytest
 import yaml
 
-from diffusion_align.commands.plan import accumulation_of
+from diffusion_align.methods.shared.plan import accumulation_of
 from diffusion_align.options import (
     VERBS,
     Sample,

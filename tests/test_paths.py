@@ -9,7 +9,8 @@ import pytest
 
 from diffusion_align import cli
 from diffusion_align.commands.contenders import contender
-from diffusion_align.commands.sources import pairs_of
+from diffusion_align.commands.train.items import source_path
+from diffusion_align.methods import dpo
 from diffusion_align.models.hub import locate, on_hub
 from diffusion_align.options import VERBS, TrainDpo, UsageError, options_of, parse, resolve, to_yaml
 from diffusion_align.options import paths as paths_module
@@ -173,9 +174,9 @@ def test_a_name_on_the_hub_is_one():
 
 def test_pairs_on_disk_never_ask_a_hub(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("diffusion_align.commands.plan_dpo.fetch_pairs", lambda *a: pytest.fail("the hub was asked"))
-    assert pairs_of(TrainDpo(dataset_name="owner/name")) is None
-    assert pairs_of(TrainDpo(train_data_dir="my_pairs")) == Path("my_pairs")
+    monkeypatch.setattr("diffusion_align.commands.train.items.fetch_pairs", lambda *a: pytest.fail("the hub was asked"))
+    assert source_path(dpo.METHOD, TrainDpo(dataset_name="owner/name")) is None
+    assert source_path(dpo.METHOD, TrainDpo(train_data_dir="my_pairs")) == Path("my_pairs")
     for typo in ("owner/typo", "my_pairs", "a/b/c", "data/pairs"):
         assert cli.main(["train", "dpo", "--model", "tiny", "--train_data_dir", typo, "--dry-run"]) == 1
         said = capsys.readouterr().err

@@ -16,10 +16,12 @@ from PIL import Image
 from test_scripts import LORA, script, weights_of
 
 from diffusion_align import cli
-from diffusion_align.commands import plan_rankdpo, synth_parts, train_rankdpo
+from diffusion_align.commands import synth_parts
+from diffusion_align.commands.train import items
 from diffusion_align.data import Ranking, read_rankings, write_pairs_parquet, write_rankings_parquet
 from diffusion_align.data.images import encode_png
-from diffusion_align.options.metrics import METRICS
+from diffusion_align.methods import rankdpo
+from diffusion_align.options.train.rankdpo import METRICS
 from diffusion_align.shapes import sample_captions
 from diffusion_align.train import record
 
@@ -82,7 +84,7 @@ def finished(toys):
 
 def test_a_run_starts_where_the_plan_says_and_diffusers_loads_it(toys, finished, capsys):
     rows = record.read(finished / "metrics.jsonl")
-    assert set().union(*rows) == {"step", "epoch", "threads", *METRICS["TrainRankdpo"]}
+    assert set().union(*rows) == {"step", "epoch", "threads", *METRICS}
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6] and rows[0]["samples"] == 4
     assert rows[0]["loss"] == pytest.approx(math.log(2) * rows[0]["pair_weight"], rel=1e-6)
     assert rows[0]["implicit_accuracy"] == 0.5 and rows[0]["winner_error_gap"] == 0 and rows[-1]["margin_p95"] != 0
@@ -188,11 +190,15 @@ def test_dry_run_says_what_will_happen_and_is_a_config(toys, tmp_path, capsys, m
 def test_every_number_arrives_where_it_works(toys, tmp_path, monkeypatch):
     seen = {}
 
-    def loop(cache, relevance, policy, reference, **settings):
-        seen.update(settings, lists=len(cache), relevance=relevance)
+    def method(cache, networks, run, relevance, *, loss, **settings):
+        seen.update(settings, lists=len(cache), relevance=relevance, **vars(loss), **vars(run))
+
+    def loop(method, run, **settings):
+        seen.update(settings)
         return iter(())
 
-    monkeypatch.setattr(train_rankdpo, "train_rankings", loop)
+    monkeypatch.setattr(rankdpo, "rankings_method", method)
+    monkeypatch.setattr(rankdpo, "run_steps", loop)
     more = """--proportion_empty_prompts=0.3 --max_grad_norm=7 --seed=11 --gradient_accumulation_steps=2
         --train_batch_size=3 --max_train_samples=5 --beta=100 --beta_convention=salesforce --pair_norm=num_pairs
         --discount=log2 --shared_noise --one_picture_at_a_time"""
@@ -205,22 +211,22 @@ def test_every_number_arrives_where_it_works(toys, tmp_path, monkeypatch):
     phi, scores = torch.tensor([[1.0, 0.0]], dtype=torch.float64), torch.tensor([[0.0, -3.0]], dtype=torch.float64)
     weight = 1 - 1 / math.log2(3)
     assert float(seen["pair_weights"](phi)[0, 0, 1]) == pytest.approx(weight)
-    assert float(seen["loss"](scores, phi)) == pytest.approx(weight * math.log1p(math.exp(-3 * 100 / 2048)))
+    assert float(seen["of_scores"](scores, phi)) == pytest.approx(weight * math.log1p(math.exp(-3 * 100 / 2048)))
     three = torch.tensor([[1.0, 0.5, 0.0]], dtype=torch.float64)
     together = float(seen["pair_weights"](three).triu().sum())
-    assert float(seen["loss"](0 * three, three)) == pytest.approx(math.log(2) * together / 3)
+    assert float(seen["of_scores"](0 * three, three)) == pytest.approx(math.log(2) * together / 3)
 
 
 def test_the_embedded_rankings_are_asked_for_by_name(toys, tmp_path, monkeypatch, capsys):
     def absent(name):
         raise FileNotFoundError(f"assets/{name} is not there: build it with `python scripts/build_tiny.py`")
 
-    monkeypatch.setattr(plan_rankdpo, "asset", absent)
+    monkeypatch.setattr(items, "asset", absent)
     for more in ((), ("--dry-run",)):
         assert script("finetune_rankdpo")(["--preset", "tiny", "--output_dir", str(tmp_path / "run"), *more]) == 1
         (said,) = capsys.readouterr().err.splitlines()
         assert "assets/tiny_rankings.parquet is not there: build it" in said and "data synth --models tiny" in said
-    monkeypatch.setattr(plan_rankdpo, "asset", lambda name: toys / "rankings.jsonl")
+    monkeypatch.setattr(items, "asset", lambda name: toys / "rankings.jsonl")
     assert script("finetune_rankdpo")(["--preset", "tiny", "--output_dir", str(tmp_path / "run"), "--dry-run"]) == 0
     assert "10 rankings" in capsys.readouterr().out
 

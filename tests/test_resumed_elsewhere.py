@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from stress.runs import differences, end_of, flags, make_world, stop_at, train
 
-from diffusion_align.commands import tracking
-from diffusion_align.commands.identity import facts_of, require_same_run
+from diffusion_align.commands.train import tracking
+from diffusion_align.commands.train.identity import facts_of, require_same_run
 from diffusion_align.data import write_pairs_parquet
 from diffusion_align.data.images import encode_png
 from diffusion_align.options import TrainD3po, TrainDpo, TrainRankdpo

@@ -2,12 +2,13 @@
 
 import pytest
 from helpers_online import METHODS, Toy
+from helpers_plan import evaluations, planned_tables, rounds_of
 
 from diffusion_align.commands.model_facts import SCHEDULE
-from diffusion_align.commands.plan_online import describe_rounds, rounds_of
-from diffusion_align.commands.run_tables import RunTables, evaluations, planned_tables, run_tables
+from diffusion_align.methods.shared.rollout_plan import RunTables, describe_rounds, run_tables
 from diffusion_align.options import VERBS, UsageError, resolve
-from diffusion_align.options.train_online import noisy_steps, notes_spo, window_starts
+from diffusion_align.options.train.online import noisy_steps, window_starts
+from diffusion_align.options.train.spo import notes_spo
 from diffusion_align.samplers import noise_window
 from diffusion_align.schedule import Schedule
 

@@ -17,20 +17,24 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from diffusion_align.commands import plan, sources, train_dpo
+from diffusion_align.commands import sources
 from diffusion_align.commands.interrupt import Interruptible
 from diffusion_align.data import write_pairs_parquet
 from diffusion_align.data.images import encode_png
+from diffusion_align.methods import dpo
+from diffusion_align.methods.entry import About
+from diffusion_align.methods.shared import plan
+from diffusion_align.methods.shared.pair_losses import PairOutputs
 from diffusion_align.models import adapters
-from diffusion_align.options import read_yaml
-from diffusion_align.options.metrics import BY_LOSS, METRICS
+from diffusion_align.options import TrainDpo, read_yaml
+from diffusion_align.options.train.dpo import metrics_of
 from diffusion_align.schedule import Schedule
 from diffusion_align.shapes import sample_captions
 from diffusion_align.train import record
-from diffusion_align.train.pair_losses import PairOutputs
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 LORA = "pytorch_lora_weights.safetensors"
+ABOUT = About(Schedule.from_config({"beta_start": 0.00085, "beta_end": 0.012}), (4, 64, 64), None, None, 1)
 
 
 def script(name):
@@ -81,7 +85,7 @@ def finished(toys):
 
 def test_a_run_folder_holds_what_it_promises(toys, finished):
     rows = record.read(finished / "metrics.jsonl")
-    assert set().union(*rows) == {"step", "epoch", "threads", *METRICS["TrainDpo"]}
+    assert set().union(*rows) == {"step", "epoch", "threads", *metrics_of(TrainDpo())}
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[0]["loss"] == pytest.approx(math.log(2)) and rows[0]["lr"] == 1e-3
     assert sorted(p.name for p in (finished / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
@@ -180,7 +184,8 @@ def test_losses_start_where_the_plan_says(toys, tmp_path, loss_type):
     assert train(toys, tmp_path / "run", *argv) == 0
     start = {"sigmoid": math.log(2), "hinge": 1.0, "ipo": 0.25, "robust": math.log(2)}.get(loss_type, 0.5)
     assert record.read(tmp_path / "run" / "metrics.jsonl")[0]["loss"] == pytest.approx(start, rel=1e-6)
-    text = plan.describe_loss(loss_type, 0.1 if flip else 0.0)
+    o = TrainDpo(loss_type=loss_type, label_smoothing=0.1 if flip else 0.0)
+    text = next(line for line in dpo.constants(o, ABOUT) if line.startswith("loss "))
     words = {"hinge": "starts at 1,", "ipo": "starts at 1/4,", "kto": "starts at 1/2,", "kto_pairs": "starts at 1/2,"}
     assert words.get(loss_type, f"{start:.4f}") in text
 
@@ -205,7 +210,7 @@ def test_mapo_keeps_no_frozen_copy_and_logs_nothing_that_needs_one(toys, tmp_pat
     assert "each of the 3 pairs comes 2.67 times within one step" in said
     assert "reference        none" in said and "mapo_beta        0.1" in said and "\nbeta " not in said
     (row,) = record.read(tmp_path / "run" / "metrics.jsonl")
-    assert set(row) == {"step", "epoch", "threads", *BY_LOSS["mapo"]}
+    assert set(row) == {"step", "epoch", "threads", *metrics_of(TrainDpo(loss_type="mapo"))}
     assert not {"implicit_accuracy", "winner_error_gap", "loser_error_gap", "margin_p50"} & set(row)
     assert train(toys, tmp_path / "more", *flags, "--dry-run") == 0
     plan = capsys.readouterr().out
@@ -226,7 +231,7 @@ def test_kto_on_single_pictures_runs_and_its_plan_says_what_it_does(toys, tmp_pa
     assert "liked_share      0.5 of the visits show the winner" in said
     rows = record.read(tmp_path / "run" / "metrics.jsonl")
     assert rows[0]["loss"] == 0.5 and rows[-1]["loss"] != 0.5
-    assert set().union(*rows) == {"step", "epoch", "threads", *BY_LOSS["kto"]}
+    assert set().union(*rows) == {"step", "epoch", "threads", *metrics_of(TrainDpo(loss_type="kto"))}
     again = ["--loss_type=kto", "--liked_share=0.8", "--max_train_steps=5", "--resume_from_checkpoint=latest"]
     assert train(toys, tmp_path / "run", *again, "--gradient_accumulation_steps=2") == 1
     assert "liked_share was 0.5 and is now 0.8" in capsys.readouterr().err
@@ -333,11 +338,15 @@ def test_every_number_arrives_where_it_works(toys, tmp_path, monkeypatch):
     """No default on the way: each option with a value of its own, seen by the loop and the optimizer."""
     seen = {}
 
-    def loop(cache, policy, reference, **settings):
-        seen.update(settings, pairs=len(cache))
+    def method(cache, networks, run, **settings):
+        seen.update(settings, pairs=len(cache), **vars(run))
+
+    def loop(method, run, **settings):
+        seen.update(settings)
         return iter(())
 
-    monkeypatch.setattr(train_dpo, "train_pairs", loop)
+    monkeypatch.setattr(dpo, "pairs_method", method)
+    monkeypatch.setattr(dpo, "run_steps", loop)
     more = """--proportion_empty_prompts=0.3 --max_grad_norm=7 --seed=11 --adam_beta1=0.8 --adam_beta2=0.95
         --adam_epsilon=1e-5 --adam_weight_decay=0.2 --gradient_accumulation_steps=2 --train_batch_size=3
         --max_train_samples=5 --beta=100 --beta_convention=salesforce --rank=2 --network_alpha=6
@@ -377,9 +386,11 @@ def test_beta_in_the_units_of_the_literature():
     schedule = Schedule.from_config({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
     assert plan.path_weight(schedule) == pytest.approx(6.53, abs=0.005)
     for beta, side, per_sum, per_nat in ((2000, 64, "0.06104", "0.00935"), (5000, 64, "0.1526", "0.0234")):
-        said = " ".join(plan.describe_beta(beta, "salesforce", (4, side, side), schedule))
+        o = TrainDpo(beta_dpo=beta, beta_convention="salesforce")
+        said = " ".join(plan.describe_beta(o, About(schedule, (4, side, side), None, None, 1)))
         assert f"{per_sum} per squared error" in said and f"about {per_nat} per nat" in said
-    paper, scripts = (plan.describe_beta(*given, (4, 64, 64), schedule) for given in UNITS)
+    about = About(schedule, (4, 64, 64), None, None, 1)
+    paper, scripts = (plan.describe_beta(TrainDpo(beta_dpo=b, beta_convention=unit), about) for b, unit in UNITS)
     assert paper[2] == scripts[2]
     assert "= 2500 in the unit of diffusers" in paper[1] and "= 5000 in the unit of salesforce" in scripts[1]
 

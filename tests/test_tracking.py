@@ -11,7 +11,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from helpers_tiny import make_tiny_folder
 
 from diffusion_align import cli
-from diffusion_align.commands.tracking import finish_trackers, start_trackers, tracker_names
+from diffusion_align.commands.train.tracking import finish_trackers, start_trackers, tracker_names
 from diffusion_align.data import write_pairs_parquet
 from diffusion_align.data.images import encode_png
 from diffusion_align.options import UsageError
@@ -162,11 +162,11 @@ def test_a_run_ends_well_whatever_its_tracker_does(toys, tmp_path, monkeypatch, 
     argv = f"""train dpo --pretrained_model_name_or_path {toys / "model"} --train_data_dir {toys / "pairs.parquet"}
         --output_dir {tmp_path / "run"} --cache_dir {toys / "cache"} --max_train_steps 5 --report_to tensorboard
         --resolution 32 --validation_sampling_steps 1 --validation_prompt circle --device cpu""".split()
-    with caplog.at_level(logging.WARNING, "diffusion_align.commands.tracking"):
+    with caplog.at_level(logging.WARNING, "diffusion_align.commands.train.tracking"):
         assert cli.main(argv) == 0
     assert fake.rows == rows and len(record.read(tmp_path / "run" / "metrics.jsonl")) == 5
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
-    said = [r.getMessage() for r in caplog.records if r.name == "diffusion_align.commands.tracking"]
+    said = [r.getMessage() for r in caplog.records if r.name == "diffusion_align.commands.train.tracking"]
     assert len(said) == 1 and said[0].startswith("tracker tensorboard ") and "\n" not in said[0]
     assert (" ".join(str(error).split()) or "Odd") in said[0]
 

@@ -54,7 +54,8 @@ class Length:
 
     steps: of the optimizer, in all; None while the data are not counted. batch: what one step takes, over all
     processes; `--scale_lr` multiplies by it. accumulation: micro-batches of a step on each process. sizes: how an
-    online method cuts its rounds. identity: what of it a resumed run must have in common with the saved one.
+    online method cuts its rounds. evaluations: of the network in the whole run, of an online method. identity: what of
+    it a resumed run must have in common with the saved one.
     """
 
     steps: int | None
@@ -62,6 +63,7 @@ class Length:
     lines: list[str]
     accumulation: int = 1
     sizes: Any = None
+    evaluations: int | None = None
     identity: dict[str, Any] = field(default_factory=dict)
 
     def with_lines(self, lines: list[str]) -> Length:

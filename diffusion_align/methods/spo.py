@@ -190,20 +190,25 @@ def require(o: TrainSpo) -> None:
 
 def start(o: TrainSpo, opened: Opened) -> Started:
     """The rounds; of a preference model the content of its weights is part of the run's identity, not its name."""
-    started = start_with(build, o, opened)
-    if o.preference_model is None:
-        return started
-    with step_aware_weights(o.preference_model).open("rb") as file:  # a published one has 5 GB: never whole in memory
-        weights = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
-    return replace(started, identity=started.identity | {"preference_model": weights})
+    started, source = start_with(build, o, opened), o.preference_model
+    return replace(started, identity=started.identity | {"preference_model": source and weights_digest(source)})
+
+
+def weights_digest(source: str) -> str:
+    """Of a preference model's file: a published one has 5 GB, so it is never whole in memory."""
+    with step_aware_weights(source).open("rb") as file:
+        return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
 
 
 def length(o: TrainSpo, about: About) -> Length:
     """Rounds whose steps take prompts, or so many pairs of the whole round."""
-    tables = run_tables(o, about.schedule)
-    by_pairs = o.pairs_per_step is not None
-    plan = plan_pairs(o, about.processes, tables) if by_pairs else plan_prompts(o, about.processes, o.children)
+    plan = plan_rounds(o, about.processes, run_tables(o, about.schedule))
     return online_length(o, about, plan=plan, evaluations=evaluations)
+
+
+def plan_rounds(o: TrainSpo, processes: int, tables: RunTables) -> RoundPlan:
+    """Raises ValueError where prompts cannot be shared out."""
+    return plan_prompts(o, processes, o.children) if o.pairs_per_step is None else plan_pairs(o, processes, tables)
 
 
 def plan_pairs(o: TrainSpo, processes: int, tables: RunTables) -> RoundPlan:

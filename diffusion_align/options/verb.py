@@ -28,24 +28,24 @@ class Verb:
     positional: str = ""
     notes: Callable[[Any, Collection[str]], list[str]] = no_notes
 
+    def entry(self) -> Any:
+        """What a training's method says of itself (`methods.entry.Entry`)."""
+        return import_module(f"diffusion_align.methods.{self.method}").METHOD
+
     def start(self, options: Any) -> int:
         if self.method:
-            return _function("commands.train.train:train")(_method(self.method), options)
+            return _function("commands.train.train:train")(self.entry(), options)
         return _function(f"commands.{self.run}")(options)
 
     def dry_run(self, options: Any) -> int:
         if self.method:
-            return _function("commands.train.train:dry_run")(_method(self.method), options)
+            return _function("commands.train.train:dry_run")(self.entry(), options)
         if self.plan:
             return _function(f"commands.{self.plan}")(options)
         from .files import to_yaml
 
         print(to_yaml(options, self.words), end="")
         return 0
-
-
-def _method(name: str) -> Any:
-    return import_module(f"diffusion_align.methods.{name}").METHOD
 
 
 def _function(where: str) -> Callable[..., int]:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from helpers_cache import SIZE, FakeModel, build, make_pairs, picture
 from stress.jobs import launch
 
-from diffusion_align.commands import encode
+from diffusion_align.commands.train import encode
 from diffusion_align.data import Ranking
 from diffusion_align.data.encoding_job import CHUNK, Share
 from diffusion_align.data.pairs import Pair

@@ -14,11 +14,11 @@ from helpers_sdxl import POOLED, TOKENS
 from diffusion_align.data import read_pairs, write_pairs_parquet
 from diffusion_align.data.cache import build_cache
 from diffusion_align.data.images import encode_png
+from diffusion_align.methods.shared.noising import drop_captions
 from diffusion_align.models import add_lora, load_lora, load_pipeline
 from diffusion_align.rng import generator, normal
 from diffusion_align.samplers import path_gradient, replay, rollout, step_table
 from diffusion_align.train import record
-from diffusion_align.train.offline import drop_captions
 
 SIDE = 48  # not the model's own 32
 

@@ -235,12 +235,13 @@ def test_a_name_is_fetched_from_the_authors_repository(file, monkeypatch):
 
 
 def test_train_spo_takes_it_and_knows_it_by_its_content(file, tmp_path):
-    from diffusion_align.commands.train_online import _weights, require_preference_model
     from diffusion_align.data.readers import digest
+    from diffusion_align.methods.spo import require, weights_digest
+    from diffusion_align.options import TrainSpo
 
-    require_preference_model(str(file))
-    require_preference_model(None)
-    assert _weights(str(file)) == digest(file.read_bytes())
+    require(TrainSpo(preference_model=str(file)))
+    require(TrainSpo())
+    assert weights_digest(str(file)) == digest(file.read_bytes())
     for wrong in (tmp_path, tmp_path / "absent.bin"):
         with pytest.raises(FileNotFoundError, match="spo-sd15, spo-sdxl"):
-            require_preference_model(str(wrong))
+            require(TrainSpo(preference_model=str(wrong)))

@@ -27,8 +27,8 @@ from helpers_memory import FullOnTheWayBack, Limited, short_of_memory
 from helpers_online import METHODS, Toy, darkness
 from helpers_train import MemoryPairs, make_run
 
-from diffusion_align.train.pair_losses import PairLoss
-from diffusion_align.train.update import Progress, StepRecord
+from diffusion_align.methods.shared.pair_losses import PairLoss
+from diffusion_align.train.run import Progress, StepRecord
 
 BAD = (float("nan"), float("inf"), -float("inf"))
 AT_ONCE = 50  # steps of a run

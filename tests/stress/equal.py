@@ -19,19 +19,19 @@ from typing import Any
 
 import torch
 from helpers_online import METHODS, Toy
-from helpers_train import SCHEDULE, SHAPE, MemoryPairs, make_run
+from helpers_train import SCHEDULE, SHAPE, MemoryPairs, make_run, train_rankings
 
 import diffusion_align.rng as rng
 from diffusion_align.evaluation import generate
 from diffusion_align.evaluation.generate import save_pictures
+from diffusion_align.methods.shared.pair_losses import PairLoss
 from diffusion_align.models import load_pipeline
 from diffusion_align.objectives import gain_weights, rank_dpo
 from diffusion_align.samplers import step_table
 from diffusion_align.train.checkpoints import store as checkpoint
 from diffusion_align.train.checkpoints.state import pack, restore
-from diffusion_align.train.pair_losses import PairLoss
-from diffusion_align.train.rankings import train_rankings
-from diffusion_align.train.steps import NonFiniteError, Progress
+from diffusion_align.train.run import Progress
+from diffusion_align.train.update import NonFiniteError
 from stress.jobs import Tally, launch, timed
 
 RATES = {"prdp": 1e-7}  # with more, PRDP on this toy diverges, and what differs in the last bit with it

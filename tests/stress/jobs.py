@@ -22,7 +22,9 @@ import torch
 from helpers_machine import free_port
 from helpers_train import _join as join_ranks
 
-from diffusion_align.commands import encode, train_dpo, train_online
+from diffusion_align.commands.train import encode
+from diffusion_align.commands.train import train as training
+from diffusion_align.methods.shared.online_setup import OnlineSetup
 from diffusion_align.train import collect, rounds, steps
 from diffusion_align.train.checkpoints import store as checkpoint
 from diffusion_align.train.processes import watch
@@ -154,20 +156,20 @@ def _raise_in_loss(fault: Fault) -> None:
         raise ValueError("the loss was made to fail")
 
     def patch() -> None:
-        steps._try_pieces = rounds._try_pieces = broken
+        steps._try_step = rounds._try_chunks = broken
 
     _at(fault, patch)
 
 
 def reward_by(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Let this process's reward pass through `change`."""
-    real = train_online.decoded
+    real = OnlineSetup.picture_score
 
-    def decoded(*args: Any) -> Any:
-        score = real(*args)
+    def changed(self: OnlineSetup) -> Any:
+        score = real(self)
         return lambda latents, prompts: change(score(latents, prompts))
 
-    train_online.decoded = decoded
+    OnlineSetup.picture_score = changed
 
 
 def _raise_in_reward(fault: Fault) -> None:
@@ -184,7 +186,7 @@ def _bad_rows(fault: Fault) -> None:
         raise ValueError("3 of 10 rows are broken, more than max_bad_fraction 0.01")
 
     if fault.doing == "reading":
-        train_dpo.read_training_pairs = read
+        training.read_items = read
     else:
         encode.build_cache = read
 

@@ -11,7 +11,7 @@ from helpers_train import in_processes
 from safetensors.torch import load_file, save_file
 
 from diffusion_align import rng
-from diffusion_align.train.branch_loss import learn_spo, pick_pairs
+from diffusion_align.methods.spo import learn_spo, pick_pairs
 from diffusion_align.train.checkpoints.round_data import pack_round, unpack_round
 from diffusion_align.train.rounds import NothingToLearn
 

@@ -10,8 +10,8 @@ from helpers_train import SHAPE
 from scipy import stats
 
 from diffusion_align import rng
+from diffusion_align.methods.spo import learn_spo
 from diffusion_align.samplers.kernel import step_gaussian
-from diffusion_align.train.branch_loss import learn_spo
 
 SAMPLES = [(0, i) for i in range(5)]
 
@@ -28,7 +28,7 @@ def test_pairs_share_parent_and_step_and_win_by_the_score_one_step_later(order):
 
     toy_branch, pairs = Toy(order=order), None
     prompts, text = toy_branch.texts(SAMPLES)
-    from diffusion_align.train.branches import resample
+    from diffusion_align.methods.shared.branches import resample
 
     pairs = resample(
         toy_branch.policy, toy_branch.table, text, prompts, SAMPLES, score,

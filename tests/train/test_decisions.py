@@ -18,7 +18,7 @@ from diffusion_align import train
 HOME = Path(train.__file__).parent
 LOOPS = [("steps", "run_steps"), ("rounds", "run_rounds"), ("rounds", "_learn"), ("collect", "draw_round")]
 # Every process gets the same from these, as they end in a collective.
-AGREED = {"anywhere", "most", "each", "steps_of", "_sum", "_gather", "_surveyed", "update"}
+AGREED = {"anywhere", "most", "each", "steps_of", "total", "_gather", "_surveyed", "update"}
 TALKS = AGREED | {
     "draw_round",
     "_learn",
@@ -114,12 +114,12 @@ BAD = [
     ("steps", "run_steps", "columns = _gather", "if not torch.isfinite(parts[0]['loss']).all(): return"),
     ("steps", "run_steps", "outcome = update", "if len(parts) == 1: break"),
     ("steps", "run_steps", "outcome = update", "if accelerator.process_index and anywhere(accelerator, True): pass"),
-    ("rounds", "run_rounds", "total = _sum", "if not chunks: continue"),
+    ("rounds", "run_rounds", "items = total", "if not chunks: continue"),
     ("rounds", "run_rounds", "columns = _gather", "if not parts: break"),
-    ("rounds", "run_rounds", "if total:", "if method.items(chunks[0]): _gather(parts, accelerator)"),
+    ("rounds", "run_rounds", "if items:", "if method.items(chunks[0]): _gather(parts, accelerator)"),
     ("rounds", "run_rounds", "facts = _gather", "if not round.chunks[0]: continue"),
-    ("rounds", "_learn", "can_halve =", "if not pieces: return [], progress"),
-    ("rounds", "_learn", "can_halve =", "try: free()\n@except RuntimeError: continue"),
+    ("rounds", "_learn", "smaller =", "if not smaller: return [], progress"),
+    ("rounds", "_learn", "smaller =", "try: free()\n@except RuntimeError: continue"),
     ("collect", "draw_round", "smallest =", "if asked(): return None"),
     ("collect", "draw_round", "smallest =", "for chunk in drawn: anywhere(accelerator, True)"),
 ]

@@ -10,19 +10,17 @@ from helpers_device import DEVICE, There, move, without_float64
 from helpers_memory import full
 from helpers_online import METHODS, Toy
 from helpers_tiny import RESOLUTION, make_tiny_folder
-from helpers_train import BETA, SCHEDULE, make_run
+from helpers_train import BETA, SCHEDULE, make_run, train_pairs, train_rankings
 
 from diffusion_align import rng
 from diffusion_align.evaluation.distances import cmmd, diversity, frechet, kid
+from diffusion_align.methods.shared import pair_losses
 from diffusion_align.models import load_pipeline
 from diffusion_align.objectives import gain_weights, hinge, ipo, logistic, prdp, prdp_clip_fraction, rank_dpo, robust
 from diffusion_align.rewards import to_uint8
 from diffusion_align.rewards.combine import standardised
 from diffusion_align.rewards.pictures import of_levels
 from diffusion_align.samplers import sample, step_table
-from diffusion_align.train import pair_losses
-from diffusion_align.train.offline import train_pairs
-from diffusion_align.train.rankings import train_rankings
 
 
 @pytest.fixture(scope="module")

@@ -106,23 +106,21 @@ def test_scoring_behind_the_drawing_changes_nothing(name):
     import threading
     from functools import partial
 
-    from diffusion_align.train.online import Later
-    from diffusion_align.train.runs import draw_runs, scored
+    from diffusion_align.methods.shared.runs import draw_runs, scored
 
     drawing, lone = threading.current_thread(), []
 
     class Unscored(Toy):
         def draw(self, samples, round=0):
             lone.append(threading.current_thread() is drawing)
-            prompts, text = self.texts(samples)
             return draw_runs(
-                self.policy, self.reference, self.table, text, prompts, samples, None,
-                group=self.group, share_noise=self.share, shape=(2, 4, 4), seed=self.seed,
+                self.policy, self.reference, self.table, self.prompted(samples), group=self.group,
+                share_noise=self.share, shape=(2, 4, 4), seed=self.seed,
             )  # fmt: skip
 
     ends = []
     for toy, later in ((Toy(), None), (Unscored(), False), (Unscored(), True)):
-        more = {} if later is None else {"later": Later(partial(scored, score=darkness), later)}
+        more = {} if later is None else {"score": partial(scored, score=darkness), "ahead": later}
         records = list(toy.rounds(toy.method(name, **more), max_steps=3))
         ends.append(([r.row() for r in records], toy.weights()))
     assert ends[0][0] == ends[1][0] == ends[2][0]

@@ -6,13 +6,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from helpers_train import BETA, SCHEDULE, SD_CONFIG, SHAPE, MemoryPairs, in_processes, make_run
+from helpers_train import (
+    BETA,
+    SCHEDULE,
+    SD_CONFIG,
+    SHAPE,
+    MemoryPairs,
+    in_processes,
+    make_run,
+    noised_lists,
+    run_steps,
+    train_pairs,
+)
 from safetensors.torch import load_file, save_file
 
 from diffusion_align import rng
-from diffusion_align.train import offline
-from diffusion_align.train.pair_losses import PairLoss, margin_of, on_margin
-from diffusion_align.train.steps import NonFiniteError, Progress, run_steps, samples_at
+from diffusion_align.methods.shared import noising
+from diffusion_align.methods.shared.pair_losses import PairLoss, margin_of, on_margin
+from diffusion_align.train.run import Progress
+from diffusion_align.train.steps import samples_at
+from diffusion_align.train.update import NonFiniteError
 
 SEED = 3
 
@@ -72,7 +85,7 @@ def test_noise_and_target_are_those_of_diffusers(prediction_type):
 
     theirs = DDPMScheduler(**{k: v for k, v in SD_CONFIG.items() if k != "_class_name"})
     cache, samples = MemoryPairs(8), [(2, i) for i in range(8)]
-    made = offline.noised_lists(*cache.batch(range(8)), samples, SCHEDULE, prediction_type, SEED)
+    made = noised_lists(*cache.batch(range(8)), samples, SCHEDULE, prediction_type, SEED)
     clean = torch.cat([cache.latents[:, 0], cache.latents[:, 1]])
     noise = rng.normal_batch(SHAPE, SEED, "noise", samples).repeat(2, 1, 1, 1)
     velocity = theirs.get_velocity(clean, noise, made.t)
@@ -87,18 +100,18 @@ def test_noise_and_target_are_those_of_diffusers(prediction_type):
 def test_noise_and_timestep_are_shared_in_the_pair_and_drawn_by_address():
     cache = MemoryPairs()
     batch = cache.batch([4, 7])
-    made = offline.noised_lists(*batch, [(1, 4), (1, 7)], SCHEDULE, "epsilon", SEED)
+    made = noised_lists(*batch, [(1, 4), (1, 7)], SCHEDULE, "epsilon", SEED)
     assert torch.equal(made.t[:2], made.t[2:]) and torch.equal(made.target[:2], made.target[2:])
     assert not torch.equal(made.target[0], made.target[1]) and made.t[0] != made.t[1]
-    alone = offline.noised_lists(*cache.batch([7]), [(1, 7)], SCHEDULE, "epsilon", SEED)
+    alone = noised_lists(*cache.batch([7]), [(1, 7)], SCHEDULE, "epsilon", SEED)
     assert torch.equal(alone.x, made.x[1::2]) and torch.equal(alone.t, made.t[1::2])
-    later = offline.noised_lists(*batch, [(2, 4), (2, 7)], SCHEDULE, "epsilon", SEED)
+    later = noised_lists(*batch, [(2, 4), (2, 7)], SCHEDULE, "epsilon", SEED)
     assert not torch.equal(later.target, made.target)
 
 
 def test_timesteps_are_uniform_over_all():
     samples = [(e, i) for e in range(8) for i in range(500)]
-    t = offline.noised_lists(torch.zeros(4000, 2, 1), torch.zeros(4000, 1, 1), samples, SCHEDULE, "epsilon", 0).t[:4000]
+    t = noised_lists(torch.zeros(4000, 2, 1), torch.zeros(4000, 1, 1), samples, SCHEDULE, "epsilon", 0).t[:4000]
     assert t.min() >= 0 and t.max() <= 999 and t.min() < 5 and t.max() > 994
     counts = torch.histc(t.float(), 10, 0, 1000)
     assert ((counts - 400).square() / 400).sum() < 27.9  # chi-square with 9 degrees of freedom, one in a thousand
@@ -106,8 +119,8 @@ def test_timesteps_are_uniform_over_all():
 
 def test_lists_of_any_length_have_their_errors_in_place():
     latents = rng.normal((3, 5, *SHAPE), 0, "lists")
-    made = offline.noised_lists(latents, torch.zeros(3, 1, 1), [(0, i) for i in range(3)], SCHEDULE, "sample", SEED)
-    errors = offline.denoising_errors(lambda x, t, text: torch.zeros_like(x), made)
+    made = noised_lists(latents, torch.zeros(3, 1, 1), [(0, i) for i in range(3)], SCHEDULE, "sample", SEED)
+    errors = noising.denoising_errors(lambda x, t, text: torch.zeros_like(x), made)
     assert torch.allclose(
         errors, latents.square().sum((2, 3, 4))
     )  # against the answer 0, the error is the target's size
@@ -182,7 +195,7 @@ def test_metrics_are_the_means_of_the_step():
     with torch.no_grad():
         run.network.up += 0.1
     cache, samples = run.settings["cache"], samples_at(0, 4, 10, SEED)
-    made = offline.noised_lists(*cache.batch([i for _, i in samples]), samples, SCHEDULE, "epsilon", SEED)
+    made = noised_lists(*cache.batch([i for _, i in samples]), samples, SCHEDULE, "epsilon", SEED)
     with torch.no_grad():
         policy, reference = (
             (f(made.x, made.t, made.text) - made.target).square().sum((1, 2, 3)) for f in (run.network, run.reference)
@@ -213,12 +226,12 @@ def test_captions_are_dropped_by_address():
     cache = MemoryPairs(10)
     samples = [(e, i) for e in range(200) for i in range(10)]
     text = cache.text.repeat(200, 1, 1)
-    dropped = (offline.drop_captions(text, cache.empty_text, samples, 0.2, SEED) == cache.empty_text).all(-1).all(-1)
+    dropped = (noising.drop_captions(text, cache.empty_text, samples, 0.2, SEED) == cache.empty_text).all(-1).all(-1)
     assert abs(dropped.double().mean() - 0.2) < 0.03  # 3.4 deviations
-    few = offline.drop_captions(text[:10], cache.empty_text, samples[:10], 0.2, SEED)
+    few = noising.drop_captions(text[:10], cache.empty_text, samples[:10], 0.2, SEED)
     assert torch.equal((few == cache.empty_text).all(-1).all(-1), dropped[:10])
-    assert torch.equal(offline.drop_captions(text, cache.empty_text, samples, 0.0, SEED), text)
-    assert (offline.drop_captions(text, cache.empty_text, samples, 1.0, SEED) == cache.empty_text).all()
+    assert torch.equal(noising.drop_captions(text, cache.empty_text, samples, 0.0, SEED), text)
+    assert (noising.drop_captions(text, cache.empty_text, samples, 1.0, SEED) == cache.empty_text).all()
     kept = few[~dropped[:10]]
     assert torch.equal(kept, text[:10][~dropped[:10]])
 
@@ -449,7 +462,7 @@ def test_a_real_stable_diffusion_folder_trains_from_its_own_cache(tmp_path, mode
 
     def first_step():
         return next(
-            offline.train_pairs(
+            train_pairs(
                 cache,
                 model.predict,
                 frozen,

@@ -13,7 +13,7 @@ from helpers_train import make_run
 
 from diffusion_align.train.checkpoints import store as checkpoint
 from diffusion_align.train.checkpoints.state import pack, restore
-from diffusion_align.train.steps import Progress
+from diffusion_align.train.run import Progress
 
 FIXTURES = Path(__file__).resolve().parents[1] / "fixtures"
 IDENTITY = {"seed": 3, "rank": 4, "betas": [0.9, 0.999]}

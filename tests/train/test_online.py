@@ -8,13 +8,13 @@ import torch
 from helpers_online import METHODS, PROMPTS, Toy, darkness
 from helpers_train import SHAPE
 
+from diffusion_align.methods.d3po import learn_d3po, pairs_of
+from diffusion_align.methods.ddpo import learn_policy_gradient
+from diffusion_align.methods.prdp import learn_prdp
+from diffusion_align.methods.shared.runs import checked, draw_runs, once_a_group
+from diffusion_align.methods.shared.start_checks import Allowed, require_equal_ratios
 from diffusion_align.rewards import RewardError
 from diffusion_align.samplers.kernel import step_gaussian
-from diffusion_align.train.online import require_start
-from diffusion_align.train.path_losses import learn_prdp
-from diffusion_align.train.rounding import Allowed
-from diffusion_align.train.runs import checked, draw_runs, once_a_group
-from diffusion_align.train.step_losses import learn_d3po, learn_policy_gradient, pairs_of
 
 SAMPLES = [(0, 1), (0, 4)]
 
@@ -249,7 +249,7 @@ def test_a_policy_that_is_not_its_reference_is_refused_at_the_start(name):
 
 def test_a_ratio_that_is_not_one_is_refused_at_the_start():
     columns = {"drift": torch.tensor([0.0, 2.0]), "log_ratio": torch.zeros(2)}
-    check = partial(require_start, dims=32, allowed=Allowed(1e-3, step=1.5, run=6.0, name="TF32"))
+    check = partial(require_equal_ratios, dims=32, allowed=Allowed(1e-3, step=1.5, run=6.0, name="TF32"))
     with pytest.raises(RuntimeError, match="is not 1: .* is 2 nats over 32 dims, and rounding in TF32 explains 1.5"):
         check(columns)
     check({"drift": torch.tensor([1.4]), "log_ratio": torch.tensor([5.0])})

@@ -7,10 +7,8 @@ import torch
 import torch.nn.functional as F
 from helpers_train import make_run
 
-from diffusion_align.commands.setup_dpo import make_loss
-from diffusion_align.objectives import logistic
-from diffusion_align.options import TrainDpo
-from diffusion_align.train.pair_losses import (
+from diffusion_align.methods.dpo import make_loss
+from diffusion_align.methods.shared.pair_losses import (
     PairOutputs,
     dspo_of_pairs,
     kto_of_pairs,
@@ -18,6 +16,8 @@ from diffusion_align.train.pair_losses import (
     margin_of,
     on_margin,
 )
+from diffusion_align.objectives import logistic
+from diffusion_align.options import TrainDpo
 
 BETA = 0.07
 

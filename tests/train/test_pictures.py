@@ -6,12 +6,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers_memory import Limited
-from helpers_train import BETA, SCHEDULE, SHAPE, MemoryPairs, in_processes, make_run
+from helpers_train import BETA, SCHEDULE, SHAPE, MemoryPairs, in_processes, make_run, train_pictures
 from safetensors.torch import load_file, save_file
 
 from diffusion_align import rng
-from diffusion_align.train.pair_losses import kto_of_pairs
-from diffusion_align.train.pictures import baseline_of, liked_of, train_pictures
+from diffusion_align.methods.kto import baseline_of, liked_of
+from diffusion_align.methods.shared.pair_losses import kto_of_pairs
 
 SEED, SHARE, DIMS = 3, 0.43, math.prod(SHAPE)
 

@@ -151,7 +151,7 @@ def test_the_time_limit_reaches_the_process_group(tmp_path):
     """600 s too, which accelerate takes for its own default and would drop."""
 
     def work(rank):
-        from diffusion_align.commands.processes import join
+        from diffusion_align.commands.train.job import join
         from diffusion_align.options import TrainCommon
 
         join(TrainCommon(device="cpu", output_dir=str(tmp_path), process_timeout=600))

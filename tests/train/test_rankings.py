@@ -7,20 +7,30 @@ from functools import partial
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers_train import BETA, SCHEDULE, SHAPE, TEXT, MemoryPairs, Network, in_processes, make_run
+from helpers_train import (
+    BETA,
+    SCHEDULE,
+    SHAPE,
+    TEXT,
+    MemoryPairs,
+    Network,
+    in_processes,
+    make_run,
+    noised_lists,
+    train_rankings,
+)
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from diffusion_align import rng
+from diffusion_align.methods.rankdpo import ranking_scores
+from diffusion_align.methods.shared.pair_losses import on_margin
 from diffusion_align.objectives import gain_weights, logistic, rank_dpo
-from diffusion_align.train import offline
 from diffusion_align.train.checkpoints import store as checkpoint
 from diffusion_align.train.checkpoints.state import pack, restore
-from diffusion_align.train.offline import noised_lists
 from diffusion_align.train.optimizer import lr_schedule
-from diffusion_align.train.pair_losses import on_margin
-from diffusion_align.train.rankings import ranking_scores, train_rankings
-from diffusion_align.train.steps import Progress, samples_at
+from diffusion_align.train.run import Progress
+from diffusion_align.train.steps import samples_at
 
 SEED = 3
 BOTH = pytest.mark.parametrize("one_graph", [False, True])
@@ -322,7 +332,7 @@ def test_noise_is_each_pictures_own_and_drawn_by_address():
     alone = make(*cache.batch([7]), [(1, 7)], shared_noise=False)
     assert torch.equal(alone.x, made.x[1::2]) and torch.equal(alone.text, made.text[1::2])
     shared = make(*cache.batch([4, 7]), [(1, 4), (1, 7)], shared_noise=True)
-    dpo = offline.noised_lists(*cache.batch([4, 7]), [(1, 4), (1, 7)], SCHEDULE, "epsilon", SEED)
+    dpo = noised_lists(*cache.batch([4, 7]), [(1, 4), (1, 7)], SCHEDULE, "epsilon", SEED)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(shared[:4], dpo[:4], strict=True))
     assert torch.equal(shared.t, made.t) and shared.target.view(3, 2, *SHAPE).unique(dim=0).shape[0] == 1
 

@@ -10,7 +10,7 @@ from diffusion_align.train import record
 from diffusion_align.train.checkpoints import store as checkpoint
 from diffusion_align.train.checkpoints.state import pack, restore
 from diffusion_align.train.checkpoints.store import Checkpoint, CheckpointError
-from diffusion_align.train.steps import Progress
+from diffusion_align.train.run import Progress
 
 # 12 steps of 4 over 10 pairs: epochs end inside steps 3, 8, ... and with 8 pairs exactly on every second step.
 SETUPS = list(itertools.product(["lora", "full"], [1, 4], [False, True], [10, 8]))

@@ -12,19 +12,18 @@ import pytest
 import torch
 from helpers_memory import full
 from helpers_online import EMPTY, METHODS, Toy
-from helpers_train import SCHEDULE, MemoryPairs, Network, make_run
+from helpers_train import SCHEDULE, MemoryPairs, Network, make_run, train_pairs, train_rankings
 
 from diffusion_align import rng
-from diffusion_align.commands.opening import set_tf32
+from diffusion_align.commands.train.opening import set_tf32
 from diffusion_align.gaussian import Gaussian
+from diffusion_align.methods import dpo, rankdpo
+from diffusion_align.methods.shared import start_checks
+from diffusion_align.methods.shared.runs import binder
+from diffusion_align.methods.shared.start_checks import FLOAT32, along_runs, arithmetic, between_outputs
 from diffusion_align.objectives import gain_weights, rank_dpo
 from diffusion_align.prediction import to_clean
 from diffusion_align.samplers import step_gaussian
-from diffusion_align.train import offline, rankings, rounding
-from diffusion_align.train.offline import train_pairs
-from diffusion_align.train.rankings import train_rankings
-from diffusion_align.train.rounding import FLOAT32, along_runs, arithmetic, between_outputs
-from diffusion_align.train.runs import binder
 
 LATENTS = (4, 64, 64)
 ERRORS = [("no", 1e-6), ("tf32", 1e-3), ("bf16", 1e-2)]
@@ -127,8 +126,8 @@ def test_a_fault_that_rounding_does_not_explain_ends_the_run(name, arithmetic, e
 @pytest.mark.parametrize("order", [1, 2])
 def test_the_bound_in_nats_is_that_of_the_gaussians(order, prediction_type, monkeypatch):
     """The log-ratio between the steps of two predictions that differ by rounding, by the Gaussians themselves."""
-    monkeypatch.setitem(rounding.ROUNDING, "test", 1e-2)
-    monkeypatch.setitem(rounding.NAMES, "test", "test")
+    monkeypatch.setitem(start_checks.ROUNDING, "test", 1e-2)
+    monkeypatch.setitem(start_checks.NAMES, "test", "test")
     table = Toy(order=order, steps=8).table
     allowed = along_runs("test", table, math.prod(LATENTS), 1.0, prediction_type)
     largest = 0.0
@@ -184,7 +183,7 @@ def first_step(loss, error):
     ],
 )  # fmt: skip
 def test_offline_starts_are_as_exact_as_the_arithmetic(loss, kind, precision, error, fits, no_tf32, monkeypatch):
-    for module in (offline, rankings):
+    for module in (dpo, rankdpo):
         monkeypatch.setattr(module, "between_outputs", lambda _: between_outputs(Device(kind, precision)))
     if fits:
         assert first_step(loss, error).updated

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from diffusion_align.rewards import RewardError
 from diffusion_align.train.rounds import NothingToLearn
-from diffusion_align.train.update import Progress
+from diffusion_align.train.run import Progress
 
 
 def test_rounds_steps_and_passes():

@@ -3,21 +3,22 @@
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from helpers_train import SCHEDULE, SHAPE, MemoryPairs
+from helpers_train import SCHEDULE, SHAPE, MemoryPairs, train_step_aware
 
 from diffusion_align import rng
 from diffusion_align.data import Pair
-from diffusion_align.train.step_aware import (
+from diffusion_align.methods.shared.preferences import (
+    PreferencePairs,
     accuracy_by_noise,
     predicted_pairs,
     preference_loss,
     prompt_weights,
-    train_step_aware,
 )
 from diffusion_align.train.steps import samples_at
 
@@ -172,8 +173,8 @@ def test_training_learns_to_rank():
     scorer, records = start(lr=0.5, max_steps=60, batch_size=10, decode=lambda x: x)
 
     def accuracy(model):
-        settings = {"schedule": SCHEDULE, "timesteps": [0, 500, 999], "seed": 1}
-        return accuracy_by_noise(MemoryPairs(), PROMPTS, model, shrunk, lambda x: x, **settings)
+        pairs = PreferencePairs(MemoryPairs(), PROMPTS, shrunk, lambda x: x, SCHEDULE)
+        return accuracy_by_noise(pairs, model, timesteps=[0, 500, 999], seed=1)
 
     at_start = accuracy(Scorer())
     records = list(records)
@@ -193,9 +194,8 @@ def test_accuracy_by_hand():
         assert prompts[: len(gap)] == prompts[len(gap) :] and t.tolist() == [251] * 2 * len(gap)
         return torch.cat([gap + 7, torch.full_like(gap, 7)])
 
-    settings = {"schedule": SCHEDULE, "timesteps": [251], "seed": 0, "batch_size": 2}
-    labels = tensor(1, 1, 1, 0, 0.5)
-    found = accuracy_by_noise(cache, PROMPTS[:5], score, shrunk, torch.tanh, labels=labels, **settings)
+    pairs = PreferencePairs(cache, PROMPTS[:5], shrunk, torch.tanh, SCHEDULE, tensor(1, 1, 1, 0, 0.5))
+    found = accuracy_by_noise(pairs, score, timesteps=[251], seed=0, batch_size=2)
     assert found == {251: pytest.approx(2.5 / 4)}
 
 
@@ -207,10 +207,8 @@ def test_accuracy_is_measured_on_the_same_noise_in_any_batches():
             seen.append(x)
             return x.flatten(1).sum(1)
 
-        accuracy_by_noise(
-            MemoryPairs(), PROMPTS, score, lambda x, t, text: x, lambda x: x,
-            schedule=SCHEDULE, timesteps=[500, 900], seed=0, batch_size=size,
-        )  # fmt: skip
+        pairs = PreferencePairs(MemoryPairs(), PROMPTS, lambda x, t, text: x, lambda x: x, SCHEDULE)
+        accuracy_by_noise(pairs, score, timesteps=[500, 900], seed=0, batch_size=size)
         batches = [part.chunk(2) for part in seen]
         seen.clear()
         return [torch.cat([pair[side] for pair in batches]) for side in (0, 1)]
@@ -221,16 +219,17 @@ def test_accuracy_is_measured_on_the_same_noise_in_any_batches():
 
 def test_prompts_and_labels_must_be_one_a_pair():
     with pytest.raises(ValueError, match="10 pairs have 10 prompts and 3 labels"):
-        start(labels=tensor(1, 1, 1))
+        next(start(labels=tensor(1, 1, 1))[1])
     with pytest.raises(ValueError, match="10 pairs have 1 prompts"):
-        accuracy_by_noise(MemoryPairs(), ["a"], Scorer(), shrunk, torch.tanh, schedule=SCHEDULE, seed=0)
+        PreferencePairs(MemoryPairs(), ["a"], shrunk, torch.tanh, SCHEDULE)
 
 
 @pytest.mark.parametrize("inputs", ["pictures", "latents"])
 def test_the_command_trains_the_embedded_reward(tmp_path, capsys, inputs):
     """Pairs, cache, base, reward, loop, folder: a few steps, then the folder scores what the base predicts."""
-    from diffusion_align.commands.train_spm import train_spm
-    from diffusion_align.options.train_spm import TrainSpm, check_train_spm
+    from diffusion_align.commands.train.train import train
+    from diffusion_align.methods.step_aware import METHOD
+    from diffusion_align.options.train.spm import TrainSpm, check_train_spm
     from diffusion_align.rewards.step_aware import latent_scorer, load_step_aware, start_step_aware
 
     options = TrainSpm(
@@ -239,7 +238,7 @@ def test_the_command_trains_the_embedded_reward(tmp_path, capsys, inputs):
         output_dir=str(tmp_path / "spm"),
     )  # fmt: skip
     check_train_spm(options)
-    assert train_spm(options) == 0
+    assert train(METHOD, options) == 0
     report = json.loads((tmp_path / "spm" / "accuracy.json").read_text())
     assert report["steps"] == 2 and report["held_out"] == 4
     assert list(report["before"]) == list(report["after"]) == ["0", "251", "501", "701", "951"]
@@ -254,34 +253,51 @@ def test_the_command_trains_the_embedded_reward(tmp_path, capsys, inputs):
     assert {"clip.logit_scale", "clip.token_embedding.weight", "clip.visual.proj", "time.final.weight"} <= set(moved)
     score = latent_scorer(tmp_path / "spm", decode=lambda z: F.interpolate(z[:, :3], size=64), device="cpu")
     assert score(torch.zeros(2, 4, 16, 16), ["a red circle"] * 2, torch.tensor([5, 500])).shape == (2,)
-    with pytest.raises(ValueError, match="holds a model already"):
-        train_spm(options)
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(METHOD, options)
 
 
-def test_an_interrupted_command_leaves_the_model_as_it_is(tmp_path, monkeypatch):
-    from diffusion_align.commands import train_spm as command
-    from diffusion_align.options.train_spm import TrainSpm
+def test_an_interrupted_command_is_resumed_with_every_bit(tmp_path, monkeypatch):
+    """A signal in the third of six steps: a checkpoint, and with it the model that an undisturbed run gives."""
+    from accelerate.state import AcceleratorState
+
+    from diffusion_align import cli
+    from diffusion_align.commands.train.session import Session
+    from diffusion_align.methods import step_aware
     from diffusion_align.rewards.step_aware import load_step_aware
 
-    class Asked(command.Interruptible):
-        def __enter__(self):
-            self.asked = True
-            return self
+    argv = ["reward", "train-spm", "--model", "tiny", "--dataset_name", "tiny", "--max_train_samples", "8"]
+    argv += ["--held_out", "2", "--device", "cpu", "--train_batch_size", "2", "--max_train_steps", "6", "--guidance"]
+    argv += ["1", "--learning_rate", "1e-4", "--cache_dir", str(tmp_path / "cache"), "--output_dir"]
+    assert cli.main([*argv, str(tmp_path / "whole")]) == 0
+    AcceleratorState._reset_state(True)
+    real = step_aware.preference_method
 
-    monkeypatch.setattr(command, "Interruptible", Asked)
-    options = TrainSpm(
-        pretrained_model_name_or_path="tiny", dataset_name="tiny", max_train_samples=4, held_out=0, device="cpu",
-        train_batch_size=2, max_train_steps=50, output_dir=str(tmp_path),
-    )  # fmt: skip
-    with pytest.raises(KeyboardInterrupt, match="after step 1 is in"):
-        command.train_spm(options)
-    assert (
-        load_step_aware(tmp_path, device="cpu") and json.loads((tmp_path / "accuracy.json").read_text())["steps"] == 1
-    )
+    def interrupted(pairs, scorer, run):
+        method, steps = real(pairs, scorer, run), []
+
+        def summarise(columns):
+            steps.append(0)
+            if len(steps) == 3:
+                run.asked.__self__.interrupt.asked = 2
+            return method.summarise(columns)
+
+        return replace(method, summarise=summarise)
+
+    monkeypatch.setattr(step_aware, "preference_method", interrupted)
+    assert cli.main([*argv, str(tmp_path / "cut")]) == 128 + 2
+    assert Session.asked and not (tmp_path / "cut" / "step_aware.safetensors").exists()
+    monkeypatch.setattr(step_aware, "preference_method", real)
+    AcceleratorState._reset_state(True)
+    assert cli.main([*argv, str(tmp_path / "cut"), "--resume_from_checkpoint", "latest"]) == 0
+    whole, cut = (load_step_aware(tmp_path / name, device="cpu").state_dict() for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    for file in ("accuracy.json", "metrics.jsonl"):
+        assert (tmp_path / "whole" / file).read_text() == (tmp_path / "cut" / file).read_text()
 
 
 def test_whole_prompts_are_held_out():
-    from diffusion_align.commands.train_spm import accuracy_table, hold_out
+    from diffusion_align.methods.step_aware import accuracy_table, hold_out
 
     pairs = [Pair(str(i), prompt, b"", b"") for i, prompt in enumerate(PROMPTS)]
     training, held = hold_out(pairs, 3, seed=0)
@@ -298,7 +314,7 @@ def test_whole_prompts_are_held_out():
 
 def test_options_that_cannot_be_meant_are_refused():
     from diffusion_align.options import UsageError
-    from diffusion_align.options.train_spm import TrainSpm, check_train_spm
+    from diffusion_align.options.train.spm import TrainSpm, check_train_spm
 
     good = {"pretrained_model_name_or_path": "tiny", "dataset_name": "tiny"}
     check_train_spm(TrainSpm(**good))
@@ -315,7 +331,7 @@ def test_options_that_cannot_be_meant_are_refused():
 
 def test_labels_by_a_reward_by_hand():
     """tanh(d / 2) is p_0 - p_1: d = 0.2 gives 0.0997, within 0.1; d = 0.21 gives 0.1046, beyond."""
-    from diffusion_align.commands.relabel import describe_labels, labels_of_scores, own_labels
+    from diffusion_align.methods.shared.relabel import describe_labels, labels_of_scores, own_labels
 
     scores = torch.tensor([[20.2, 20.0], [20.21, 20.0], [20.0, 20.21], [18.0, 22.0], [20.0, 20.2], [5.0, 5.0]]).double()
     found = labels_of_scores(scores, 0.1)
@@ -334,8 +350,8 @@ def test_labels_by_a_reward_by_hand():
 
 
 def test_pairs_are_scored_once_at_their_own_size_and_kept(tmp_path):
-    from diffusion_align.commands.relabel import scores_of_pairs
     from diffusion_align.data.images import encode_png
+    from diffusion_align.methods.shared.relabel import scores_of_pairs
 
     def flat(level, height=8, width=8):
         return encode_png(torch.full((3, height, width), level / 255))
@@ -372,9 +388,9 @@ def test_pairs_are_scored_once_at_their_own_size_and_kept(tmp_path):
 def test_the_command_relabels_and_keeps_ties(tmp_path, capsys, monkeypatch):
     """The labels that the loop gets are those of the scores, in the order of the pairs that were kept."""
     from diffusion_align import cli
-    from diffusion_align.commands import train_spm as command
     from diffusion_align.data import read_pairs, write_pairs_parquet
     from diffusion_align.data.images import encode_png
+    from diffusion_align.methods import step_aware
 
     # The reward is how bright a picture is, in steps of 0.51: the first of two wins, loses, or is even.
     light, dark, data = encode_png(torch.full((3, 64, 64), 0.6)), encode_png(torch.full((3, 64, 64), 0.2)), []
@@ -389,11 +405,11 @@ def test_the_command_relabels_and_keeps_ties(tmp_path, capsys, monkeypatch):
 
     given = {}
 
-    def loop(*args, labels, **settings):
-        given["labels"] = labels
-        return iter(())
+    def method(pairs, scorer, run):
+        given["labels"] = pairs.wanted
 
-    monkeypatch.setattr(command, "train_step_aware", loop)
+    monkeypatch.setattr(step_aware, "preference_method", method)
+    monkeypatch.setattr(step_aware, "run_steps", lambda *_, **__: iter(()))
     base = ["reward", "train-spm", "--model", "tiny", "--train_data_dir", str(tmp_path / "train.parquet"), "--device"]
     base += ["cpu", "--held_out", "0", "--max_train_steps", "1", "--guidance", "1"]
     reward = ["--relabel", f"python:{tmp_path / 'bright.py'}:score"]
@@ -408,7 +424,7 @@ def test_the_command_relabels_and_keeps_ties(tmp_path, capsys, monkeypatch):
 
 def test_a_relabelling_that_cannot_be_meant_is_refused(tmp_path, capsys):
     from diffusion_align.options import UsageError, resolve
-    from diffusion_align.options.train_spm import TrainSpm, check_train_spm, notes_train_spm
+    from diffusion_align.options.train.spm import TrainSpm, check_train_spm, notes_train_spm
 
     good = {"pretrained_model_name_or_path": "tiny", "dataset_name": "tiny"}
     for bad, message in (("pikscore", "did you mean pickscore"), ("people", "cannot relabel"), ("std:tiny", "std:")):

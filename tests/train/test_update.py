@@ -6,7 +6,8 @@ from accelerate import Accelerator
 from helpers_train import make_run
 
 from diffusion_align.train import update as update_module
-from diffusion_align.train.update import FIRST_SCALE, NonFiniteError, Progress, first_progress, update
+from diffusion_align.train.run import FIRST_SCALE, Progress, first_progress
+from diffusion_align.train.update import NonFiniteError, update
 
 
 def test_a_loss_scale_changes_no_bit_and_is_carried_along():

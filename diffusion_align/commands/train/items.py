@@ -35,7 +35,7 @@ def source_name(o: GivenPictures) -> str:
 
 def items_on_disk(entry: Entry[Any], o: Any) -> bool:
     """Whether they can be read without a download."""
-    return entry.data == "prompts" or _path(entry, o) is not None
+    return entry.data == "prompts" or source_path(entry, o) is not None
 
 
 def read_items(entry: Entry[Any], o: Any) -> Items:
@@ -47,7 +47,7 @@ def read_items(entry: Entry[Any], o: Any) -> Items:
     if entry.data == "prompts":
         prompts = training_prompts(o)
         return Items(prompts, (), f"{len(prompts)} of {o.prompts}")
-    split, path = o.dataset_split_name or "train", _path(entry, o)
+    split, path = o.dataset_split_name or "train", source_path(entry, o)
     found = path if path is not None else fetch_pairs(source_name(o), split, o.cache_dir)
     if entry.data == "rankings":
         items, counts = read_rankings(found, split=split, max_bad_fraction=o.max_bad_fraction)
@@ -66,7 +66,7 @@ def training_prompts(o: TrainOnline) -> list[str]:
     return read_prompts(o.prompts or "")[: o.num_prompts]
 
 
-def _path(entry: Entry[Any], o: GivenPictures) -> Path | None:
+def source_path(entry: Entry[Any], o: GivenPictures) -> Path | None:
     """The path of pairs or rankings, or None for a data set on the hub.
 
     --train_data_dir is a path and nothing else. Raises FileNotFoundError where it has a hub name that is not here; any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -68,13 +69,7 @@ def dry_run(entry: Entry[Any], options: Any) -> int:
     name = present_model(o.pretrained_model_name_or_path or "")
     facts = read_model_facts(name)
     read = read_items(entry, o) if items_on_disk(entry, o) else None
-    about = About(
-        schedule=Schedule.from_config(facts.scheduler),
-        shape=facts.latent_shape(o.resolution),
-        items=read.items if read else None,
-        count=entry.count(o, read.items) if read else None,
-        processes=processes_here(),
-    )
+    about = about_run(entry, o, read.items if read else None)
     assumed = "" if facts.known else f" (not on this disk: figures are those of {facts.family})"
     lines = [
         f"model            {name}{assumed}",
@@ -84,6 +79,14 @@ def dry_run(entry: Entry[Any], options: Any) -> int:
     ]
     print(to_yaml(o, entry.verb) + "\n" + "\n".join(f"# {line}" for line in lines))
     return 0
+
+
+def about_run(entry: Entry[Any], o: Any, items: Sequence[Any] | None = None) -> About:
+    """What a plan is counted from, of a model that is not loaded: its files or, without them, its family's figures."""
+    facts = read_model_facts(present_model(o.pretrained_model_name_or_path or ""))
+    count = None if items is None else entry.count(o, items)
+    schedule, shape = Schedule.from_config(facts.scheduler), facts.latent_shape(o.resolution)
+    return About(schedule, shape, items, count, processes_here())
 
 
 def require(entry: Entry[Any], o: Any) -> None:

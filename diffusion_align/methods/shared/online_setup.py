@@ -135,14 +135,16 @@ def online_length(
     """Rounds, steps and evaluations; by default of a method whose steps take prompts with their group of pictures."""
     tables = run_tables(o, about.schedule)
     plan = plan or plan_prompts(o, about.processes, o.group_size)
-    counts = " + ".join(f"{n:g} {word}" for word, n in evaluations(o, tables).items())
+    asked = evaluations(o, tables)
+    counts = " + ".join(f"{n:g} {word}" for word, n in asked.items())
+    in_all = round(sum(asked.values()) * o.prompts_per_round) * plan.rounds
     chunk = max(1, o.sample_chunk // plan.pictures_per_prompt)
     sizes = RoundSizes(
         about.count or 0, o.prompts_per_round, plan.prompts_per_step, chunk, o.passes, plan.pairs_per_step,
         plan.max_rounds,
     )  # fmt: skip
     lines = [describe_sampler(o, tables), *describe_rounds(plan), f"evaluations      a prompt and round: {counts}"]
-    return Length(plan.steps, plan.batch, [*lines, f"latent dims D    {about.dims}"], sizes=sizes)
+    return Length(plan.steps, plan.batch, [*lines, f"latent dims D    {about.dims}"], sizes=sizes, evaluations=in_all)
 
 
 def describe_clamp(o: Any, about: About) -> list[str]:

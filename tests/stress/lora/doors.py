@@ -18,7 +18,7 @@ from diffusion_align.rng import normal
 from diffusion_align.train.checkpoints import store as checkpoint
 from diffusion_align.train.checkpoints.manifest import write_manifest
 from diffusion_align.train.checkpoints.state import pack, restore
-from diffusion_align.train.steps import Progress
+from diffusion_align.train.run import Progress
 from stress.lora.faults import ALPHA, DAMAGES, FORMATS, RANK, Tensors, damaged, in_half, read, without_alpha, write
 
 VERBS: dict[str, tuple[str, ...]] = {
