@@ -73,9 +73,12 @@ class Toy:
         self.optimizer = torch.optim.SGD(self.parameters, lr=1.0)
         self.dims = 32
 
-    def prompted(self, samples):
+    def texts(self, samples):
         rows = [index for _, index in samples]
-        return Prompted([PROMPTS[i] for i in rows], TEXTS[rows].to(self.dtype), samples)
+        return [PROMPTS[i] for i in rows], TEXTS[rows].to(self.dtype)
+
+    def prompted(self, samples):
+        return Prompted(*self.texts(samples), samples)
 
     def draw(self, samples, round=0):
         runs = draw_runs(
@@ -117,7 +120,7 @@ class Toy:
             "accelerator": accelerator or Accelerator(cpu=True),
         } | more  # fmt: skip
         run = run_of(settings)
-        yield from run_rounds(method, run, RoundSizes(**settings))
+        return run_rounds(method, run, RoundSizes(**settings))
 
     def weights(self):
         return [p.detach().clone() for p in self.parameters]

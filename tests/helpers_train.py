@@ -92,7 +92,7 @@ def run_of(settings):
 def run_steps(micro_batch, summarise, *, n, batch_size, accumulation, check_first=None, survey=None, **settings):
     """The offline engine on bare functions."""
     method = OfflineMethod(n, micro_batch, summarise, check_first, survey)
-    yield from steps.run_steps(method, run_of(settings), batch_size=batch_size, accumulation=accumulation)
+    return steps.run_steps(method, run_of(settings), batch_size=batch_size, accumulation=accumulation)
 
 
 def noised_lists(latents, text, samples, schedule, prediction_type, seed, **options):
@@ -105,10 +105,12 @@ def trains(make):
     """A loop out of `make(cache, networks, run, *more, **constants)` and settings in one heap."""
 
     def train(cache, *more, schedule, prediction_type, batch_size, accumulation=1, **settings):
-        *more, policy, reference = more
+        named = [settings.pop(name) for name in ("relevance",) if name in settings]
+        both = [settings.pop(name) for name in ("predict_policy", "predict_reference") if name in settings]
+        *more, policy, reference = [*more, *named, *both]
         run = run_of(settings)
         method = make(cache, Networks(policy, reference, schedule, prediction_type), run, *more, **settings)
-        yield from steps.run_steps(method, run, batch_size=batch_size, accumulation=accumulation)
+        return steps.run_steps(method, run, batch_size=batch_size, accumulation=accumulation)
 
     return train
 
@@ -126,7 +128,7 @@ def train_step_aware(cache, prompts, scorer, predict_clean, decode, *, schedule,
     accumulation, run = settings.pop("accumulation", 1), run_of(settings)
     assert not settings
     method = preference_method(pairs, scorer, run)
-    yield from steps.run_steps(method, run, batch_size=batch_size, accumulation=accumulation)
+    return steps.run_steps(method, run, batch_size=batch_size, accumulation=accumulation)
 
 
 @dataclass

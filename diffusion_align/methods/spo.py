@@ -47,13 +47,13 @@ def spo_method(
     """SPO on comparisons under a table. Constants as in `learn_spo`; `at_once`: families in the network at a time."""
     policy, reference = comparisons.policy, comparisons.reference
     assert reference is not None  # a frozen one
-    constants = {"table": table, "beta": beta, "clip": clip, "per_dim": per_dim, "at_once": at_once}
+    constants = {"beta": beta, "clip": clip, "per_dim": per_dim, "at_once": at_once}
     # Its log-ratios are of single steps.
     allowed = replace(comparisons.allowed, run=comparisons.allowed.step)
     return OnlineMethod(
         collect=comparisons.draw,
         items=len,
-        learn=lambda pairs, factor: learn_spo(pairs, policy, reference, factor=factor, **constants),
+        learn=lambda pairs, factor: learn_spo(pairs, policy, reference, table, factor, **constants),
         pick=partial(pick_pairs, at_once=at_once),
         facts=lambda pairs: {"score": pairs.score, "kept": pairs.kept.float()},
         summarise=partial(summarise_runs, dims=comparisons.dims),
@@ -66,9 +66,9 @@ def learn_spo(
     pairs: Comparisons,
     policy: Bind,
     reference: Bind,
-    *,
     table: StepTable,
     factor: float,
+    *,
     beta: float,
     clip: float | None,
     per_dim: bool = True,

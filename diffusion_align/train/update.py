@@ -121,7 +121,7 @@ def require_finite(outcome: Outcome, run: Run) -> None:
             f"steps {p.step - p.skipped_in_row + 1} to {p.step} each had a loss or gradient that is "
             f"{'not finite' if bad else 'a spike'} (loss {outcome.loss}, gradient norm {outcome.grad_norm}); the "
             "weights are still those before them. Lower the learning rate or beta"
-            + (", or train in float32 or bfloat16" if bad else ", or raise --skip_spikes")
+            + (", or train in float32 or bfloat16" if bad else ", or let skip_spikes allow more")
         )
 
 

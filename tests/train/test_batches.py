@@ -11,6 +11,7 @@ from helpers_train import in_processes
 from safetensors.torch import load_file, save_file
 
 from diffusion_align import rng
+from diffusion_align.commands.train.session import CHUNKS
 from diffusion_align.methods.spo import learn_spo, pick_pairs
 from diffusion_align.train.checkpoints.round_data import pack_round, unpack_round
 from diffusion_align.train.rounds import NothingToLearn
@@ -139,7 +140,7 @@ def test_stopping_after_any_step_changes_nothing():
         toy = filtered()
         first = list(itertools.islice(toy.rounds(toy.method("spo"), **settings), stop))
         last = first[-1]
-        data = None if last.round is None else unpack_round(pack_round(last.round))
+        data = None if last.round is None else unpack_round(pack_round(last.round), CHUNKS)
         later = list(toy.rounds(toy.method("spo"), progress=last.progress, round=data, **settings))
         assert [r.row() for r in [*first, *later]] == rows
         assert torch.equal(weights(toy), weights(whole))

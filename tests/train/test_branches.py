@@ -10,6 +10,7 @@ from helpers_train import SHAPE
 from scipy import stats
 
 from diffusion_align import rng
+from diffusion_align.methods.shared.branches import Branching, resample
 from diffusion_align.methods.spo import learn_spo
 from diffusion_align.samplers.kernel import step_gaussian
 
@@ -28,11 +29,9 @@ def test_pairs_share_parent_and_step_and_win_by_the_score_one_step_later(order):
 
     toy_branch, pairs = Toy(order=order), None
     prompts, text = toy_branch.texts(SAMPLES)
-    from diffusion_align.methods.shared.branches import resample
-
     pairs = resample(
-        toy_branch.policy, toy_branch.table, text, prompts, SAMPLES, score,
-        children=3, start=2, threshold=0.0, shape=(2, 4, 4), seed=0,
+        toy_branch.policy, toy_branch.table, toy_branch.prompted(SAMPLES), score, Branching(3, 2, 0.0),
+        shape=(2, 4, 4), seed=0,
     )  # fmt: skip
     assert pairs.shared and torch.equal(pairs.parent[0], pairs.parent[1])
     assert pairs.k.tolist() == [2] * 5 + [3] * 5 + [4] * 5 and len(seen) == 3

@@ -31,8 +31,8 @@ TALKS = AGREED | {
     "_fill_gradients",
 }
 # Settings, and numbers that every process computes alike from them; `blocks` are as many on each.
-ALIKE = {"check_first", "fresh", "method", "number", "passes", "steps", "last", "end", "blocks", "size"}
-LOCAL = {"round", "asked", "accelerator"}  # arguments that each process has for itself
+ALIKE = {"run", "sizes", "check_first", "fresh", "method", "number", "passes", "steps", "last", "end", "blocks", "size"}
+LOCAL = {"run.round", "run.asked", "run.accelerator"}  # of a run: what each process has for itself
 PURE = {"len", "int", "range", "prefetch", "_size"}
 LEAVES = (ast.Continue, ast.Break, ast.Return, ast.Raise)
 
@@ -41,7 +41,7 @@ def strays(source, function):
     """Where in the function's loops one process could leave the others, or talk to nobody: a line for each."""
     nodes = ast.walk(ast.parse(source))
     found = next(node for node in nodes if isinstance(node, ast.FunctionDef) and node.name == function)
-    settings = {argument.arg for argument in found.args.kwonlyargs if argument.arg not in LOCAL}
+    settings = {argument.arg for argument in found.args.kwonlyargs}
     known = settings | ALIKE | {"progress"} | agreed_names(found)
     loops = [node for node in found.body if isinstance(node, ast.While | ast.For)]
     assert loops
@@ -97,6 +97,8 @@ def unknown(test, known):
         return [] if test.id in known | PURE else [test.id]
     if isinstance(test, ast.Call) and called(test) not in PURE:
         return [ast.unparse(test)]
+    if isinstance(test, ast.Attribute) and ast.unparse(test) in LOCAL:
+        return [ast.unparse(test)]
     if ast.unparse(test) in ("round is None", "found is None"):  # alike, as `progress.in_round` is, which they go with
         return []
     return [what for part in ast.iter_child_nodes(test) if isinstance(part, ast.expr) for what in unknown(part, known)]
@@ -114,13 +116,14 @@ BAD = [
     ("steps", "run_steps", "columns = _gather", "if not torch.isfinite(parts[0]['loss']).all(): return"),
     ("steps", "run_steps", "outcome = update", "if len(parts) == 1: break"),
     ("steps", "run_steps", "outcome = update", "if accelerator.process_index and anywhere(accelerator, True): pass"),
+    ("steps", "run_steps", "outcome = update", "if run.accelerator.process_index: break"),
     ("rounds", "run_rounds", "items = total", "if not chunks: continue"),
     ("rounds", "run_rounds", "columns = _gather", "if not parts: break"),
     ("rounds", "run_rounds", "if items:", "if method.items(chunks[0]): _gather(parts, accelerator)"),
     ("rounds", "run_rounds", "facts = _gather", "if not round.chunks[0]: continue"),
     ("rounds", "_learn", "smaller =", "if not smaller: return [], progress"),
     ("rounds", "_learn", "smaller =", "try: free()\n@except RuntimeError: continue"),
-    ("collect", "draw_round", "smallest =", "if asked(): return None"),
+    ("collect", "draw_round", "smallest =", "if run.asked(): return None"),
     ("collect", "draw_round", "smallest =", "for chunk in drawn: anywhere(accelerator, True)"),
 ]
 

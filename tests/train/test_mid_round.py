@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers_online import METHODS, Toy, darkness
 
+from diffusion_align.commands.train.session import CHUNKS
 from diffusion_align.train.checkpoints import store as checkpoint
 from diffusion_align.train.checkpoints.round_data import pack_round, round_name, round_of, unpack_round
 from diffusion_align.train.checkpoints.state import pack, restore
@@ -43,7 +44,7 @@ def test_stopping_after_any_step_changes_nothing(name, window, tmp_path):
         resumed = Toy(window=window)
         progress = restore(loaded, named(resumed), resumed.optimizer, None)
         assert progress.in_round == stop % 4
-        data = round_of(loaded, 0, 1) if progress.in_round else None
+        data = round_of(loaded, 0, 1, CHUNKS) if progress.in_round else None
         later = list(resumed.rounds(method_of(resumed, name), progress=progress, round=data, **ROUNDS))
         assert [r.row() for r in [*records, *later]] == rows
         assert all(torch.equal(a, b) for a, b in zip(whole.weights(), resumed.weights(), strict=True))
@@ -58,7 +59,7 @@ def test_the_middle_of_a_round_needs_its_data_and_its_processes(tmp_path):
         next(toy.rounds(toy.method("d3po"), round=record.round, **ROUNDS))
     loaded = saved(toy, record, tmp_path)
     with pytest.raises(CheckpointError, match="middle of a round, which 1 processes had drawn, and there are now 2"):
-        round_of(loaded, 0, 2)
+        round_of(loaded, 0, 2, CHUNKS)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_other_tensors_are_not_a_round(change):
     tensors = pack_round(next(toy.rounds(toy.method("d3po"), **ROUNDS)).round)
     change(tensors)
     with pytest.raises(CheckpointError, match="data of a round"):
-        unpack_round(tensors)
+        unpack_round(tensors, CHUNKS)
 
 
 def test_only_known_records_are_saved():

@@ -11,7 +11,7 @@ from helpers_train import SHAPE
 from diffusion_align.methods.d3po import learn_d3po, pairs_of
 from diffusion_align.methods.ddpo import learn_policy_gradient
 from diffusion_align.methods.prdp import learn_prdp
-from diffusion_align.methods.shared.runs import checked, draw_runs, once_a_group
+from diffusion_align.methods.shared.runs import checked, draw_runs, once_a_group, scored
 from diffusion_align.methods.shared.start_checks import Allowed, require_equal_ratios
 from diffusion_align.rewards import RewardError
 from diffusion_align.samplers.kernel import step_gaussian
@@ -278,11 +278,11 @@ def test_each_method_raises_the_reward(name, order):
 def test_only_the_first_steps_are_learnt_from_where_asked(order):
     """The same states and reward; the gradient is that of the loss over those steps, and the others cost nothing."""
     toy = Toy(order=order, double=True)
-    prompts, text = toy.texts(SAMPLES)
     toy.move()
     settings = {"group": 2, "share_noise": True, "shape": SHAPE, "seed": 0}
-    arguments = (toy.policy, toy.reference, toy.table, text, prompts, SAMPLES, darkness)
-    whole, first = draw_runs(*arguments, **settings), draw_runs(*arguments, **settings, learn_steps=3)
+    arguments = (toy.policy, toy.reference, toy.table, toy.prompted(SAMPLES))
+    runs = draw_runs(*arguments, **settings), draw_runs(*arguments, **settings, learn_steps=3)
+    whole, first = (scored(some, darkness) for some in runs)
     assert torch.equal(whole.trajectory.states, first.trajectory.states) and torch.equal(whole.reward, first.reward)
     assert toy.reference_calls.plain == 2 * (2 * 2 + 4 * (4 + 2))  # the start that two share counts once
     columns = learn_d3po(first, toy.policy, 1.0, beta=1.0, clip=None)
@@ -302,10 +302,8 @@ def test_a_reference_that_is_renewed_every_round_is_the_policy_that_ran():
     """It asks for no evaluation, and log-ratios to it are those to the behaviour."""
     toy = Toy(order=2)
     toy.move()
-    prompts, text = toy.texts(SAMPLES)
-    runs = draw_runs(
-        toy.policy, None, toy.table, text, prompts, SAMPLES, darkness, group=2, share_noise=True, shape=SHAPE, seed=0
-    )
+    prompted, settings = toy.prompted(SAMPLES), {"group": 2, "share_noise": True, "shape": SHAPE, "seed": 0}
+    runs = scored(draw_runs(toy.policy, None, toy.table, prompted, **settings), darkness)
     assert toy.reference_calls.plain == 0 and torch.equal(runs.reference, runs.trajectory.clean)
     assert bool((learn_d3po(runs, toy.policy, 1.0, beta=1.0, clip=None)["log_ratio_w"] == 0).all())
     toy.move()

@@ -88,7 +88,7 @@ def test_a_loss_without_a_reference_never_calls_it(loss, needs):
     compared = {"implicit_accuracy", "winner_error_gap", "loser_error_gap", "margin_p05", "margin_p50", "margin_p95"}
     assert (compared & set(records[0].metrics)) == (compared if needs else set())
     if needs:
-        with pytest.raises(ValueError, match="pass predict_reference"):
+        with pytest.raises(ValueError, match="give networks that have one"):
             run.reference = None
             next(run.steps())
 

@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from helpers_train import make_run
 
 from diffusion_align.train import update as update_module
-from diffusion_align.train.run import FIRST_SCALE, Progress, first_progress
+from diffusion_align.train.run import FIRST_SCALE, Progress, Run, first_progress
 from diffusion_align.train.update import NonFiniteError, update
 
 
@@ -31,9 +31,13 @@ class OneWeight:
 
     def step(self, gradient, progress, loss=1.0, spike=None):
         self.weight.grad = torch.tensor([gradient])
-        return update(
-            torch.tensor([loss]), progress, 4, parameters=[self.weight], optimizer=self.optimizer, lr_scheduler=None,
-            accelerator=Accelerator(cpu=True), max_grad_norm=None, spike=spike,
+        return update(torch.tensor([loss]), self.run(spike), progress, 4)
+
+    def run(self, spike=None, limit=5):
+        accelerator = Accelerator(cpu=True)
+        return Run(
+            [self.weight], self.optimizer, None, accelerator, 0, 1, max_grad_norm=None, spike=spike,
+            max_skipped_in_row=limit,
         )  # fmt: skip
 
 
@@ -44,7 +48,7 @@ def test_an_overflow_halves_the_scale_and_is_no_failure():
     assert outcome.progress.skipped_in_row == 0 and one.weight.item() == 0
     outcome = one.step(4.0, outcome.progress)
     assert outcome.updated and one.weight.item() == -1.0 and outcome.grad_norm == 1.0
-    update_module.require_finite(outcome, 1)
+    update_module.require_finite(outcome, one.run(limit=1))
 
 
 def test_a_bad_loss_or_a_scale_at_its_end_is_a_failure():
@@ -54,7 +58,7 @@ def test_a_bad_loss_or_a_scale_at_its_end_is_a_failure():
     outcome = one.step(float("inf"), Progress(loss_scale=1.0))
     assert outcome.progress.skipped_in_row == 1 and outcome.progress.loss_scale == 1.0
     with pytest.raises(NonFiniteError):
-        update_module.require_finite(outcome, 1)
+        update_module.require_finite(outcome, one.run(limit=1))
 
 
 def test_good_steps_double_the_scale(monkeypatch):
@@ -110,5 +114,5 @@ def test_spikes_for_ever_end_the_run_and_say_so():
     for _ in range(3):
         outcome = one.step(50.0, progress, spike=5.0)
         progress = outcome.progress
-    with pytest.raises(NonFiniteError, match="a spike .*raise --skip_spikes"):
-        update_module.require_finite(outcome, 3)
+    with pytest.raises(NonFiniteError, match="a spike .*skip_spikes"):
+        update_module.require_finite(outcome, one.run(limit=3))
