@@ -102,7 +102,7 @@ def import_all() -> None:
     import transformers  # noqa: F401
 
     import diffusion_align.commands.annotate
-    import diffusion_align.commands.data_check
+    import diffusion_align.commands.data.check
     import diffusion_align.commands.evaluate
     import diffusion_align.commands.reward_score
     import diffusion_align.commands.sample

@@ -16,7 +16,8 @@ from PIL import Image
 from test_scripts import LORA, script, weights_of
 
 from diffusion_align import cli
-from diffusion_align.commands import plan_rankdpo, synth_parts, train_rankdpo
+from diffusion_align.commands import plan_rankdpo, train_rankdpo
+from diffusion_align.commands.data import synth_parts
 from diffusion_align.data import Ranking, read_rankings, write_pairs_parquet, write_rankings_parquet
 from diffusion_align.data.images import encode_png
 from diffusion_align.options.metrics import METRICS

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 
-from diffusion_align.commands.captions import describe_cut
+from diffusion_align.commands.data.captions import describe_cut
 from diffusion_align.data import Pair, PairCache, Ranking, build_cache
 from diffusion_align.data.encoding_job import Share
 from diffusion_align.data.readers import BadRow

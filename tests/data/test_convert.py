@@ -13,14 +13,14 @@ from helpers_data import STRUCT, dump, lines, pictures, png, structs, table, tar
 from transformers import CLIPTokenizer
 
 from diffusion_align.cli import main
-from diffusion_align.commands import data_check
+from diffusion_align.commands.data import check
+from diffusion_align.commands.data.summary import summarise
 from diffusion_align.data import convert as converting
 from diffusion_align.data import read_pairs, read_rankings
 from diffusion_align.data.layouts import read_bytes
 from diffusion_align.data.readers import DataError
 from diffusion_align.data.recognise import recognise, rows
 from diffusion_align.data.rows import Row
-from diffusion_align.data.summary import summarise
 from diffusion_align.models.captions import tokenizers_in
 from diffusion_align.models.hub import asset
 from diffusion_align.system import progress
@@ -253,7 +253,7 @@ def test_check_counts_the_captions_that_the_text_encoder_cuts(tmp_path, capsys, 
         (f"{i}{end}", data) for i, text in enumerate(texts) for end, data in ((".png", png(i)), (".txt", text.encode()))
     ]
     path = tar(tmp_path / "x.tar", members)
-    monkeypatch.setattr(data_check, "_CHUNK", 2)
+    monkeypatch.setattr(check, "_CHUNK", 2)
     words = ["data", "check", str(path), f"--bad_rows={tmp_path / 'bad.jsonl'}"]
     assert main(words) == 0 and "captions  " not in capsys.readouterr().out
     assert main([*words, "--model", "tiny"]) == 0

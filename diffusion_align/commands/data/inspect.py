@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from diffusion_align.commands.data.summary import Summary, summarise
 from diffusion_align.commands.pasted import pasted
 from diffusion_align.commands.sources import fetch_pairs, pairs_on_disk, present_pairs
 from diffusion_align.data.formats import Format
@@ -13,7 +14,6 @@ from diffusion_align.data.match import wanted
 from diffusion_align.data.readers import DataError
 from diffusion_align.data.recognise import Source, recognise
 from diffusion_align.data.records import PROMPTS
-from diffusion_align.data.summary import Summary, summarise
 from diffusion_align.data.tables import SUFFIXES, columns_of
 from diffusion_align.models.hub import on_hub
 from diffusion_align.options.data import DataInspect

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from diffusion_align.commands.captions import describe_cut
+from diffusion_align.commands.data.captions import describe_cut
+from diffusion_align.commands.data.summary import summarise
 from diffusion_align.data.check import checked
 from diffusion_align.data.pairs import check_bad_fraction
 from diffusion_align.data.readers import BadRow, DataError
 from diffusion_align.data.recognise import recognise
 from diffusion_align.data.rows import is_tie
-from diffusion_align.data.summary import summarise
 from diffusion_align.options.data import DataCheck
 from diffusion_align.system.progress import progress_bar
 

@@ -20,11 +20,15 @@ from tempfile import TemporaryDirectory
 from torch import Tensor
 
 from diffusion_align.commands import threads
-from diffusion_align.commands.pasted import pasted
-from diffusion_align.commands.plan_online import TINY_SEED
-from diffusion_align.commands.score import require_reward
-from diffusion_align.commands.sources import read_prompts
-from diffusion_align.commands.synth_parts import (
+from diffusion_align.commands.data.synth_labels import (
+    agreement,
+    dealt,
+    decided,
+    relevances,
+    scorer_figures,
+    write_best_and_worst,
+)
+from diffusion_align.commands.data.synth_parts import (
     Source,
     draw,
     numbers_of,
@@ -35,8 +39,11 @@ from diffusion_align.commands.synth_parts import (
     score,
     source_of,
 )
+from diffusion_align.commands.pasted import pasted
+from diffusion_align.commands.plan_online import TINY_SEED
+from diffusion_align.commands.score import require_reward
+from diffusion_align.commands.sources import read_prompts
 from diffusion_align.data import Ranking, write_rankings_parquet
-from diffusion_align.data.labels import agreement, dealt, decided, relevances, scorer_figures, write_best_and_worst
 from diffusion_align.data.readers import digest
 from diffusion_align.evaluation.report import plain, versions
 from diffusion_align.options import Synth, to_yaml
