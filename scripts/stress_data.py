@@ -25,8 +25,8 @@ from stress_rows import BAD, TIE, USED, Rows, archive, json_lines, parquet, vote
 
 from diffusion_align.data import build_cache, read_rankings
 from diffusion_align.data.check import checked
-from diffusion_align.data.readers import BadRow
-from diffusion_align.data.recognise import recognise
+from diffusion_align.data.raw_rows import BadRow
+from diffusion_align.data.read import recognise
 from diffusion_align.data.rows import is_tie
 
 

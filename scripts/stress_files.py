@@ -32,8 +32,8 @@ from stress_bombs import BOMBS, bomb, bomb_fault
 
 from diffusion_align.data.images import ImageError, decode_image
 from diffusion_align.data.layouts import read_bytes
-from diffusion_align.data.readers import BadRow, DataError
-from diffusion_align.data.recognise import recognise, rows
+from diffusion_align.data.raw_rows import BadRow, DataError
+from diffusion_align.data.read import recognise, rows
 
 PARTS = ("parquet", "bombs", "corpus", "archives")
 ROWS, GROUP = 60, 20

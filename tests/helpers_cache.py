@@ -7,7 +7,7 @@ import torch
 from diffusion_align import rng
 from diffusion_align.data.cache import build_cache
 from diffusion_align.data.images import encode_png
-from diffusion_align.data.pairs import Pair
+from diffusion_align.data.pairs_and_rankings import Pair
 
 SIZE = 16
 SHAPE = (4, 4, 4)

@@ -15,7 +15,7 @@ from diffusion_align.commands.data.summary import summarise
 from diffusion_align.commands.pasted import again, pasted
 from diffusion_align.data import write_pairs_parquet
 from diffusion_align.data.images import encode_png
-from diffusion_align.data.recognise import recognise
+from diffusion_align.data.read import recognise
 from diffusion_align.models.hub import asset
 from diffusion_align.options import VERBS, TrainDpo, UsageError, options_of, parse, resolve, to_yaml
 from diffusion_align.options.place import step_named

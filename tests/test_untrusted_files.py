@@ -20,8 +20,8 @@ from PIL import Image
 
 from diffusion_align.cli import main
 from diffusion_align.data.images import ImageError, decode_image
-from diffusion_align.data.readers import MAX_ROW, BadRow, DataError
-from diffusion_align.data.recognise import recognise, rows
+from diffusion_align.data.raw_rows import MAX_ROW, BadRow, DataError
+from diffusion_align.data.read import recognise, rows
 from diffusion_align.models.hub import checked
 from diffusion_align.rewards import containers
 from diffusion_align.rewards.weights import read_weights

@@ -10,8 +10,8 @@ from typing import Any
 
 from diffusion_align import rng
 from diffusion_align.data.images import ImageError, decode_image
-from diffusion_align.data.readers import DataError, digest, inside
 from diffusion_align.system.progress import progress_bar
+from diffusion_align.data.raw_rows import DataError, digest, inside
 
 TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 _ENTRY = {"file": str, "prompt": str, "prompt_number": int, "image": int}

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from diffusion_align.commands.data.captions import describe_cut
 from diffusion_align.data import Pair, PairCache, Ranking, build_cache
 from diffusion_align.data.encoding_job import Share
-from diffusion_align.data.readers import BadRow
+from diffusion_align.data.raw_rows import BadRow
 from diffusion_align.options import TrainOffline, TrainSpm
 from diffusion_align.train.processes import watch
 from diffusion_align.train.processes.agree import total

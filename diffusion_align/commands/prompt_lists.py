@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusion_align.data.benchmarks import PROMPT_LISTS, fetch, wanted
+from diffusion_align.data.fetched_prompts import PROMPT_LISTS, fetch, wanted
 from diffusion_align.data.prompts import Prompt, read_list
 from diffusion_align.models.hub import asset
 from diffusion_align.options.names import nearest

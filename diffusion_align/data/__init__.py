@@ -4,9 +4,9 @@ encodings. What needs torch is imported when it is asked for, so that looking at
 from typing import TYPE_CHECKING, Any
 
 from diffusion_align.data.layouts import Pair, Ranking
-from diffusion_align.data.pairs import Counts, read_pairs, write_pairs_parquet
+from diffusion_align.data.pairs_and_rankings import Counts, read_pairs, write_pairs_parquet
 from diffusion_align.data.rankings import read_rankings, write_rankings_parquet
-from diffusion_align.data.readers import DataError
+from diffusion_align.data.raw_rows import DataError
 
 if TYPE_CHECKING:
     from diffusion_align.data.cache import PairCache, build_cache

@@ -26,13 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion_align.data.disk import bytes_of, require_room
 from diffusion_align.data.encoding import encode_pictures, encode_texts
 from diffusion_align.data.encoding_job import Encoders, Job, Share, together
 from diffusion_align.data.encoding_names import Names, forget_names, name_rows, read_names
 from diffusion_align.data.layouts import Pair, Ranking
-from diffusion_align.data.pairs import check_bad_fraction, fingerprint
-from diffusion_align.data.readers import BadRow, DataError, digest, jsonl_rows
-from diffusion_align.data.room import bytes_of, require_room
+from diffusion_align.data.pairs_and_rankings import check_bad_fraction, fingerprint
+from diffusion_align.data.raw_rows import BadRow, DataError, digest, jsonl_rows
 from diffusion_align.data.shards import Shards, known_shard, write_bytes, write_shard
 from diffusion_align.system.progress import progress_bar
 

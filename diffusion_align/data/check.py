@@ -6,8 +6,8 @@ from itertools import islice
 
 from diffusion_align.data.images import ImageError, decode_image
 from diffusion_align.data.layouts import Picture, read_bytes
-from diffusion_align.data.readers import BadRow, DataError, digest
-from diffusion_align.data.recognise import Source, rows
+from diffusion_align.data.raw_rows import BadRow, DataError, digest
+from diffusion_align.data.read import Source, rows
 from diffusion_align.data.rows import Row
 
 # Rows whose bytes are in memory together.

@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffusion_align.data.layouts import read_bytes
-from diffusion_align.data.pairs import check_bad_fraction
-from diffusion_align.data.readers import BadRow, DataError, digest, file_digest
-from diffusion_align.data.recognise import UNFINISHED, Source, rows
+from diffusion_align.data.pairs_and_rankings import check_bad_fraction
+from diffusion_align.data.raw_rows import BadRow, DataError, digest, file_digest
+from diffusion_align.data.read import UNFINISHED, Source, rows
 from diffusion_align.data.rows import Row, is_tie, pairs_of
 
 FORMAT = 1

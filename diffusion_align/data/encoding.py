@@ -19,7 +19,7 @@ from diffusion_align.data.encoding_job import CHUNK, Job
 from diffusion_align.data.encoding_names import Names, read_picture
 from diffusion_align.data.images import ImageError, load_picture
 from diffusion_align.data.layouts import Picture
-from diffusion_align.data.readers import BadRow, DataError, digest
+from diffusion_align.data.raw_rows import BadRow, DataError, digest
 from diffusion_align.data.shards import known_shard, write_shard
 
 _PROMPTS = 64  # encoded at a time

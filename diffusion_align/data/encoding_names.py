@@ -13,7 +13,7 @@ from pathlib import Path
 
 from diffusion_align.data.encoding_job import CHUNK, Job
 from diffusion_align.data.layouts import Pair, Picture, Ranking, read_bytes
-from diffusion_align.data.readers import BadRow, DataError, digest
+from diffusion_align.data.raw_rows import BadRow, DataError, digest
 from diffusion_align.data.shards import write_bytes
 
 _UNREAD = "cannot be read"  # which no digest begins with

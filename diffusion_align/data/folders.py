@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from diffusion_align.data.readers import BadRow, lines_of
+from diffusion_align.data.raw_rows import BadRow, lines_of
 from diffusion_align.data.records import Record
-from diffusion_align.data.tars import PICTURES
+from diffusion_align.data.tar_rows import PICTURES
 
 _MAX_CAPTION = 1024 * 1024
 

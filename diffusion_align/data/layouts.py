@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusion_align.data import readers
-from diffusion_align.data.readers import DataError, ParquetCell
-from diffusion_align.data.tars import TarMember
+from diffusion_align.data import raw_rows
+from diffusion_align.data.raw_rows import DataError, ParquetCell
+from diffusion_align.data.tar_rows import TarMember
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class ParquetItem:
 
     def read(self) -> bytes:
         """The picture's bytes, also from a {bytes, path} struct; DataError when there are none, or another number."""
-        values = readers._cell(str(self.file), self.row, self.column)
+        values = raw_rows._cell(str(self.file), self.row, self.column)
         where = f"{self.file.name} row {self.row}: {self.column}"
         if not isinstance(values, list) or len(values) != self.of:
             found = len(values) if isinstance(values, list) else type(values).__name__
@@ -95,7 +95,7 @@ def find_picture(root: Path, name: Any, what: str) -> Path | str:
     if not isinstance(name, str) or not name:
         return f"{what!r} is {type(name).__name__}, not a file name"
     try:
-        path = readers.inside(root, name)
+        path = raw_rows.inside(root, name)
         if path.is_file():
             return path
     except DataError:

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Collection, Iterable
 
-from diffusion_align.data.formats import FORMATS, Format
+from diffusion_align.data.known_layouts import FORMATS, Format
 from diffusion_align.data.records import PROMPTS
 
 # A table with one of these means to compare pictures, so it is not taken for a list of prompts with more beside them.

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from diffusion_align.data.readers import DataError
+from diffusion_align.data.raw_rows import DataError
 
 KNOWN = (".txt", ".json", ".jsonl", ".ndjson", ".csv", ".tsv")
 PLAIN = ("", ".text", ".list", ".lst", ".prompt", ".prompts")  # endings that say nothing; the content does

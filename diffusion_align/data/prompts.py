@@ -9,15 +9,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from diffusion_align.data import readers
+from diffusion_align.data import raw_rows
 from diffusion_align.data.folders import prompt_lines
-from diffusion_align.data.formats import PROMPT_LIST
+from diffusion_align.data.known_layouts import PROMPT_LIST
 from diffusion_align.data.layouts import prompt_fault
 from diffusion_align.data.match import match, missing
 from diffusion_align.data.prompt_files import as_known
-from diffusion_align.data.readers import BadRow, DataError
+from diffusion_align.data.raw_rows import BadRow, DataError
 from diffusion_align.data.records import PROMPTS
-from diffusion_align.data.tables import SUFFIXES, columns_of, records
+from diffusion_align.data.table_rows import SUFFIXES, columns_of, records
 
 PROMPT_KEYS = (*PROMPTS, "prompts")
 CATEGORY_KEYS = ("category", "categories", "challenge", "tag", "skills", "style")
@@ -74,9 +74,9 @@ def prompts_once(path: Path, seen: set[str]) -> Iterator[Prompt]:
     `seen` holds those of files read before, and is added to.
     """
     if path.suffix == ".parquet":
-        names = readers.schema_of(path).names
+        names = raw_rows.schema_of(path).names
         columns = [name for name in names if name.lower() in PROMPT_KEYS][:1]
-        rows: Iterator[Mapping[str, Any]] = iter(readers.iter_rows(path, columns)) if columns else iter(())
+        rows: Iterator[Mapping[str, Any]] = iter(raw_rows.iter_rows(path, columns)) if columns else iter(())
     else:
         rows = (record.values for record in records(path, PROMPT_LIST) if not isinstance(record, BadRow))
     for row in rows:
@@ -162,8 +162,8 @@ def _tabs(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The columns of text; lists and pictures beside them are not read."""
-    schema = readers.schema_of(path)
+    schema = raw_rows.schema_of(path)
     _require_prompts(path, schema.names)
     columns = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
-    for number, row in enumerate(readers.iter_rows(path, columns)):
+    for number, row in enumerate(raw_rows.iter_rows(path, columns)):
         yield f"{path.name}:{number}", row

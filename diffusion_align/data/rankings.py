@@ -14,9 +14,9 @@ from typing import Any
 import pyarrow as pa
 
 from diffusion_align.data.layouts import Ranking, read_bytes
-from diffusion_align.data.pairs import Counts, comparing, tally, write_groups
-from diffusion_align.data.readers import BadRow
-from diffusion_align.data.recognise import rows
+from diffusion_align.data.pairs_and_rankings import Counts, comparing, tally, write_groups
+from diffusion_align.data.raw_rows import BadRow
+from diffusion_align.data.read import rows
 from diffusion_align.data.rows import ranking_of
 
 __all__ = ["Ranking", "read_rankings", "write_rankings_parquet"]

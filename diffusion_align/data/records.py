@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_align.data.layouts import ParquetItem, Picture, find_picture, prompt_fault
-from diffusion_align.data.readers import ParquetCell
+from diffusion_align.data.raw_rows import ParquetCell
 from diffusion_align.data.rows import Row, RowError
-from diffusion_align.data.tars import TarMember
+from diffusion_align.data.tar_rows import TarMember
 
 PROMPTS = ("prompt", "caption", "text", "original_prompt")
 

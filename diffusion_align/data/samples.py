@@ -7,10 +7,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from diffusion_align.data.formats import CAPTIONS, PICK_A_PIC, Format
-from diffusion_align.data.readers import BadRow, DataError
+from diffusion_align.data.known_layouts import CAPTIONS, PICK_A_PIC, Format
+from diffusion_align.data.raw_rows import BadRow, DataError
 from diffusion_align.data.records import PROMPTS, Record
-from diffusion_align.data.tars import PICTURES, TEXTS, TarMember, members
+from diffusion_align.data.tar_rows import PICTURES, TEXTS, TarMember, members
 
 _LOOK_AT = 20
 

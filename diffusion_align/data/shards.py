@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffusion_align.data.readers import DataError
 from diffusion_align.system.file_modes import readable
+from diffusion_align.data.raw_rows import DataError
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from diffusion_align import cli
 from diffusion_align.commands.prompt_lists import by_category, evaluation_prompts, listed_prompts
-from diffusion_align.data.benchmarks import BENCHMARKS, fetch, wanted
-from diffusion_align.data.readers import DataError
+from diffusion_align.data.fetched_prompts import BENCHMARKS, fetch, wanted
+from diffusion_align.data.raw_rows import DataError
 
 COMMIT, OLDER = "fd163b223b6faf112eccafeabe2e31a0e950f177", "0" * 39 + "1"
 REAL = huggingface_hub.hf_hub_download

@@ -13,11 +13,11 @@ from helpers_cache import SHAPE, SIZE, FakeModel, build, make_pairs, mean, pictu
 
 from diffusion_align import rng
 from diffusion_align.data.cache import PairCache
+from diffusion_align.data.disk import require_room
 from diffusion_align.data.images import load_picture
-from diffusion_align.data.pairs import Pair
-from diffusion_align.data.readers import BadRow, DataError
-from diffusion_align.data.room import require_room
 from diffusion_align.system import progress
+from diffusion_align.data.pairs_and_rankings import Pair
+from diffusion_align.data.raw_rows import BadRow, DataError
 
 
 def test_batches_hold_the_winner_first_and_the_right_text(tmp_path):

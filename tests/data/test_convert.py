@@ -18,8 +18,8 @@ from diffusion_align.commands.data.summary import summarise
 from diffusion_align.data import convert as converting
 from diffusion_align.data import read_pairs, read_rankings
 from diffusion_align.data.layouts import read_bytes
-from diffusion_align.data.readers import DataError
-from diffusion_align.data.recognise import recognise, rows
+from diffusion_align.data.raw_rows import DataError
+from diffusion_align.data.read import recognise, rows
 from diffusion_align.data.rows import Row
 from diffusion_align.models.captions import tokenizers_in
 from diffusion_align.models.hub import asset

@@ -13,10 +13,10 @@ from stress_jobs import launch
 from diffusion_align.commands import encode
 from diffusion_align.data import Ranking
 from diffusion_align.data.encoding_job import CHUNK, Share
-from diffusion_align.data.pairs import Pair
-from diffusion_align.data.readers import BadRow, DataError
 from diffusion_align.train.processes import watch
 from diffusion_align.train.processes.agree import total
+from diffusion_align.data.pairs_and_rankings import Pair
+from diffusion_align.data.raw_rows import BadRow, DataError
 
 
 class Meeting:

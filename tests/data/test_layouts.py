@@ -13,10 +13,10 @@ from diffusion_align.commands.sources import read_prompts as prompts_of_a_verb
 from diffusion_align.data import read_pairs, read_rankings, write_pairs_parquet, write_rankings_parquet
 from diffusion_align.data.images import decode_image
 from diffusion_align.data.layouts import Ranking, read_bytes
-from diffusion_align.data.pairs import fingerprint
+from diffusion_align.data.pairs_and_rankings import fingerprint
 from diffusion_align.data.prompts import read_prompts
-from diffusion_align.data.readers import DataError
-from diffusion_align.data.recognise import recognise, rows
+from diffusion_align.data.raw_rows import DataError
+from diffusion_align.data.read import recognise, rows
 from diffusion_align.data.rows import Row, shares_won
 
 
@@ -409,18 +409,18 @@ def test_splits_of_lists_and_tables(tmp_path):
 
 def test_a_long_json_list_is_read_piece_by_piece(tmp_path, monkeypatch):
     """With pieces of 7 characters every number, text and space is cut somewhere."""
-    from diffusion_align.data import tables
+    from diffusion_align.data import table_rows
 
-    monkeypatch.setattr(tables, "_PIECE", 7)
+    monkeypatch.setattr(table_rows, "_PIECE", 7)
     values = [{"prompt": f"p{i}" * (i % 5), "n": i * 10**i, "u": 'é\u2028"]},['} for i in range(40)]
     path = tmp_path / "x.json"
     path.write_text("  [ " + " ,\n".join(json.dumps(value) for value in values) + "  ]  ", encoding="utf-8")
-    assert [row for _, row in tables._rows(path)] == values
+    assert [row for _, row in table_rows._rows(path)] == values
     text = path.read_text()
     for cut in range(0, len(text) - 4, 97):
         path.write_text(text[:cut])
         with pytest.raises(DataError, match=r"x.json: (is not a JSON list|item \d+ is no JSON)"):
-            list(tables._rows(path))
+            list(table_rows._rows(path))
 
 
 def test_inspect_says_what_it_is_and_what_it_is_for(tmp_path, capsys):

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from diffusion_align.data.pairs import Pair, fingerprint, read_pairs, write_pairs_parquet
-from diffusion_align.data.readers import DataError, ParquetCell
+from diffusion_align.data.pairs_and_rankings import Pair, fingerprint, read_pairs, write_pairs_parquet
+from diffusion_align.data.raw_rows import DataError, ParquetCell
 
 
 def png(shade):

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from diffusion_align.data.prompts import Prompt, prompt_of, read_list, read_prompts
-from diffusion_align.data.readers import DataError
+from diffusion_align.data.raw_rows import DataError
 
 
 @pytest.mark.parametrize(

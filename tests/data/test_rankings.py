@@ -14,9 +14,9 @@ from diffusion_align import rng
 from diffusion_align.data import Ranking, build_cache, read_pairs, read_rankings, write_pairs_parquet
 from diffusion_align.data.images import encode_png, load_picture
 from diffusion_align.data.layouts import read_bytes
-from diffusion_align.data.pairs import fingerprint
+from diffusion_align.data.pairs_and_rankings import fingerprint
 from diffusion_align.data.rankings import write_rankings_parquet
-from diffusion_align.data.readers import DataError
+from diffusion_align.data.raw_rows import DataError
 
 SIZE = 16
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from diffusion_align.commands.data.captions import describe_cut
 from diffusion_align.commands.data.summary import summarise
 from diffusion_align.data.check import checked
-from diffusion_align.data.pairs import check_bad_fraction
-from diffusion_align.data.readers import BadRow, DataError
-from diffusion_align.data.recognise import recognise
+from diffusion_align.data.pairs_and_rankings import check_bad_fraction
+from diffusion_align.data.raw_rows import BadRow, DataError
+from diffusion_align.data.read import recognise
 from diffusion_align.data.rows import is_tie
 from diffusion_align.options.data import DataCheck
 from diffusion_align.system.progress import progress_bar

@@ -7,9 +7,9 @@ from pathlib import Path
 from diffusion_align.commands.data.summary import summarise
 from diffusion_align.commands.pasted import pasted
 from diffusion_align.data.convert import convert
-from diffusion_align.data.pairs import comparing
-from diffusion_align.data.readers import DataError
-from diffusion_align.data.recognise import LAYOUTS
+from diffusion_align.data.pairs_and_rankings import comparing
+from diffusion_align.data.raw_rows import DataError
+from diffusion_align.data.read import LAYOUTS
 from diffusion_align.options.data import DataConvert
 from diffusion_align.system.progress import progress_bar
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from diffusion_align.commands.data.summary import Summary, summarise
 from diffusion_align.commands.pasted import pasted
 from diffusion_align.commands.sources import fetch_pairs, pairs_on_disk, present_pairs
-from diffusion_align.data.formats import Format
+from diffusion_align.data.known_layouts import Format
 from diffusion_align.data.match import wanted
-from diffusion_align.data.readers import DataError
-from diffusion_align.data.recognise import Source, recognise
+from diffusion_align.data.raw_rows import DataError
+from diffusion_align.data.read import Source, recognise
 from diffusion_align.data.records import PROMPTS
-from diffusion_align.data.tables import SUFFIXES, columns_of
+from diffusion_align.data.table_rows import SUFFIXES, columns_of
 from diffusion_align.models.hub import on_hub
 from diffusion_align.options.data import DataInspect
 from diffusion_align.system.printable import printable

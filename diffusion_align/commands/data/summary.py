@@ -3,8 +3,8 @@
 from collections import Counter
 from dataclasses import dataclass, field
 
-from diffusion_align.data.readers import BadRow
-from diffusion_align.data.recognise import Source, rows
+from diffusion_align.data.raw_rows import BadRow
+from diffusion_align.data.read import Source, rows
 from diffusion_align.data.rows import is_tie, pairs_of
 
 FIRST = 3

@@ -17,12 +17,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffusion_align.data import readers
+from diffusion_align.data import raw_rows
 from diffusion_align.data.layouts import Pair, ParquetItem, Picture, Ranking, read_bytes
-from diffusion_align.data.readers import BadRow, DataError
-from diffusion_align.data.recognise import Source, recognise, rows
+from diffusion_align.data.raw_rows import BadRow, DataError
+from diffusion_align.data.read import Source, recognise, rows
 from diffusion_align.data.rows import pairs_of, ties_of
-from diffusion_align.data.tars import TarMember
+from diffusion_align.data.tar_rows import TarMember
 
 __all__ = ["Counts", "Pair", "Picture", "check_bad_fraction", "fingerprint", "read_pairs", "write_pairs_parquet"]
 
@@ -128,13 +128,13 @@ def fingerprint(lists: Sequence[Pair | Ranking]) -> str:
     """A name for the content of some lists, in order: prompts, pictures and a pair's weight, but not ids or places.
 
     A ranking's relevance does not count, but with a parquet file's pictures its whole content does. Pictures in memory
-    count in full; files count by `readers.file_digest`.
+    count in full; files count by `raw_rows.file_digest`.
     """
-    file_digest = cache(readers.file_digest)
+    file_digest = cache(raw_rows.file_digest)
 
     def name(picture: Picture) -> str:
         if isinstance(picture, bytes):
-            return readers.digest(picture)
+            return raw_rows.digest(picture)
         if isinstance(picture, Path):
             return file_digest(picture) if picture.is_file() else "absent"
         if isinstance(picture, TarMember):

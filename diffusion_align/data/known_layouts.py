@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from diffusion_align.data import preferences
+from diffusion_align.data import interpret
 from diffusion_align.data.records import PROMPTS, Record
 from diffusion_align.data.rows import Row
 
@@ -38,8 +38,8 @@ FORMATS = (
     Format(
         "lists of pictures (this project's own)",
         "rankings",
-        (_PROMPT, ("images",), preferences.VALUES),
-        preferences.listed_pictures,
+        (_PROMPT, ("images",), interpret.VALUES),
+        interpret.listed_pictures,
         (
             ("prompt", "prompt"),
             ("images", "pictures [K]"),
@@ -55,7 +55,7 @@ FORMATS = (
         "Pick-a-Pic",
         "pairs",
         (("caption", "prompt"), ("jpg_0",), ("jpg_1",), ("label_0",), ("label_1",)),
-        preferences.pick_a_pic,
+        interpret.pick_a_pic,
         (
             ("caption", "prompt"),
             ("jpg_0, jpg_1", "pictures"),
@@ -70,7 +70,7 @@ FORMATS = (
         "chosen and rejected",
         "pairs",
         (_PROMPT, ("chosen", "chosen_file_name"), ("rejected", "rejected_file_name")),
-        preferences.chosen_rejected,
+        interpret.chosen_rejected,
         (("prompt", "prompt"), ("chosen", "winner"), ("rejected", "loser"), ("weight", "weight")),
         may=("weight",),
         weight="weight, or 1",
@@ -80,7 +80,7 @@ FORMATS = (
         "HPDv2 train",
         "pairs",
         (_PROMPT, ("file_path",), ("human_preference",)),
-        preferences.file_path_preference,
+        interpret.file_path_preference,
         (("prompt", "prompt"), ("file_path", "pictures"), ("human_preference", "relevance, 1 the winner")),
         tie="both preferences equal",
         known="HPDv2; licence: see its card",
@@ -89,7 +89,7 @@ FORMATS = (
         "ImageRewardDB, a picture a row",
         "rankings",
         (_PROMPT, ("prompt_id",), ("image_path",), ("rank",)),
-        preferences.image_path_rank,
+        interpret.image_path_rank,
         (
             ("prompt", "prompt"),
             ("rows of one prompt_id", "one row"),
@@ -103,7 +103,7 @@ FORMATS = (
         "HPDv2 test",
         "rankings",
         (_PROMPT, ("image_path",), ("rank",)),
-        preferences.image_path_rank,
+        interpret.image_path_rank,
         (
             ("prompt", "prompt"),
             ("image_path", "pictures [K]"),
@@ -116,7 +116,7 @@ FORMATS = (
         "HPDv3",
         "pairs",
         (_PROMPT, ("path1",), ("path2",)),
-        preferences.path_1_is_better,
+        interpret.path_1_is_better,
         (
             ("prompt", "prompt"),
             ("path1", "winner, always"),
@@ -133,7 +133,7 @@ FORMATS = (
         "ImageReward JSON",
         "rankings",
         (_PROMPT, ("generations",), ("ranking",)),
-        preferences.generations_ranking,
+        interpret.generations_ranking,
         (
             ("prompt", "prompt"),
             ("generations", "pictures [K]"),
@@ -152,7 +152,7 @@ FORMATS = (
             ("weighted_results_image1_preference",),
             ("weighted_results_image2_preference",),
         ),
-        preferences.weighted_votes,
+        interpret.weighted_votes,
         (
             ("prompt", "prompt"),
             ("image1, image2", "pictures"),
@@ -169,7 +169,7 @@ FORMATS = (
         "pictures with captions",
         "captions",
         (("file_name",), PROMPTS),
-        preferences.caption,
+        interpret.caption,
         (("file_name, or the picture", "picture"), ("its text", "prompt")),
         known="datasets' image folder, kohya's folders, webdataset",
     ),
@@ -177,7 +177,7 @@ FORMATS = (
         "prompts",
         "prompts",
         (PROMPTS,),
-        preferences.prompt_only,
+        interpret.prompt_only,
         (("prompt", "prompt"),),
         known="one a line, a JSON list, or JSON lines as of GenEval",
     ),

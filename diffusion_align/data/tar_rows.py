@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from diffusion_align.data.readers import BadRow, DataError
 from diffusion_align.system.printable import printable
+from diffusion_align.data.raw_rows import BadRow, DataError
 
 PICTURES = frozenset(("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff"))
 TEXTS = frozenset(("txt", "json"))

@@ -10,10 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from diffusion_align.data import readers
-from diffusion_align.data.formats import Format
+from diffusion_align.data import raw_rows
+from diffusion_align.data.known_layouts import Format
 from diffusion_align.data.match import wanted
-from diffusion_align.data.readers import BadRow, DataError
+from diffusion_align.data.raw_rows import BadRow, DataError
 from diffusion_align.data.records import Record
 from diffusion_align.system.printable import printable
 
@@ -30,7 +30,7 @@ def columns_of(file: Path) -> list[str]:
     They are names to compare and to print: one that a terminal would act on is told by its escapes.
     """
     if file.suffix == ".parquet":
-        return list(map(printable, readers.column_names(file)))
+        return list(map(printable, raw_rows.column_names(file)))
     rows = islice((row for _, row in _rows(file)), _LOOK_AT)
     return list(dict.fromkeys(printable(str(name)) for row in rows if isinstance(row, dict) for name in row))
 
@@ -55,11 +55,11 @@ def records(file: Path, known: Format, under: tuple[str, ...] = ("",)) -> Iterat
 
 
 def _parquet(file: Path, known: Format, under: tuple[str, ...]) -> Iterator[Record]:
-    schema = readers.schema_of(file)
+    schema = raw_rows.schema_of(file)
     named = wanted(known, schema.names)
     cells = frozenset(name for name in named if _holds_bytes(schema.field(name).type))
     small = [name for name in named if name not in cells]
-    for row, values in enumerate(readers.iter_rows(file, small)):
+    for row, values in enumerate(raw_rows.iter_rows(file, small)):
         yield Record(f"{file.name}:{row}", values, file, row, cells, file.parent, under)
 
 
@@ -72,7 +72,7 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 def _rows(file: Path) -> Iterator[tuple[int, Any]]:
     """Number and value of each row; a row that is damaged is its error, a bare text is a prompt."""
-    found = {".json": _json_items, ".csv": _csv_rows}.get(file.suffix, readers.jsonl_rows)(file)
+    found = {".json": _json_items, ".csv": _csv_rows}.get(file.suffix, raw_rows.jsonl_rows)(file)
     for number, row in found:
         yield number, {"prompt": row} if isinstance(row, str) else row
 
@@ -93,7 +93,7 @@ def _json_items(file: Path) -> Iterator[tuple[int, Any]]:
                 while (found := _item(text, place)) is None:
                     more = stream.read(_PIECE)
                     text, place = text[place:] + more, 0
-                    if not more or len(text) > readers.MAX_ROW:
+                    if not more or len(text) > raw_rows.MAX_ROW:
                         raise DataError(
                             f"{file}: item {number} is no JSON, or does not end: {text[:60]!r}; fetch the file again"
                         )

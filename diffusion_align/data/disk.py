@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion_align.data.layouts import Pair, Ranking
-from diffusion_align.data.readers import DataError
+from diffusion_align.data.raw_rows import DataError
 
 
 def bytes_of(

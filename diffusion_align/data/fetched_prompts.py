@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusion_align.data.prompts import Prompt, prompts_once, read_list
-from diffusion_align.data.readers import DataError
+from diffusion_align.data.raw_rows import DataError
 from diffusion_align.origins import BENCHMARKS, PROMPT_LISTS, PromptList
 from diffusion_align.system.network import offline
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from diffusion_align.data import folders, samples, tables
-from diffusion_align.data.formats import CAPTIONS, IMAGE_REWARD_DB, PROMPT_LIST, Format
+from diffusion_align.data import folders, samples, table_rows
+from diffusion_align.data.known_layouts import CAPTIONS, IMAGE_REWARD_DB, PROMPT_LIST, Format
 from diffusion_align.data.match import match, missing
-from diffusion_align.data.readers import BadRow, DataError
+from diffusion_align.data.raw_rows import BadRow, DataError
 from diffusion_align.data.records import Record
 from diffusion_align.data.rows import Row, RowError
 
@@ -47,7 +47,7 @@ def recognise(path: Path, split: str = "train", layouts: str = LAYOUTS) -> Sourc
         raise DataError(f"{path}: no such file or folder; give {layouts}")
     if path.suffix == ".txt":
         return Source(path, PROMPT_LIST, (path,), split)
-    if path.suffix == ".tar" or path.suffix in tables.SUFFIXES:
+    if path.suffix == ".tar" or path.suffix in table_rows.SUFFIXES:
         return Source(path, _format_of(path), (path,), split)
     packed = "; unpack it first" if path.suffix in (".gz", ".tgz", ".zip", ".zst", ".xz", ".bz2") else ""
     kind = path.suffix or "file without suffix"
@@ -84,7 +84,7 @@ def _records(source: Source) -> Iterator[BadRow | Record]:
         else:
             # HPDv2's lists name pictures that lie in a folder of the split's name.
             near = ("", *(name for name in ("train", "test") if (file.parent / name).is_dir()))
-            found = tables.records(file, source.format, near)
+            found = table_rows.records(file, source.format, near)
             yield from _by_prompt(found) if source.format is IMAGE_REWARD_DB else found
 
 
@@ -109,7 +109,7 @@ def _by_prompt(found: Iterable[BadRow | Record]) -> Iterator[BadRow | Record]:
 def _format_of(file: Path) -> Format:
     if file.suffix == ".tar":
         return samples.format_of(file)
-    columns = tables.columns_of(file)
+    columns = table_rows.columns_of(file)
     known = match(columns)
     if known is None or (known is PROMPT_LIST and file.suffix == ".parquet"):
         raise DataError(f"{file}: {missing(columns)}" if columns else f"{file}: holds no rows; is this the right file?")
@@ -127,7 +127,7 @@ def _folder(folder: Path, split: str, layouts: str) -> Source:
         return Source(folder, _format_of(metadata[0]), tuple(metadata), split)
     if kinds:
         return _one_layout(folder, _of_split(folder, kinds[0], split), split)
-    lists = [file for file in sorted(folder.glob("*.json*")) if file.suffix in tables.SUFFIXES]
+    lists = [file for file in sorted(folder.glob("*.json*")) if file.suffix in table_rows.SUFFIXES]
     lists = [file for file in lists if file.name not in _NOT_DATA and _is_known(file)]
     if lists:
         lists = _of_split(folder, lists, split)
@@ -155,7 +155,7 @@ def _refuse_unfinished(folder: Path) -> None:
 
 def _is_known(file: Path) -> bool:
     try:
-        return match(tables.columns_of(file)) is not None
+        return match(table_rows.columns_of(file)) is not None
     except DataError:
         return False
 
