@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from stress_rows import BAD, TIE, USED, Rows, archive, json_lines, parquet, votes
 
-from diffusion_align.data import build_cache, read_rankings
-from diffusion_align.data.check import checked
-from diffusion_align.data.raw_rows import BadRow
+from diffusion_align.commands.data.check import checked
+from diffusion_align.data import EncodingSettings, build_cache, read_rankings
+from diffusion_align.data.bad_rows import BadRow
+from diffusion_align.data.pairs_and_rankings import is_tie
 from diffusion_align.data.read import recognise
-from diffusion_align.data.rows import is_tie
 
 
 class MeanColour:
@@ -97,7 +97,7 @@ def train_on(path: Path, outcomes: dict[str, str], home: Path) -> list[str]:
         MeanColour(),
         rankings,
         home / "cache",
-        resolution=16,
+        EncodingSettings(16),
         max_bad_fraction=1,
         known_bad=counts.bad_rows,
         progress=False,

@@ -30,10 +30,10 @@ import stress_corpus_weights  # noqa: F401
 from PIL import Image
 from stress_bombs import BOMBS, bomb, bomb_fault
 
+from diffusion_align.data.bad_rows import BadRow, DataError
 from diffusion_align.data.images import ImageError, decode_image
-from diffusion_align.data.layouts import read_bytes
-from diffusion_align.data.raw_rows import BadRow, DataError
-from diffusion_align.data.read import recognise, rows
+from diffusion_align.data.raw_rows import read_bytes
+from diffusion_align.data.read import read_rows, recognise
 
 PARTS = ("parquet", "bombs", "corpus", "archives")
 ROWS, GROUP = 60, 20
@@ -59,7 +59,7 @@ def pairs(path: Path, checksums: bool) -> bytes:
 def read_whole(path: Path) -> list[tuple]:
     """Every row with its pixels; a row that is reported is its reason alone."""
     found = []
-    for row in rows(recognise(path)):
+    for row in read_rows(recognise(path)):
         if isinstance(row, BadRow):
             found.append((row.reason,))
             continue

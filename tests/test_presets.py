@@ -16,7 +16,7 @@ from diffusion_align.commands.presets_check import needs_of, report
 from diffusion_align.commands.prompt_lists import listed_prompts
 from diffusion_align.commands.sources import pairs_of
 from diffusion_align.data import fetched_prompts
-from diffusion_align.data.raw_rows import DataError
+from diffusion_align.data.bad_rows import DataError
 from diffusion_align.options import VERBS, TrainRankdpo, all_presets, resolve
 from diffusion_align.rewards.catalogue import CATALOGUE
 from diffusion_align.rewards.spec import read_spec
@@ -180,5 +180,5 @@ def test_a_list_on_the_web_is_fetched_once_and_must_be_the_known_file(cache, mon
         listed_prompts("spo-4k")
     fetched_prompts.web_cache("spo-4k").unlink()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(FileNotFoundError, match="give its path as --prompts"):
+    with pytest.raises(FileNotFoundError, match="give its path in place of spo-4k"):
         listed_prompts("spo-4k")

@@ -16,7 +16,7 @@ from diffusion_align.commands import score
 from diffusion_align.commands.data import synth, synth_parts
 from diffusion_align.commands.data.synth_labels import agreement, dealt, relevances, scorer_figures
 from diffusion_align.data import read_pairs, read_rankings
-from diffusion_align.data.layouts import read_bytes
+from diffusion_align.data.raw_rows import read_bytes
 
 PROMPTS = [f"a {size} {colour} circle" for colour in ("red", "blue", "green") for size in ("small", "large")]
 TABLES = ("rankings.parquet", "pairs.parquet", "report.json")

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_align import rng
+from diffusion_align.data.bad_rows import DataError
+from diffusion_align.data.disk import digest
 from diffusion_align.data.images import ImageError, decode_image
+from diffusion_align.data.raw_rows import inside
 from diffusion_align.system.progress import progress_bar
-from diffusion_align.data.raw_rows import DataError, digest, inside
 
 TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 _ENTRY = {"file": str, "prompt": str, "prompt_number": int, "image": int}

@@ -20,7 +20,7 @@ from diffusion_align.commands.run_tables import fresh, run_tables
 from diffusion_align.commands.score import decoded, require_reward, reward_by_name
 from diffusion_align.commands.session import Session
 from diffusion_align.commands.setup import make_optimizer, optimizer_identity
-from diffusion_align.data.raw_rows import digest
+from diffusion_align.data.disk import digest
 from diffusion_align.options import TrainCommon, TrainD3po, TrainDdpo, TrainOnline, TrainPrdp, TrainSpo
 from diffusion_align.options.train_online import compared_from
 from diffusion_align.origins import STEP_AWARE

@@ -14,7 +14,7 @@ from diffusion_align.commands.opening import claim_early, open_session, require_
 from diffusion_align.commands.plan import accumulation_of, processes_here, steps_of
 from diffusion_align.commands.plan_rankdpo import describe_prompts, read_training_rankings
 from diffusion_align.commands.setup import make_optimizer, optimizer_identity
-from diffusion_align.data.raw_rows import digest
+from diffusion_align.data.disk import digest
 from diffusion_align.objectives import beta_per_squared_error, gain_weights, rank_dpo
 from diffusion_align.options import TrainRankdpo
 from diffusion_align.train import train_rankings

@@ -26,7 +26,7 @@ from diffusion_align.commands.run_folder import CONFIG, METRICS
 from diffusion_align.commands.score import require_reward, reward_by_name
 from diffusion_align.commands.sources import present_model
 from diffusion_align.data import Pair, PairCache
-from diffusion_align.data.raw_rows import BadRow
+from diffusion_align.data.bad_rows import BadRow
 from diffusion_align.options import to_yaml
 from diffusion_align.options.train_spm import TrainSpm
 from diffusion_align.rewards.step_aware import WEIGHTS, save_step_aware, start_step_aware, step_aware_scorer

@@ -1,41 +1,68 @@
-"""Whether a disk has room for what is about to be written, asked before hours are spent on it."""
+"""Files on disk: digests of their content, writes that appear complete or not at all, and the room that is left."""
 
-import math
+import hashlib
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from torch import Tensor
+from diffusion_align.data.bad_rows import DataError
 
-from diffusion_align.data.layouts import Pair, Ranking
-from diffusion_align.data.raw_rows import DataError
+_EDGE = 64 * 1024
 
 
-def bytes_of(
-    pairs: Sequence[Pair] | Sequence[Ranking],
-    prompts: int,
-    latent_shape: tuple[int, ...],
-    empty_text: Tensor,
-    dtype: torch.dtype,
-) -> int:
-    """How large the encodings of pairs or rankings are at most: a picture that several name is counted once.
+def digest(data: bytes) -> str:
+    """32 hex digits of the blake2b of some bytes."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
-    Pictures that are the same by their bytes alone are not known to be so before they are read.
+
+def file_digest(file: Path) -> str:
+    """A digest of a file that is cheap for large files: of its size and its first and last 64 KiB.
+
+    It does not depend on the file's name, place or time, so a copied data set keeps its caches. It misses an edit in
+    the middle of a large file that leaves the size alone.
     """
-    pictures = len({picture for pair in pairs for picture in pair.pictures})
-    return (pictures * math.prod(latent_shape) + (prompts + 1) * empty_text.numel()) * dtype.itemsize
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        head = stream.read(_EDGE)
+        stream.seek(max(_EDGE, size - _EDGE))
+        return digest(str(size).encode() + head + stream.read(_EDGE))
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; the file there replaces `path` at the end, unless something is raised."""
+    staged = path.with_name(f".tmp-{path.name}")
+    yield staged
+    os.replace(staged, path)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a small file so that a reader sees either the old content or the new."""
+    with replacing(path) as staged:
+        staged.write_bytes(data)
+
+
+class NoRoom(DataError):
+    """The disk has less room than the files will take."""
 
 
 def require_room(folder: Path, size: int) -> None:
-    """Raise DataError unless the disk of `folder` has room for `size` bytes, of which some may be there already."""
-    there = sum(_size(path) for path in folder.glob("*.safetensors"))
+    """Raise NoRoom unless the disk of `folder` has room for `size` bytes of tensors, of which some may exist."""
+    size -= sum(_size(path) for path in folder.glob("*.safetensors"))
     disk = shutil.disk_usage(folder)
-    # Some network file systems say 0 of 0.
-    if disk.total and size - there > disk.free:
-        raise DataError(
-            f"{folder}: encoding takes up to {_gigabytes(size - there)}, and the disk has {_gigabytes(disk.free)}; "
-            "free some, delete caches of earlier runs beside it, or give --cache_dir on another disk"
+    # Some network file systems report 0 of 0.
+    if disk.total and size > disk.free:
+        raise NoRoom(
+            f"{folder}: encoding takes up to {size / 1e9:.3g} GB, and the disk has {disk.free / 1e9:.3g} GB; "
+            "free some, delete caches of earlier runs beside it, or take another disk"
         )
 
 
@@ -45,7 +72,3 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.3g} GB"

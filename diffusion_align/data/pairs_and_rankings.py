@@ -1,8 +1,6 @@
-"""Preference pairs from every layout that compares pictures (`formats`), recognised without flags.
+"""What a training learns from: rows of any layout in one form, the pairs and rankings of them, and how they are saved.
 
-No picture is read here: a pair holds a path, or the file, row and column of a parquet cell, or the place of a member in
-its archive, so a set of any size is listed in seconds. Rows that cannot make a pair are counted with their reason;
-broken pictures are found when the cache is built, or by `data check`.
+No picture is read until it is asked for, so a set of any size is listed in seconds.
 """
 
 import hashlib
@@ -11,130 +9,128 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffusion_align.data import raw_rows
-from diffusion_align.data.layouts import Pair, ParquetItem, Picture, Ranking, read_bytes
-from diffusion_align.data.raw_rows import BadRow, DataError
-from diffusion_align.data.read import Source, recognise, rows
-from diffusion_align.data.rows import pairs_of, ties_of
-from diffusion_align.data.tar_rows import TarMember
-
-__all__ = ["Counts", "Pair", "Picture", "check_bad_fraction", "fingerprint", "read_pairs", "write_pairs_parquet"]
-
-_LAYOUTS = (
-    "parquet with jpg_0, jpg_1, label_0, label_1, caption (or prompt, chosen, rejected); a folder with metadata.jsonl; "
-    "a .jsonl with prompt, chosen, rejected; or another layout that `data inspect` knows"
-)
+from diffusion_align.data import disk
+from diffusion_align.data.raw_rows import ParquetItem, Picture, TarMember, read_bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
-    """What became of the rows: used, a tie or broken. A row that ranks K pictures gives several pairs, so `used` may be
-    more than there are rows."""
+class Row:
+    """K pictures of one prompt and what is known of them, whatever the layout.
 
-    rows: int
-    used: int
-    ties: int
-    broken: int
-    bad_rows: tuple[BadRow, ...] = ()
-    what: str = "pairs"
-
-    def __str__(self) -> str:
-        return f"{self.rows} rows: {self.used} {self.what}, {self.ties} ties dropped, {self.broken} broken"
-
-
-def read_pairs(
-    path: str | os.PathLike[str], *, split: str = "train", max_bad_fraction: float = 0.01, keep_ties: bool = False
-) -> tuple[list[Pair], Counts]:
-    """Read preference pairs from any layout that compares pictures.
-
-    A tie carries no preference: it is dropped and counted, never taken as a win. With `keep_ties` it is a pair whose
-    `tie` is true, for methods that can learn from it. A ranking gives a pair for every two pictures of different
-    relevance. Where files are named by split (train-00000-of-00002.parquet), only `split` is read, so that a test split
-    never slips into training.
-
-    Raises:
-        DataError: unknown layout, missing column, a path outside the data's folder, nothing left, only ties, no
-            preference at all, or more than `max_bad_fraction` of the rows broken. The message is one line with the
-            file, the row or key, and the cure.
+    Attributes:
+        id: file:row, or file:key.
+        pictures: [K]; none for a prompt alone, one for a caption.
+        relevance: [K] in [0, 1], higher is better; all equal is a tie. Empty if nobody compared, as for captions.
+        scores: [M][K], of M scorers, if they were kept.
+        weight: how much the preference counts, 1 if the layout has no weight; 0 is a tie.
+        source: the layout, or what the data itself names.
+        models: [K] who made the pictures, or empty.
     """
-    source = comparing(path, split, _LAYOUTS)
-    pairs: list[Pair] = []
-    bad: list[BadRow] = []
-    ties = count = 0
-    for entry in rows(source):
-        count += 1
-        if isinstance(entry, BadRow):
-            bad.append(entry)
-        else:
-            found = pairs_of(entry) + (ties_of(entry) if keep_ties else [])
-            ties += not found
-            pairs += found
-    return pairs, tally(path, count, len(pairs), ties, bad, max_bad_fraction, "pairs", source.format.tie)
+
+    id: str
+    prompt: str
+    pictures: tuple[Picture, ...] = ()
+    relevance: tuple[float, ...] = ()
+    scores: tuple[tuple[float, ...], ...] = ()
+    weight: float = 1.0
+    source: str = ""
+    models: tuple[str, ...] = ()
 
 
-def comparing(path: str | os.PathLike[str], split: str, layouts: str) -> Source:
-    """What a path holds; DataError when that compares no pictures, with what it is good for."""
-    source = recognise(Path(path), split, layouts)
-    if source.format.holds in ("captions", "prompts"):
-        raise DataError(
-            f"{path}: {source.format.name}, which say nothing of what people prefer; data synth draws pictures of "
-            f"prompts and ranks them; to train on, give {layouts}"
-        )
-    return source
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two pictures of one prompt, the preferred one first. `id` is file:row; `weight` scales its loss.
 
-
-def tally(
-    source: str | os.PathLike[str],
-    rows: int,
-    used: int,
-    ties: int,
-    bad: Sequence[BadRow],
-    max_bad_fraction: float,
-    what: str,
-    tie: str,
-) -> Counts:
-    """The counts of what was read; DataError when nothing can be learnt from it, or too much of it is broken.
-
-    `what` names the rows, in the plural; `tie` says how a tie is known.
+    A tie, which only `read_pairs(keep_ties=True)` gives, prefers neither: `tie` is true, and its pictures are in the
+    order of the data.
     """
-    counts = Counts(rows, used, ties, len(bad), tuple(bad), what)
-    if counts.rows == 0:
-        raise DataError(f"{source}: holds no rows; is this the right file?")
-    if ties and ties == counts.rows:
-        raise DataError(f"{source}: all {ties} rows are ties ({tie}); there is no preference to learn from")
-    check_bad_fraction(str(source), bad, counts.rows, max_bad_fraction)
-    if not used:
-        one = what.removesuffix("s")
-        raise DataError(f"{source}: no {one} is left ({counts}); the first bad row: {bad[0].row} {bad[0].reason}")
-    return counts
+
+    id: str
+    prompt: str
+    winner: Picture
+    loser: Picture
+    weight: float = 1.0
+    tie: bool = False
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """[winner, loser]: a pair is a list of two."""
+        return self.winner, self.loser
 
 
-def check_bad_fraction(source: str, bad: Sequence[BadRow], rows: int, max_bad_fraction: float) -> None:
-    """Raise DataError, naming the first bad row, when more than `max_bad_fraction` of the rows are bad."""
-    if len(bad) > max_bad_fraction * rows:
-        raise DataError(
-            f"{source}: {len(bad)} of {rows} rows are broken, more than max_bad_fraction={max_bad_fraction:g} allows; "
-            f"the first: {bad[0].row} {bad[0].reason}; repair or remove them, or raise max_bad_fraction"
-        )
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """K >= 2 pictures of one prompt and how good each is: `relevance` [K] in [0, 1], higher is better, not all equal.
+
+    Relevance is phi of RankDPO. `id` is file:row; `scores` [M][K] are those of M scorers, if they were kept.
+    """
+
+    id: str
+    prompt: str
+    pictures: tuple[Picture, ...]
+    relevance: tuple[float, ...]
+    scores: tuple[tuple[float, ...], ...] = ()
+
+
+def is_tie(row: Row) -> bool:
+    """Whether a row that compares pictures prefers none."""
+    return row.weight == 0 or len(set(row.relevance)) < 2
+
+
+def pairs_of(row: Row) -> list[Pair]:
+    """Every two pictures of which one is more relevant, each with the row's weight; none for a tie.
+
+    Of K > 2 pictures there are up to K (K - 1) / 2, named id[winner>loser].
+    """
+    if is_tie(row):
+        return []
+    phi, pictures = row.relevance, row.pictures
+    ordered = [(i, j) for i in range(len(phi)) for j in range(len(phi)) if phi[i] > phi[j]]
+    name = (lambda i, j: row.id) if len(phi) == 2 else (lambda i, j: f"{row.id}[{i}>{j}]")
+    return [Pair(name(i, j), row.prompt, pictures[i], pictures[j], row.weight) for i, j in ordered]
+
+
+def ties_of(row: Row) -> list[Pair]:
+    """Every two pictures of which none is preferred, in the data's order; all of a row of weight 0."""
+    phi, pictures = row.relevance, row.pictures
+    places = [(i, j) for i in range(len(phi)) for j in range(i + 1, len(phi)) if row.weight == 0 or phi[i] == phi[j]]
+    name = (lambda i, j: row.id) if len(phi) == 2 else (lambda i, j: f"{row.id}[{i}={j}]")
+    return [Pair(name(i, j), row.prompt, pictures[i], pictures[j], tie=True) for i, j in places]
+
+
+def ranking_of(row: Row) -> Ranking | None:
+    """The row as a ranking; None for a tie.
+
+    A ranking has no weight. With two pictures it moves into the relevance: 1 and 0 with weight w become (1 + w) / 2 and
+    (1 - w) / 2, so a vote of 70 to 30 (w = 0.4) is relevance 0.7 and 0.3. With more pictures it is left out.
+    """
+    if is_tie(row):
+        return None
+    phi = row.relevance
+    if len(phi) == 2 and row.weight < 1:
+        middle, gap = (phi[0] + phi[1]) / 2, (phi[0] - phi[1]) / 2
+        phi = (middle + row.weight * gap, middle - row.weight * gap)
+    return Ranking(row.id, row.prompt, row.pictures, phi, row.scores)
 
 
 def fingerprint(lists: Sequence[Pair | Ranking]) -> str:
-    """A name for the content of some lists, in order: prompts, pictures and a pair's weight, but not ids or places.
+    """A digest of pairs or rankings, in order: of prompts, pictures and a pair's weight, but not of ids or places.
 
     A ranking's relevance does not count, but with a parquet file's pictures its whole content does. Pictures in memory
-    count in full; files count by `raw_rows.file_digest`.
+    count in full; files count by `disk.file_digest`.
     """
-    file_digest = cache(raw_rows.file_digest)
+    file_digest = cache(disk.file_digest)
 
     def name(picture: Picture) -> str:
         if isinstance(picture, bytes):
-            return raw_rows.digest(picture)
+            return disk.digest(picture)
         if isinstance(picture, Path):
             return file_digest(picture) if picture.is_file() else "absent"
         if isinstance(picture, TarMember):
@@ -162,8 +158,7 @@ def write_pairs_parquet(
     columns.
 
     The picture columns take any bytes that Pillow reads, in spite of their name. `label_0` is 1 (the first picture
-    won), 0 (the second) or 0.5 (tie). The file appears whole or not at all. Pictures given by their place are read a
-    row group at a time, so a set of any size can be written.
+    won), 0 (the second) or 0.5 (tie). Pictures are read a row group at a time, so a set of any size can be written.
     """
     columns: dict[str, tuple[pa.DataType, Sequence[Any]]] = {
         "caption": (pa.string(), captions),
@@ -184,18 +179,36 @@ def write_pairs_parquet(
         raise ValueError(f"label_0 must be 1, 0 or 0.5, not {wrong[0]}")
 
     def group(start: int) -> dict[str, list[Any]]:
-        part = {name: list(values[start : start + rows_per_group]) for name, (_, values) in columns.items()}
-        return part | {name: [read_bytes(picture) for picture in part[name]] for name in ("jpg_0", "jpg_1")}
+        chunk = {name: list(values[start : start + rows_per_group]) for name, (_, values) in columns.items()}
+        return chunk | {name: [read_bytes(picture) for picture in chunk[name]] for name in ("jpg_0", "jpg_1")}
 
     schema = pa.schema({name: kind for name, (kind, _) in columns.items()})
-    write_groups(path, schema, (group(start) for start in range(0, len(captions), rows_per_group)))
+    _write_groups(path, schema, (group(start) for start in range(0, len(captions), rows_per_group)))
 
 
-def write_groups(path: str | os.PathLike[str], schema: pa.Schema, groups: Iterable[Mapping[str, Any]]) -> None:
-    """Write a parquet file, a row group for each mapping of columns; it appears whole or not at all."""
-    target = Path(path)
-    staged = target.with_name(f".tmp-{target.name}")
-    with pq.ParquetWriter(staged, schema, write_page_checksum=True) as writer:
+def write_rankings_parquet(path: str | os.PathLike[str], rankings: Iterable[Ranking], rows_per_group: int = 64) -> None:
+    """Write rankings as parquet: prompt, images (a list of bytes), relevance [K], scores [M][K].
+
+    Pictures are read a row group at a time, and the rankings may come from a generator.
+    """
+    numbers = pa.list_(pa.float64())
+    kinds = {"prompt": pa.string(), "images": pa.list_(pa.binary()), "relevance": numbers, "scores": pa.list_(numbers)}
+
+    def groups() -> Iterable[dict[str, Any]]:
+        rest = iter(rankings)
+        while chunk := list(islice(rest, rows_per_group)):
+            yield {
+                "prompt": [ranking.prompt for ranking in chunk],
+                "images": [[read_bytes(picture) for picture in ranking.pictures] for ranking in chunk],
+                "relevance": [ranking.relevance for ranking in chunk],
+                "scores": [ranking.scores for ranking in chunk],
+            }
+
+    _write_groups(path, pa.schema(kinds), groups())
+
+
+def _write_groups(path: str | os.PathLike[str], schema: pa.Schema, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Write a parquet file, a row group for each mapping of columns; it appears complete or not at all."""
+    with disk.replacing(Path(path)) as staged, pq.ParquetWriter(staged, schema, write_page_checksum=True) as writer:
         for columns in groups:
             writer.write_table(pa.table(dict(columns), schema=schema))
-    os.replace(staged, target)

@@ -1,9 +1,8 @@
-"""What readers of preference data share: errors that name their cure, paths that stay inside, parquet cells."""
+"""A row as its file has it: small values by name, and its pictures, which stay in their files until they are read."""
 
-import hashlib
-import json
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -13,192 +12,217 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffusion_align.system.printable import printable
+from diffusion_align.data.bad_rows import DataError
 
-_EDGE = 64 * 1024
-# What pyarrow raises for bytes that are no parquet, or no more: a flipped bit may lie in a name, a type or a length.
+PROMPT_COLUMNS = ("prompt", "caption", "text", "original_prompt")
+# What pyarrow raises for bytes that are no longer parquet: a flipped bit may lie in a name, a type or a length.
 _DAMAGE = (pa.ArrowException, OSError, ValueError, KeyError, IndexError, OverflowError, RecursionError)
-# One line of a table; more is no row, and would be kept in memory whole.
-MAX_ROW = 16 << 20
 
 
-class DataError(ValueError):
-    """Data that cannot be used. One line: the file, the row or key, and the cure."""
-
-    def __init__(self, message: str):
-        super().__init__(printable(message))
-
-
-@dataclass(frozen=True, slots=True)
-class BadRow:
-    """A row that was left out: its id (file:row) and the reason."""
-
-    row: str
-    reason: str
-
-    def __post_init__(self) -> None:
-        # Names inside archives and tables are strangers' text, and these two are printed.
-        for name in ("row", "reason"):
-            object.__setattr__(self, name, printable(getattr(self, name)))
+class RowError(ValueError):
+    """A row that cannot be used; the message is the reason, without the row's id."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParquetCell:
-    """A picture that stays in its parquet file until it is asked for."""
+    """A picture in a cell of a parquet file."""
 
     file: Path
     row: int
     column: str
 
     def read(self) -> bytes:
-        """The bytes of the cell, also from a {bytes, path} struct; DataError when there are none."""
-        value = _cell(str(self.file), self.row, self.column)
-        if isinstance(value, dict):
-            value = value.get("bytes")
-        if not isinstance(value, bytes):
+        """The bytes of the cell, also from a {bytes, path} struct; DataError if there are none."""
+        data = _picture_bytes(_parquet_value(str(self.file), self.row, self.column))
+        if data is None:
             raise DataError(f"{self.file.name} row {self.row}: {self.column} holds no picture bytes")
-        return value
+        return data
 
 
-def _cell(file: str, row: int, column: str) -> Any:
-    # The time of the last change is part of the keys, so that a file rewritten meanwhile is not answered from memory.
-    changed = Path(file).stat().st_mtime_ns
-    first_rows = _first_rows(file, changed)
-    if not 0 <= row < first_rows[-1]:
-        raise DataError(f"{Path(file).name}: there is no row {row}")
-    group = bisect_right(first_rows, row) - 1
-    try:
-        return _column_chunk(file, changed, group, column)[row - first_rows[group]].as_py()
-    except IndexError as error:  # the file's end promises more rows than the group has
-        raise DataError(f"{Path(file).name}: row group {group} is damaged; fetch the file again") from error
+@dataclass(frozen=True, slots=True)
+class ParquetItem:
+    """One of the `of` pictures that a cell of a parquet file lists."""
+
+    file: Path
+    row: int
+    column: str
+    item: int
+    of: int
+
+    def read(self) -> bytes:
+        """The picture's bytes, also from a {bytes, path} struct; DataError if there are none, or not `of` pictures."""
+        values = _parquet_value(str(self.file), self.row, self.column)
+        where = f"{self.file.name} row {self.row}: {self.column}"
+        if not isinstance(values, list) or len(values) != self.of:
+            found = len(values) if isinstance(values, list) else type(values).__name__
+            raise DataError(f"{where} holds {found}, not the {self.of} pictures that the row ranks")
+        data = _picture_bytes(values[self.item])
+        if data is None:
+            raise DataError(f"{where} holds no picture bytes at place {self.item}")
+        return data
 
 
-@lru_cache(maxsize=4096)
-def _first_rows(file: str, changed: int) -> list[int]:
-    try:
-        metadata = pq.read_metadata(file)
-    except _DAMAGE as error:
-        raise DataError(f"{file}: cannot be read as parquet ({_line(error)}); fetch the file again") from error
-    return list(accumulate((metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)), initial=0))
+@dataclass(frozen=True, slots=True)
+class TarMember:
+    """A file inside a tar archive."""
+
+    file: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """Its bytes; DataError if the archive has become shorter."""
+        with self.file.open("rb") as stream:
+            stream.seek(self.offset)
+            data = stream.read(self.size)
+        if len(data) != self.size:
+            raise DataError(f"{self.file.name}: is cut off at byte {self.offset + len(data):,}; fetch the file again")
+        return data
 
 
-# Pairs are read in file order, so two columns of the current row group are all that is worth keeping.
-@lru_cache(maxsize=2)
-def _column_chunk(file: str, changed: int, group: int, column: str) -> pa.ChunkedArray:
-    try:
-        with _opened(file) as table:
-            return table.read_row_group(group, columns=[column]).column(column)
-    except _DAMAGE as error:
-        raise DataError(
-            f"{Path(file).name}: row group {group} is damaged ({_line(error)}); fetch the file again"
-        ) from error
+Picture = bytes | Path | ParquetCell | ParquetItem | TarMember
 
 
-def _opened(file: str | Path) -> pq.ParquetFile:
-    """A parquet file whose pages are held against their checksums, where whoever wrote it gave them some."""
-    return pq.ParquetFile(file, page_checksum_verification=True)
+def read_bytes(picture: Picture) -> bytes:
+    """A picture's bytes, wherever they are; DataError or OSError if they cannot be read."""
+    if isinstance(picture, bytes):
+        return picture
+    return picture.read_bytes() if isinstance(picture, Path) else picture.read()
 
 
-def iter_rows(file: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """Some (small) columns of a parquet file as rows, one row group in memory at a time.
+@dataclass(frozen=True, slots=True)
+class RawRow:
+    """A row of a table, or a sample of an archive, before its layout is applied.
 
-    A cell that cannot be a Python value, such as text that is no UTF-8, is the error that says so.
-
-    Raises:
-        DataError: the file or one of its row groups is damaged.
+    Attributes:
+        cells: names of columns whose pictures stay in the parquet file; others name files, or hold archive members.
+        root: the folder that every file lies in; `under` are folders of it in which to look, in this order.
     """
-    group = -1
+
+    id: str
+    values: Mapping[str, Any]
+    file: Path
+    row: int
+    cells: frozenset[str] = frozenset()
+    root: Path = Path()
+    under: tuple[str, ...] = ("",)
+
+    def prompt(self) -> str:
+        """The prompt; RowError if there is none."""
+        prompt = next((self.values[name] for name in PROMPT_COLUMNS if name in self.values), None)
+        fault = prompt_fault(prompt)
+        if fault is not None or not isinstance(prompt, str):
+            raise RowError(str(fault))
+        return prompt
+
+    def picture(self, column: str) -> Picture:
+        """The picture of a column; RowError if there is none."""
+        if column in self.cells:
+            return ParquetCell(self.file, self.row, column)
+        return self._find(self.values.get(column), column)
+
+    def pictures(self, column: str, count: int) -> list[Picture]:
+        """The `count` pictures that a parquet column lists, or all that another lists; RowError if it is no list."""
+        if column in self.cells:
+            return [ParquetItem(self.file, self.row, column, item, count) for item in range(count)]
+        names = self.values.get(column)
+        if not isinstance(names, list):
+            keys = ", ".join(map(repr, list(self.values)[:8]))
+            raise RowError(f"is no ranking: a list {column!r} is missing; it has {keys}")
+        return [self._find(name, f"{column}[{place}]") for place, name in enumerate(names)]
+
+    def _find(self, name: Any, what: str) -> Picture:
+        if isinstance(name, TarMember):
+            return name
+        found = [find_picture(self.root, f"{folder}/{name}" if folder else name, what) for folder in self.under]
+        path = next((path for path in found if isinstance(path, Path)), None)
+        if path is None:
+            raise RowError(str(found[0]))
+        return path
+
+
+def prompt_fault(prompt: Any) -> str | None:
+    """Why this cannot be a prompt; None if it can."""
+    if not isinstance(prompt, str):
+        return f"the prompt is {type(prompt).__name__}, not text"
     try:
-        with _opened(file) as table:
-            for group in range(table.num_row_groups):
-                read = table.read_row_group(group, columns=columns)
-                values = [_values(read.column(name)) for name in columns]
-                for row in range(read.num_rows):
-                    yield {name: column[row] for name, column in zip(columns, values, strict=True)}
-    except _DAMAGE as error:
-        where = "cannot be read as parquet" if group < 0 else f"row group {group} is damaged"
-        raise DataError(f"{file}: {where} ({_line(error)}); fetch the file again") from error
+        prompt.encode()
+    except UnicodeEncodeError:
+        return "the prompt holds a lone surrogate, which is no text in UTF-8"
+    return None
 
 
-def _values(column: pa.ChunkedArray) -> list[Any]:
+def find_picture(root: Path, name: Any, what: str) -> Path | str:
+    """The file that `what` names under a root, or why there is none. DataError for a path that leaves the root."""
+    if not isinstance(name, str) or not name:
+        return f"{what!r} is {type(name).__name__}, not a file name"
     try:
-        return column.to_pylist()
-    except (ValueError, OverflowError):
-        return [_value(cell) for cell in column]
-
-
-def _value(cell: pa.Scalar) -> Any:
-    try:
-        return cell.as_py()
-    except (ValueError, OverflowError) as error:
-        return error
-
-
-def column_names(file: Path) -> list[str]:
-    """The columns of a parquet file."""
-    return list(schema_of(file).names)
-
-
-def schema_of(file: Path) -> pa.Schema:
-    """The columns of a parquet file and their types."""
-    try:
-        schema = pq.read_schema(file)
-        schema.names  # noqa: B018  (decodes them: a damaged one shows here)
-        return schema
-    except _DAMAGE as error:
-        raise DataError(f"{file}: cannot be read as parquet ({_line(error)}); fetch the file again") from error
-
-
-def jsonl_rows(file: Path) -> Iterator[tuple[int, Any]]:
-    """Line number (from 1) and parsed value of every line that is not blank; a line that is no JSON gives its error."""
-    for number, line in lines_of(file):
-        try:
-            yield number, json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield number, ValueError(f"is not JSON ({_line(error)})")
-
-
-def lines_of(file: Path) -> Iterator[tuple[int, bytes]]:
-    """Number (from 1) and bytes of every line that is not blank; DataError for one without end, kept nowhere."""
-    with file.open("rb") as stream:
-        for number, line in enumerate(iter(lambda: stream.readline(MAX_ROW + 1), b""), start=1):
-            if len(line) > MAX_ROW:
-                raise DataError(f"{file}: line {number} is over {MAX_ROW:,} bytes; is this a file of lines?")
-            if line.strip():
-                yield number, line
+        path = inside(root, name)
+        if path.is_file():
+            return path
+    except DataError:
+        raise
+    except (ValueError, OSError, RuntimeError) as error:  # a null byte, a name too long, a loop of links
+        return f"picture {name[:80]!r} cannot be looked up ({error})"
+    return f"picture {name[:200]!r} does not exist in {root}"
 
 
 def inside(root: Path, name: str) -> Path:
-    """The path that `name` means under `root`, symbolic links resolved; DataError when it leaves the root."""
+    """The path that `name` means under `root`, symbolic links resolved; DataError if it leaves the root."""
     path = (root / name).resolve()
     if not path.is_relative_to(_resolved(root)):
         raise DataError(f"{root}: path {name!r:.200} leads outside; put the pictures beside the file that lists them")
     return path
 
 
-# Asked for every picture of a list, and always for the same few folders.
+# Called for every picture of a list, always with the same few folders.
 @lru_cache(maxsize=64)
 def _resolved(root: Path) -> Path:
     return root.resolve()
 
 
-def digest(data: bytes) -> str:
-    """The name of some bytes: 32 hex digits of their blake2b."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+def open_parquet(file: str | Path) -> pq.ParquetFile:
+    """A parquet file whose pages are checked, if whoever wrote it gave them checksums."""
+    return pq.ParquetFile(file, page_checksum_verification=True)
 
 
-def file_digest(file: Path) -> str:
-    """A name for a file's content that is cheap for large files: its size and its first and last 64 KiB.
-
-    It does not depend on the file's name, place or time, so a copied data set keeps its caches. An edit in the middle
-    of a large file that leaves the size alone goes unseen.
-    """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        head = stream.read(_EDGE)
-        stream.seek(max(_EDGE, size - _EDGE))
-        return digest(str(size).encode() + head + stream.read(_EDGE))
+@contextmanager
+def parquet_damage(what: str) -> Iterator[None]:
+    """Raise DataError, beginning with `what`, for anything that pyarrow raises for damaged bytes."""
+    try:
+        yield
+    except DataError:
+        raise
+    except _DAMAGE as error:
+        raise DataError(f"{what} ({' '.join(str(error).split())[:200]}); fetch the file again") from error
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+def _picture_bytes(value: Any) -> bytes | None:
+    if isinstance(value, dict):
+        value = value.get("bytes")
+    return value if isinstance(value, bytes) else None
+
+
+def _parquet_value(file: str, row: int, column: str) -> Any:
+    # The time of the last change is part of the keys, so that a file rewritten meanwhile is read again.
+    changed = Path(file).stat().st_mtime_ns
+    first_rows = _first_rows(file, changed)
+    if not 0 <= row < first_rows[-1]:
+        raise DataError(f"{Path(file).name}: there is no row {row}")
+    group = bisect_right(first_rows, row) - 1
+    with parquet_damage(f"{Path(file).name}: row group {group} is damaged"):
+        return _column_chunk(file, changed, group, column)[row - first_rows[group]].as_py()
+
+
+@lru_cache(maxsize=4096)
+def _first_rows(file: str, changed: int) -> list[int]:
+    with parquet_damage(f"{file}: cannot be read as parquet"):
+        metadata = pq.read_metadata(file)
+    return list(accumulate((metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)), initial=0))
+
+
+# Pairs are read in file order, so two columns of the current row group are enough to keep.
+@lru_cache(maxsize=2)
+def _column_chunk(file: str, changed: int, group: int, column: str) -> pa.ChunkedArray:
+    with open_parquet(file) as table:
+        return table.read_row_group(group, columns=[column]).column(column)

@@ -1,30 +1,33 @@
-"""Members of a tar archive, in memory and by place: nothing is ever extracted.
+"""Rows of webdataset archives. Nothing is ever extracted: a picture stays in its archive, at an offset.
 
-Only the headers are read, and of those only plain files under the known suffixes are offered, each as a file, an
-offset and a size. Links, devices, paths that lead out, names over 255 bytes and members over a limit are refused one by
-one; an archive that is cut, damaged, packed or endless is refused whole. What other suffixes hold is never read, so no
-pickle in an archive can run.
+Only headers are read, and only plain files with known suffixes are offered. Links, devices, paths that lead out, names
+over 255 bytes and members over a limit are refused one by one; an archive that is cut off, damaged, compressed or
+endless is refused. Members with other suffixes are never read, so no pickle in an archive can run.
 """
 
+import json
 import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from diffusion_align.data.bad_rows import BadRow, DataError
+from diffusion_align.data.known_layouts import CAPTIONS, PICK_A_PIC, Layout
+from diffusion_align.data.raw_rows import PROMPT_COLUMNS, RawRow, TarMember
 from diffusion_align.system.printable import printable
-from diffusion_align.data.raw_rows import BadRow, DataError
 
-PICTURES = frozenset(("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff"))
-TEXTS = frozenset(("txt", "json"))
+PICTURE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff"))
+TEXT_SUFFIXES = frozenset(("txt", "json"))
 MAX_NAME = 255
 MAX_PICTURE = 256 * 1024 * 1024
 MAX_TEXT = 1024 * 1024
 MAX_MEMBERS = 1_000_000
 # A header that only names the next member: no name that is accepted needs more.
 _MAX_EXTENSION = 64 * 1024
+_SAMPLES_FOR_LAYOUT = 20
 _BLOCK = tarfile.BLOCKSIZE
 _KINDS = {
     tarfile.LNKTYPE: "a hard link",
@@ -36,32 +39,118 @@ _KINDS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class TarMember:
-    """A file inside a tar archive that stays there until it is asked for."""
+def tar_layout(file: Path) -> Layout:
+    """The layout of an archive's first samples: Pick-a-Pic's names, or a picture and its text.
 
-    file: Path
-    offset: int
-    size: int
+    Raises:
+        DataError: neither, with the names found; or not a plain tar.
+    """
+    unread: Counter[str] = Counter()
+    first = [entry for entry in islice(_samples(file, unread), _SAMPLES_FOR_LAYOUT) if not isinstance(entry, BadRow)]
+    names = list(dict.fromkeys(name for _, sample in first for name in sample))
+    if any(name.startswith(("jpg_0.", "label_0.")) for name in names):
+        has = {name.partition(".")[0] for name in names}
+        lacks = [name for name in ("jpg_0", "jpg_1", "label_0", "label_1") if name not in has]
+        if lacks:
+            raise DataError(f"{file}: a Pick-a-Pic archive without {lacks[0]}; its samples have {', '.join(names)}")
+        return PICK_A_PIC
+    if any(_suffix(name) in PICTURE_SUFFIXES for name in names):
+        return CAPTIONS
+    found = ", ".join([*names, *unread][:8]) or "nothing"
+    raise DataError(
+        f"{file}: no sample here is known (found {found}); give jpg_0.jpg, jpg_1.jpg, label_0.txt, label_1.txt, "
+        "original_prompt.txt, or pictures with .txt or .json of the same name"
+    )
 
-    def read(self) -> bytes:
-        """Its bytes; DataError when the archive has become shorter."""
-        with self.file.open("rb") as stream:
-            stream.seek(self.offset)
-            data = stream.read(self.size)
-        if len(data) != self.size:
-            raise DataError(f"{self.file.name}: is cut off at byte {self.offset + len(data):,}; fetch the file again")
-        return data
 
-
-def members(file: Path, unread: Counter[str]) -> Iterator[BadRow | tuple[str, TarMember]]:
-    """Name and place of every picture and text of an archive, in its order, and a BadRow for what is refused.
+def tar_rows(file: Path, layout: Layout, unread: Counter[str]) -> Iterator[BadRow | RawRow]:
+    """The samples of an archive as rows of Pick-a-Pic, or of pictures with captions.
 
     Members of other suffixes are counted in `unread` by suffix.
 
     Raises:
         DataError: not a plain tar, damaged or cut off, or more than MAX_MEMBERS.
     """
+    for entry in _samples(file, unread):
+        if isinstance(entry, BadRow):
+            yield entry
+            continue
+        key, sample = entry
+        where = f"{file.name}:{key}"
+        try:
+            values = _pick_a_pic(sample) if layout is PICK_A_PIC else _caption(sample)
+        except (ValueError, RecursionError) as error:
+            yield BadRow(where, " ".join(str(error).split())[:200])
+        else:
+            yield RawRow(where, values, file, 0)
+
+
+def _samples(file: Path, unread: Counter[str]) -> Iterator[BadRow | tuple[str, dict[str, TarMember]]]:
+    """Members that follow one another and share a name up to the first dot of the file: their key, and each by the rest
+    of its name. A BadRow for what is refused."""
+    key: str = ""
+    sample: dict[str, TarMember] = {}
+    twice = ""
+    for member in chain(_members(file, unread), [None]):
+        if isinstance(member, BadRow):
+            yield member
+            continue
+        name, rest = _key_and_rest(member[0]) if member else ("", "")
+        if name != key and sample:
+            yield BadRow(f"{file.name}:{key}", f"has two members .{twice}") if twice else (key, sample)
+            sample, twice = {}, ""
+        if member:
+            key, twice = name, rest if rest in sample else twice
+            sample[rest] = member[1]
+
+
+def _key_and_rest(member: str) -> tuple[str, str]:
+    """a/b.jpg_0.JPG -> a/b and jpg_0.jpg."""
+    folder, slash, base = member.rpartition("/")
+    stem, _, rest = base.partition(".")
+    return f"{folder}{slash}{stem}", rest.lower()
+
+
+def _suffix(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _pick_a_pic(sample: dict[str, TarMember]) -> dict[str, Any]:
+    """Columns by name: pictures stay members, texts are read."""
+    values: dict[str, Any] = {}
+    for name, member in sample.items():
+        column, _, suffix = name.partition(".")
+        values[column if suffix else "text"] = member if suffix in PICTURE_SUFFIXES else _read(name, member)
+    return values
+
+
+def _caption(sample: dict[str, TarMember]) -> dict[str, Any]:
+    """file_name, the picture, and prompt: a text, or a JSON's prompt, caption or text."""
+    pictures = [member for name, member in sample.items() if _suffix(name) in PICTURE_SUFFIXES]
+    if len(pictures) != 1:
+        raise ValueError(f"has {len(pictures)} pictures, not one ({', '.join(f'.{name}' for name in sample)})")
+    texts = {name: _read(name, member) for name, member in sample.items() if _suffix(name) in TEXT_SUFFIXES}
+    if not texts:
+        raise ValueError("has no text beside its picture")
+    name, text = max(texts.items())  # .txt before .json
+    prompt = text.strip()
+    if name.endswith("json"):
+        facts = json.loads(text)
+        named = facts if isinstance(facts, dict) else {}
+        prompt = next((named[column] for column in PROMPT_COLUMNS if column in named), None)
+    return {"file_name": pictures[0], "prompt": prompt}
+
+
+def _read(name: str, member: TarMember) -> str:
+    """A small text; ValueError if it is not UTF-8."""
+    try:
+        return member.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f".{name} is not text in UTF-8") from error
+
+
+def _members(file: Path, unread: Counter[str]) -> Iterator[BadRow | tuple[str, TarMember]]:
+    """Name and place of every picture and text of an archive, in its order, and a BadRow for what is refused."""
     with file.open("rb") as stream:
         for count, (info, offset) in enumerate(_headers(file, stream), start=1):
             if count > MAX_MEMBERS:
@@ -72,14 +161,14 @@ def members(file: Path, unread: Counter[str]) -> Iterator[BadRow | tuple[str, Ta
             fault = _fault(info, suffix)
             if fault is not None:
                 yield BadRow(f"{file.name}:{info.name[:80]}", fault)
-            elif suffix in PICTURES or suffix in TEXTS:
+            elif suffix in PICTURE_SUFFIXES | TEXT_SUFFIXES:
                 yield info.name, TarMember(file, offset, info.size)
             else:
                 unread[printable(f".{suffix}")[:20]] += 1
 
 
 def _fault(info: tarfile.TarInfo, suffix: str) -> str | None:
-    """Why a member is refused; None when it is not."""
+    """Why a member is refused; None if it is not."""
     name = info.name
     parts = name.replace("\\", "/").split("/")
     if info.type in _KINDS or not info.isreg():
@@ -88,8 +177,8 @@ def _fault(info: tarfile.TarInfo, suffix: str) -> str | None:
         return f"has a name of {len(os.fsencode(name))} bytes, over {MAX_NAME}: refused"
     if not name or parts[0] == "" or ".." in parts or "\0" in name or parts[0][1:2] == ":":
         return "has a path that leads outside: refused"
-    limit = MAX_PICTURE if suffix in PICTURES else MAX_TEXT
-    if suffix in PICTURES | TEXTS and info.size > limit:
+    limit = MAX_PICTURE if suffix in PICTURE_SUFFIXES else MAX_TEXT
+    if suffix in PICTURE_SUFFIXES | TEXT_SUFFIXES and info.size > limit:
         return f"holds {info.size:,} bytes, over {limit:,}: refused"
     return None
 

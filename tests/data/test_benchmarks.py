@@ -9,8 +9,9 @@ import pytest
 
 from diffusion_align import cli
 from diffusion_align.commands.prompt_lists import by_category, evaluation_prompts, listed_prompts
-from diffusion_align.data.fetched_prompts import BENCHMARKS, fetch, wanted
-from diffusion_align.data.raw_rows import DataError
+from diffusion_align.data.bad_rows import DataError
+from diffusion_align.data.fetched_prompts import fetch_list, requested_list
+from diffusion_align.origins import BENCHMARKS
 
 COMMIT, OLDER = "fd163b223b6faf112eccafeabe2e31a0e950f177", "0" * 39 + "1"
 REAL = huggingface_hub.hf_hub_download
@@ -116,9 +117,9 @@ def test_a_category_alone_and_a_revision(hub):
 
 def test_all_files_of_a_list_are_of_one_commit(hub):
     """The hub's main may move between two downloads."""
-    asked = wanted("hpdv2")
+    asked = requested_list("hpdv2")
     assert asked is not None
-    fetch(asked)
+    fetch_list(asked)
     assert [options["revision"] for *_, options in hub] == [None, COMMIT, COMMIT, COMMIT]
 
 
@@ -152,7 +153,7 @@ def test_names_that_are_none(tmp_path):
         listed_prompts("drawbnch")
     with pytest.raises(FileNotFoundError, match="give a file, or one of parti, geneval, animals, hpdv2"):
         listed_prompts(str(tmp_path / "absent.txt"))
-    assert wanted("owner/name") is None and wanted("hpdv2/../../x") is None
+    assert requested_list("owner/name") is None and requested_list("hpdv2/../../x") is None
 
 
 def test_a_file_of_that_name_is_the_file(tmp_path, monkeypatch, hub):

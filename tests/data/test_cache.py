@@ -12,12 +12,12 @@ import torch
 from helpers_cache import SHAPE, SIZE, FakeModel, build, make_pairs, mean, picture
 
 from diffusion_align import rng
+from diffusion_align.data.bad_rows import BadRow, DataError
 from diffusion_align.data.cache import PairCache
 from diffusion_align.data.disk import require_room
 from diffusion_align.data.images import load_picture
-from diffusion_align.system import progress
 from diffusion_align.data.pairs_and_rankings import Pair
-from diffusion_align.data.raw_rows import BadRow, DataError
+from diffusion_align.system import progress
 
 
 def test_batches_hold_the_winner_first_and_the_right_text(tmp_path):
@@ -210,7 +210,7 @@ def test_a_disk_without_room_is_told_before_anything_is_encoded(tmp_path, monkey
     assert len({picture for pair in pairs for picture in pair.pictures}) == 30
     on_a_disk_with(monkeypatch, free=size - 1)
     with pytest.raises(
-        DataError, match=r"encoding takes up to 7\.87e-06 GB, and the disk has 7\.87e-06 GB.*--cache_dir"
+        DataError, match=r"encoding takes up to 7\.87e-06 GB, and the disk has 7\.87e-06 GB.*another disk"
     ):
         build(tmp_path, pairs, model)
     assert not model.pictures and not model.prompts and not list(tmp_path.rglob("*.safetensors"))

@@ -14,13 +14,13 @@ from transformers import CLIPTokenizer
 
 from diffusion_align.cli import main
 from diffusion_align.commands.data import check
+from diffusion_align.commands.data import convert as converting
 from diffusion_align.commands.data.summary import summarise
-from diffusion_align.data import convert as converting
 from diffusion_align.data import read_pairs, read_rankings
-from diffusion_align.data.layouts import read_bytes
-from diffusion_align.data.raw_rows import DataError
-from diffusion_align.data.read import recognise, rows
-from diffusion_align.data.rows import Row
+from diffusion_align.data.bad_rows import DataError
+from diffusion_align.data.pairs_and_rankings import Row
+from diffusion_align.data.raw_rows import read_bytes
+from diffusion_align.data.read import read_rows, recognise
 from diffusion_align.models.captions import tokenizers_in
 from diffusion_align.models.hub import asset
 from diffusion_align.system import progress
@@ -59,7 +59,7 @@ def meaning(path):
 
 
 def own(path):
-    return [row for row in rows(recognise(path)) if isinstance(row, Row)]
+    return [row for row in read_rows(recognise(path)) if isinstance(row, Row)]
 
 
 @pytest.mark.parametrize("to", ["pairs", "rankings"])
@@ -106,7 +106,7 @@ def test_a_killed_conversion_goes_on_and_ends_the_same(tmp_path, capsys):
     out = tmp_path / "killed"
     program = """
 import os, signal, sys, threading
-from diffusion_align.data import convert as c
+from diffusion_align.commands.data import convert as c
 from diffusion_align.cli import main
 write, started, when = c._write, [], sys.argv.pop(1)
 def counted(*a):
@@ -253,7 +253,7 @@ def test_check_counts_the_captions_that_the_text_encoder_cuts(tmp_path, capsys, 
         (f"{i}{end}", data) for i, text in enumerate(texts) for end, data in ((".png", png(i)), (".txt", text.encode()))
     ]
     path = tar(tmp_path / "x.tar", members)
-    monkeypatch.setattr(check, "_CHUNK", 2)
+    monkeypatch.setattr(check, "_CAPTIONS_AT_A_TIME", 2)
     words = ["data", "check", str(path), f"--bad_rows={tmp_path / 'bad.jsonl'}"]
     assert main(words) == 0 and "captions  " not in capsys.readouterr().out
     assert main([*words, "--model", "tiny"]) == 0
@@ -275,7 +275,7 @@ def test_an_interrupted_conversion_says_how_to_go_on(tmp_path, capsys, monkeypat
             raise KeyboardInterrupt
         real(source, target)
 
-    monkeypatch.setattr(converting.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     assert convert(path, tmp_path / "out", "--rows_per_shard", "5") == 130
     assert "what is finished stays in" in capsys.readouterr().err
     monkeypatch.undo()

@@ -12,11 +12,12 @@ from stress_jobs import launch
 
 from diffusion_align.commands import encode
 from diffusion_align.data import Ranking
-from diffusion_align.data.encoding_job import CHUNK, Share
+from diffusion_align.data.bad_rows import BadRow, DataError
+from diffusion_align.data.encoding import CHUNK
+from diffusion_align.data.pairs_and_rankings import Pair
+from diffusion_align.data.shards import Ranks
 from diffusion_align.train.processes import watch
 from diffusion_align.train.processes.agree import total
-from diffusion_align.data.pairs_and_rankings import Pair
-from diffusion_align.data.raw_rows import BadRow, DataError
 
 
 class Meeting:
@@ -42,9 +43,9 @@ def build_together(folder, pairs, models, heard=lambda rank: None, **options):
     meeting, found = Meeting(len(models)), [None] * len(models)
 
     def work(rank):
-        share = Share(rank, len(models), meeting.of(rank, lambda: heard(rank)))
+        ranks = Ranks(rank, len(models), meeting.of(rank, lambda: heard(rank)))
         try:
-            found[rank] = build(folder, pairs, models[rank], share=share, **options)
+            found[rank] = build(folder, pairs, models[rank], ranks=ranks, **options)
         except BaseException as error:  # the others must not wait for it, as they would not for a process that is gone
             found[rank] = error
             meeting.barrier.abort()
@@ -136,7 +137,7 @@ def test_a_picture_that_changes_on_the_way_is_named(tmp_path):
         return number
 
     with pytest.raises(DataError, match=r"a.png: has changed since encoding began; delete .* and start again"):
-        build(tmp_path / "cache", [Pair("0", "p", path, picture(2))], share=Share(meet=meet))
+        build(tmp_path / "cache", [Pair("0", "p", path, picture(2))], ranks=Ranks(total=meet))
 
 
 def options_of(folder, precision="no"):
@@ -206,7 +207,7 @@ def test_a_process_that_is_gone_while_encoding_is_named(tmp_path):
         if rank == 1:
             model.encode_images = lambda images, noise: os._exit(9)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(encode, "build_cache", lambda *a, **k: build(a[2], a[1], a[0], share=k["share"]))
+            patch.setattr(encode, "build_cache", lambda *a, **k: build(a[2], a[1], a[0], ranks=k["ranks"]))
             encode.encoded(options_of(tmp_path / "run"), model, accelerator, make_pairs(40))
         return 0
 

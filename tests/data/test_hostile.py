@@ -13,9 +13,9 @@ import pytest
 from helpers_data import comma_separated, dump, lines, pictures, png, table, tar
 
 from diffusion_align.data import tar_rows
-from diffusion_align.data.layouts import read_bytes
-from diffusion_align.data.raw_rows import BadRow, DataError
-from diffusion_align.data.read import recognise, rows
+from diffusion_align.data.bad_rows import BadRow, DataError
+from diffusion_align.data.raw_rows import read_bytes
+from diffusion_align.data.read import read_rows, recognise
 
 GOOD = [("good.png", png(7)), ("good.txt", b"fine")]
 SECRET = png(99)
@@ -148,7 +148,7 @@ def tree(folder):
 
 def read(path):
     """Rows used and rows reported."""
-    found = list(rows(recognise(path)))
+    found = list(read_rows(recognise(path)))
     return [row for row in found if not isinstance(row, BadRow)], [row for row in found if isinstance(row, BadRow)]
 
 
@@ -197,7 +197,7 @@ def test_nothing_in_an_archive_runs(tmp_path):
     members += [(f"good.{suffix}", payload) for suffix in ("pkl", "pickle", "pyd", "npy", "py", "so", "sh", "yaml")]
     members += [("good.pth", buffer.getvalue()), ("good.npz", buffer.getvalue()), ("good", payload)]
     source = recognise(tar(tmp_path / "x.tar", members))
-    (row,) = rows(source)
+    (row,) = read_rows(source)
     assert row.prompt == "fine" and not (tmp_path / "ran").exists()
     assert sum(source.unread.values()) == 11 and source.unread[".pkl"] == 1
     pickle.loads(payload)  # the payload does work

@@ -11,13 +11,13 @@ from PIL import Image
 from diffusion_align.cli import main
 from diffusion_align.commands.sources import read_prompts as prompts_of_a_verb
 from diffusion_align.data import read_pairs, read_rankings, write_pairs_parquet, write_rankings_parquet
+from diffusion_align.data.bad_rows import DataError
 from diffusion_align.data.images import decode_image
-from diffusion_align.data.layouts import Ranking, read_bytes
-from diffusion_align.data.pairs_and_rankings import fingerprint
+from diffusion_align.data.interpret import fractions_won
+from diffusion_align.data.pairs_and_rankings import Ranking, Row, fingerprint
 from diffusion_align.data.prompts import read_prompts
-from diffusion_align.data.raw_rows import DataError
-from diffusion_align.data.read import recognise, rows
-from diffusion_align.data.rows import Row, shares_won
+from diffusion_align.data.raw_rows import read_bytes
+from diffusion_align.data.read import read_rows, recognise
 
 
 def shade(picture):
@@ -172,14 +172,14 @@ PAIR_LAYOUTS = [
 )
 def test_pairs_of_every_layout(tmp_path, make, name, weight, ties, models):
     path = make(tmp_path / "set")
-    assert recognise(path).format.name == name
+    assert recognise(path).layout.name == name
     pairs, counts = read_pairs(path)
     assert [pair.prompt for pair in pairs] == ["a", "b"]
     assert [shade(pair.winner) for pair in pairs] == pytest.approx([100, 10], abs=3)
     assert [shade(pair.loser) for pair in pairs] == pytest.approx([0, 110], abs=3)
     assert [pair.weight for pair in pairs] == [weight, 1]
     assert (counts.rows, counts.used, counts.ties, counts.broken) == (2 + ties, 2, ties, 0)
-    first = next(row for row in rows(recognise(path)) if isinstance(row, Row))
+    first = next(row for row in read_rows(recognise(path)) if isinstance(row, Row))
     assert first.models == models and first.source == name
     # As rankings: a weight moves the two relevances towards each other.
     rankings, counts = read_rankings(path)
@@ -259,7 +259,7 @@ def test_rankings_of_every_layout(tmp_path, make, name):
     So as pairs "a" gives three and "b" two.
     """
     path = make(tmp_path / "set")
-    assert recognise(path).format.name == name
+    assert recognise(path).layout.name == name
     rankings, counts = read_rankings(path)
     assert [(ranking.prompt, ranking.relevance) for ranking in rankings] == [("a", (0, 1, 0.5)), ("b", (0.5, 0.5, 0))]
     assert [shade(picture) for picture in rankings[0].pictures] == pytest.approx([0, 50, 100], abs=3)
@@ -278,7 +278,7 @@ def test_shares_won_are_those_of_the_objective():
 
     scores = torch.randint(0, 4, (3, 50, 6), generator=torch.Generator().manual_seed(1)).double()
     for place in range(50):
-        assert shares_won(scores[:, place].tolist()) == tuple(win_counts(scores[:, place : place + 1])[0].tolist())
+        assert fractions_won(scores[:, place].tolist()) == tuple(win_counts(scores[:, place : place + 1])[0].tolist())
 
 
 def kohya(root):
@@ -314,8 +314,8 @@ def captioned_tar(root):
 def test_captions_of_every_layout(tmp_path, make):
     path = make(tmp_path / "set")
     source = recognise(path)
-    found = list(rows(source))
-    assert source.format.holds == "captions" and [row.prompt for row in found] == ["a", "b"]
+    found = list(read_rows(source))
+    assert source.layout.holds == "captions" and [row.prompt for row in found] == ["a", "b"]
     assert [shade(row.pictures[0]) for row in found] == pytest.approx([0, 100], abs=3)
     with pytest.raises(DataError, match="say nothing of what people prefer"):
         read_pairs(path)
@@ -336,7 +336,7 @@ def test_captions_of_every_layout(tmp_path, make):
 )
 def test_prompt_lists(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    assert recognise(tmp_path / name).format.holds == "prompts"
+    assert recognise(tmp_path / name).layout.holds == "prompts"
     assert read_prompts(tmp_path / name) == ["a", "b"]
     with pytest.raises(DataError, match="say nothing of what people prefer"):
         read_rankings(tmp_path / name)
@@ -411,7 +411,7 @@ def test_a_long_json_list_is_read_piece_by_piece(tmp_path, monkeypatch):
     """With pieces of 7 characters every number, text and space is cut somewhere."""
     from diffusion_align.data import table_rows
 
-    monkeypatch.setattr(table_rows, "_PIECE", 7)
+    monkeypatch.setattr(table_rows, "_CHARACTERS_AT_A_TIME", 7)
     values = [{"prompt": f"p{i}" * (i % 5), "n": i * 10**i, "u": 'é\u2028"]},['} for i in range(40)]
     path = tmp_path / "x.json"
     path.write_text("  [ " + " ,\n".join(json.dumps(value) for value in values) + "  ]  ", encoding="utf-8")

@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from diffusion_align.data.pairs_and_rankings import Pair, fingerprint, read_pairs, write_pairs_parquet
-from diffusion_align.data.raw_rows import DataError, ParquetCell
+from diffusion_align.data.bad_rows import DataError
+from diffusion_align.data.pairs_and_rankings import Pair, fingerprint, write_pairs_parquet
+from diffusion_align.data.raw_rows import ParquetCell
+from diffusion_align.data.read import read_pairs
 
 
 def png(shade):

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from diffusion_align.data.bad_rows import DataError
 from diffusion_align.data.prompts import Prompt, prompt_of, read_list, read_prompts
-from diffusion_align.data.raw_rows import DataError
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_tables_in_utf_16_too(tmp_path):
         ("p.txt", b"a cat\nit\x92s a dog\n", "p.txt:2 is not text in UTF-8 (byte 0x92), likely in Windows-1252"),
         ("p", b"it\x92s", "`iconv -f WINDOWS-1252 -t UTF-8 p > utf8.txt`"),
         ("p.csv", b"prompt\nit\x92s\n", "p.csv:2 is not text in UTF-8 (byte 0x92)"),
-        ("p.txt", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00", "p.txt: is no text"),
+        ("p.txt", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00", "p.txt: is not text"),
         ("p.json", b'{"settings": {"a": 1}}', "p.json: is an object with 'settings', not a list of prompts"),
         ("p.json", b'{"prompts": [5]}', "p.json: holds no rows"),
         ("p.yaml", b"- a cat", "is not a list of prompts known here"),

@@ -236,7 +236,7 @@ def test_a_name_is_fetched_from_the_authors_repository(file, monkeypatch):
 
 def test_train_spo_takes_it_and_knows_it_by_its_content(file, tmp_path):
     from diffusion_align.commands.train_online import _weights, require_preference_model
-    from diffusion_align.data.raw_rows import digest
+    from diffusion_align.data.disk import digest
 
     require_preference_model(str(file))
     require_preference_model(None)

@@ -1,13 +1,13 @@
-"""What a set holds, counted in one pass that reads no picture."""
+"""Counts of a data set, in one pass that reads no picture."""
 
 from collections import Counter
 from dataclasses import dataclass, field
 
-from diffusion_align.data.raw_rows import BadRow
-from diffusion_align.data.read import Source, rows
-from diffusion_align.data.rows import is_tie, pairs_of
+from diffusion_align.data.bad_rows import BadRow
+from diffusion_align.data.pairs_and_rankings import is_tie, pairs_of
+from diffusion_align.data.read import DataSource, read_rows
 
-FIRST = 3
+_BAD_ROWS_SHOWN = 3
 
 
 @dataclass
@@ -33,15 +33,15 @@ class Summary:
     bad: list[BadRow] = field(default_factory=list)
 
 
-def summarise(source: Source) -> Summary:
-    """Count every row of a source; raises DataError as `recognise.rows`."""
+def summarise(source: DataSource) -> Summary:
+    """Count every row of a source; raises DataError as `read_rows`."""
     found = Summary()
-    compares = source.format.holds in ("pairs", "rankings")
-    for row in rows(source):
+    compares = source.layout.compares
+    for row in read_rows(source):
         found.rows += 1
         if isinstance(row, BadRow):
             found.broken += 1
-            if len(found.bad) < FIRST:
+            if len(found.bad) < _BAD_ROWS_SHOWN:
                 found.bad.append(row)
             continue
         found.longest = max(found.longest, len(row.prompt))

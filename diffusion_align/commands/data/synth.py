@@ -44,7 +44,7 @@ from diffusion_align.commands.plan_online import TINY_SEED
 from diffusion_align.commands.score import require_reward
 from diffusion_align.commands.sources import read_prompts
 from diffusion_align.data import Ranking, write_rankings_parquet
-from diffusion_align.data.raw_rows import digest
+from diffusion_align.data.disk import digest
 from diffusion_align.evaluation.report import plain, versions
 from diffusion_align.options import Synth, to_yaml
 from diffusion_align.options.names import shard_of

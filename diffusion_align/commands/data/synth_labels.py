@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusion_align import rng
-from diffusion_align.data.layouts import Ranking
-from diffusion_align.data.pairs_and_rankings import write_pairs_parquet
+from diffusion_align.data.pairs_and_rankings import Ranking, write_pairs_parquet
 from diffusion_align.objectives import win_counts
 
 

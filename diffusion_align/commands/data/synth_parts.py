@@ -23,9 +23,8 @@ from torch import Tensor
 from diffusion_align.commands.score import reward_by_name
 from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.tuned import base_of, load_tuned, run_config, weights_digest
+from diffusion_align.data.disk import digest, write_bytes
 from diffusion_align.data.images import ImageError, decode_image, encode_png, to_square
-from diffusion_align.data.raw_rows import digest
-from diffusion_align.data.shards import write_bytes
 from diffusion_align.models.hub import folder_digest, locate
 from diffusion_align.options import Synth
 from diffusion_align.rewards import Reward, RewardError, one_each
