@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from stress_rows import BAD, TIE, USED, Rows, archive, json_lines, parquet, votes
 
-from diffusion_align.commands.data.check import checked
+from diffusion_align.commands.data.check import checked_rows
 from diffusion_align.data import EncodingSettings, build_cache, read_rankings
 from diffusion_align.data.bad_rows import BadRow
 from diffusion_align.data.pairs_and_rankings import is_tie
@@ -70,7 +70,7 @@ def run(rows_wanted: int, clean: bool, seed: int = 0) -> dict[str, Any]:
                 home.mkdir()
             path = make(home, rows, share, *more)  # pyright: ignore[reportCallIssue]
             outcomes: dict[str, str] = {}
-            for row, _ in checked(recognise(path)):
+            for row, _ in checked_rows(recognise(path)):
                 where = row.row if isinstance(row, BadRow) else row.id
                 astray += [f"{where}: twice"] if where in outcomes else []
                 outcomes[where] = BAD if isinstance(row, BadRow) else TIE if is_tie(row) else USED

@@ -41,7 +41,7 @@ def test_a_set_on_the_hub_is_fetched_as_training_fetches_it(tmp_path, monkeypatc
         (["--dataset_name", "runs/pairs"], "no such file or folder"),
     ],
 )
-def test_what_is_neither_here_nor_there_is_one_line(word, said, capsys, monkeypatch):
+def test_missing_paths_and_names_are_one_line(word, said, capsys, monkeypatch):
     if said.startswith("no such file"):
         monkeypatch.setattr(inspect, "fetch_pairs", lambda *a: pytest.fail("the hub was asked"))
     assert cli.main(["data", "inspect", *word]) == 1

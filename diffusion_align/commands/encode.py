@@ -57,5 +57,6 @@ def encoded(
                 ranks=ranks,
             )
     except (NoRoom, NotFinite) as error:
-        flag = "--cache_dir" if isinstance(error, NoRoom) else "--encode_precision no"
-        raise DataError(f"{error} ({flag})") from error
+        no_room = "or give --cache_dir on another disk"
+        cure = no_room if isinstance(error, NoRoom) else "encode in float32 with --encode_precision no"
+        raise DataError(f"{error}; {cure}") from error

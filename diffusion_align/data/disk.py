@@ -62,7 +62,7 @@ def require_room(folder: Path, size: int) -> None:
     if disk.total and size > disk.free:
         raise NoRoom(
             f"{folder}: encoding takes up to {size / 1e9:.3g} GB, and the disk has {disk.free / 1e9:.3g} GB; "
-            "free some, delete caches of earlier runs beside it, or take another disk"
+            "free some, or delete caches of earlier runs beside it"
         )
 
 

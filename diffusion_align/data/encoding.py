@@ -27,11 +27,11 @@ from diffusion_align.data.bad_rows import BadRow, DataError
 from diffusion_align.data.disk import digest, write_bytes
 from diffusion_align.data.images import ImageError, load_picture
 from diffusion_align.data.pairs_and_rankings import Pair
-from diffusion_align.data.raw_rows import Picture, read_bytes
+from diffusion_align.data.raw_rows import StoredPicture, read_bytes
 from diffusion_align.data.shards import EncodingJob, finished_shard, write_shard
 
 # Lists whose bytes are in memory together; the largest batch for the VAE is K times that.
-CHUNK = 16
+LISTS_AT_A_TIME = 16
 _PROMPTS_AT_A_TIME = 64
 _UNREAD = "cannot be read"  # no digest begins with it
 
@@ -82,7 +82,7 @@ def write_digests(job: EncodingJob, shard: int) -> Iterator[int]:
     for i in rows:
         data = [_read(picture) for picture in job.lists[i].pictures]
         digests.append([digest(d) if isinstance(d, bytes) else d for d in data])
-        if len(digests) % CHUNK == 0 and len(digests) < len(rows):
+        if len(digests) % LISTS_AT_A_TIME == 0 and len(digests) < len(rows):
             yield len(digests)
     write_bytes(path, json.dumps(digests).encode())
 
@@ -123,9 +123,9 @@ class PictureNumbers:
                 of.append([d if d.startswith(_UNREAD) else number.setdefault(d, len(number)) for d in row])
         return cls(of, before, list(number))
 
-    def first_met(self, job: EncodingJob, rows: range) -> dict[int, Picture]:
+    def first_met(self, job: EncodingJob, rows: range) -> dict[int, StoredPicture]:
         """The pictures that are met in these rows and not before, in order."""
-        new: dict[int, Picture] = {}
+        new: dict[int, StoredPicture] = {}
         for i in rows:
             for number, picture in zip(self.of[i], job.lists[i].pictures, strict=True):
                 if isinstance(number, int) and number >= self.before[rows.start]:
@@ -157,10 +157,10 @@ def picture_pass(
         if facts is None:
             latents, facts = [torch.empty(0, *job.latent_shape)], {"digests": [], "broken": {}}
             with ThreadPoolExecutor(4) as pool:
-                for start in range(rows.start, rows.stop, CHUNK):
+                for start in range(rows.start, rows.stop, LISTS_AT_A_TIME):
                     if start > rows.start:
                         yield start - rows.start
-                    new = numbers.first_met(job, range(start, min(start + CHUNK, rows.stop)))
+                    new = numbers.first_met(job, range(start, min(start + LISTS_AT_A_TIME, rows.stop)))
                     latents += _encode(job, numbers, new, pool, facts)
             write_shard(job.home, job.name(shard), torch.cat(latents).to(job.settings.dtype), facts)
         broken.update(facts["broken"])
@@ -171,7 +171,11 @@ def picture_pass(
 
 
 def _encode(
-    job: EncodingJob, numbers: PictureNumbers, new: dict[int, Picture], pool: ThreadPoolExecutor, facts: dict[str, Any]
+    job: EncodingJob,
+    numbers: PictureNumbers,
+    new: dict[int, StoredPicture],
+    pool: ThreadPoolExecutor,
+    facts: dict[str, Any],
 ) -> list[Tensor]:
     """Latents of the pictures that can be decoded, if any; the digests of all go into the facts."""
     decode = partial(_decode, resolution=job.settings.resolution, home=job.home)
@@ -190,7 +194,7 @@ def _encode(
     return [job.model.encode_images(torch.stack(good), noise).cpu()]
 
 
-def _decode(name: str, picture: Picture, *, resolution: int, home: Path) -> Tensor | str:
+def _decode(name: str, picture: StoredPicture, *, resolution: int, home: Path) -> Tensor | str:
     data = _read(picture)
     if isinstance(data, str) or digest(data) != name:
         raise DataError(f"{picture}: has changed since encoding began; delete {home} and start again")
@@ -200,7 +204,7 @@ def _decode(name: str, picture: Picture, *, resolution: int, home: Path) -> Tens
         return str(error)
 
 
-def _read(picture: Picture) -> bytes | str:
+def _read(picture: StoredPicture) -> bytes | str:
     """The bytes of a picture, or the reason why it cannot be read."""
     try:
         return read_bytes(picture)

@@ -6,14 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 from diffusion_align.data.bad_rows import BadRow
-from diffusion_align.data.pairs_and_rankings import Row
-from diffusion_align.data.raw_rows import Picture, RawRow, RowError
+from diffusion_align.data.pairs_and_rankings import DataRow
+from diffusion_align.data.raw_rows import RawRow, RowError, StoredPicture
 
 VALUE_COLUMNS = ("relevance", "scores", "ranks")
 _MOST = sys.float_info.max
 
 
-def pick_a_pic(raw: RawRow) -> Row:
+def pick_a_pic(raw: RawRow) -> DataRow:
     """jpg_0, jpg_1 with label_0, label_1: 1 and 0 for the winner and the loser, 0.5 a tie."""
     labels = _label(raw.values.get("label_0")), _label(raw.values.get("label_1"))
     models = raw.values.get("model_0"), raw.values.get("model_1")
@@ -24,7 +24,7 @@ def pick_a_pic(raw: RawRow) -> Row:
     return _two_pictures(raw, [raw.picture("jpg_0"), raw.picture("jpg_1")], labels, 1.0, models)
 
 
-def chosen_rejected(raw: RawRow) -> Row:
+def chosen_rejected(raw: RawRow) -> DataRow:
     """chosen and rejected, or chosen_file_name and rejected_file_name; `weight` if there is one."""
     pictures = []
     for side in ("chosen", "rejected"):
@@ -36,7 +36,7 @@ def chosen_rejected(raw: RawRow) -> Row:
     return _row(raw, pictures, (1.0, 0.0), weight=_weight(raw))
 
 
-def file_path_preference(raw: RawRow) -> Row:
+def file_path_preference(raw: RawRow) -> DataRow:
     """HPDv2's train.json: file_path of two, human_preference 1 for the preferred and 0 for the other."""
     votes = _numbers(raw, "human_preference", 0, 1)
     pictures = _counted_pictures(raw, "file_path", "human_preference", votes)
@@ -45,17 +45,17 @@ def file_path_preference(raw: RawRow) -> Row:
     return _two_pictures(raw, pictures, votes, 1.0)
 
 
-def image_path_rank(raw: RawRow) -> Row:
+def image_path_rank(raw: RawRow) -> DataRow:
     """HPDv2's test.json and ImageRewardDB's images by prompt: image_path [K], rank [K], the lowest the best."""
     return _ranked(raw, "image_path", "rank")
 
 
-def generations_ranking(raw: RawRow) -> Row:
+def generations_ranking(raw: RawRow) -> DataRow:
     """ImageReward's JSON: generations [K], ranking [K], the lowest the best."""
     return _ranked(raw, "generations", "ranking")
 
 
-def path_1_is_better(raw: RawRow) -> Row:
+def path_1_is_better(raw: RawRow) -> DataRow:
     """HPDv3: path1 is always the better picture; confidence in [0, 1] is the weight, 1 where it is null."""
     known = raw.values.get("confidence") is not None
     weight = _number(raw, "confidence", 0, 1) if known else 1.0
@@ -63,7 +63,7 @@ def path_1_is_better(raw: RawRow) -> Row:
     return _row(raw, [raw.picture("path1"), raw.picture("path2")], (1.0, 0.0), weight=weight, models=models)
 
 
-def weighted_votes(raw: RawRow) -> Row:
+def weighted_votes(raw: RawRow) -> DataRow:
     """Rapidata: image1, image2 and the weight of the votes for each; |v1 - v2| / (v1 + v2) is the weight."""
     votes = [_number(raw, f"weighted_results_image{side}_preference", 0, _MOST) for side in (1, 2)]
     if not 0 < sum(votes) <= _MOST:
@@ -73,7 +73,7 @@ def weighted_votes(raw: RawRow) -> Row:
     return _two_pictures(raw, [raw.picture("image1"), raw.picture("image2")], votes, weight, models)
 
 
-def listed_pictures(raw: RawRow) -> Row:
+def listed_pictures(raw: RawRow) -> DataRow:
     """images [K] with relevance [K], or scores [K] or [M][K], or ranks [K]; and weight, source, models if present."""
     lists: dict[str, list[Any]] = {}
     for name in VALUE_COLUMNS:
@@ -99,12 +99,12 @@ def listed_pictures(raw: RawRow) -> Row:
     return _row(raw, pictures, relevance, scores, _weight(raw), known)
 
 
-def caption(raw: RawRow) -> Row:
+def caption(raw: RawRow) -> DataRow:
     """A picture (file_name, or an archive's) and its text."""
     return _row(raw, [raw.picture("file_name")])
 
 
-def prompt_only(raw: RawRow) -> Row:
+def prompt_only(raw: RawRow) -> DataRow:
     """A prompt."""
     return _row(raw, [])
 
@@ -139,20 +139,20 @@ def fractions_won(scores: Sequence[Sequence[float]]) -> tuple[float, ...]:
 
 def _row(
     raw: RawRow,
-    pictures: Sequence[Picture],
+    pictures: Sequence[StoredPicture],
     relevance: Sequence[float] = (),
     scores: tuple[tuple[float, ...], ...] = (),
     weight: float = 1.0,
     models: Sequence[Any] = (),
-) -> Row:
+) -> DataRow:
     named = tuple(_text(model) for model in models) if any(isinstance(model, str) for model in models) else ()
     source = _text(raw.values.get("source"))
-    return Row(raw.id, raw.prompt(), tuple(pictures), tuple(relevance), scores, weight, source, named)
+    return DataRow(raw.id, raw.prompt(), tuple(pictures), tuple(relevance), scores, weight, source, named)
 
 
 def _two_pictures(
-    raw: RawRow, pictures: Sequence[Picture], votes: Sequence[float], weight: float, models: Sequence[Any] = ()
-) -> Row:
+    raw: RawRow, pictures: Sequence[StoredPicture], votes: Sequence[float], weight: float, models: Sequence[Any] = ()
+) -> DataRow:
     """A row of two pictures, the winner first; two equal votes are a tie."""
     if votes[0] == votes[1]:
         return _row(raw, pictures, (0.5, 0.5), weight=weight, models=models)
@@ -160,12 +160,12 @@ def _two_pictures(
     return _row(raw, pictures[::order], (1.0, 0.0), weight=weight, models=models[::order])
 
 
-def _ranked(raw: RawRow, pictures: str, ranks: str) -> Row:
+def _ranked(raw: RawRow, pictures: str, ranks: str) -> DataRow:
     numbers = _numbers(raw, ranks, -_MOST, _MOST)
     return _row(raw, _counted_pictures(raw, pictures, ranks, numbers), fractions_won([[-rank for rank in numbers]]))
 
 
-def _counted_pictures(raw: RawRow, column: str, numbers: str, values: Sequence[float]) -> list[Picture]:
+def _counted_pictures(raw: RawRow, column: str, numbers: str, values: Sequence[float]) -> list[StoredPicture]:
     pictures = raw.pictures(column, len(values))
     if len(pictures) != len(values):
         raise RowError(f"{numbers!r} has {len(values)} numbers for {len(pictures)} pictures")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from diffusion_align.data import interpret
-from diffusion_align.data.pairs_and_rankings import Row
+from diffusion_align.data.pairs_and_rankings import DataRow
 from diffusion_align.data.raw_rows import PROMPT_COLUMNS, RawRow
 
 _PROMPT = ("prompt", "caption")
@@ -29,7 +29,7 @@ class Layout:
     name: str
     holds: str
     needs: tuple[tuple[str, ...], ...]
-    to_row: Callable[[RawRow], Row]
+    to_row: Callable[[RawRow], DataRow]
     mapping: tuple[tuple[str, str], ...]
     may: tuple[str, ...] = ()
     tie: str = ""

@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffusion_align.data import disk
-from diffusion_align.data.raw_rows import ParquetItem, Picture, TarMember, read_bytes
+from diffusion_align.data.raw_rows import ParquetItem, StoredPicture, TarMember, read_bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class DataRow:
     """K pictures of one prompt and what is known of them, whatever the layout.
 
     Attributes:
@@ -36,7 +36,7 @@ class Row:
 
     id: str
     prompt: str
-    pictures: tuple[Picture, ...] = ()
+    pictures: tuple[StoredPicture, ...] = ()
     relevance: tuple[float, ...] = ()
     scores: tuple[tuple[float, ...], ...] = ()
     weight: float = 1.0
@@ -54,13 +54,13 @@ class Pair:
 
     id: str
     prompt: str
-    winner: Picture
-    loser: Picture
+    winner: StoredPicture
+    loser: StoredPicture
     weight: float = 1.0
     tie: bool = False
 
     @property
-    def pictures(self) -> tuple[Picture, ...]:
+    def pictures(self) -> tuple[StoredPicture, ...]:
         """[winner, loser]: a pair is a list of two."""
         return self.winner, self.loser
 
@@ -74,17 +74,17 @@ class Ranking:
 
     id: str
     prompt: str
-    pictures: tuple[Picture, ...]
+    pictures: tuple[StoredPicture, ...]
     relevance: tuple[float, ...]
     scores: tuple[tuple[float, ...], ...] = ()
 
 
-def is_tie(row: Row) -> bool:
+def is_tie(row: DataRow) -> bool:
     """Whether a row that compares pictures prefers none."""
     return row.weight == 0 or len(set(row.relevance)) < 2
 
 
-def pairs_of(row: Row) -> list[Pair]:
+def row_pairs(row: DataRow) -> list[Pair]:
     """Every two pictures of which one is more relevant, each with the row's weight; none for a tie.
 
     Of K > 2 pictures there are up to K (K - 1) / 2, named id[winner>loser].
@@ -97,7 +97,7 @@ def pairs_of(row: Row) -> list[Pair]:
     return [Pair(name(i, j), row.prompt, pictures[i], pictures[j], row.weight) for i, j in ordered]
 
 
-def ties_of(row: Row) -> list[Pair]:
+def row_ties(row: DataRow) -> list[Pair]:
     """Every two pictures of which none is preferred, in the data's order; all of a row of weight 0."""
     phi, pictures = row.relevance, row.pictures
     places = [(i, j) for i in range(len(phi)) for j in range(i + 1, len(phi)) if row.weight == 0 or phi[i] == phi[j]]
@@ -105,7 +105,7 @@ def ties_of(row: Row) -> list[Pair]:
     return [Pair(name(i, j), row.prompt, pictures[i], pictures[j], tie=True) for i, j in places]
 
 
-def ranking_of(row: Row) -> Ranking | None:
+def row_ranking(row: DataRow) -> Ranking | None:
     """The row as a ranking; None for a tie.
 
     A ranking has no weight. With two pictures it moves into the relevance: 1 and 0 with weight w become (1 + w) / 2 and
@@ -128,7 +128,7 @@ def fingerprint(lists: Sequence[Pair | Ranking]) -> str:
     """
     file_digest = cache(disk.file_digest)
 
-    def name(picture: Picture) -> str:
+    def name(picture: StoredPicture) -> str:
         if isinstance(picture, bytes):
             return disk.digest(picture)
         if isinstance(picture, Path):
@@ -148,8 +148,8 @@ def fingerprint(lists: Sequence[Pair | Ranking]) -> str:
 def write_pairs_parquet(
     path: str | os.PathLike[str],
     captions: Sequence[str],
-    pictures_0: Sequence[Picture],
-    pictures_1: Sequence[Picture],
+    pictures_0: Sequence[StoredPicture],
+    pictures_1: Sequence[StoredPicture],
     label_0: Sequence[float],
     extra: Mapping[str, Sequence[float]] | None = None,
     rows_per_group: int = 256,

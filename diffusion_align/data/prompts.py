@@ -43,11 +43,6 @@ class Prompt:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def read_prompts(path: str | os.PathLike[str]) -> list[str]:
-    """The texts of a list's prompts, in order. Raises as `read_list` does."""
-    return [prompt.text for prompt in read_list(path)]
-
-
 def read_list(path: str | os.PathLike[str]) -> list[Prompt]:
     """The prompts of a list, in order, with its other columns. Blank ones are left out.
 

@@ -80,10 +80,10 @@ class TarMember:
         return data
 
 
-Picture = bytes | Path | ParquetCell | ParquetItem | TarMember
+StoredPicture = bytes | Path | ParquetCell | ParquetItem | TarMember
 
 
-def read_bytes(picture: Picture) -> bytes:
+def read_bytes(picture: StoredPicture) -> bytes:
     """A picture's bytes, wherever they are; DataError or OSError if they cannot be read."""
     if isinstance(picture, bytes):
         return picture
@@ -115,13 +115,13 @@ class RawRow:
             raise RowError(str(fault))
         return prompt
 
-    def picture(self, column: str) -> Picture:
+    def picture(self, column: str) -> StoredPicture:
         """The picture of a column; RowError if there is none."""
         if column in self.cells:
             return ParquetCell(self.file, self.row, column)
         return self._find(self.values.get(column), column)
 
-    def pictures(self, column: str, count: int) -> list[Picture]:
+    def pictures(self, column: str, count: int) -> list[StoredPicture]:
         """The `count` pictures that a parquet column lists, or all that another lists; RowError if it is no list."""
         if column in self.cells:
             return [ParquetItem(self.file, self.row, column, item, count) for item in range(count)]
@@ -131,7 +131,7 @@ class RawRow:
             raise RowError(f"is no ranking: a list {column!r} is missing; it has {keys}")
         return [self._find(name, f"{column}[{place}]") for place, name in enumerate(names)]
 
-    def _find(self, name: Any, what: str) -> Picture:
+    def _find(self, name: Any, what: str) -> StoredPicture:
         if isinstance(name, TarMember):
             return name
         found = [find_picture(self.root, f"{folder}/{name}" if folder else name, what) for folder in self.under]

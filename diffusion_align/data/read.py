@@ -18,7 +18,7 @@ from diffusion_align.data import table_rows, tar_rows
 from diffusion_align.data.bad_rows import BadRow, Counts, DataError, require_usable
 from diffusion_align.data.interpret import grouped_by_prompt
 from diffusion_align.data.known_layouts import CAPTIONS, IMAGE_REWARD_DB, PROMPT_LIST, Layout, layout_of, why_no_layout
-from diffusion_align.data.pairs_and_rankings import Pair, Ranking, Row, pairs_of, ranking_of, ties_of
+from diffusion_align.data.pairs_and_rankings import DataRow, Pair, Ranking, row_pairs, row_ranking, row_ties
 from diffusion_align.data.raw_rows import RawRow, RowError
 
 SPLITS = ("train", "validation", "valid", "val", "test", "dev")
@@ -67,7 +67,7 @@ def read_pairs(
             file, the row or key, and the cure.
     """
     source = recognise_preferences(path, split, _PAIRS)
-    return _read(source, "pairs", lambda row: pairs_of(row) + (ties_of(row) if keep_ties else []), max_bad_fraction)
+    return _read(source, "pairs", lambda row: row_pairs(row) + (row_ties(row) if keep_ties else []), max_bad_fraction)
 
 
 def read_rankings(
@@ -82,11 +82,11 @@ def read_rankings(
         DataError: as `read_pairs`, and for a folder that holds both rankings and pairs.
     """
     source = recognise_preferences(path, split, _RANKINGS)
-    return _read(source, "rankings", lambda row: list(filter(None, [ranking_of(row)])), max_bad_fraction)
+    return _read(source, "rankings", lambda row: list(filter(None, [row_ranking(row)])), max_bad_fraction)
 
 
 def _read(
-    source: DataSource, what: str, found_in: Callable[[Row], list[T]], max_bad_fraction: float
+    source: DataSource, what: str, found_in: Callable[[DataRow], list[T]], max_bad_fraction: float
 ) -> tuple[list[T], Counts]:
     found: list[T] = []
     bad: list[BadRow] = []
@@ -104,7 +104,7 @@ def _read(
     return found, counts
 
 
-def read_rows(source: DataSource) -> Iterator[Row | BadRow]:
+def read_rows(source: DataSource) -> Iterator[DataRow | BadRow]:
     """Every row, one at a time, in the order of the files: what can be used, and what cannot with the reason.
 
     Raises:

@@ -131,8 +131,8 @@ def write_shard(folder: Path, name: str, values: Tensor, facts: dict[str, Any]) 
     """Write tensors [N,...], and then the facts about them, which finish the shard. NotFinite if they are not."""
     if not torch.isfinite(values).all():
         raise NotFinite(
-            f"{name}: the encoder gave values that are not finite; encode in float32 (the SDXL VAE overflows in "
-            "float16: load it in float32, or take madebyollin/sdxl-vae-fp16-fix)"
+            f"{name}: the encoder gave values that are not finite (the SDXL VAE overflows in float16: load it in "
+            "float32, or take madebyollin/sdxl-vae-fp16-fix)"
         )
     staged = folder / f".tmp-{name}.safetensors"
     save_file({"values": values.detach().cpu().contiguous()}, staged)

@@ -24,7 +24,7 @@ TEXT_SUFFIXES = frozenset(("txt", "json"))
 MAX_NAME = 255
 MAX_PICTURE = 256 * 1024 * 1024
 MAX_TEXT = 1024 * 1024
-MAX_MEMBERS = 1_000_000
+MAX_TAR_MEMBERS = 1_000_000
 # A header that only names the next member: no name that is accepted needs more.
 _MAX_EXTENSION = 64 * 1024
 _SAMPLES_FOR_LAYOUT = 20
@@ -69,7 +69,7 @@ def tar_rows(file: Path, layout: Layout, unread: Counter[str]) -> Iterator[BadRo
     Members of other suffixes are counted in `unread` by suffix.
 
     Raises:
-        DataError: not a plain tar, damaged or cut off, or more than MAX_MEMBERS.
+        DataError: not a plain tar, damaged or cut off, or more than MAX_TAR_MEMBERS.
     """
     for entry in _samples(file, unread):
         if isinstance(entry, BadRow):
@@ -153,8 +153,8 @@ def _members(file: Path, unread: Counter[str]) -> Iterator[BadRow | tuple[str, T
     """Name and place of every picture and text of an archive, in its order, and a BadRow for what is refused."""
     with file.open("rb") as stream:
         for count, (info, offset) in enumerate(_headers(file, stream), start=1):
-            if count > MAX_MEMBERS:
-                raise DataError(f"{file}: has more than {MAX_MEMBERS:,} members; split it into shards")
+            if count > MAX_TAR_MEMBERS:
+                raise DataError(f"{file}: has more than {MAX_TAR_MEMBERS:,} members; split it into shards")
             if info.isdir():
                 continue
             suffix = info.name.rpartition(".")[2].lower() if "." in info.name else ""

@@ -92,7 +92,7 @@ def test_a_list_by_name_has_its_prompts_its_origin_and_its_licence(hub, capsys, 
     assert all(options["repo_type"] == "dataset" for *_, options in hub)
 
 
-def test_categories_are_what_the_report_breaks_figures_down_by(hub):
+def test_categories_of_prompts(hub):
     assert {key: len(places) for key, places in by_category(listed_prompts("hpdv2")).items()} == {
         f"style: {style}": 3 for style in ("anime", "concept-art", "paintings", "photo")
     }
@@ -136,7 +136,7 @@ def test_offline_and_not_cached_is_one_line_with_the_command_that_fetches(tmp_pa
     assert "with HF_HUB_OFFLINE unset" in said and "\n" not in said
 
 
-def test_the_command_line_says_it_too(tmp_path, monkeypatch, capsys):
+def test_the_command_line_prints_the_same_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **o: REAL(*a, cache_dir=tmp_path, **o))
     assert cli.main(["sample", "--model", "tiny", "--prompts", "dpg-bench", "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
@@ -144,7 +144,7 @@ def test_the_command_line_says_it_too(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_names_that_are_none(tmp_path):
+def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(DataError, match="hpdv2 has no category photos; it has anime, concept-art, paintings, photo"):
         listed_prompts("hpdv2/photos")
     with pytest.raises(DataError, match="drawbench has no category x; it has none"):
@@ -156,7 +156,7 @@ def test_names_that_are_none(tmp_path):
     assert requested_list("owner/name") is None and requested_list("hpdv2/../../x") is None
 
 
-def test_a_file_of_that_name_is_the_file(tmp_path, monkeypatch, hub):
+def test_an_existing_file_goes_before_a_list_of_its_name(tmp_path, monkeypatch, hub):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hpdv2").mkdir()
     (tmp_path / "hpdv2" / "1.txt").write_text("mine")

@@ -1,19 +1,20 @@
 """Encoding shared out over processes: the same bits as by one, a little at a time, resumed, and nobody lost unnamed."""
 
 import os
+import shutil
 import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers_cache import SIZE, FakeModel, build, make_pairs, picture
+from helpers_cache import SHAPE, SIZE, FakeModel, build, make_pairs, picture
 from stress_jobs import launch
 
 from diffusion_align.commands import encode
 from diffusion_align.data import Ranking
 from diffusion_align.data.bad_rows import BadRow, DataError
-from diffusion_align.data.encoding import CHUNK
+from diffusion_align.data.encoding import LISTS_AT_A_TIME
 from diffusion_align.data.pairs_and_rankings import Pair
 from diffusion_align.data.shards import Ranks
 from diffusion_align.train.processes import watch
@@ -87,10 +88,11 @@ def test_any_number_of_processes_makes_the_same_files(tmp_path, ranks):
     assert sorted(sum((model.prompts for model in models), [])) == sorted(whole.prompts)
 
 
-def test_nobody_works_for_long_before_all_meet(tmp_path):
+def test_ranks_meet_after_each_chunk(tmp_path):
     """One shard, so one process has all the work: the other meets it after every 16 rankings of 3."""
     rankings = [
-        Ranking(str(i), "p", tuple(picture(3 * i + k) for k in range(3)), (1.0, 0.5, 0.0)) for i in range(4 * CHUNK)
+        Ranking(str(i), "p", tuple(picture(3 * i + k) for k in range(3)), (1.0, 0.5, 0.0))
+        for i in range(4 * LISTS_AT_A_TIME)
     ]
     models, most, last = [FakeModel(), FakeModel()], [], [0, 0]
 
@@ -99,11 +101,11 @@ def test_nobody_works_for_long_before_all_meet(tmp_path):
         last[rank] = models[rank].pictures
 
     caches = build_together(tmp_path, rankings, models, heard, pairs_per_shard=1024)
-    assert [model.pictures for model in models] == [12 * CHUNK, 0] and len(caches[1]) == 4 * CHUNK
-    assert max(most) == 3 * CHUNK
+    assert [model.pictures for model in models] == [12 * LISTS_AT_A_TIME, 0] and len(caches[1]) == 4 * LISTS_AT_A_TIME
+    assert max(most) == 3 * LISTS_AT_A_TIME
 
 
-def test_a_process_that_fails_leaves_what_others_go_on_from(tmp_path):
+def test_a_build_goes_on_after_a_rank_has_failed(tmp_path):
     """Then with another number of processes."""
     pairs = make_pairs(60, pictures=120)
     whole = build(tmp_path / "whole", pairs)
@@ -127,7 +129,7 @@ def test_too_many_broken_rows_stop_all(tmp_path):
     assert len(errors) == 1 and "of 100 rows are broken" in str(errors[0])
 
 
-def test_a_picture_that_changes_on_the_way_is_named(tmp_path):
+def test_a_picture_that_changes_meanwhile_is_named(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(picture(0))
 
@@ -179,6 +181,19 @@ def test_precision_is_an_option_and_part_of_the_key(tmp_path):
     assert len(folders) == 3
     # The key of float32 is what it was, so that earlier caches are found.
     assert "precision" not in encode.encoded(options_of(tmp_path), Model(), accelerator, pairs).identity
+
+
+@pytest.mark.parametrize("fault", ["room", "finite"])
+def test_the_command_names_the_flag_that_helps(tmp_path, monkeypatch, fault):
+    """On the one line of the error, which the floors below write without flags."""
+    model = Model()
+    if fault == "room":
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=10**12, used=0, free=0))
+    else:
+        model.encode_images = lambda images, noise: torch.full((len(images), *SHAPE), torch.nan)
+    cure = "free some.*--cache_dir on another disk" if fault == "room" else "not finite.*--encode_precision no"
+    with pytest.raises(DataError, match=cure):
+        encode.encoded(options_of(tmp_path), model, Accelerator(cpu=True), make_pairs(4))
 
 
 def test_two_processes_encode_together(tmp_path):

@@ -153,7 +153,7 @@ def read(path):
 
 
 @pytest.mark.parametrize("make", [*REFUSED, *(f"later: {name}" for name in LATER)])
-def test_what_an_archive_must_not_hold_is_refused(tmp_path, make):
+def test_forbidden_members_are_refused(tmp_path, make):
     (tmp_path / "outside.png").write_bytes(SECRET)
     path = tmp_path / "set" / "x.tar"
     if make.startswith("later: "):
@@ -183,7 +183,7 @@ def test_a_broken_archive_is_one_error_that_names_it(tmp_path, make):
     assert tree(tmp_path) == before
 
 
-def test_there_are_enough_of_them():
+def test_there_are_enough_hostile_archives():
     assert len(REFUSED) + len(BROKEN) + len(LATER) >= 40
 
 
@@ -215,7 +215,7 @@ def test_a_picture_over_the_limit_and_too_many_members(tmp_path, monkeypatch):
         stream.write(b"\0" * 1024)
     good, bad = read(path)
     assert len(good) == 1 and "268,435,457 bytes, over 268,435,456: refused" in bad[0].reason
-    monkeypatch.setattr(tar_rows, "MAX_MEMBERS", 4)
+    monkeypatch.setattr(tar_rows, "MAX_TAR_MEMBERS", 4)
     tar(path, [*GOOD, ("1.png", png(1)), ("1.txt", b"1")])
     assert len(read(path)[0]) == 2
     tar(path, [*GOOD, ("1.png", png(1)), ("1.txt", b"1"), ("2.png", png(1))])
@@ -231,7 +231,7 @@ def test_an_archive_that_shrinks_is_noticed(tmp_path):
         read_bytes(row.pictures[0])
 
 
-def test_names_as_people_have_them_are_read(tmp_path):
+def test_common_names_are_read(tmp_path):
     """Long ones up to 255 bytes, in folders, in every format of tar, with times that need an extended header."""
     long = "ü" * 100 + "/" + "x" * 40
     for format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):

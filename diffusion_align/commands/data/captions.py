@@ -1,8 +1,8 @@
-"""What is said of captions that are longer than a text encoder reads."""
+"""Captions that are longer than a text encoder reads, in one line of text."""
 
 
 def describe_cut(cut: int, of: int, limit: int) -> str:
-    """One line, aligned as those of a plan are. `limit` counts tokens, begin and end of text among them."""
+    """A line aligned with those of a plan. `limit` counts tokens, begin and end of text among them."""
     reads = f"the {limit} tokens that the text encoder reads"
     if not cut:
         return f"captions         all {of} fit {reads}"

@@ -9,12 +9,12 @@ from itertools import islice
 from pathlib import Path
 
 from diffusion_align.commands.data.captions import describe_cut
-from diffusion_align.commands.data.summary import summarise
+from diffusion_align.commands.data.summary import summarise_data
 from diffusion_align.data.bad_rows import BadRow, DataError, bad_row_lines, require_few_bad
 from diffusion_align.data.disk import digest, replacing
 from diffusion_align.data.images import ImageError, decode_image
-from diffusion_align.data.pairs_and_rankings import Row, is_tie
-from diffusion_align.data.raw_rows import Picture, read_bytes
+from diffusion_align.data.pairs_and_rankings import DataRow, is_tie
+from diffusion_align.data.raw_rows import StoredPicture, read_bytes
 from diffusion_align.data.read import DataSource, read_rows, recognise
 from diffusion_align.options.data import DataCheck
 from diffusion_align.system.progress import progress_bar
@@ -35,7 +35,7 @@ def data_check(options: DataCheck) -> int:
     o = options
     assert o.path is not None  # the options' own check requires it
     source = recognise(Path(o.path).expanduser(), o.split)
-    total = summarise(source).rows
+    total = summarise_data(source).rows
     if not total:
         raise DataError(f"{source.path}: holds no rows; is this the right file?")
     count_cut = _cut_counter(o.pretrained_model_name_or_path) if o.pretrained_model_name_or_path else None
@@ -48,7 +48,7 @@ def data_check(options: DataCheck) -> int:
         staged.open("w", encoding="utf-8") as lines,
         progress_bar(total=total, desc="check", unit="row") as bar,
     ):
-        for row, same in checked(source):
+        for row, same in checked_rows(source):
             bar.update()
             if isinstance(row, BadRow):
                 # Only the first is kept in memory: all are in the file.
@@ -80,17 +80,17 @@ def _cut_counter(model: str) -> Callable[[list[str]], tuple[int, int]]:
     return partial(cut_captions, tokenizers_in(asset("tiny") if model == "tiny" else Path(model).expanduser()))
 
 
-def checked(source: DataSource) -> Iterator[tuple[Row | BadRow, bool]]:
+def checked_rows(source: DataSource) -> Iterator[tuple[DataRow | BadRow, bool]]:
     """Every row in order, as it is or as the BadRow that a training would leave out, and whether two pictures of it are
     the same bytes. Memory does not grow with the set; DataError as `read_rows`."""
-    known: dict[Picture, tuple[str, str]] = {}
+    known: dict[StoredPicture, tuple[str, str]] = {}
     found = read_rows(source)
     with ThreadPoolExecutor(4) as pool:
         while chunk := list(islice(found, _CHUNK)):
             if len(known) > _REMEMBERED:
                 known.clear()
             # Read in order and in one thread, as a parquet file's row group is held once; decoded in several.
-            new = [p for row in chunk if isinstance(row, Row) for p in row.pictures if p not in known]
+            new = [p for row in chunk if isinstance(row, DataRow) for p in row.pictures if p not in known]
             new = list(dict.fromkeys(new))
             data = [_read(picture) for picture in new]
             known |= dict(zip(new, pool.map(_fault, data), strict=True))
@@ -98,14 +98,14 @@ def checked(source: DataSource) -> Iterator[tuple[Row | BadRow, bool]]:
                 yield (row, False) if isinstance(row, BadRow) else _judge(row, [known[p] for p in row.pictures])
 
 
-def _judge(row: Row, faults: list[tuple[str, str]]) -> tuple[Row | BadRow, bool]:
+def _judge(row: DataRow, faults: list[tuple[str, str]]) -> tuple[DataRow | BadRow, bool]:
     reasons = [f"picture {place} {why}" for place, (_, why) in enumerate(faults) if why]
     if reasons:
         return BadRow(row.id, "; ".join(reasons)), False
     return row, len({name for name, _ in faults}) < len(faults)
 
 
-def _read(picture: Picture) -> bytes | str:
+def _read(picture: StoredPicture) -> bytes | str:
     try:
         return read_bytes(picture)
     except (DataError, OSError) as error:

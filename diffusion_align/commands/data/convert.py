@@ -20,11 +20,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffusion_align.commands.data.summary import summarise
+from diffusion_align.commands.data.summary import summarise_data
 from diffusion_align.commands.pasted import pasted
 from diffusion_align.data.bad_rows import BadRow, DataError, bad_row_lines, require_few_bad
 from diffusion_align.data.disk import digest, file_digest, replacing, write_bytes
-from diffusion_align.data.pairs_and_rankings import Row, is_tie, pairs_of
+from diffusion_align.data.pairs_and_rankings import DataRow, is_tie, row_pairs
 from diffusion_align.data.raw_rows import read_bytes
 from diffusion_align.data.read import UNFINISHED, DataSource, read_rows, recognise_preferences
 from diffusion_align.options.data import DataConvert
@@ -57,7 +57,7 @@ def data_convert(options: DataConvert) -> int:
     o = options
     assert o.path is not None and o.out is not None  # the options' own check requires them
     source, out = recognise_preferences(Path(o.path).expanduser(), o.split), Path(o.out)
-    found = summarise(source)
+    found = summarise_data(source)
     if not found.used:
         raise DataError(
             f"{source.path}: {found.rows} rows, {found.ties} ties, {found.broken} broken: nothing to convert"
@@ -122,7 +122,7 @@ def _convert(source: DataSource, o: DataConvert, total: int, report: Callable[[i
     return counts
 
 
-def _good(source: DataSource, bad: list[BadRow], counts: dict[str, int]) -> Iterator[Row]:
+def _good(source: DataSource, bad: list[BadRow], counts: dict[str, int]) -> Iterator[DataRow]:
     """The rows that prefer something; the others are counted."""
     for row in read_rows(source):
         counts["rows"] += 1
@@ -134,7 +134,7 @@ def _good(source: DataSource, bad: list[BadRow], counts: dict[str, int]) -> Iter
             yield row
 
 
-def _write(path: Path, rows: list[Row], to: str) -> dict[str, Any]:
+def _write(path: Path, rows: list[DataRow], to: str) -> dict[str, Any]:
     """Write one shard without the rows whose pictures cannot be read; its facts, which `_facts` reads back."""
     facts: dict[str, Any] = {"written": 0, "bad": []}
     with replacing(path) as staged, pq.ParquetWriter(staged, SCHEMA) as writer:
@@ -150,7 +150,7 @@ def _facts(path: Path) -> dict[str, Any]:
     return json.loads((pq.read_metadata(path).metadata or {})[b"diffusion_align"])
 
 
-def _entries(rows: list[Row], to: str, bad: list[list[str]]) -> Iterator[dict[str, Any]]:
+def _entries(rows: list[DataRow], to: str, bad: list[list[str]]) -> Iterator[dict[str, Any]]:
     for row in rows:
         try:
             data = {picture: read_bytes(picture) for picture in row.pictures}
@@ -169,10 +169,10 @@ def _entries(rows: list[Row], to: str, bad: list[list[str]]) -> Iterator[dict[st
             }
 
 
-def _split(row: Row) -> list[Row]:
+def _split(row: DataRow) -> list[DataRow]:
     """A row of K pictures as rows of two, the winner first."""
     made = dict(zip(row.pictures, row.models, strict=True)) if row.models else {}
-    pairs = pairs_of(row)
+    pairs = row_pairs(row)
     models = [tuple(made[picture] for picture in pair.pictures) if made else () for pair in pairs]
     return [
         replace(row, id=pair.id, pictures=pair.pictures, relevance=(1.0, 0.0), scores=(), models=named)

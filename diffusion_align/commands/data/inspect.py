@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from diffusion_align.commands.data.summary import Summary, summarise
+from diffusion_align.commands.data.summary import DataSummary, summarise_data
 from diffusion_align.commands.pasted import pasted
 from diffusion_align.commands.sources import fetch_pairs, pairs_on_disk, present_pairs
 from diffusion_align.data.bad_rows import DataError
@@ -35,11 +35,11 @@ def data_inspect(options: DataInspect) -> int:
         raise DataError(f"{name}: no such file or folder here; for a data set on the hub: --dataset_name {name}")
     source = recognise(path, o.split)
     by_name = name if path != Path(name).expanduser() else None
-    print("\n".join(map(printable, describe(source, summarise(source), by_name))))
+    print("\n".join(map(printable, describe(source, summarise_data(source), by_name))))
     return 0
 
 
-def describe(source: DataSource, found: Summary, by_name: str | None = None) -> Iterator[str]:
+def describe(source: DataSource, found: DataSummary, by_name: str | None = None) -> Iterator[str]:
     """The report, line by line. `by_name` is the name of a set whose path nobody types."""
     layout = source.layout
     first, *others = source.files
@@ -89,7 +89,7 @@ def present(layout: Layout, columns: list[str]) -> list[tuple[str, str]]:
     return [line for line, mine in zip(shown, words, strict=True) if not mine or mine & set(columns)]
 
 
-def _uses(source: DataSource, found: Summary, by_name: str | None) -> Iterator[str]:
+def _uses(source: DataSource, found: DataSummary, by_name: str | None) -> Iterator[str]:
     """Commands that take this set as it is."""
     path, named = source.path, source.path.is_dir() and source.split != "train"
     split = ["--dataset_split_name", source.split] if named else []

@@ -4,14 +4,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from diffusion_align.data.bad_rows import BadRow
-from diffusion_align.data.pairs_and_rankings import is_tie, pairs_of
+from diffusion_align.data.pairs_and_rankings import is_tie, row_pairs
 from diffusion_align.data.read import DataSource, read_rows
 
 _BAD_ROWS_SHOWN = 3
 
 
 @dataclass
-class Summary:
+class DataSummary:
     """Counts of rows. rows == used + ties + broken; `pairs` are those that the used rows give.
 
     Attributes:
@@ -33,9 +33,9 @@ class Summary:
     bad: list[BadRow] = field(default_factory=list)
 
 
-def summarise(source: DataSource) -> Summary:
+def summarise_data(source: DataSource) -> DataSummary:
     """Count every row of a source; raises DataError as `read_rows`."""
-    found = Summary()
+    found = DataSummary()
     compares = source.layout.compares
     for row in read_rows(source):
         found.rows += 1
@@ -50,7 +50,7 @@ def summarise(source: DataSource) -> Summary:
             found.ties += 1
             continue
         found.used += 1
-        found.pairs += len(pairs_of(row))
+        found.pairs += len(row_pairs(row))
         found.sizes[len(row.pictures)] += 1
         if compares:
             low, high = found.weights or (row.weight, row.weight)
