@@ -45,14 +45,10 @@ def file_path_preference(raw: RawRow) -> DataRow:
     return _two_pictures(raw, pictures, votes, 1.0)
 
 
-def image_path_rank(raw: RawRow) -> DataRow:
-    """HPDv2's test.json and ImageRewardDB's images by prompt: image_path [K], rank [K], the lowest the best."""
-    return _ranked(raw, "image_path", "rank")
-
-
-def generations_ranking(raw: RawRow) -> DataRow:
-    """ImageReward's JSON: generations [K], ranking [K], the lowest the best."""
-    return _ranked(raw, "generations", "ranking")
+def ranked(raw: RawRow, pictures: str, ranks: str) -> DataRow:
+    """HPDv2's test.json, ImageRewardDB, ImageReward's JSON: columns of K pictures and K ranks, the lowest the best."""
+    numbers = _numbers(raw, ranks, -_MOST, _MOST)
+    return _row(raw, _counted_pictures(raw, pictures, ranks, numbers), fractions_won([[-rank for rank in numbers]]))
 
 
 def path_1_is_better(raw: RawRow) -> DataRow:
@@ -158,11 +154,6 @@ def _two_pictures(
         return _row(raw, pictures, (0.5, 0.5), weight=weight, models=models)
     order = 1 if votes[0] > votes[1] else -1
     return _row(raw, pictures[::order], (1.0, 0.0), weight=weight, models=models[::order])
-
-
-def _ranked(raw: RawRow, pictures: str, ranks: str) -> DataRow:
-    numbers = _numbers(raw, ranks, -_MOST, _MOST)
-    return _row(raw, _counted_pictures(raw, pictures, ranks, numbers), fractions_won([[-rank for rank in numbers]]))
 
 
 def _counted_pictures(raw: RawRow, column: str, numbers: str, values: Sequence[float]) -> list[StoredPicture]:

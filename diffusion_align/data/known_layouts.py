@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from diffusion_align.data import interpret
 from diffusion_align.data.pairs_and_rankings import DataRow
@@ -109,7 +110,7 @@ IMAGE_REWARD_DB = Layout(
     "ImageRewardDB, a picture a row",
     "rankings",
     (_PROMPT, ("prompt_id",), ("image_path",), ("rank",)),
-    interpret.image_path_rank,
+    partial(interpret.ranked, pictures="image_path", ranks="rank"),
     (
         ("prompt", "prompt"),
         ("rows of one prompt_id", "one row"),
@@ -123,7 +124,7 @@ HPDV2_TEST = Layout(
     "HPDv2 test",
     "rankings",
     (_PROMPT, ("image_path",), ("rank",)),
-    interpret.image_path_rank,
+    partial(interpret.ranked, pictures="image_path", ranks="rank"),
     (("prompt", "prompt"), ("image_path", "pictures [K]"), ("rank, the lowest the best", _RANKED)),
     tie="all ranks equal",
     known="HPDv2; licence: see its card",
@@ -149,7 +150,7 @@ IMAGE_REWARD_JSON = Layout(
     "ImageReward JSON",
     "rankings",
     (_PROMPT, ("generations",), ("ranking",)),
-    interpret.generations_ranking,
+    partial(interpret.ranked, pictures="generations", ranks="ranking"),
     (("prompt", "prompt"), ("generations", "pictures [K]"), ("ranking, the lowest the best", _RANKED)),
     tie="all ranks equal",
     known="ImageReward's repository; the pictures are those of ImageRewardDB, Apache-2.0",

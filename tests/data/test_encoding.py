@@ -22,29 +22,29 @@ from diffusion_align.train.processes.agree import total
 
 
 class Meeting:
-    """Threads that meet as processes do: each says a number, and gets the sum."""
+    """Threads that meet as processes do: each gives a number and gets the sum."""
 
     def __init__(self, count):
-        self.said, self.barrier = [0] * count, threading.Barrier(count)
+        self.numbers, self.barrier = [0] * count, threading.Barrier(count)
 
-    def of(self, rank, heard=lambda: None):
+    def of(self, rank, after_meeting=lambda: None):
         def meet(number):
-            self.said[rank] = int(number)
+            self.numbers[rank] = int(number)
             self.barrier.wait(30)
-            result = sum(self.said)
+            result = sum(self.numbers)
             self.barrier.wait(30)
-            heard()
+            after_meeting()
             return result
 
         return meet
 
 
-def build_together(folder, pairs, models, heard=lambda rank: None, **options):
+def build_together(folder, pairs, models, after_meeting=lambda rank: None, **options):
     """The caches of all ranks, or the error of each."""
     meeting, found = Meeting(len(models)), [None] * len(models)
 
     def work(rank):
-        ranks = Ranks(rank, len(models), meeting.of(rank, lambda: heard(rank)))
+        ranks = Ranks(rank, len(models), meeting.of(rank, lambda: after_meeting(rank)))
         try:
             found[rank] = build(folder, pairs, models[rank], ranks=ranks, **options)
         except BaseException as error:  # the others must not wait for it, as they would not for a process that is gone
@@ -96,11 +96,11 @@ def test_ranks_meet_after_each_chunk(tmp_path):
     ]
     models, most, last = [FakeModel(), FakeModel()], [], [0, 0]
 
-    def heard(rank):
+    def after_meeting(rank):
         most.append(models[rank].pictures - last[rank])
         last[rank] = models[rank].pictures
 
-    caches = build_together(tmp_path, rankings, models, heard, pairs_per_shard=1024)
+    caches = build_together(tmp_path, rankings, models, after_meeting, pairs_per_shard=1024)
     assert [model.pictures for model in models] == [12 * LISTS_AT_A_TIME, 0] and len(caches[1]) == 4 * LISTS_AT_A_TIME
     assert max(most) == 3 * LISTS_AT_A_TIME
 
