@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 
-from diffusion_align.commands.data.captions import describe_cut
+from diffusion_align.commands.data.long_captions import describe_long_captions
 from diffusion_align.data import DataError, EncodingSettings, Pair, PairCache, Ranking, build_cache
 from diffusion_align.data.bad_rows import BadRow
 from diffusion_align.data.disk import NoRoom
@@ -39,7 +39,7 @@ def encoded(
     if accelerator.is_main_process:
         cut, limit = model.cut_captions(captions)
         if cut:
-            print(describe_cut(cut, len(captions), limit))
+            print(describe_long_captions(cut, len(captions), limit))
     dtype = PRECISIONS[o.encode_precision]
     _ = model.empty_text  # the model keeps it, for pictures that are drawn in full precision
     settings = EncodingSettings(o.resolution or model.resolution, o.seed, precision=o.encode_precision)

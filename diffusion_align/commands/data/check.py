@@ -8,7 +8,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from diffusion_align.commands.data.captions import describe_cut
+from diffusion_align.commands.data.long_captions import describe_long_captions
 from diffusion_align.commands.data.summary import summarise_data
 from diffusion_align.data.bad_rows import BadRow, DataError, bad_row_lines, require_few_bad
 from diffusion_align.data.disk import digest, replacing
@@ -67,7 +67,7 @@ def data_check(options: DataCheck) -> int:
         print(f"{alike} of the good rows compare a picture with itself, which teaches nothing")
     if count_cut is not None:
         more, limit = count_cut(captions)
-        print(describe_cut(cut + more, good + ties, limit))
+        print(describe_long_captions(cut + more, good + ties, limit))
     require_few_bad(str(target), bad, total, o.max_bad_fraction)
     return 0
 
