@@ -25,7 +25,7 @@ from tiny.tokenizer import build_tokenizer
 from tiny.unet import SCHEDULE, train_unet
 from tiny.vae import encode, polish_decoder, reconstruction_accuracy, train_vae
 
-from diffusion_align.data.pairs import write_pairs_parquet
+from diffusion_align.data.pairs_and_rankings import write_pairs_parquet
 from diffusion_align.rewards.clip import clip_scorer
 from diffusion_align.rng import integers_batch
 from diffusion_align.shapes import ATTRIBUTES, sample_captions

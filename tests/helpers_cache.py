@@ -1,13 +1,14 @@
 """Encoders one can compute by hand, and pairs that share pictures and prompts."""
 
 import time
+from dataclasses import fields
 
 import torch
 
 from diffusion_align import rng
-from diffusion_align.data.cache import build_cache
+from diffusion_align.data import EncodingSettings, build_cache
 from diffusion_align.data.images import encode_png
-from diffusion_align.data.pairs import Pair
+from diffusion_align.data.pairs_and_rankings import Pair
 
 SIZE = 16
 SHAPE = (4, 4, 4)
@@ -62,4 +63,5 @@ def make_pairs(count=40, pictures=30, prompts=7):
 
 def build(folder, pairs, model=None, **options):
     options = {"resolution": SIZE, "pairs_per_shard": 8, "prompts_per_shard": 3, "progress": False} | options
-    return build_cache(model or FakeModel(), pairs, folder, **options)
+    settings = {field.name: options.pop(field.name) for field in fields(EncodingSettings) if field.name in options}
+    return build_cache(model or FakeModel(), pairs, folder, EncodingSettings(**settings), **options)

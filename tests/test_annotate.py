@@ -30,7 +30,7 @@ from diffusion_align.commands.annotate_record import append, comparisons, read, 
 from diffusion_align.commands.annotate_server import BODY_LIMIT, Server
 from diffusion_align.commands.annotate_tasks import make_questions, on_page, read_pictures
 from diffusion_align.data import read_pairs
-from diffusion_align.data.readers import DataError
+from diffusion_align.data.bad_rows import DataError
 from diffusion_align.objectives.selection import win_counts
 
 HOSTILE = [

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from diffusion_align import cli
-from diffusion_align.commands import data_inspect
+from diffusion_align.commands.data import inspect
 from diffusion_align.models.hub import asset
 
 
@@ -24,7 +24,7 @@ def test_a_set_on_the_hub_is_fetched_as_training_fetches_it(tmp_path, monkeypatc
         shutil.copy(asset("tiny_pairs.parquet"), tmp_path / "validation-00000-of-00001.parquet")
         return tmp_path
 
-    monkeypatch.setattr(data_inspect, "fetch_pairs", fetch)
+    monkeypatch.setattr(inspect, "fetch_pairs", fetch)
     assert cli.main(["data", "inspect", "--dataset_name", "yuvalkirstain/pickapic_v1", "--split", "validation"]) == 0
     assert asked == [("pickapic-anonymous/pickapic_v1", "validation", None)]
     said = capsys.readouterr().out
@@ -41,9 +41,9 @@ def test_a_set_on_the_hub_is_fetched_as_training_fetches_it(tmp_path, monkeypatc
         (["--dataset_name", "runs/pairs"], "no such file or folder"),
     ],
 )
-def test_what_is_neither_here_nor_there_is_one_line(word, said, capsys, monkeypatch):
+def test_missing_paths_and_names_are_one_line(word, said, capsys, monkeypatch):
     if said.startswith("no such file"):
-        monkeypatch.setattr(data_inspect, "fetch_pairs", lambda *a: pytest.fail("the hub was asked"))
+        monkeypatch.setattr(inspect, "fetch_pairs", lambda *a: pytest.fail("the hub was asked"))
     assert cli.main(["data", "inspect", *word]) == 1
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1

@@ -15,8 +15,8 @@ from diffusion_align import cli, origins
 from diffusion_align.commands.presets_check import needs_of, report
 from diffusion_align.commands.prompt_lists import listed_prompts
 from diffusion_align.commands.sources import pairs_of
-from diffusion_align.data import benchmarks
-from diffusion_align.data.readers import DataError
+from diffusion_align.data import fetched_prompts
+from diffusion_align.data.bad_rows import DataError
 from diffusion_align.options import VERBS, TrainRankdpo, all_presets, resolve
 from diffusion_align.rewards.catalogue import CATALOGUE
 from diffusion_align.rewards.spec import read_spec
@@ -85,7 +85,7 @@ def test_a_check_finds_what_is_in_the_cache_and_asks_nobody(cache, capsys, tmp_p
     assert not states("spo/sd15")["preference model"] and states("spo/sdxl")["preference model"]
     cache("models", "SPO-Diffusion-Models/Step-Aware_Preference_Models", file)
     assert states("spo/sd15") == {"model": False, "prompts": False, "preference model": True}
-    path = benchmarks.web_cache("spo-4k")
+    path = fetched_prompts.web_cache("spo-4k")
     path.parent.mkdir(parents=True)
     path.write_text("[]")
     assert states("spo/sd15")["prompts"]
@@ -143,13 +143,13 @@ def test_prompts_of_preferences_are_taken_once(cache, monkeypatch, tmp_path):
         pq.write_table(pa.table({"are_different": [True] * len(captions), "caption": captions}), sink)
         known = origins.PROMPT_LISTS["pickapic-v2"]
         cache("datasets", known.repo, known.files[name], content=sink.getvalue().to_pybytes())
-    real = benchmarks.__dict__["_file"]
+    real = fetched_prompts.__dict__["_file"]
 
     def file(asked, name, revision):
         found = hub / f"datasets--{asked.benchmark.repo.replace('/', '--')}" / "snapshots" / COMMIT / name
         return found if found.is_file() else real(asked, name, revision)
 
-    monkeypatch.setattr(benchmarks, "_file", file)
+    monkeypatch.setattr(fetched_prompts, "_file", file)
     assert [prompt.text for prompt in listed_prompts("hpdv2-train")] == ["x", "y", "z"]
     found = listed_prompts("pickapic-v2")
     assert [prompt.text for prompt in found] == ["one", "two", "three"] and found[0].categories == ()
@@ -168,17 +168,17 @@ def test_a_list_on_the_web_is_fetched_once_and_must_be_the_known_file(cache, mon
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     with pytest.raises(DataError, match="is not the file that was published"):
         listed_prompts("spo-4k")
-    assert not benchmarks.web_cache("spo-4k").exists()
+    assert not fetched_prompts.web_cache("spo-4k").exists()
     known = origins.PROMPT_LISTS["spo-4k"]
     changed = {**vars(known), "sha256": hashlib.sha256(data).hexdigest()}
     monkeypatch.setitem(origins.PROMPT_LISTS, "spo-4k", origins.PromptList(**changed))
     assert [prompt.text for prompt in listed_prompts("spo-4k")] == ["a cat", "a dog"]
     assert len(listed_prompts("spo-4k")) == 2 and len(asked) == 2
     assert asked[0].startswith("https://raw.githubusercontent.com/RockeyCoss/SPO/") and asked[0].endswith(".json")
-    benchmarks.web_cache("spo-4k").write_bytes(b"other")
+    fetched_prompts.web_cache("spo-4k").write_bytes(b"other")
     with pytest.raises(DataError, match="is damaged: remove it"):
         listed_prompts("spo-4k")
-    benchmarks.web_cache("spo-4k").unlink()
+    fetched_prompts.web_cache("spo-4k").unlink()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(FileNotFoundError, match="give its path as --prompts"):
+    with pytest.raises(FileNotFoundError, match="give its path in place of spo-4k"):
         listed_prompts("spo-4k")

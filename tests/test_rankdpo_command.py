@@ -16,7 +16,7 @@ from PIL import Image
 from test_scripts import LORA, script, weights_of
 
 from diffusion_align import cli
-from diffusion_align.commands import synth_parts
+from diffusion_align.commands.data import synth_chunks
 from diffusion_align.commands.train import items
 from diffusion_align.data import Ranking, read_rankings, write_pairs_parquet, write_rankings_parquet
 from diffusion_align.data.images import encode_png
@@ -264,7 +264,7 @@ def test_bad_options_are_one_line(toys, capsys):
 def test_a_run_is_a_model_that_synth_draws_with_and_its_rankings_train(toys, finished, tmp_path, monkeypatch):
     """Base and tuned model side by side, from the same noise where each is alone; then one step on what came of it."""
     bright = lambda images, prompts: images.mean((1, 2, 3))  # noqa: E731
-    monkeypatch.setattr(synth_parts, "reward_by_name", lambda name, *, device, seed: bright)
+    monkeypatch.setattr(synth_chunks, "reward_by_name", lambda name, *, device, seed: bright)
     (tmp_path / "prompts.txt").write_text("a circle\na square\n")
     words = f"""data synth --prompts {tmp_path / "prompts.txt"} --rewards random --steps 2 --guidance 1 --pictures 2
         --device cpu""".split()
@@ -274,7 +274,7 @@ def test_a_run_is_a_model_that_synth_draws_with_and_its_rankings_train(toys, fin
         assert cli.main([*words, *flags, "--out", str(tmp_path / out)]) == 0
 
     def levels(out):
-        with Image.open(synth_parts.picture_path(tmp_path / out, 0, 0)) as picture:
+        with Image.open(synth_chunks.synth_picture(tmp_path / out, 0, 0)) as picture:
             return np.asarray(picture).astype(int)
 
     # Alone a model draws both pictures of a prompt, so the batches differ, and with them the rounding of a few levels;

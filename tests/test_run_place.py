@@ -10,12 +10,12 @@ import torch
 from diffusion_align import cli
 from diffusion_align.commands import pasted as pasted_module
 from diffusion_align.commands import run_folder
-from diffusion_align.commands.data_inspect import describe
+from diffusion_align.commands.data.inspect import describe
+from diffusion_align.commands.data.summary import summarise_data
 from diffusion_align.commands.pasted import again, pasted
 from diffusion_align.data import write_pairs_parquet
 from diffusion_align.data.images import encode_png
-from diffusion_align.data.recognise import recognise
-from diffusion_align.data.summary import summarise
+from diffusion_align.data.read import recognise
 from diffusion_align.models.hub import asset
 from diffusion_align.options import VERBS, TrainDpo, UsageError, options_of, parse, resolve, to_yaml
 from diffusion_align.options.place import step_named
@@ -208,7 +208,7 @@ def test_the_commands_of_data_inspect_can_be_pasted(tmp_path):
     (folder / "prompts.txt").write_text("a\n")
     for path in (folder / "p.parquet", folder / "prompts.txt"):
         source = recognise(path)
-        lines = [line[11:] for line in describe(source, summarise(source)) if "diffusion-align" in line]
+        lines = [line[11:] for line in describe(source, summarise_data(source)) if "diffusion-align" in line]
         assert len(lines) >= 2
         for line in lines:
             words = shlex.split(line, comments=True)

@@ -12,10 +12,11 @@ from helpers_tiny import make_tiny_folder
 from PIL import Image
 
 from diffusion_align import cli
-from diffusion_align.commands import score, synth, synth_parts
+from diffusion_align.commands import score
+from diffusion_align.commands.data import synth, synth_chunks
+from diffusion_align.commands.data.synth_labels import agreement, relevances, scorer_figures, shuffled_relevance
 from diffusion_align.data import read_pairs, read_rankings
-from diffusion_align.data.labels import agreement, dealt, relevances, scorer_figures
-from diffusion_align.data.layouts import read_bytes
+from diffusion_align.data.raw_rows import read_bytes
 
 PROMPTS = [f"a {size} {colour} circle" for colour in ("red", "blue", "green") for size in ("small", "large")]
 TABLES = ("rankings.parquet", "pairs.parquet", "report.json")
@@ -44,15 +45,15 @@ def use(monkeypatch, **rewards):
         if name not in rewards:
             raise ValueError(f"there is no reward {name}")
 
-    monkeypatch.setattr(synth_parts, "reward_by_name", by_name)
+    monkeypatch.setattr(synth_chunks, "reward_by_name", by_name)
     monkeypatch.setattr(synth, "require_reward", require)
     monkeypatch.setattr("diffusion_align.options.synth.check_reward", lambda name: None)  # it knows real names only
     return calls
 
 
 @pytest.fixture(autouse=True)
-def _small_parts(monkeypatch):
-    monkeypatch.setattr(synth_parts, "PART", 2)
+def _small_chunks(monkeypatch):
+    monkeypatch.setattr(synth_chunks, "PROMPTS_PER_CHUNK", 2)
     use(monkeypatch, bright=bright, reddish=reddish)
 
 
@@ -77,14 +78,14 @@ def argv(toys, out, *more, models=("a",), rewards=("bright", "reddish"), prompts
 @pytest.fixture(scope="module")
 def whole(toys):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synth_parts, "PART", 2)
+        patch.setattr(synth_chunks, "PROMPTS_PER_CHUNK", 2)
         use(patch, bright=bright, reddish=reddish)
         assert cli.main(argv(toys, toys / "whole", models=("a", "b"))) == 0
     return toys / "whole"
 
 
 def levels(out, number, place):
-    return np.asarray(Image.open(synth_parts.picture_path(out, number, place))).astype(int)
+    return np.asarray(Image.open(synth_chunks.synth_picture(out, number, place))).astype(int)
 
 
 def same(left, right):
@@ -108,7 +109,7 @@ def test_rankings_pairs_and_report_by_counting(whole):
         assert np.allclose(ranking.scores, scores, atol=1e-6)
         wins = [sum(row[i] > row[j] for row in scores for j in range(4)) / 6 for i in range(4)]
         assert ranking.relevance == pytest.approx(wins)
-        files = [synth_parts.picture_path(whole, number, place).read_bytes() for place in range(4)]
+        files = [synth_chunks.synth_picture(whole, number, place).read_bytes() for place in range(4)]
         assert [read_bytes(picture) for picture in ranking.pictures] == files
         best, worst = wins.index(max(wins)), wins.index(min(wins))
         assert (read_bytes(pair.winner), read_bytes(pair.loser)) == (files[best], files[worst])
@@ -149,7 +150,7 @@ def test_each_picture_has_its_address(toys, whole, tmp_path):
 
 
 @pytest.mark.parametrize(("what", "when"), [("encode_png", 1), ("encode_png", 8), ("encode_png", 14), ("score", 5)])
-def test_killed_anywhere_it_ends_in_the_same_bytes(toys, whole, tmp_path, monkeypatch, capsys, what, when):
+def test_a_killed_run_goes_on_to_the_same_bytes(toys, whole, tmp_path, monkeypatch, capsys, what, when):
     made = [0]
 
     def fragile(function):
@@ -163,7 +164,7 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(toys, whole, tmp_path, monkey
 
     with monkeypatch.context() as patch:
         if what == "encode_png":
-            patch.setattr(synth_parts, "encode_png", fragile(synth_parts.encode_png))
+            patch.setattr(synth_chunks, "encode_png", fragile(synth_chunks.encode_png))
         else:
             use(patch, bright=fragile(bright), reddish=reddish)
         assert cli.main(argv(toys, tmp_path / "cut", models=("a", "b"))) == 130
@@ -177,28 +178,28 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(toys, whole, tmp_path, monkey
     assert cli.main(argv(toys, tmp_path / "cut", models=("a", "b"))) == 0 and same(tmp_path / "cut", whole)
 
 
-def test_what_is_missing_is_drawn_in_the_batch_it_belongs_to(toys, tmp_path, monkeypatch):
+def test_a_missing_picture_is_drawn_in_its_batch(toys, tmp_path, monkeypatch):
     """For a batch of another composition may round otherwise."""
-    drawn, pictures = [], synth_parts._pictures
+    drawn, pictures = [], synth_chunks._pictures
     monkeypatch.setattr(
-        synth_parts, "_pictures", lambda model, o, batch, bar: (drawn.append(batch), pictures(model, o, batch, bar))[1]
+        synth_chunks, "_pictures", lambda model, o, batch, bar: (drawn.append(batch), pictures(model, o, batch, bar))[1]
     )
     assert cli.main(argv(toys, tmp_path / "out")) == 0
     batches = list(drawn)
     assert [len(batch) for batch in batches] == [3, 3, 2] * 3  # parts of 2 prompts x 4 pictures
     for number, place in ((0, 1), (3, 3)):
-        synth_parts.picture_path(tmp_path / "out", number, place).unlink()
+        synth_chunks.synth_picture(tmp_path / "out", number, place).unlink()
     del drawn[:]
     assert cli.main(argv(toys, tmp_path / "out")) == 0
     assert drawn == [batches[0], batches[5]]
 
 
-def test_shards_make_the_whole(toys, whole, tmp_path, capsys):
+def test_shards_write_the_same_files_as_one_run(toys, whole, tmp_path, capsys):
     for shard in ("2/3", "0/3", "1/3"):
         assert not (tmp_path / "cut" / "report.json").exists()
         assert cli.main(argv(toys, tmp_path / "cut", "--shard", shard, models=("a", "b"))) == 0
         said = capsys.readouterr().out
-        assert (f"shard {shard} is done; when all are" in said) == (shard != "1/3")
+        assert (f"shard {shard} is done; the last shard to finish writes" in said) == (shard != "1/3")
     assert same(tmp_path / "cut", whole)
 
 
@@ -220,7 +221,7 @@ def test_models_may_draw_in_sizes_of_their_own_and_each_picture_is_scored_with_i
         assert ranking.scores[0] == pytest.approx([number + picture.mean() for picture in pictures], abs=1e-6)
 
 
-def test_another_reward_scores_what_is_there(toys, tmp_path, monkeypatch):
+def test_an_added_reward_scores_existing_pictures(toys, tmp_path, monkeypatch):
     calls = use(monkeypatch, bright=bright, dark=lambda images, prompts: -bright(images, prompts))
     assert cli.main(argv(toys, tmp_path / "out", rewards=("bright",))) == 0
     first = read_rankings(tmp_path / "out" / "rankings.parquet")[0]
@@ -328,7 +329,7 @@ def test_a_picture_that_is_damaged_is_named(toys, tmp_path, monkeypatch, capsys)
     with monkeypatch.context() as patch:
         use(patch, bright=lambda images, prompts: 1 / 0)
         cli.main(argv(toys, tmp_path / "out", rewards=("bright",)))
-    path = synth_parts.picture_path(tmp_path / "out", 3, 1)
+    path = synth_chunks.synth_picture(tmp_path / "out", 3, 1)
     data = path.read_bytes()
     path.write_bytes(data[:100])
     assert cli.main(argv(toys, tmp_path / "out")) == 1
@@ -339,7 +340,7 @@ def test_a_picture_that_is_damaged_is_named(toys, tmp_path, monkeypatch, capsys)
 
 def test_a_model_that_diverges_is_named(toys, tmp_path, monkeypatch, capsys):
     nan = lambda model, o, addresses, drawn: torch.full((len(addresses), 3, 8, 8), math.nan)  # noqa: E731
-    monkeypatch.setattr(synth_parts, "_pictures", nan)
+    monkeypatch.setattr(synth_chunks, "_pictures", nan)
     assert cli.main(argv(toys, tmp_path / "out")) == 1
     assert "picture 0 of prompt 0 is not finite" in capsys.readouterr().err
 
@@ -369,15 +370,15 @@ def test_random_labels_are_a_control_beside_the_real_ones(toys, whole, tmp_path,
     assert (out / "random_rankings.parquet").read_bytes() == before
 
 
-def test_dealt_labels_know_nothing_of_the_place():
+def test_shuffled_labels_do_not_depend_on_the_place():
     """Each of 4 relevances lands in each of 4 places equally often: 3/4 of the statistic is a chi-square with 9 degrees
     for permutations; one in a thousand."""
     counts = np.zeros((4, 4))
     for i in range(1000):
-        for place, value in enumerate(dealt([0, 1, 2, 3], 0, f"prompt {i}")):
+        for place, value in enumerate(shuffled_relevance([0, 1, 2, 3], 0, f"prompt {i}")):
             counts[place, value] += 1
     assert 3 / 4 * ((counts - 250) ** 2 / 250).sum() < 27.9
-    assert dealt([0, 1, 2, 3], 0, "p") == dealt([0, 1, 2, 3], 0, "p")
+    assert shuffled_relevance([0, 1, 2, 3], 0, "p") == shuffled_relevance([0, 1, 2, 3], 0, "p")
 
 
 def test_labels_by_hand():

@@ -18,9 +18,10 @@ from stress import files
 from stress.hostile import bombs, cases
 
 from diffusion_align.cli import main
+from diffusion_align.data.bad_rows import BadRow, DataError
 from diffusion_align.data.images import ImageError, decode_image
-from diffusion_align.data.readers import MAX_ROW, BadRow, DataError
-from diffusion_align.data.recognise import recognise, rows
+from diffusion_align.data.read import read_rows, recognise
+from diffusion_align.data.table_rows import MAX_ROW
 from diffusion_align.models.hub import checked
 from diffusion_align.rewards import containers
 from diffusion_align.rewards.weights import read_weights
@@ -47,7 +48,7 @@ def test_a_damaged_row_group_is_named(tmp_path):
     data[column.dictionary_page_offset + column.total_compressed_size - 2] ^= 1
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"pairs.parquet: row group 1 is damaged \(.*CRC"):
-        list(rows(recognise(path)))
+        list(read_rows(recognise(path)))
 
 
 @linux
@@ -237,7 +238,7 @@ def test_names_and_captions_do_not_act_on_the_terminal(tmp_path, capsys):
     sets.append(table(tmp_path / "x.parquet", caption=[HOSTILE], jpg_0=[png(1)], jpg_1=[b""], label_0=[1.0],
                       label_1=[0.0], **{HOSTILE: [1]}))  # fmt: skip
     archive = recognise(sets[1])
-    assert list(rows(archive)) and all(suffix.isprintable() for suffix in archive.unread)
+    assert list(read_rows(archive)) and all(suffix.isprintable() for suffix in archive.unread)
     named = tmp_path / f"{HOSTILE}.jsonl"
     sets.append(lines(named, [good, *bad]))
     for path in sets:
@@ -259,7 +260,7 @@ def test_a_line_without_end_is_not_kept(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"prompt": "a", "chosen": "0.png", "rejected": "1.png"}\n' + b" " * (MAX_ROW + 1))
     with pytest.raises(DataError, match="line 2 is over"):
-        list(rows(recognise(path)))
+        list(read_rows(recognise(path)))
 
 
 TOKEN = "hf_FakeTokenOfATestAbcdefghijkl"

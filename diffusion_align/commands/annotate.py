@@ -15,8 +15,8 @@ from diffusion_align.commands.annotate_session import Session
 from diffusion_align.commands.annotate_tasks import Picture, by_prompt, make_questions, picture_bytes, read_pictures
 from diffusion_align.commands.interrupt import Interruptible
 from diffusion_align.data import write_pairs_parquet
-from diffusion_align.data.readers import DataError
-from diffusion_align.data.shards import write_bytes
+from diffusion_align.data.bad_rows import DataError
+from diffusion_align.data.disk import write_bytes
 from diffusion_align.options import Annotate
 
 CHOICES, PAIRS, RANKINGS = "choices.jsonl", "pairs.parquet", "rankings.jsonl"

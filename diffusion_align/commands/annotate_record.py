@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_align.commands.annotate_tasks import Key, Picture, Question
-from diffusion_align.data.readers import DataError
+from diffusion_align.data.bad_rows import DataError
 
 Row = dict[str, Any]
 CHOICES = ("winner", "ranking", "tie", "skip", "undo")

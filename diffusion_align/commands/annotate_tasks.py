@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_align import rng
+from diffusion_align.data.bad_rows import DataError
+from diffusion_align.data.disk import digest
 from diffusion_align.data.images import ImageError, decode_image
-from diffusion_align.data.readers import DataError, digest, inside
+from diffusion_align.data.raw_rows import inside
 from diffusion_align.system.progress import progress_bar
 
 TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}

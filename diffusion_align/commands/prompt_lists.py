@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusion_align.data.benchmarks import PROMPT_LISTS, fetch, wanted
+from diffusion_align.data.fetched_prompts import fetch_list, requested_list
 from diffusion_align.data.prompts import Prompt, read_list
 from diffusion_align.models.hub import asset
 from diffusion_align.options.names import nearest
-from diffusion_align.origins import SHIPPED
+from diffusion_align.origins import PROMPT_LISTS, SHIPPED
 from diffusion_align.shapes import Caption, parse, sample_captions
 
 HELD_OUT = "held-out"
@@ -42,13 +42,13 @@ def listed_prompts(source: str) -> list[Prompt]:
         return [_in_world(prompt) for prompt in read_list(path)]
     if source in SHIPPED:
         return [_in_world(prompt) for prompt in read_list(asset(SHIPPED[source].file))]
-    asked = wanted(source)
+    asked = requested_list(source)
     if asked is None:
         names = [*SHIPPED, *PROMPT_LISTS]
         match = nearest(source, names)
         cure = f"did you mean {match}?" if match else f"give a file, or one of {', '.join(names)}"
         raise FileNotFoundError(f"prompts {source}: no such file, nor a list of that name; {cure}")
-    prompts, where = fetch(asked)
+    prompts, where = fetch_list(asked)
     print(f"prompts          {source}: {len(prompts):,} from {where}; licence: {asked.benchmark.licence}")
     return prompts
 

@@ -1,19 +1,21 @@
-"""Reading preference data: the layouts people have, strict picture decoding, pairs and rankings, and the cache of
-encodings. What needs torch is imported when it is asked for, so that looking at a folder does not wait for it."""
+"""Preference data: read in the layouts that people have, decoded strictly, encoded once into a cache.
+
+What needs torch is imported when it is used, so that looking at a folder does not wait for torch.
+"""
 
 from typing import TYPE_CHECKING, Any
 
-from diffusion_align.data.layouts import Pair, Ranking
-from diffusion_align.data.pairs import Counts, read_pairs, write_pairs_parquet
-from diffusion_align.data.rankings import read_rankings, write_rankings_parquet
-from diffusion_align.data.readers import DataError
+from diffusion_align.data.bad_rows import Counts, DataError
+from diffusion_align.data.pairs_and_rankings import Pair, Ranking, write_pairs_parquet, write_rankings_parquet
+from diffusion_align.data.read import read_pairs, read_rankings
 
 if TYPE_CHECKING:
-    from diffusion_align.data.cache import PairCache, build_cache
+    from diffusion_align.data.cache import EncodingSettings, PairCache, build_cache
 
 __all__ = [
     "Counts",
     "DataError",
+    "EncodingSettings",
     "Pair",
     "PairCache",
     "Ranking",
@@ -26,7 +28,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("PairCache", "build_cache"):
+    if name in ("EncodingSettings", "PairCache", "build_cache"):
         from diffusion_align.data import cache
 
         return getattr(cache, name)

@@ -1,4 +1,4 @@
-"""The cache of encodings: each picture and each prompt goes through its encoder once, ever.
+"""The cache of encodings: each picture and each prompt is encoded once.
 
     <folder>/<key>/text-00000.safetensors    text [N,L,E] of unique prompts
                    pairs-00000.safetensors   latents [M,C,h,w] of pictures first met in this stretch of pairs
@@ -7,44 +7,50 @@
                    bad_rows.jsonl            the rows left out, with reasons
                    manifest.json             what the cache depends on; written last
 
-Rankings are kept alike, in rankings-00000 and so on, with K pictures in place of two. How good a picture is does not
-stand here: the same picture files under other labels share a cache.
+Rankings have files rankings-00000 and so on, with K pictures in place of two. How good a picture is is not kept: the
+same picture files under other labels have the same cache.
 
-The key names the model, the resolution, the data and the seed, so a changed input gets another folder and an old
-cache is never mistaken for a new one. A shard counts once its JSON is there, which is written after its tensors: an
-interrupted build goes on after the last whole shard. Pictures are recognised by their bytes, whatever file or row
-they come from.
+The key is a digest of the model, the resolution, the data and the seed, so a changed input gets another folder. A shard
+is finished once its JSON exists, which is written after its tensors: an interrupted build goes on after the last
+finished shard. Pictures are recognised by their bytes, whatever their file or row.
 """
 
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusion_align.data.encoding import encode_pictures, encode_texts
-from diffusion_align.data.encoding_job import Encoders, Job, Share, together
-from diffusion_align.data.encoding_names import Names, forget_names, name_rows, read_names
-from diffusion_align.data.layouts import Pair, Ranking
-from diffusion_align.data.pairs import check_bad_fraction, fingerprint
-from diffusion_align.data.readers import BadRow, DataError, digest, jsonl_rows
-from diffusion_align.data.room import bytes_of, require_room
-from diffusion_align.data.shards import Shards, known_shard, write_bytes, write_shard
+from diffusion_align.data import encoding
+from diffusion_align.data.bad_rows import BadRow, DataError, bad_row_lines, require_few_bad
+from diffusion_align.data.disk import digest, require_room, write_bytes
+from diffusion_align.data.pairs_and_rankings import Pair, Ranking, fingerprint
+from diffusion_align.data.shards import (
+    Encoders,
+    EncodingJob,
+    EncodingSettings,
+    Ranks,
+    Shards,
+    finished_shard,
+    write_shard,
+)
+from diffusion_align.data.table_rows import json_lines
 from diffusion_align.system.progress import progress_bar
 
-ALONE = Share()
-FORMAT = 1
+ONE_RANK = Ranks()
+CACHE_FORMAT = 1
 
 
 class PairCache:
     """Encoded pairs, or rankings, on disk, read by index.
 
     Attributes:
-        identity: what the encodings depend on (model, resolution, data, seed, precision).
+        identity: all that the encodings depend on (model, resolution, data, seed, precision).
         kept: [len] places of the pairs in the list that the cache was built from; broken pairs are missing.
         lengths: [len] how many pictures each has: 2, or a ranking's K.
         pictures: how many different pictures were encoded.
@@ -99,109 +105,109 @@ def build_cache(
     model: Encoders,
     pairs: Sequence[Pair] | Sequence[Ranking],
     folder: str | os.PathLike[str],
+    settings: EncodingSettings,
     *,
-    resolution: int,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
     max_bad_fraction: float = 0.01,
     known_bad: Sequence[BadRow] = (),
-    pairs_per_shard: int = 1024,
-    prompts_per_shard: int = 1024,
     progress: bool = True,
-    precision: str = "no",
-    share: Share = ALONE,
+    ranks: Ranks = ONE_RANK,
 ) -> PairCache:
     """Encode pairs, or rankings, to disk, or open what is already there.
 
     The VAE's posterior is sampled once, with noise addressed by (seed, "vae", the picture's number among those that
-    could be read). The same bits come out however many processes share the work.
+    could be read). The files are the same bits for any number of ranks.
 
     Args:
-        dtype: precision on disk; batches are float32 in any case.
-        precision: what the encoders compute in, as part of the key: "no" is float32. The caller opens the autocast.
-        share: with several processes, which this one is; each calls this function.
-        max_bad_fraction: stop once more than this part of the rows (pairs and `known_bad`) is broken.
+        max_bad_fraction: stop once more than this fraction of the rows (pairs and `known_bad`) is broken.
         known_bad: rows that the reader left out (`Counts.bad_rows`), so that they are counted and listed too.
+        ranks: with several processes, which this one is; each calls this function.
 
     Raises:
-        DataError: too many broken pictures, no pair left, encodings that are not finite, a damaged finished shard, a
-            picture that has changed on the way, or less room on the disk than the encodings will take.
+        DataError: too many broken pictures, no pair left, a damaged shard, or a picture that has changed meanwhile.
+        NotFinite: encodings that are not finite.
+        NoRoom: the disk has less room than the encodings will take.
     """
     if not pairs:
         raise DataError("there are no pairs to encode")
-    identity = {
-        "format": FORMAT,
-        "model": model.fingerprint(),
-        "resolution": resolution,
-        "data": fingerprint(pairs),
-        "seed": seed,
-        "dtype": str(dtype).removeprefix("torch."),
-        "shards": [pairs_per_shard, prompts_per_shard],
-        **({} if precision == "no" else {"precision": precision}),
-    }
+    identity = _identity(model, pairs, settings)
     home = Path(folder) / digest(json.dumps(identity, sort_keys=True).encode())[:16]
-    # All must find it, or all build: a network disk may show it to some first.
-    if not share.meet(not (home / "manifest.json").is_file()):
-        # The ceiling is this run's, not that of the run which built the cache.
-        bad = [BadRow(row["row"], row["reason"]) for _, row in jsonl_rows(home / "bad_rows.jsonl")]
-        check_bad_fraction(str(home / "bad_rows.jsonl"), bad, len(pairs) + len(known_bad), max_bad_fraction)
-        _encode_dropped(model, home, share, dtype)
-        share.meet(0)
-        return PairCache(home)
-    home.mkdir(parents=True, exist_ok=True)
-    job = Job(model, pairs, home, share, resolution, seed, dtype, (pairs_per_shard, prompts_per_shard))
-    require_room(home, bytes_of(pairs, len(job.prompts), model.latent_shape(resolution), model.empty_text, dtype))
-    _encode_dropped(model, home, share, dtype)
-    rows = len(pairs) + len(known_bad)
-    # Each for itself until all is known; the file of another process may be half as long.
-    so_far = home / ("bad_rows.jsonl" if share.rank == 0 else f"bad_rows-{share.rank}.jsonl")
-
-    def check(bad: list[BadRow], path: Path = so_far) -> None:
-        _list_bad_rows(path, [*known_bad, *bad], rows, max_bad_fraction)
-
-    with _progress("encode prompts", len(job.prompts), "prompt", progress) as reach:
-        together(share, *encode_texts(job), reach)
-    with _progress(f"read {job.kind}s", len(pairs), job.kind, progress) as reach:
-        together(share, *read_names(job), reach)
-    names = Names.read(job)
-    with _progress(f"encode {job.kind}s", len(pairs), job.kind, progress) as reach:
-        together(share, *encode_pictures(job, names, check), reach)
-    if share.rank == 0:
-        kept, bad = 0, list(known_bad)
-        for good, broken in name_rows(job, names):
-            kept += len(good)
-            bad += broken
-        _list_bad_rows(home / "bad_rows.jsonl", bad, rows, max_bad_fraction)
-        if not kept:
-            good = "two" if job.kind == "pair" else "all its"
-            raise DataError(f"{home / 'bad_rows.jsonl'}: no {job.kind} has {good} good pictures")
-        manifest = {"identity": identity, "bad": len(bad), "pair_shards": [job.name(i) for i in job.list_shards]}
-        write_bytes(home / "manifest.json", json.dumps(manifest, indent=1).encode())
-        forget_names(job)
+    job = EncodingJob(model, pairs, home, settings, ranks)
+    # All ranks must find it, or all build it: a network disk may show it to some first.
+    missing = ranks.total(not (home / "manifest.json").is_file())
+    if missing:
+        home.mkdir(parents=True, exist_ok=True)
+        require_room(home, job.size())
     else:
-        so_far.unlink(missing_ok=True)
-    share.meet(0)
+        # The ceiling is that of this run, not of the run that built the cache.
+        bad = [BadRow(row["row"], row["reason"]) for _, row in json_lines(home / "bad_rows.jsonl")]
+        require_few_bad(str(home / "bad_rows.jsonl"), bad, len(pairs) + len(known_bad), max_bad_fraction)
+    # What a dropped caption becomes. It has a file of its own: older caches have SDXL's zeros in their "empty".
+    if ranks.rank == 0 and finished_shard(home, "dropped") is None:
+        write_shard(home, "dropped", model.encode_text([""]).to(settings.dtype), {})
+    if missing:
+        _encode(job, identity, known_bad, max_bad_fraction, progress)
+    ranks.total(0)
     return PairCache(home)
 
 
-def _encode_dropped(model: Encoders, home: Path, share: Share, dtype: torch.dtype) -> None:
-    """What a dropped caption becomes. It has a name of its own: older caches have SDXL's zeros in their "empty"."""
-    if share.rank == 0 and known_shard(home, "dropped") is None:
-        write_shard(home, "dropped", model.encode_text([""]).to(dtype), {})
+def _identity(model: Encoders, pairs: Sequence[Pair] | Sequence[Ranking], settings: EncodingSettings) -> dict[str, Any]:
+    return {
+        "format": CACHE_FORMAT,
+        "model": model.fingerprint(),
+        "resolution": settings.resolution,
+        "data": fingerprint(pairs),
+        "seed": settings.seed,
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "shards": [settings.pairs_per_shard, settings.prompts_per_shard],
+        # Not in every key: caches that were built before there was such a setting must be found.
+        **({} if settings.precision == "no" else {"precision": settings.precision}),
+    }
+
+
+def _encode(
+    job: EncodingJob, identity: dict[str, Any], known_bad: Sequence[BadRow], max_bad_fraction: float, progress: bool
+) -> None:
+    """All passes of `encoding`, and then, on rank 0, the list of bad rows and the manifest."""
+
+    def list_bad(path: Path, bad: list[BadRow]) -> None:
+        every = [*known_bad, *bad]
+        write_bytes(path, bad_row_lines(every).encode())
+        require_few_bad(str(path), every, len(job.lists) + len(known_bad), max_bad_fraction)
+
+    texts = {shard: len(job.texts(shard)) for shard in job.mine(job.text_shards)}
+    lists = {shard: len(job.rows(shard)) for shard in job.mine(job.list_shards)}
+    with _progress("encode prompts", len(job.prompts), "prompt", progress) as report:
+        encoding.run_pass(job, texts, partial(encoding.encode_prompts, job), report)
+    with _progress(f"read {job.kind}s", len(job.lists), job.kind, progress) as report:
+        encoding.run_pass(job, lists, partial(encoding.write_digests, job), report)
+    numbers = encoding.PictureNumbers.read(job)
+    # Until the end each rank lists the bad rows that it knows of.
+    rank, listed = job.ranks.rank, job.home / "bad_rows.jsonl"
+    own = job.home / f"bad_rows-{rank}.jsonl" if rank else listed
+    with _progress(f"encode {job.kind}s", len(job.lists), job.kind, progress) as report:
+        encoding.run_pass(job, lists, encoding.picture_pass(job, numbers, partial(list_bad, own)), report)
+    if rank:
+        own.unlink(missing_ok=True)
+        return
+    kept, bad = 0, []
+    for good, broken in encoding.list_pictures(job, numbers):
+        kept += len(good)
+        bad += broken
+    list_bad(listed, bad)
+    if not kept:
+        raise DataError(f"{listed}: no {job.kind} has {'two' if job.kind == 'pair' else 'all its'} good pictures")
+    shards = [job.name(shard) for shard in job.list_shards]
+    manifest = {"identity": identity, "bad": len(known_bad) + len(bad), "pair_shards": shards}
+    write_bytes(job.home / "manifest.json", json.dumps(manifest, indent=1).encode())
+    encoding.forget_digests(job)
 
 
 @contextmanager
 def _progress(what: str, total: int, unit: str, show: bool) -> Iterator[Callable[[int], object]]:
-    """A progress bar on stderr as a function of how many are done, by all processes."""
+    """A progress bar on stderr as a function of how many items all ranks have done."""
     if not show:
         # Not even a disabled bar: tqdm's lock is shared with forked processes, and one killed with it blocks all.
         yield lambda done: None
         return
     with progress_bar(total=total, desc=what, unit=unit) as bar:
         yield lambda done: bar.update(done - bar.n)
-
-
-def _list_bad_rows(path: Path, bad: Sequence[BadRow], rows: int, max_bad_fraction: float) -> None:
-    lines = [json.dumps({"row": row.row, "reason": row.reason}) + "\n" for row in bad]
-    write_bytes(path, "".join(lines).encode())
-    check_bad_fraction(str(path), bad, rows, max_bad_fraction)

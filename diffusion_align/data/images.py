@@ -1,8 +1,8 @@
-"""Pictures from files that nobody vouches for.
+"""Strict decoding of pictures from untrusted files.
 
-Decoding is strict: a picture is either decoded whole or refused with a reason. The header is checked before any pixel
-is decoded, and with it what else makes a small file dear: its packed texts, scans, tiles and pixels a byte. So a small
-file cannot ask for gigabytes, and a truncated file never turns into a half-grey training picture.
+A picture is decoded completely or refused with a reason. The header is checked before any pixel is decoded, and so are
+packed texts, scans, tiles and pixels a byte, so a small file cannot ask for gigabytes, and a truncated file never
+becomes a half-grey training picture.
 """
 
 import io
@@ -14,18 +14,18 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 from torch import Tensor
 
-# An allow-list: Pillow also knows formats that start other programs (EPS) or that nobody trains on.
+# Pillow also reads formats that start other programs (EPS) or that nobody trains on.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
 # Below the 89.5 million at which Pillow itself starts to warn.
 MAX_PIXELS = 80_000_000
 MIN_SIDE = 8
 # A flat PNG has about 340 pixels a byte, a photograph under 60; small flat pictures are no danger.
 _LARGE, _PIXELS_A_BYTE = 16_000_000, 250
-# Each text that a PNG packs may unfold to 1 MiB; people's files have a few.
+# Each packed text of a PNG may unpack to 1 MiB; usual files have a few.
 _PACKED_TEXTS = 16
-# A progressive JPEG goes over all its pixels in every scan, of which a megabyte holds ten thousand; usual are 10.
+# A progressive JPEG decodes all its pixels in every scan; a megabyte may hold ten thousand scans, usual are 10.
 _SCANNED = 2_000_000_000
-# TIFF decodes whole tiles, whose size is written apart from the picture's.
+# TIFF decodes complete tiles, whose size does not depend on the picture's.
 _TILE = 4_194_304
 
 
@@ -40,7 +40,7 @@ def decode_image(data: bytes) -> Image.Image:
 
     Raises:
         ImageError: empty, not a picture, truncated, more than MAX_PIXELS, or a side under MIN_SIDE pixels.
-        RuntimeError: something in this process has asked Pillow to accept truncated files.
+        RuntimeError: Pillow has been told in this process to accept truncated files.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise RuntimeError(
@@ -76,14 +76,14 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _check_texts(data: bytes) -> None:
-    """Before the file is opened, for then they are unfolded."""
+    """Before the file is opened, because Pillow unpacks them then."""
     texts = data.count(b"zTXt") + data.count(b"iTXt") if data.startswith(b"\x89PNG") else 0
     if texts > _PACKED_TEXTS:
         raise ImageError(f"has {texts:,} packed texts (the limit is {_PACKED_TEXTS}); save it without metadata")
 
 
 def _check_cost(image: ImageFile.ImageFile, data: bytes) -> None:
-    """What the decoder would do for so few bytes, by the header."""
+    """Refuse a picture whose header asks for too much work for so few bytes."""
     pixels = image.width * image.height
     if pixels > _LARGE and pixels > _PIXELS_A_BYTE * len(data):
         raise ImageError(f"has {pixels:,} pixels in {len(data):,} bytes, which no photograph or drawing has")

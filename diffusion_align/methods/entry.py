@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from diffusion_align.data import PairCache
-    from diffusion_align.data.readers import BadRow
+    from diffusion_align.data.bad_rows import BadRow
     from diffusion_align.methods.shared.noising import Networks
     from diffusion_align.models import TextToImage
     from diffusion_align.rewards import Reward

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion_align.data import Ranking
 from diffusion_align.data.cache import PairCache
-from diffusion_align.data.readers import digest
+from diffusion_align.data.disk import digest
 from diffusion_align.methods.entry import About, Entry, Length, Opened, Started
 from diffusion_align.methods.shared.metrics import quantiles
 from diffusion_align.methods.shared.noising import (

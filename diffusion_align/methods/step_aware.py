@@ -18,7 +18,8 @@ from torch import Tensor
 
 from diffusion_align import rng
 from diffusion_align.data import Pair
-from diffusion_align.data.readers import BadRow, digest
+from diffusion_align.data.bad_rows import BadRow
+from diffusion_align.data.disk import digest
 from diffusion_align.methods.entry import About, Entry, Length, Opened, Started, Trained
 from diffusion_align.methods.shared.plan import length_of, require_accumulation
 from diffusion_align.methods.shared.preferences import TIMESTEPS, PreferencePairs, accuracy_by_noise, preference_method

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from .names import UsageError
 from .schema import option
 
-PATH = "a file or folder in any layout of docs/data.md, which is recognised"
+PATH = "a file or folder in any layout of docs/data.md, recognised without a flag"
 SPLIT = "split to read, where files are named by it (train-00000.parquet, test.json)"
-MAX_BAD = "share of broken rows that is left out and listed; with more the command fails"
+MAX_BAD = "fraction of rows that may be broken; broken rows are left out and listed, and with more the command fails"
 
 
 @dataclass(frozen=True)
 class DataInspect:
     # fmt: off
     path: str | None = option(None, "data", PATH, path="in", one_of="source")
-    dataset_name: str | None = option(None, "data", "in place of a path: tiny, or a data set on the hub, which is fetched as a training would", path="name", one_of="source")
+    dataset_name: str | None = option(None, "data", "instead of a path: tiny, or a data set on the hub, fetched as a training would", path="name", one_of="source")
     split: str = option("train", "data", SPLIT, aliases=("dataset_split_name",))
     # fmt: on
 
@@ -44,12 +44,12 @@ class DataConvert:
 
     out: str | None = option(None, "output", "folder for the shards", aliases=("output_dir",), path="folder")
     to: str = option("rankings", "output", "rankings: all pictures of a row together; pairs: a row for every two of which one is preferred", choices=("rankings", "pairs"))
-    rows_per_shard: int = option(4096, "output", "rows of the source in each file; what a killed conversion loses at most", at_least=1)
+    rows_per_shard: int = option(4096, "output", "rows of the source in each file; a killed conversion loses at most one file", at_least=1)
     # fmt: on
 
 
 def check_data(options: DataInspect | DataCheck | DataConvert) -> None:
-    """What no single option can know.
+    """Check the options together.
 
     Raises:
         UsageError: no path, or nowhere to convert to.

@@ -21,7 +21,7 @@ class Synth:
     pictures: int = option(4, "data", "pictures of each prompt, over all models, which take turns", aliases=("num_images_per_prompt",), at_least=2)
 
     rewards: tuple[str, ...] = option((), "reward", "scorer: a name of `diffusion-align reward ls`, or one of its forms; may be repeated", aliases=("reward",), path="reward")
-    random_labels: bool = option(False, "reward", "a control: the relevances of each prompt's pictures are dealt out at random; files are named random_*")
+    random_labels: bool = option(False, "reward", "a control: the relevances of each prompt's pictures are shuffled; files are named random_*")
 
     steps: int = option(25, "sampler", "steps", aliases=("num_inference_steps",), at_least=1)
     guidance: float = option(7.5, "sampler", "classifier-free guidance; 1 is none", aliases=("guidance_scale",), at_least=0)
@@ -29,10 +29,10 @@ class Synth:
     solver: str = option("dpmpp", "sampler", "DPM-Solver++ or DDIM", choices=("dpmpp", "ddim"))
     order: int = option(2, "sampler", "order of DPM-Solver++", at_least=1, at_most=3)
     eta: float = option(0.0, "sampler", "0: deterministic, 1: the stochastic solver", at_least=0)
-    spacing: str = option("trailing", "sampler", "where the steps lie", choices=("trailing", "leading", "linspace", "karras", "lu", "exponential", "ays"))
+    spacing: str = option("trailing", "sampler", "spacing of the steps", choices=("trailing", "leading", "linspace", "karras", "lu", "exponential", "ays"))
     resolution: int | None = option(None, "sampler", "side of the pictures in pixels (default: each model's own)", at_least=8)
 
-    shard: str | None = option(None, "machine", "K/N: draw and score a share of the prompts, K from 0 to N - 1; all shards write into one folder, and the last one to end writes the tables", saved=False)
+    shard: str | None = option(None, "machine", "K/N: draw and score every N-th chunk of prompts, K from 0 to N - 1; all shards write into one folder, and the last to finish writes the tables", saved=False)
     batch_size: int = option(16, "machine", "pictures at a time", at_least=1)
     device: str | None = option(None, "machine", DEVICE, fault=device_fault)
     threads: int | None = option(None, "machine", "CPU threads (default: OMP_NUM_THREADS, else one for each core that other programs leave free)", at_least=1)
@@ -42,7 +42,7 @@ class Synth:
 
 
 def check_synth(options: Synth) -> None:
-    """What no single option can know.
+    """Check the options together.
 
     Raises:
         UsageError: no models, prompts or rewards, or options that contradict each other.

@@ -30,7 +30,7 @@ VERBS = {
             DataInspect,
             check_data,
             "What a file or folder of data holds, how it is read, and what it is good for.",
-            run="data_inspect:data_inspect",
+            run="data.inspect:data_inspect",
             positional="path",
         ),
         Verb(
@@ -38,7 +38,7 @@ VERBS = {
             DataCheck,
             check_data,
             "Read everything that a training would, every picture whole, and list what is broken.",
-            run="data_check:data_check",
+            run="data.check:data_check",
             positional="path",
         ),
         Verb(
@@ -46,7 +46,7 @@ VERBS = {
             DataConvert,
             check_data,
             "Any layout as this project's own: parquet shards with pictures and preferences.",
-            run="data_convert:data_convert",
+            run="data.convert:data_convert",
             positional="path",
         ),
         Verb(
@@ -54,8 +54,8 @@ VERBS = {
             Synth,
             check_synth,
             "Draw pictures and let rewards rank them: rankings and pairs to train on.",
-            run="synth:synth",
-            plan="synth:dry_run",
+            run="data.synth:synth",
+            plan="data.synth:dry_run",
         ),
         Verb(
             "reward score",

@@ -9,8 +9,9 @@ import pytest
 
 from diffusion_align import cli
 from diffusion_align.commands.prompt_lists import by_category, evaluation_prompts, listed_prompts
-from diffusion_align.data.benchmarks import BENCHMARKS, fetch, wanted
-from diffusion_align.data.readers import DataError
+from diffusion_align.data.bad_rows import DataError
+from diffusion_align.data.fetched_prompts import fetch_list, requested_list
+from diffusion_align.origins import BENCHMARKS
 
 COMMIT, OLDER = "fd163b223b6faf112eccafeabe2e31a0e950f177", "0" * 39 + "1"
 REAL = huggingface_hub.hf_hub_download
@@ -91,7 +92,7 @@ def test_a_list_by_name_has_its_prompts_its_origin_and_its_licence(hub, capsys, 
     assert all(options["repo_type"] == "dataset" for *_, options in hub)
 
 
-def test_categories_are_what_the_report_breaks_figures_down_by(hub):
+def test_categories_of_prompts(hub):
     assert {key: len(places) for key, places in by_category(listed_prompts("hpdv2")).items()} == {
         f"style: {style}": 3 for style in ("anime", "concept-art", "paintings", "photo")
     }
@@ -116,9 +117,9 @@ def test_a_category_alone_and_a_revision(hub):
 
 def test_all_files_of_a_list_are_of_one_commit(hub):
     """The hub's main may move between two downloads."""
-    asked = wanted("hpdv2")
+    asked = requested_list("hpdv2")
     assert asked is not None
-    fetch(asked)
+    fetch_list(asked)
     assert [options["revision"] for *_, options in hub] == [None, COMMIT, COMMIT, COMMIT]
 
 
@@ -135,7 +136,7 @@ def test_offline_and_not_cached_is_one_line_with_the_command_that_fetches(tmp_pa
     assert "with HF_HUB_OFFLINE unset" in said and "\n" not in said
 
 
-def test_the_command_line_says_it_too(tmp_path, monkeypatch, capsys):
+def test_the_command_line_prints_the_same_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *a, **o: REAL(*a, cache_dir=tmp_path, **o))
     assert cli.main(["sample", "--model", "tiny", "--prompts", "dpg-bench", "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
@@ -143,7 +144,7 @@ def test_the_command_line_says_it_too(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_names_that_are_none(tmp_path):
+def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(DataError, match="hpdv2 has no category photos; it has anime, concept-art, paintings, photo"):
         listed_prompts("hpdv2/photos")
     with pytest.raises(DataError, match="drawbench has no category x; it has none"):
@@ -152,10 +153,10 @@ def test_names_that_are_none(tmp_path):
         listed_prompts("drawbnch")
     with pytest.raises(FileNotFoundError, match="give a file, or one of parti, geneval, animals, hpdv2"):
         listed_prompts(str(tmp_path / "absent.txt"))
-    assert wanted("owner/name") is None and wanted("hpdv2/../../x") is None
+    assert requested_list("owner/name") is None and requested_list("hpdv2/../../x") is None
 
 
-def test_a_file_of_that_name_is_the_file(tmp_path, monkeypatch, hub):
+def test_an_existing_file_goes_before_a_list_of_its_name(tmp_path, monkeypatch, hub):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hpdv2").mkdir()
     (tmp_path / "hpdv2" / "1.txt").write_text("mine")

@@ -12,11 +12,11 @@ import torch
 from helpers_cache import SHAPE, SIZE, FakeModel, build, make_pairs, mean, picture
 
 from diffusion_align import rng
+from diffusion_align.data.bad_rows import BadRow, DataError
 from diffusion_align.data.cache import PairCache
+from diffusion_align.data.disk import require_room
 from diffusion_align.data.images import load_picture
-from diffusion_align.data.pairs import Pair
-from diffusion_align.data.readers import BadRow, DataError
-from diffusion_align.data.room import require_room
+from diffusion_align.data.pairs_and_rankings import Pair, Ranking
 from diffusion_align.system import progress
 
 
@@ -46,7 +46,7 @@ def test_the_posterior_is_sampled_once_with_noise_by_picture_index(tmp_path):
             assert torch.allclose(latent, clean + rng.normal(SHAPE, 5, "vae", order.index(data)) / 100, atol=1e-6)
 
 
-def test_each_picture_and_prompt_is_encoded_once_ever(tmp_path):
+def test_each_picture_and_prompt_is_encoded_once(tmp_path):
     pairs, model = make_pairs(), FakeModel()
     cache = build(tmp_path, pairs, model)
     different = len({pair.winner for pair in pairs} | {pair.loser for pair in pairs})
@@ -100,6 +100,21 @@ def test_killed_builds_end_in_the_same_cache(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("lists", "options", "key"),
+    [
+        (make_pairs(), {}, "1353d3fffd7514a2"),
+        (make_pairs(), {"seed": 3, "precision": "bf16"}, "d34d6c46d45bed94"),
+        ([Ranking(str(i), "p", tuple(map(picture, range(i, i + 3))), (1.0, 0.5, 0.0)) for i in range(3)],
+         {"dtype": torch.float16}, "b3a7731ec5e22894"),
+    ],
+    ids=["pairs", "seed and precision", "rankings in half precision"],
+)  # fmt: skip
+def test_the_key_of_a_cache_never_changes(tmp_path, lists, options, key):
+    """Another key would encode every data set again. These were computed by an earlier version."""
+    assert build(tmp_path, lists, **options).folder.name == key
+
+
+@pytest.mark.parametrize(
     "change", ["model", "resolution", "data", "seed", "dtype"], ids=["model", "resolution", "data", "seed", "dtype"]
 )
 def test_a_changed_input_is_another_cache(tmp_path, change):
@@ -143,7 +158,7 @@ def test_too_many_broken_pictures_stop_the_build(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_nothing_left(tmp_path):
+def test_no_good_pair_is_refused(tmp_path):
     with pytest.raises(DataError, match="no pairs to encode"):
         build(tmp_path, [])
     with pytest.raises(DataError, match="no pair has two good pictures"):
@@ -204,13 +219,13 @@ def on_a_disk_with(monkeypatch, free, total=10**12):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=total, used=0, free=free))
 
 
-def test_a_disk_without_room_is_told_before_anything_is_encoded(tmp_path, monkeypatch):
+def test_too_small_a_disk_is_refused_before_encoding(tmp_path, monkeypatch):
     """30 different pictures of 4 x 4 x 4 float32, 7 prompts and the empty one of 3 x 2: 7,872 bytes."""
     pairs, model, size = make_pairs(), FakeModel(), (30 * 64 + 8 * 6) * 4
     assert len({picture for pair in pairs for picture in pair.pictures}) == 30
     on_a_disk_with(monkeypatch, free=size - 1)
     with pytest.raises(
-        DataError, match=r"encoding takes up to 7\.87e-06 GB, and the disk has 7\.87e-06 GB.*--cache_dir"
+        DataError, match=r"encoding takes up to 7\.87e-06 GB, and the disk has 7\.87e-06 GB.*delete caches"
     ):
         build(tmp_path, pairs, model)
     assert not model.pictures and not model.prompts and not list(tmp_path.rglob("*.safetensors"))
@@ -227,7 +242,7 @@ def test_half_precision_needs_half_the_room(tmp_path, monkeypatch):
         build(tmp_path, make_pairs())
 
 
-def test_what_an_interrupted_build_has_written_needs_no_room_again(tmp_path, monkeypatch):
+def test_finished_shards_need_no_more_room(tmp_path, monkeypatch):
     pairs = make_pairs()
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, pairs, FakeModel(fail_at=20))
@@ -236,12 +251,12 @@ def test_what_an_interrupted_build_has_written_needs_no_room_again(tmp_path, mon
     assert len(build(tmp_path, pairs)) == 40
 
 
-def test_a_disk_that_tells_nothing_is_trusted(tmp_path, monkeypatch):
+def test_a_disk_that_reports_no_size_is_accepted(tmp_path, monkeypatch):
     on_a_disk_with(monkeypatch, free=0, total=0)
     assert len(build(tmp_path, make_pairs())) == 40
 
 
-def test_a_shard_that_another_rank_renames_meanwhile_counts_nothing(tmp_path):
+def test_a_file_that_is_gone_counts_as_empty(tmp_path):
     """A link to nowhere is listed, and cannot be asked for its size: so is a file that has gone since."""
     (tmp_path / ".tmp-dropped.safetensors").symlink_to(tmp_path / "gone")
     (tmp_path / "text-00000.safetensors").write_bytes(b"x" * 10)

@@ -13,14 +13,14 @@ from helpers_data import STRUCT, dump, lines, pictures, png, structs, table, tar
 from transformers import CLIPTokenizer
 
 from diffusion_align.cli import main
-from diffusion_align.commands import data_check
-from diffusion_align.data import convert as converting
+from diffusion_align.commands.data import check
+from diffusion_align.commands.data import convert as converting
+from diffusion_align.commands.data.summary import summarise_data
 from diffusion_align.data import read_pairs, read_rankings
-from diffusion_align.data.layouts import read_bytes
-from diffusion_align.data.readers import DataError
-from diffusion_align.data.recognise import recognise, rows
-from diffusion_align.data.rows import Row
-from diffusion_align.data.summary import summarise
+from diffusion_align.data.bad_rows import DataError
+from diffusion_align.data.pairs_and_rankings import DataRow
+from diffusion_align.data.raw_rows import read_bytes
+from diffusion_align.data.read import read_rows, recognise
 from diffusion_align.models.hub import asset
 from diffusion_align.models.token_limit import tokenizers_in
 from diffusion_align.system import progress
@@ -59,7 +59,7 @@ def meaning(path):
 
 
 def own(path):
-    return [row for row in rows(recognise(path)) if isinstance(row, Row)]
+    return [row for row in read_rows(recognise(path)) if isinstance(row, DataRow)]
 
 
 @pytest.mark.parametrize("to", ["pairs", "rankings"])
@@ -106,7 +106,7 @@ def test_a_killed_conversion_goes_on_and_ends_the_same(tmp_path, capsys):
     out = tmp_path / "killed"
     program = """
 import os, signal, sys, threading
-from diffusion_align.data import convert as c
+from diffusion_align.commands.data import convert as c
 from diffusion_align.cli import main
 write, started, when = c._write, [], sys.argv.pop(1)
 def counted(*a):
@@ -146,7 +146,7 @@ sys.exit(main(sys.argv[1:]))
     assert len((out / "bad_rows.jsonl").read_text().splitlines()) == 8
 
 
-def test_what_cannot_be_read_is_listed_and_the_ceiling_holds(tmp_path, capsys):
+def test_unreadable_rows_are_listed_and_limited(tmp_path, capsys):
     path = rapidata(tmp_path / "x.parquet", 20, broken=(3, 8))
     assert convert(path, tmp_path / "out", "--max_bad_fraction", "0.05") == 1
     assert "2 of 20 rows are broken" in capsys.readouterr().err
@@ -156,10 +156,10 @@ def test_what_cannot_be_read_is_listed_and_the_ceiling_holds(tmp_path, capsys):
     listed = [json.loads(line) for line in (tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()]
     assert [row["row"] for row in listed] == ["x.parquet:3", "x.parquet:8"]
     assert "image1 holds no picture bytes" in listed[0]["reason"]
-    assert summarise(recognise(tmp_path / "out")).rows == 20 - 2 - 4
+    assert summarise_data(recognise(tmp_path / "out")).rows == 20 - 2 - 4
 
 
-def test_another_conversion_is_not_mixed_in(tmp_path, capsys):
+def test_another_conversion_is_refused(tmp_path, capsys):
     path = rapidata(tmp_path / "x.parquet")
     assert convert(path, tmp_path / "out") == 0
     assert convert(path, tmp_path / "out", "--to", "pairs") == 1
@@ -177,7 +177,7 @@ def test_another_conversion_is_not_mixed_in(tmp_path, capsys):
     assert main(["data", "convert", str(path)]) == main(["data", "convert"]) == main(["data", "check"]) == 2
 
 
-def test_row_groups_are_cut_by_their_bytes(tmp_path, monkeypatch):
+def test_row_groups_end_by_their_bytes(tmp_path, monkeypatch):
     """What is in memory is a row group, whatever the length of a shard: with 200 bytes a group, two pairs of 69 fit."""
     monkeypatch.setattr(converting, "_GROUP", 200)
     alive, most = 0, 0
@@ -253,7 +253,7 @@ def test_check_counts_the_captions_that_the_text_encoder_cuts(tmp_path, capsys, 
         (f"{i}{end}", data) for i, text in enumerate(texts) for end, data in ((".png", png(i)), (".txt", text.encode()))
     ]
     path = tar(tmp_path / "x.tar", members)
-    monkeypatch.setattr(data_check, "_CHUNK", 2)
+    monkeypatch.setattr(check, "_CAPTIONS_AT_A_TIME", 2)
     words = ["data", "check", str(path), f"--bad_rows={tmp_path / 'bad.jsonl'}"]
     assert main(words) == 0 and "captions  " not in capsys.readouterr().out
     assert main([*words, "--model", "tiny"]) == 0
@@ -275,7 +275,7 @@ def test_an_interrupted_conversion_says_how_to_go_on(tmp_path, capsys, monkeypat
             raise KeyboardInterrupt
         real(source, target)
 
-    monkeypatch.setattr(converting.os, "replace", replace)
+    monkeypatch.setattr(os, "replace", replace)
     assert convert(path, tmp_path / "out", "--rows_per_shard", "5") == 130
     assert "what is finished stays in" in capsys.readouterr().err
     monkeypatch.undo()

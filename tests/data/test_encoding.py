@@ -1,50 +1,52 @@
 """Encoding shared out over processes: the same bits as by one, a little at a time, resumed, and nobody lost unnamed."""
 
 import os
+import shutil
 import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers_cache import SIZE, FakeModel, build, make_pairs, picture
+from helpers_cache import SHAPE, SIZE, FakeModel, build, make_pairs, picture
 from stress.jobs import launch
 
 from diffusion_align.commands.train import encode
 from diffusion_align.data import Ranking
-from diffusion_align.data.encoding_job import CHUNK, Share
-from diffusion_align.data.pairs import Pair
-from diffusion_align.data.readers import BadRow, DataError
+from diffusion_align.data.bad_rows import BadRow, DataError
+from diffusion_align.data.encoding import LISTS_AT_A_TIME
+from diffusion_align.data.pairs_and_rankings import Pair
+from diffusion_align.data.shards import Ranks
 from diffusion_align.train.processes import watch
 from diffusion_align.train.processes.agree import total
 
 
 class Meeting:
-    """Threads that meet as processes do: each says a number, and gets the sum."""
+    """Threads that meet as processes do: each gives a number and gets the sum."""
 
     def __init__(self, count):
-        self.said, self.barrier = [0] * count, threading.Barrier(count)
+        self.numbers, self.barrier = [0] * count, threading.Barrier(count)
 
-    def of(self, rank, heard=lambda: None):
+    def of(self, rank, after_meeting=lambda: None):
         def meet(number):
-            self.said[rank] = int(number)
+            self.numbers[rank] = int(number)
             self.barrier.wait(30)
-            result = sum(self.said)
+            result = sum(self.numbers)
             self.barrier.wait(30)
-            heard()
+            after_meeting()
             return result
 
         return meet
 
 
-def build_together(folder, pairs, models, heard=lambda rank: None, **options):
+def build_together(folder, pairs, models, after_meeting=lambda rank: None, **options):
     """The caches of all ranks, or the error of each."""
     meeting, found = Meeting(len(models)), [None] * len(models)
 
     def work(rank):
-        share = Share(rank, len(models), meeting.of(rank, lambda: heard(rank)))
+        ranks = Ranks(rank, len(models), meeting.of(rank, lambda: after_meeting(rank)))
         try:
-            found[rank] = build(folder, pairs, models[rank], share=share, **options)
+            found[rank] = build(folder, pairs, models[rank], ranks=ranks, **options)
         except BaseException as error:  # the others must not wait for it, as they would not for a process that is gone
             found[rank] = error
             meeting.barrier.abort()
@@ -86,23 +88,24 @@ def test_any_number_of_processes_makes_the_same_files(tmp_path, ranks):
     assert sorted(sum((model.prompts for model in models), [])) == sorted(whole.prompts)
 
 
-def test_nobody_works_for_long_before_all_meet(tmp_path):
+def test_ranks_meet_after_each_chunk(tmp_path):
     """One shard, so one process has all the work: the other meets it after every 16 rankings of 3."""
     rankings = [
-        Ranking(str(i), "p", tuple(picture(3 * i + k) for k in range(3)), (1.0, 0.5, 0.0)) for i in range(4 * CHUNK)
+        Ranking(str(i), "p", tuple(picture(3 * i + k) for k in range(3)), (1.0, 0.5, 0.0))
+        for i in range(4 * LISTS_AT_A_TIME)
     ]
     models, most, last = [FakeModel(), FakeModel()], [], [0, 0]
 
-    def heard(rank):
+    def after_meeting(rank):
         most.append(models[rank].pictures - last[rank])
         last[rank] = models[rank].pictures
 
-    caches = build_together(tmp_path, rankings, models, heard, pairs_per_shard=1024)
-    assert [model.pictures for model in models] == [12 * CHUNK, 0] and len(caches[1]) == 4 * CHUNK
-    assert max(most) == 3 * CHUNK
+    caches = build_together(tmp_path, rankings, models, after_meeting, pairs_per_shard=1024)
+    assert [model.pictures for model in models] == [12 * LISTS_AT_A_TIME, 0] and len(caches[1]) == 4 * LISTS_AT_A_TIME
+    assert max(most) == 3 * LISTS_AT_A_TIME
 
 
-def test_a_process_that_fails_leaves_what_others_go_on_from(tmp_path):
+def test_a_build_goes_on_after_a_rank_has_failed(tmp_path):
     """Then with another number of processes."""
     pairs = make_pairs(60, pictures=120)
     whole = build(tmp_path / "whole", pairs)
@@ -126,7 +129,7 @@ def test_too_many_broken_rows_stop_all(tmp_path):
     assert len(errors) == 1 and "of 100 rows are broken" in str(errors[0])
 
 
-def test_a_picture_that_changes_on_the_way_is_named(tmp_path):
+def test_a_picture_that_changes_meanwhile_is_named(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(picture(0))
 
@@ -136,7 +139,7 @@ def test_a_picture_that_changes_on_the_way_is_named(tmp_path):
         return number
 
     with pytest.raises(DataError, match=r"a.png: has changed since encoding began; delete .* and start again"):
-        build(tmp_path / "cache", [Pair("0", "p", path, picture(2))], share=Share(meet=meet))
+        build(tmp_path / "cache", [Pair("0", "p", path, picture(2))], ranks=Ranks(total=meet))
 
 
 def options_of(folder, precision="no"):
@@ -180,6 +183,19 @@ def test_precision_is_an_option_and_part_of_the_key(tmp_path):
     assert "precision" not in encode.encoded(options_of(tmp_path), Model(), accelerator, pairs).identity
 
 
+@pytest.mark.parametrize("fault", ["room", "finite"])
+def test_the_command_names_the_flag_that_helps(tmp_path, monkeypatch, fault):
+    """On the one line of the error, which the floors below write without flags."""
+    model = Model()
+    if fault == "room":
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=10**12, used=0, free=0))
+    else:
+        model.encode_images = lambda images, noise: torch.full((len(images), *SHAPE), torch.nan)
+    cure = "free some.*--cache_dir on another disk" if fault == "room" else "not finite.*--encode_precision no"
+    with pytest.raises(DataError, match=cure):
+        encode.encoded(options_of(tmp_path), model, Accelerator(cpu=True), make_pairs(4))
+
+
 def test_two_processes_encode_together(tmp_path):
     pairs = make_pairs(60)
     build(tmp_path / "run" / "cache", pairs, pairs_per_shard=1024, prompts_per_shard=1024)
@@ -206,7 +222,7 @@ def test_a_process_that_is_gone_while_encoding_is_named(tmp_path):
         if rank == 1:
             model.encode_images = lambda images, noise: os._exit(9)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(encode, "build_cache", lambda *a, **k: build(a[2], a[1], a[0], share=k["share"]))
+            patch.setattr(encode, "build_cache", lambda *a, **k: build(a[2], a[1], a[0], ranks=k["ranks"]))
             encode.encoded(options_of(tmp_path / "run"), model, accelerator, make_pairs(40))
         return 0
 

@@ -12,10 +12,10 @@ import zipfile
 import pytest
 from helpers_data import comma_separated, dump, lines, pictures, png, table, tar
 
-from diffusion_align.data import tars
-from diffusion_align.data.layouts import read_bytes
-from diffusion_align.data.readers import BadRow, DataError
-from diffusion_align.data.recognise import recognise, rows
+from diffusion_align.data import tar_rows
+from diffusion_align.data.bad_rows import BadRow, DataError
+from diffusion_align.data.raw_rows import read_bytes
+from diffusion_align.data.read import read_rows, recognise
 
 GOOD = [("good.png", png(7)), ("good.txt", b"fine")]
 SECRET = png(99)
@@ -96,7 +96,7 @@ REFUSED = {
     "absolute in the other way": ("leads outside", named("\\\\host\\x.png")),
     "a long name": ("has a name of", named("x" * 300 + ".png")),
     "a long path": ("has a name of", named("/".join(["d" * 60] * 5) + "/x.png")),
-    "a text too long": ("bytes, over", [("x.png", png(1)), ("x.txt", b"x" * (tars.MAX_TEXT + 1))]),
+    "a text too long": ("bytes, over", [("x.png", png(1)), ("x.txt", b"x" * (tar_rows.MAX_TEXT + 1))]),
     "a text that is no UTF-8": ("is not text in UTF-8", [("x.png", png(1)), ("x.txt", b"\xff\xfe\xfd")]),
     "JSON without an end": ("recursion", [("x.png", png(1)), ("x.json", b"[" * 100_000)]),
     "JSON that is no object": ("the prompt is NoneType", [("x.png", png(1)), ("x.json", b"[1]")]),
@@ -148,12 +148,12 @@ def tree(folder):
 
 def read(path):
     """Rows used and rows reported."""
-    found = list(rows(recognise(path)))
+    found = list(read_rows(recognise(path)))
     return [row for row in found if not isinstance(row, BadRow)], [row for row in found if isinstance(row, BadRow)]
 
 
 @pytest.mark.parametrize("make", [*REFUSED, *(f"later: {name}" for name in LATER)])
-def test_what_an_archive_must_not_hold_is_refused(tmp_path, make):
+def test_forbidden_members_are_refused(tmp_path, make):
     (tmp_path / "outside.png").write_bytes(SECRET)
     path = tmp_path / "set" / "x.tar"
     if make.startswith("later: "):
@@ -183,7 +183,7 @@ def test_a_broken_archive_is_one_error_that_names_it(tmp_path, make):
     assert tree(tmp_path) == before
 
 
-def test_there_are_enough_of_them():
+def test_there_are_enough_hostile_archives():
     assert len(REFUSED) + len(BROKEN) + len(LATER) >= 40
 
 
@@ -197,7 +197,7 @@ def test_nothing_in_an_archive_runs(tmp_path):
     members += [(f"good.{suffix}", payload) for suffix in ("pkl", "pickle", "pyd", "npy", "py", "so", "sh", "yaml")]
     members += [("good.pth", buffer.getvalue()), ("good.npz", buffer.getvalue()), ("good", payload)]
     source = recognise(tar(tmp_path / "x.tar", members))
-    (row,) = rows(source)
+    (row,) = read_rows(source)
     assert row.prompt == "fine" and not (tmp_path / "ran").exists()
     assert sum(source.unread.values()) == 11 and source.unread[".pkl"] == 1
     pickle.loads(payload)  # the payload does work
@@ -207,15 +207,15 @@ def test_nothing_in_an_archive_runs(tmp_path):
 def test_a_picture_over_the_limit_and_too_many_members(tmp_path, monkeypatch):
     """A header may promise any size; a sparse file keeps the promise without a disk."""
     path = tmp_path / "x.tar"
-    head = FINE + raw("x.png", b"0", size=tars.MAX_PICTURE + 1)
+    head = FINE + raw("x.png", b"0", size=tar_rows.MAX_PICTURE + 1)
     with path.open("wb") as stream:
         stream.write(head)
-        stream.truncate(len(head) + tars.MAX_PICTURE + 512)
+        stream.truncate(len(head) + tar_rows.MAX_PICTURE + 512)
         stream.seek(0, 2)
         stream.write(b"\0" * 1024)
     good, bad = read(path)
     assert len(good) == 1 and "268,435,457 bytes, over 268,435,456: refused" in bad[0].reason
-    monkeypatch.setattr(tars, "MAX_MEMBERS", 4)
+    monkeypatch.setattr(tar_rows, "MAX_TAR_MEMBERS", 4)
     tar(path, [*GOOD, ("1.png", png(1)), ("1.txt", b"1")])
     assert len(read(path)[0]) == 2
     tar(path, [*GOOD, ("1.png", png(1)), ("1.txt", b"1"), ("2.png", png(1))])
@@ -231,7 +231,7 @@ def test_an_archive_that_shrinks_is_noticed(tmp_path):
         read_bytes(row.pictures[0])
 
 
-def test_names_as_people_have_them_are_read(tmp_path):
+def test_common_names_are_read(tmp_path):
     """Long ones up to 255 bytes, in folders, in every format of tar, with times that need an extended header."""
     long = "ü" * 100 + "/" + "x" * 40
     for format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):

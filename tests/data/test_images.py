@@ -57,7 +57,7 @@ def test_crop_and_resize_agree_with_torchvision(size):
     assert difference[:, 2:-2, 2:-2].max() < 4 / 255 and difference.mean() < 1 / 255
 
 
-def test_a_long_strip_does_not_pass_through_a_giant(monkeypatch):
+def test_a_long_strip_is_cropped_before_it_is_resized(monkeypatch):
     strip = encoded(Image.new("RGB", (20_000, 8), (10, 20, 30)))
     made, resize = [], Image.Image.resize
 
@@ -97,7 +97,7 @@ def test_modes(image, kind, expected):
     assert decoded.mode == "RGB" and decoded.getpixel((4, 4)) == expected
 
 
-def test_of_an_animation_the_first_frame_is_taken():
+def test_the_first_frame_of_an_animation_is_taken():
     frames = [Image.new("RGB", (9, 9), color) for color in ("red", "blue")]
     assert decode_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])).getpixel((0, 0)) == (
         255,
@@ -142,7 +142,7 @@ def test_bombs_are_refused_by_their_header(size, monkeypatch):
         (encoded(Image.new("F", (9, 9)), "TIFF"), "floating-point"),
     ],
 )
-def test_the_reason_is_said(data, reason):
+def test_a_refusal_gives_the_reason(data, reason):
     with pytest.raises(ImageError, match=reason):
         decode_image(data)
 

@@ -11,13 +11,17 @@ from PIL import Image
 from diffusion_align.cli import main
 from diffusion_align.commands.sources import read_prompts as prompts_of_a_verb
 from diffusion_align.data import read_pairs, read_rankings, write_pairs_parquet, write_rankings_parquet
+from diffusion_align.data.bad_rows import DataError
 from diffusion_align.data.images import decode_image
-from diffusion_align.data.layouts import Ranking, read_bytes
-from diffusion_align.data.pairs import fingerprint
-from diffusion_align.data.prompts import read_prompts
-from diffusion_align.data.readers import DataError
-from diffusion_align.data.recognise import recognise, rows
-from diffusion_align.data.rows import Row, shares_won
+from diffusion_align.data.interpret import fractions_won
+from diffusion_align.data.pairs_and_rankings import DataRow, Ranking, fingerprint
+from diffusion_align.data.prompts import read_list
+from diffusion_align.data.raw_rows import read_bytes
+from diffusion_align.data.read import read_rows, recognise
+
+
+def texts(path):
+    return [prompt.text for prompt in read_list(path)]
 
 
 def shade(picture):
@@ -172,14 +176,14 @@ PAIR_LAYOUTS = [
 )
 def test_pairs_of_every_layout(tmp_path, make, name, weight, ties, models):
     path = make(tmp_path / "set")
-    assert recognise(path).format.name == name
+    assert recognise(path).layout.name == name
     pairs, counts = read_pairs(path)
     assert [pair.prompt for pair in pairs] == ["a", "b"]
     assert [shade(pair.winner) for pair in pairs] == pytest.approx([100, 10], abs=3)
     assert [shade(pair.loser) for pair in pairs] == pytest.approx([0, 110], abs=3)
     assert [pair.weight for pair in pairs] == [weight, 1]
     assert (counts.rows, counts.used, counts.ties, counts.broken) == (2 + ties, 2, ties, 0)
-    first = next(row for row in rows(recognise(path)) if isinstance(row, Row))
+    first = next(row for row in read_rows(recognise(path)) if isinstance(row, DataRow))
     assert first.models == models and first.source == name
     # As rankings: a weight moves the two relevances towards each other.
     rankings, counts = read_rankings(path)
@@ -259,7 +263,7 @@ def test_rankings_of_every_layout(tmp_path, make, name):
     So as pairs "a" gives three and "b" two.
     """
     path = make(tmp_path / "set")
-    assert recognise(path).format.name == name
+    assert recognise(path).layout.name == name
     rankings, counts = read_rankings(path)
     assert [(ranking.prompt, ranking.relevance) for ranking in rankings] == [("a", (0, 1, 0.5)), ("b", (0.5, 0.5, 0))]
     assert [shade(picture) for picture in rankings[0].pictures] == pytest.approx([0, 50, 100], abs=3)
@@ -271,14 +275,14 @@ def test_rankings_of_every_layout(tmp_path, make, name):
     assert pairs[0].id.endswith("[1>0]") and len({pair.id for pair in pairs}) == 5
 
 
-def test_shares_won_are_those_of_the_objective():
+def test_fractions_won_equal_those_of_the_objective():
     import torch
 
     from diffusion_align.objectives import win_counts
 
     scores = torch.randint(0, 4, (3, 50, 6), generator=torch.Generator().manual_seed(1)).double()
     for place in range(50):
-        assert shares_won(scores[:, place].tolist()) == tuple(win_counts(scores[:, place : place + 1])[0].tolist())
+        assert fractions_won(scores[:, place].tolist()) == tuple(win_counts(scores[:, place : place + 1])[0].tolist())
 
 
 def kohya(root):
@@ -314,8 +318,8 @@ def captioned_tar(root):
 def test_captions_of_every_layout(tmp_path, make):
     path = make(tmp_path / "set")
     source = recognise(path)
-    found = list(rows(source))
-    assert source.format.holds == "captions" and [row.prompt for row in found] == ["a", "b"]
+    found = list(read_rows(source))
+    assert source.layout.holds == "captions" and [row.prompt for row in found] == ["a", "b"]
     assert [shade(row.pictures[0]) for row in found] == pytest.approx([0, 100], abs=3)
     with pytest.raises(DataError, match="say nothing of what people prefer"):
         read_pairs(path)
@@ -336,20 +340,20 @@ def test_captions_of_every_layout(tmp_path, make):
 )
 def test_prompt_lists(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    assert recognise(tmp_path / name).format.holds == "prompts"
-    assert read_prompts(tmp_path / name) == ["a", "b"]
+    assert recognise(tmp_path / name).layout.holds == "prompts"
+    assert texts(tmp_path / name) == ["a", "b"]
     with pytest.raises(DataError, match="say nothing of what people prefer"):
         read_rankings(tmp_path / name)
 
 
-def test_other_lists_are_no_prompts(tmp_path):
+def test_other_tables_are_refused_as_prompts(tmp_path):
     with pytest.raises(DataError, match="not prompts; give a .txt"):
-        read_prompts(jsonl_of_paths(tmp_path))
+        texts(jsonl_of_paths(tmp_path))
     with pytest.raises(DataError, match=r"p.jsonl:2 the prompt is int"):
-        read_prompts(lines(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": 3}]))
+        texts(lines(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": 3}]))
     (tmp_path / "empty.json").write_text("[]")
     with pytest.raises(DataError, match="holds no rows"):
-        read_prompts(tmp_path / "empty.json")
+        texts(tmp_path / "empty.json")
 
 
 @pytest.mark.parametrize(
@@ -365,7 +369,7 @@ def test_other_lists_are_no_prompts(tmp_path):
         ({"x": [1]}, "(nearest layout: "),
     ],
 )
-def test_what_is_not_known_is_named_with_what_is_nearest(tmp_path, capsys, columns, said):
+def test_unknown_columns_name_the_nearest_layout(tmp_path, capsys, columns, said):
     path = table(tmp_path / "x.parquet", **columns)
     with pytest.raises(DataError) as caught:
         recognise(path)
@@ -407,23 +411,23 @@ def test_splits_of_lists_and_tables(tmp_path):
         recognise(folder, "validation")
 
 
-def test_a_long_json_list_is_read_piece_by_piece(tmp_path, monkeypatch):
+def test_a_long_json_list_is_read_in_chunks(tmp_path, monkeypatch):
     """With pieces of 7 characters every number, text and space is cut somewhere."""
-    from diffusion_align.data import tables
+    from diffusion_align.data import table_rows
 
-    monkeypatch.setattr(tables, "_PIECE", 7)
+    monkeypatch.setattr(table_rows, "_CHARACTERS_AT_A_TIME", 7)
     values = [{"prompt": f"p{i}" * (i % 5), "n": i * 10**i, "u": 'é\u2028"]},['} for i in range(40)]
     path = tmp_path / "x.json"
     path.write_text("  [ " + " ,\n".join(json.dumps(value) for value in values) + "  ]  ", encoding="utf-8")
-    assert [row for _, row in tables._rows(path)] == values
+    assert [row for _, row in table_rows._rows(path)] == values
     text = path.read_text()
     for cut in range(0, len(text) - 4, 97):
         path.write_text(text[:cut])
         with pytest.raises(DataError, match=r"x.json: (is not a JSON list|item \d+ is no JSON)"):
-            list(tables._rows(path))
+            list(table_rows._rows(path))
 
 
-def test_inspect_says_what_it_is_and_what_it_is_for(tmp_path, capsys):
+def test_inspect_describes_a_set_and_its_uses(tmp_path, capsys):
     path = rapidata(tmp_path)
     assert main(["data", "inspect", str(path)]) == 0
     said = capsys.readouterr().out
@@ -463,7 +467,7 @@ def test_inspect_imports_no_torch(tmp_path):
     assert done.stdout.splitlines()[-1] == "HEAVY []"
 
 
-def test_text_that_is_no_text_is_a_bad_row_not_the_end(tmp_path):
+def test_invalid_text_is_a_bad_row(tmp_path):
     """Arrow does not check that a parquet file's texts are UTF-8."""
     raw = pa.array([b"good", b"\xff\xfe", b"also good"], pa.binary()).view(pa.string())
     picture = structs([0, 1, 2])

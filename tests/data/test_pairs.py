@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from diffusion_align.data.pairs import Pair, fingerprint, read_pairs, write_pairs_parquet
-from diffusion_align.data.readers import DataError, ParquetCell
+from diffusion_align.data.bad_rows import DataError
+from diffusion_align.data.pairs_and_rankings import Pair, fingerprint, write_pairs_parquet
+from diffusion_align.data.raw_rows import ParquetCell
+from diffusion_align.data.read import read_pairs
 
 
 def png(shade):
@@ -154,7 +156,7 @@ def test_bad_rows_are_counted_with_their_reason(tmp_path, row, reason):
 @pytest.mark.parametrize(
     ("labels", "reason"), [((1.0, 1.0), "labels 1.0, 1.0"), ((None, 0.0), "labels None"), ((2.0, -1.0), "2.0")]
 )
-def test_labels_that_say_nothing_are_broken_not_wins(tmp_path, labels, reason):
+def test_labels_without_a_winner_are_broken_rows(tmp_path, labels, reason):
     path = write_table(
         tmp_path / "x.parquet",
         caption=["a", "b"],
@@ -238,7 +240,7 @@ def test_a_parquet_file_with_a_flipped_bit_is_read_or_named(tmp_path):
     assert named > 20
 
 
-def test_a_cell_answers_for_the_file_as_it_is_now(pick):
+def test_a_cell_of_a_rewritten_file_is_read_again(pick):
     pairs, _ = read_pairs(pick)
     assert contents(pairs[0].winner) == png(0)
     write_pairs_parquet(pick, list("abcd"), [png(40)] * 4, [png(50)] * 4, [1] * 4)

@@ -7,8 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diffusion_align.data.prompts import Prompt, prompt_of, read_list, read_prompts
-from diffusion_align.data.readers import DataError
+from diffusion_align.data.bad_rows import DataError
+from diffusion_align.data.prompts import Prompt, prompt_of, read_list
+
+
+def texts(path):
+    return [prompt.text for prompt in read_list(path)]
 
 
 @pytest.mark.parametrize(
@@ -33,7 +37,7 @@ from diffusion_align.data.readers import DataError
 def test_every_form_of_a_list(tmp_path, name, text, second):
     (tmp_path / name).write_text(text, encoding="utf-8")
     found = read_list(tmp_path / name)
-    assert [prompt.text for prompt in found] == ["one", "two"] == read_prompts(tmp_path / name)
+    assert [prompt.text for prompt in found] == ["one", "two"] == texts(tmp_path / name)
     assert found[1] == second
 
 
@@ -47,7 +51,7 @@ def test_parquet_gives_its_text_and_leaves_lists_alone(tmp_path):
         Prompt("a dog", (), {"item_id": "COCOval2014000000000042"}),
     ]
     pq.write_table(pa.table({"text": pa.array(["a cat", "a dog"], pa.large_string())}), tmp_path / "t2i.parquet")
-    assert read_prompts(tmp_path / "t2i.parquet") == ["a cat", "a dog"]
+    assert texts(tmp_path / "t2i.parquet") == ["a cat", "a dog"]
 
 
 def test_a_folder_of_files_is_a_prompt_each_named_by_its_file(tmp_path):
@@ -89,7 +93,7 @@ def write_parquet(path, columns):
         ("a.pdf", b"%PDF", "is not a list of prompts known here"),
     ],
 )
-def test_lists_that_are_none_say_so_in_one_line(tmp_path, name, content, said):
+def test_files_that_are_no_lists_are_refused_in_one_line(tmp_path, name, content, said):
     if isinstance(content, dict):
         write_parquet(tmp_path / name, content)
     else:
@@ -99,7 +103,7 @@ def test_lists_that_are_none_say_so_in_one_line(tmp_path, name, content, said):
     assert said in str(refused.value) and "\n" not in str(refused.value) and name in str(refused.value)
 
 
-def test_paths_that_are_none(tmp_path):
+def test_missing_paths_are_refused(tmp_path):
     with pytest.raises(DataError, match="no such file or folder; give a .txt"):
         read_list(tmp_path / "absent.txt")
     with pytest.raises(DataError, match="holds no .txt"):
@@ -109,7 +113,7 @@ def test_paths_that_are_none(tmp_path):
         read_list(tmp_path)
 
 
-def test_what_a_row_says_can_be_written_down_again():
+def test_other_columns_can_be_written_as_json():
     """It goes into metadata.jsonl: cells that cannot be read, and a CSV row's rest, do not."""
     broken = UnicodeDecodeError("utf-8", b"", 0, 1, "")
     row: dict[Any, Any] = {"prompt": "a", None: ["too", "long"], "n": 1, "broken": broken}
@@ -126,7 +130,7 @@ LINES = "a cat\nein Hündchen\n"
 )  # the two with an order have no mark
 def test_lines_in_every_encoding_and_under_every_ending(tmp_path, encoding, ending):
     (tmp_path / f"prompts{ending}").write_bytes(LINES.replace("\n", "\r\n").encode(encoding))
-    assert read_prompts(tmp_path / f"prompts{ending}") == ["a cat", "ein Hündchen"]
+    assert texts(tmp_path / f"prompts{ending}") == ["a cat", "ein Hündchen"]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +147,7 @@ def test_lines_in_every_encoding_and_under_every_ending(tmp_path, encoding, endi
 @pytest.mark.parametrize("name", ["p.json", "p", "p.JSON"])
 def test_the_usual_objects_that_hold_a_list(tmp_path, content, name):
     (tmp_path / name).write_text(json.dumps(content, indent=1))
-    assert read_prompts(tmp_path / name) == ["a cat", "a dog"]
+    assert texts(tmp_path / name) == ["a cat", "a dog"]
 
 
 def test_ids_of_an_object_are_kept_and_one_object_is_one_prompt(tmp_path):
@@ -157,7 +161,7 @@ def test_ids_of_an_object_are_kept_and_one_object_is_one_prompt(tmp_path):
 @pytest.mark.parametrize("name", ["p.json", "p.jsonl", "p"])
 def test_lines_of_objects_under_any_ending(tmp_path, name):
     (tmp_path / name).write_text('{"prompt": "a cat"}\n{"prompt": "a dog"}\n')
-    assert read_prompts(tmp_path / name) == ["a cat", "a dog"]
+    assert texts(tmp_path / name) == ["a cat", "a dog"]
 
 
 def test_tables_in_utf_16_too(tmp_path):
@@ -174,14 +178,14 @@ def test_tables_in_utf_16_too(tmp_path):
         ("p.txt", b"a cat\nit\x92s a dog\n", "p.txt:2 is not text in UTF-8 (byte 0x92), likely in Windows-1252"),
         ("p", b"it\x92s", "`iconv -f WINDOWS-1252 -t UTF-8 p > utf8.txt`"),
         ("p.csv", b"prompt\nit\x92s\n", "p.csv:2 is not text in UTF-8 (byte 0x92)"),
-        ("p.txt", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00", "p.txt: is no text"),
+        ("p.txt", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00", "p.txt: is not text"),
         ("p.json", b'{"settings": {"a": 1}}', "p.json: is an object with 'settings', not a list of prompts"),
         ("p.json", b'{"prompts": [5]}', "p.json: holds no rows"),
         ("p.yaml", b"- a cat", "is not a list of prompts known here"),
         ("p", "\n".encode("utf-16"), "holds no prompt"),
     ],
 )  # fmt: skip
-def test_what_is_no_list_says_the_encoding_or_the_form(tmp_path, name, content, message):
+def test_a_refusal_names_the_encoding_or_the_form(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as caught:
         read_list(tmp_path / name)

@@ -11,12 +11,11 @@ import torch
 from PIL import Image
 
 from diffusion_align import rng
-from diffusion_align.data import Ranking, build_cache, read_pairs, read_rankings, write_pairs_parquet
+from diffusion_align.data import EncodingSettings, Ranking, build_cache, read_pairs, read_rankings, write_pairs_parquet
+from diffusion_align.data.bad_rows import DataError
 from diffusion_align.data.images import encode_png, load_picture
-from diffusion_align.data.layouts import read_bytes
-from diffusion_align.data.pairs import fingerprint
-from diffusion_align.data.rankings import write_rankings_parquet
-from diffusion_align.data.readers import DataError
+from diffusion_align.data.pairs_and_rankings import fingerprint, write_rankings_parquet
+from diffusion_align.data.raw_rows import read_bytes
 
 SIZE = 16
 
@@ -219,7 +218,7 @@ def ranking(number, pictures, relevance=None):
 def test_the_cache_holds_k_pictures_a_row_each_encoded_once(tmp_path):
     rankings = [ranking(1, [0, 1, 2]), ranking(2, [2, 3, 0]), ranking(3, [4, 1, 3])]
     model = Encoders()
-    cache = build_cache(model, rankings, tmp_path, resolution=SIZE, pairs_per_shard=2, progress=False)
+    cache = build_cache(model, rankings, tmp_path, EncodingSettings(SIZE, pairs_per_shard=2), progress=False)
     latents, text = cache.batch([2, 1])
     assert latents.shape == (2, 3, 3, 1, 1) and cache.lengths == [3, 3, 3]
     assert model.pictures == cache.pictures == 5
@@ -234,7 +233,7 @@ def test_the_cache_holds_k_pictures_a_row_each_encoded_once(tmp_path):
 
 def test_a_batch_of_several_lengths_is_refused(tmp_path):
     cache = build_cache(
-        Encoders(), [ranking(1, [0, 1, 2]), ranking(2, [3, 4])], tmp_path, resolution=SIZE, progress=False
+        Encoders(), [ranking(1, [0, 1, 2]), ranking(2, [3, 4])], tmp_path, EncodingSettings(SIZE), progress=False
     )
     assert cache.lengths == [3, 2] and cache.batch([1])[0].shape[1] == 2
     with pytest.raises(ValueError, match="lists of one length, not of 2 and 3 pictures"):
@@ -251,10 +250,14 @@ def test_broken_pictures_of_a_ranking_are_named(tmp_path):
     )
     pq.write_table(table, tmp_path / "x.parquet")
     rankings, _ = read_rankings(tmp_path / "x.parquet")
-    cache = build_cache(Encoders(), rankings, tmp_path / "cache", resolution=SIZE, max_bad_fraction=1, progress=False)
+    cache = build_cache(
+        Encoders(), rankings, tmp_path / "cache", EncodingSettings(SIZE), max_bad_fraction=1, progress=False
+    )
     assert cache.kept == [0] and cache.bad == 2
     reasons = [json.loads(line)["reason"] for line in (cache.folder / "bad_rows.jsonl").read_text().splitlines()]
     assert "picture 0 cannot be read (x.parquet row 1: images holds 1, not the 2 pictures" in reasons[0]
     assert reasons[1].startswith("picture 1 cannot be decoded")
     with pytest.raises(DataError, match="no ranking has all its good pictures"):
-        build_cache(Encoders(), rankings[1:], tmp_path / "none", resolution=SIZE, max_bad_fraction=1, progress=False)
+        build_cache(
+            Encoders(), rankings[1:], tmp_path / "none", EncodingSettings(SIZE), max_bad_fraction=1, progress=False
+        )

@@ -11,8 +11,7 @@ from diffusers import StableDiffusionXLPipeline
 from helpers_machine import assert_rounded
 from helpers_sdxl import POOLED, TOKENS
 
-from diffusion_align.data import read_pairs, write_pairs_parquet
-from diffusion_align.data.cache import build_cache
+from diffusion_align.data import EncodingSettings, build_cache, read_pairs, write_pairs_parquet
 from diffusion_align.data.images import encode_png
 from diffusion_align.methods.shared.noising import drop_captions
 from diffusion_align.models import add_lora, load_lora, load_pipeline
@@ -48,7 +47,7 @@ def calls(sdxl, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_dropped_caption_drops_all_of_it_but_the_size(sdxl, calls, pairs_file, tmp_path, dtype):
     pairs, _ = read_pairs(pairs_file)
-    cache = build_cache(sdxl, pairs, tmp_path, resolution=SIDE, dtype=dtype, progress=False)
+    cache = build_cache(sdxl, pairs, tmp_path, EncodingSettings(SIDE, dtype=dtype), progress=False)
     latents, text = cache.batch(range(8))
     samples = [(0, index) for index in range(8)]
     text = drop_captions(text, cache.empty_text, samples, 0.5, 0)

@@ -235,7 +235,7 @@ def test_a_name_is_fetched_from_the_authors_repository(file, monkeypatch):
 
 
 def test_train_spo_takes_it_and_knows_it_by_its_content(file, tmp_path):
-    from diffusion_align.data.readers import digest
+    from diffusion_align.data.disk import digest
     from diffusion_align.methods.spo import require, weights_digest
     from diffusion_align.options import TrainSpo
 

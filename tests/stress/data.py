@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `s
 
 import torch
 
-from diffusion_align.data import build_cache, read_rankings
-from diffusion_align.data.check import checked
-from diffusion_align.data.readers import BadRow
-from diffusion_align.data.recognise import recognise
-from diffusion_align.data.rows import is_tie
+from diffusion_align.commands.data.check import checked_rows
+from diffusion_align.data import EncodingSettings, build_cache, read_rankings
+from diffusion_align.data.bad_rows import BadRow
+from diffusion_align.data.pairs_and_rankings import is_tie
+from diffusion_align.data.read import recognise
 from stress.dataset.rows import BAD, TIE, USED, Rows, archive, json_lines, parquet, votes
 
 
@@ -72,7 +72,7 @@ def run(rows_wanted: int, clean: bool, seed: int = 0) -> dict[str, Any]:
                 home.mkdir()
             path = make(home, rows, share, *more)  # pyright: ignore[reportCallIssue]
             outcomes: dict[str, str] = {}
-            for row, _ in checked(recognise(path)):
+            for row, _ in checked_rows(recognise(path)):
                 where = row.row if isinstance(row, BadRow) else row.id
                 astray += [f"{where}: twice"] if where in outcomes else []
                 outcomes[where] = BAD if isinstance(row, BadRow) else TIE if is_tie(row) else USED
@@ -99,7 +99,7 @@ def train_on(path: Path, outcomes: dict[str, str], home: Path) -> list[str]:
         MeanColour(),
         rankings,
         home / "cache",
-        resolution=16,
+        EncodingSettings(16),
         max_bad_fraction=1,
         known_bad=counts.bad_rows,
         progress=False,

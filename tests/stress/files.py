@@ -25,10 +25,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from diffusion_align.data.bad_rows import BadRow, DataError
 from diffusion_align.data.images import ImageError, decode_image
-from diffusion_align.data.layouts import read_bytes
-from diffusion_align.data.readers import BadRow, DataError
-from diffusion_align.data.recognise import recognise, rows
+from diffusion_align.data.raw_rows import read_bytes
+from diffusion_align.data.read import read_rows, recognise
 from stress.hostile import (
     cases,
     clips,  # noqa: F401  (each of these enters its cases)
@@ -63,7 +63,7 @@ def pairs(path: Path, checksums: bool) -> bytes:
 def read_whole(path: Path) -> list[tuple]:
     """Every row with its pixels; a row that is reported is its reason alone."""
     found = []
-    for row in rows(recognise(path)):
+    for row in read_rows(recognise(path)):
         if isinstance(row, BadRow):
             found.append((row.reason,))
             continue

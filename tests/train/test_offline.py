@@ -442,7 +442,7 @@ def test_a_real_stable_diffusion_folder_trains_from_its_own_cache(tmp_path, mode
     loss of the very same samples."""
     from helpers_tiny import RESOLUTION, make_tiny_folder
 
-    from diffusion_align.data import Pair, build_cache
+    from diffusion_align.data import EncodingSettings, Pair, build_cache
     from diffusion_align.data.images import encode_png
     from diffusion_align.models import load_pipeline
     from diffusion_align.models.adapters import add_lora, reference, trainable
@@ -451,7 +451,7 @@ def test_a_real_stable_diffusion_folder_trains_from_its_own_cache(tmp_path, mode
     model = load_pipeline(make_tiny_folder(tmp_path / "model"))
     pictures = [encode_png(rng.normal((3, RESOLUTION, RESOLUTION), 0, "p", i).sigmoid()) for i in range(8)]
     pairs = [Pair(str(i), "a red circle", pictures[2 * i], pictures[2 * i + 1]) for i in range(4)]
-    cache = build_cache(model, pairs, tmp_path / "cache", resolution=RESOLUTION, progress=False)
+    cache = build_cache(model, pairs, tmp_path / "cache", EncodingSettings(RESOLUTION), progress=False)
     if mode == "lora":
         add_lora(model.unet, rank=2)
     frozen = reference(model, mode)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
-from diffusion_align.commands.captions import describe_cut
-from diffusion_align.data import Pair, PairCache, Ranking, build_cache
-from diffusion_align.data.encoding_job import Share
-from diffusion_align.data.readers import BadRow
+from diffusion_align.commands.data.long_captions import describe_long_captions
+from diffusion_align.data import DataError, EncodingSettings, Pair, PairCache, Ranking, build_cache
+from diffusion_align.data.bad_rows import BadRow
+from diffusion_align.data.disk import NoRoom
+from diffusion_align.data.shards import NotFinite, Ranks
 from diffusion_align.train.processes import watch
 from diffusion_align.train.processes.agree import total
 
@@ -37,19 +38,24 @@ def encoded(
     if accelerator.is_main_process:
         cut, limit = model.cut_captions(captions)
         if cut:
-            print(describe_cut(cut, len(captions), limit))
+            print(describe_long_captions(cut, len(captions), limit))
     dtype = PRECISIONS[o.encode_precision]
     _ = model.empty_text  # the model keeps it, for pictures that are drawn in full precision
-    with torch.autocast(model.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-        return build_cache(
-            model,  # pyright: ignore[reportArgumentType]  (a cached property is a property)
-            lists,
-            Path(o.cache_dir) / "encoded" if o.cache_dir else Path(o.output_dir) / "cache",
-            resolution=o.resolution or model.resolution,
-            seed=o.seed,
-            known_bad=known_bad,
-            max_bad_fraction=o.max_bad_fraction,
-            progress=accelerator.is_main_process,
-            precision=o.encode_precision,
-            share=Share(accelerator.process_index, accelerator.num_processes, partial(total, accelerator)),
-        )
+    settings = EncodingSettings(o.resolution or model.resolution, o.seed, precision=o.encode_precision)
+    ranks = Ranks(accelerator.process_index, accelerator.num_processes, partial(total, accelerator))
+    try:
+        with torch.autocast(model.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            return build_cache(
+                model,  # pyright: ignore[reportArgumentType]  (a cached property is a property)
+                lists,
+                Path(o.cache_dir) / "encoded" if o.cache_dir else Path(o.output_dir) / "cache",
+                settings,
+                known_bad=known_bad,
+                max_bad_fraction=o.max_bad_fraction,
+                progress=accelerator.is_main_process,
+                ranks=ranks,
+            )
+    except (NoRoom, NotFinite) as error:
+        no_room = "or give --cache_dir on another disk"
+        cure = no_room if isinstance(error, NoRoom) else "encode in float32 with --encode_precision no"
+        raise DataError(f"{error}; {cure}") from error

@@ -9,7 +9,7 @@ from typing import Any
 
 from diffusion_align.commands.sources import fetch_pairs, pairs_on_disk, present_pairs, read_prompts
 from diffusion_align.data import read_pairs, read_rankings
-from diffusion_align.data.readers import BadRow
+from diffusion_align.data.bad_rows import BadRow
 from diffusion_align.methods.entry import Entry
 from diffusion_align.models.hub import asset, on_hub
 from diffusion_align.options import GivenPictures, TrainOnline

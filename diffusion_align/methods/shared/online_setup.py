@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusion_align import rng
-from diffusion_align.data.readers import digest
+from diffusion_align.data.disk import digest
 from diffusion_align.methods.entry import About, Length, Opened, Started
 from diffusion_align.methods.shared.noising import Predict
 from diffusion_align.methods.shared.rollout_plan import (

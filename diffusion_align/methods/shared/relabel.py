@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from diffusion_align.data import Pair
+from diffusion_align.data.disk import digest
 from diffusion_align.data.images import decode_image
-from diffusion_align.data.layouts import read_bytes
-from diffusion_align.data.pairs import fingerprint
-from diffusion_align.data.readers import digest
+from diffusion_align.data.pairs_and_rankings import fingerprint
+from diffusion_align.data.raw_rows import read_bytes
 from diffusion_align.rewards import Reward
 from diffusion_align.rewards.spec import read_spec
 from diffusion_align.system.progress import progress_bar

@@ -97,10 +97,16 @@ def import_all() -> None:
     """What the commands import, once and before the forks."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when the hub's client is imported
     import diffusers  # noqa: F401
-    import diffusion_align.commands.train_dpo  # noqa: F401
     import open_clip  # noqa: F401
     import torch
     import transformers  # noqa: F401
+
+    import diffusion_align.commands.annotate
+    import diffusion_align.commands.data.check
+    import diffusion_align.commands.evaluate
+    import diffusion_align.commands.reward_score
+    import diffusion_align.commands.sample
+    import diffusion_align.commands.train.train  # noqa: F401
 
     torch.set_num_threads(1)
 

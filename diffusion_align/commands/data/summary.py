@@ -1,17 +1,17 @@
-"""What a set holds, counted in one pass that reads no picture."""
+"""Counts of a data set, in one pass that reads no picture."""
 
 from collections import Counter
 from dataclasses import dataclass, field
 
-from diffusion_align.data.readers import BadRow
-from diffusion_align.data.recognise import Source, rows
-from diffusion_align.data.rows import is_tie, pairs_of
+from diffusion_align.data.bad_rows import BadRow
+from diffusion_align.data.pairs_and_rankings import is_tie, row_pairs
+from diffusion_align.data.read import DataSource, read_rows
 
-FIRST = 3
+_BAD_ROWS_SHOWN = 3
 
 
 @dataclass
-class Summary:
+class DataSummary:
     """Counts of rows. rows == used + ties + broken; `pairs` are those that the used rows give.
 
     Attributes:
@@ -33,15 +33,15 @@ class Summary:
     bad: list[BadRow] = field(default_factory=list)
 
 
-def summarise(source: Source) -> Summary:
-    """Count every row of a source; raises DataError as `recognise.rows`."""
-    found = Summary()
-    compares = source.format.holds in ("pairs", "rankings")
-    for row in rows(source):
+def summarise_data(source: DataSource) -> DataSummary:
+    """Count every row of a source; raises DataError as `read_rows`."""
+    found = DataSummary()
+    compares = source.layout.compares
+    for row in read_rows(source):
         found.rows += 1
         if isinstance(row, BadRow):
             found.broken += 1
-            if len(found.bad) < FIRST:
+            if len(found.bad) < _BAD_ROWS_SHOWN:
                 found.bad.append(row)
             continue
         found.longest = max(found.longest, len(row.prompt))
@@ -50,7 +50,7 @@ def summarise(source: Source) -> Summary:
             found.ties += 1
             continue
         found.used += 1
-        found.pairs += len(pairs_of(row))
+        found.pairs += len(row_pairs(row))
         found.sizes[len(row.pictures)] += 1
         if compares:
             low, high = found.weights or (row.weight, row.weight)

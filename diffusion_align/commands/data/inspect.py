@@ -6,15 +6,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from diffusion_align.commands.data.summary import DataSummary, summarise_data
 from diffusion_align.commands.pasted import pasted
 from diffusion_align.commands.sources import fetch_pairs, pairs_on_disk, present_pairs
-from diffusion_align.data.formats import Format
-from diffusion_align.data.match import wanted
-from diffusion_align.data.readers import DataError
-from diffusion_align.data.recognise import Source, recognise
-from diffusion_align.data.records import PROMPTS
-from diffusion_align.data.summary import Summary, summarise
-from diffusion_align.data.tables import SUFFIXES, columns_of
+from diffusion_align.data.bad_rows import DataError
+from diffusion_align.data.known_layouts import Layout
+from diffusion_align.data.raw_rows import PROMPT_COLUMNS
+from diffusion_align.data.read import DataSource, recognise
+from diffusion_align.data.table_rows import SUFFIXES, columns_of
 from diffusion_align.models.hub import on_hub
 from diffusion_align.options.data import DataInspect
 from diffusion_align.system.printable import printable
@@ -36,37 +35,37 @@ def data_inspect(options: DataInspect) -> int:
         raise DataError(f"{name}: no such file or folder here; for a data set on the hub: --dataset_name {name}")
     source = recognise(path, o.split)
     by_name = name if path != Path(name).expanduser() else None
-    print("\n".join(map(printable, describe(source, summarise(source), by_name))))
+    print("\n".join(map(printable, describe(source, summarise_data(source), by_name))))
     return 0
 
 
-def describe(source: Source, found: Summary, by_name: str | None = None) -> Iterator[str]:
+def describe(source: DataSource, found: DataSummary, by_name: str | None = None) -> Iterator[str]:
     """The report, line by line. `by_name` is the name of a set whose path nobody types."""
-    known = source.format
+    layout = source.layout
     first, *others = source.files
     files = f"{len(source.files):,} files" if others else first.name
-    yield f"layout     {known.name}, in {files}"
+    yield f"layout     {layout.name}, in {files}"
     columns = columns_of(first) if first.suffix in SUFFIXES else None
-    mapping = known.mapping if columns is None else present(known, columns)
+    mapping = layout.mapping if columns is None else present(layout, columns)
     width = max(len(theirs) for theirs, _ in mapping)
     for number, (theirs, ours) in enumerate(mapping):
         yield f"{'' if number else 'mapping':11}{theirs:{width}} -> {ours}"
-    unread = [] if columns is None else [name for name in columns if name not in wanted(known, columns)]
+    unread = [] if columns is None else [name for name in columns if name not in layout.reads(columns)]
     if unread:
         yield f"           not read: {', '.join(unread)}"
     yield f"rows       {found.rows:,}"
-    if known.holds in ("pairs", "rankings"):
+    if layout.compares:
         lists = sum(count for size, count in found.sizes.items() if size > 2)
         sizes = ", ".join(f"{count:,} of {size}" for size, count in sorted(found.sizes.items()))
         yield f"pairs      {found.pairs:,}"
         several = f" ({sizes})" if lists else ""
         yield f"rankings   {found.used:,}, of them {lists:,} of more than two pictures{several}"
-        yield f"ties       {found.ties:,}, dropped" + (f"; a tie: {known.tie}" if known.tie else "")
-        if known.weight:
+        yield f"ties       {found.ties:,}, dropped" + (f"; a tie: {layout.tie}" if layout.tie else "")
+        if layout.weight:
             low, high = found.weights or (1.0, 1.0)
-            yield f"weights    {known.weight}; here {low:g} to {high:g}"
+            yield f"weights    {layout.weight}; here {low:g} to {high:g}"
     else:
-        yield f"{known.holds:11}{found.used:,}"
+        yield f"{layout.holds:11}{found.used:,}"
     empty = f", {found.empty:,} empty" if found.empty else ""
     yield f"prompts    the longest has {found.longest:,} characters{empty}"
     yield f"broken     {found.broken:,}"
@@ -75,34 +74,34 @@ def describe(source: Source, found: Summary, by_name: str | None = None) -> Iter
     if source.unread:
         passed = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(source.unread.items()))
         yield f"passed     members that are never read: {passed}"
-    if known.known:
-        yield f"known as   {known.known}"
+    if layout.known:
+        yield f"known as   {layout.known}"
     for number, line in enumerate(_uses(source, found, by_name)):
         yield f"{'' if number else 'use':11}{line}"
 
 
-def present(known: Format, columns: list[str]) -> list[tuple[str, str]]:
+def present(layout: Layout, columns: list[str]) -> list[tuple[str, str]]:
     """The layout's mapping without the columns that this table lacks, and with its own name for the prompt."""
-    read, named = set(wanted(known, columns)), {name for names in known.needs for name in names} | set(known.may)
-    prompt = next(name for name in PROMPTS if name in read)
-    shown = [(prompt if ours == "prompt" else theirs, ours) for theirs, ours in known.mapping]
+    read, named = set(layout.reads(columns)), {name for names in layout.needs for name in names} | set(layout.may)
+    prompt = next(name for name in PROMPT_COLUMNS if name in read)
+    shown = [(prompt if ours == "prompt" else theirs, ours) for theirs, ours in layout.mapping]
     words = [set(re.findall(r"\w+", theirs)) & named for theirs, _ in shown]
     return [line for line, mine in zip(shown, words, strict=True) if not mine or mine & set(columns)]
 
 
-def _uses(source: Source, found: Summary, by_name: str | None) -> Iterator[str]:
+def _uses(source: DataSource, found: DataSummary, by_name: str | None) -> Iterator[str]:
     """Commands that take this set as it is."""
     path, named = source.path, source.path.is_dir() and source.split != "train"
     split = ["--dataset_split_name", source.split] if named else []
     data = ["--dataset_name", by_name] if by_name else ["--train_data_dir", path]
     if not found.used:
         yield "none: nothing is left"
-    elif source.format.holds in ("pairs", "rankings"):
-        verbs = ("dpo", "rankdpo") if source.format.holds == "pairs" else ("rankdpo", "dpo")
+    elif source.layout.compares:
+        verbs = ("dpo", "rankdpo") if source.layout.holds == "pairs" else ("rankdpo", "dpo")
         for verb in verbs:
             yield pasted("train", verb, "--model", "MODEL", *data, *split)
         yield f"{pasted('data', 'check', path, *split)}   # pictures were not looked at"
-    elif source.format.holds == "prompts":
+    elif source.layout.holds == "prompts":
         prompts = ["--prompts", path]
         yield f"{pasted('train', 'd3po', '--model', 'MODEL', '--reward', 'NAME', *prompts)}   # or spo, prdp, ddpo"
         yield pasted("data", "synth", "--models", "MODEL", "--rewards", "NAME", *prompts)

@@ -1,10 +1,10 @@
-"""The pictures and scores of `data synth`, as files that are there whole or not at all.
+"""The pictures and scores of `data synth`, in files that are complete or absent.
 
-    <out>/pictures/00000/000003-02.png    prompt's number, place among its pictures; 64 prompts a folder
-          scores/<reward>-00000.json      what a reward said of those 64 prompts' pictures
+    <out>/pictures/00000/000003-02.png    the prompt's number, and the place among its pictures; 64 prompts a folder
+          scores/<reward>-00000.json      a reward's scores of the pictures of those 64 prompts
 
-Pictures are drawn, and scored, in batches that are cut within such parts, so an interruption, or another number of
-shards, changes no bit. Another batch size may round a picture otherwise.
+Pictures are drawn, and scored, in batches within such a chunk of 64 prompts, so an interruption, or another number of
+shards, changes no bit. Another batch size may round a picture differently.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from torch import Tensor
 from diffusion_align.commands.score import reward_by_name
 from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.tuned import base_of, load_tuned, run_config, weights_digest
+from diffusion_align.data.disk import digest, write_bytes
 from diffusion_align.data.images import ImageError, decode_image, encode_png, to_square
-from diffusion_align.data.readers import digest
-from diffusion_align.data.shards import write_bytes
 from diffusion_align.models.hub import folder_digest, locate
 from diffusion_align.options import Synth
 from diffusion_align.rewards import Reward, RewardError, one_each
@@ -36,12 +35,12 @@ from diffusion_align.system.progress import counted, progress_bar
 if TYPE_CHECKING:
     from diffusion_align.models import TextToImage
 
-PART = 64
+PROMPTS_PER_CHUNK = 64
 
 
 @dataclass(frozen=True)
-class Source:
-    """A model to draw with: its base, the run that tuned it if there is one, and what its weights are."""
+class DrawingModel:
+    """A model to draw with: its base, the run that tuned it if there is one, and a digest of its weights."""
 
     name: str
     base: dict[str, Any]
@@ -49,14 +48,14 @@ class Source:
     fingerprint: str
 
 
-def source_of(name: str) -> Source:
+def drawing_model(name: str) -> DrawingModel:
     """A model by name, or by the folder of a run; nothing is loaded."""
     run = name if (Path(name) / "config.yaml").is_file() else None
     plain = {"pretrained_model_name_or_path": present_model(name), "revision": None, "variant": None}
     base = base_of(run, run_config(run), cure="correct its config.yaml") if run else plain
     model = base["pretrained_model_name_or_path"]
     weights = folder_digest(locate(model, revision=base["revision"], variant=base["variant"]))
-    return Source(name, base, run, f"{weights}+{weights_digest(run)}" if run else weights)
+    return DrawingModel(name, base, run, f"{weights}+{weights_digest(run)}" if run else weights)
 
 
 def sampler_of(o: Synth) -> dict[str, Any]:
@@ -65,53 +64,53 @@ def sampler_of(o: Synth) -> dict[str, Any]:
     return {"steps": o.steps, "solver": o.solver, "order": order, "eta": o.eta, "spacing": o.spacing}
 
 
-def picture_path(out: Path, number: int, place: int) -> Path:
-    """Where a picture lies: numbers, for a prompt may hold anything."""
-    return out / "pictures" / f"{number // PART:05d}" / f"{number:06d}-{place:02d}.png"
+def synth_picture(out: Path, number: int, place: int) -> Path:
+    """The file of a picture. It is named by numbers, as a prompt may hold any character."""
+    return out / "pictures" / f"{number // PROMPTS_PER_CHUNK:05d}" / f"{number:06d}-{place:02d}.png"
 
 
-def scores_path(out: Path, reward: str, part: int) -> Path:
-    """Where a reward's scores of a part lie."""
-    return out / "scores" / f"{digest(reward.encode())[:12]}-{part:05d}.json"
+def scores_path(out: Path, reward: str, chunk: int) -> Path:
+    """The file of a reward's scores of a chunk."""
+    return out / "scores" / f"{digest(reward.encode())[:12]}-{chunk:05d}.json"
 
 
-def parts_of(prompts: Sequence[str]) -> range:
-    """The parts that the prompts are cut into."""
-    return range(math.ceil(len(prompts) / PART))
+def chunks_of(prompts: Sequence[str]) -> range:
+    """The numbers of the chunks that the prompts make."""
+    return range(math.ceil(len(prompts) / PROMPTS_PER_CHUNK))
 
 
-def numbers_of(part: int, prompts: Sequence[str]) -> range:
-    """The prompts of a part."""
-    return range(part * PART, min((part + 1) * PART, len(prompts)))
+def numbers_of(chunk: int, prompts: Sequence[str]) -> range:
+    """The numbers of a chunk's prompts."""
+    return range(chunk * PROMPTS_PER_CHUNK, min((chunk + 1) * PROMPTS_PER_CHUNK, len(prompts)))
 
 
-def draw(o: Synth, out: Path, prompts: list[str], parts: Sequence[int], source: Source, m: int) -> None:
-    """Draw the pictures of the m-th model for some parts of the prompts; those that are there stay.
+def draw_pictures(o: Synth, out: Path, prompts: list[str], chunks: Sequence[int], drawer: DrawingModel, m: int) -> None:
+    """Draw the pictures of the m-th model for some chunks of the prompts, unless they exist.
 
     Models take turns: the i-th picture of the m-th of M has place m + i M. Its noise is at (seed, "synth", prompt, m,
-    i), whatever the other prompts are, and a model that takes another's place starts from the same.
+    i), whatever the other prompts are, and a model that takes another's place starts from the same noise.
     """
     places = range(m, o.pictures, len(o.models))
     batches: list[list[tuple[int, int]]] = []
-    for part in parts:
-        wanted = [(number, place) for number in numbers_of(part, prompts) for place in places]
+    for chunk in chunks:
+        wanted = [(number, place) for number in numbers_of(chunk, prompts) for place in places]
         batches += [wanted[i : i + o.batch_size] for i in range(0, len(wanted), o.batch_size)]
-    left = [batch for batch in batches if not all(picture_path(out, *address).is_file() for address in batch)]
+    left = [batch for batch in batches if not all(synth_picture(out, *address).is_file() for address in batch)]
     if not left:
         return
-    from diffusion_align.models import load_pipeline  # seconds, so after everything that can be refused
+    from diffusion_align.models import load_pipeline  # takes seconds, so only after everything that can be refused
 
-    name = source.base["pretrained_model_name_or_path"]
-    model = load_pipeline(name, device=o.device, revision=source.base["revision"], variant=source.base["variant"])
-    if source.run:
-        load_tuned(model, source.run)
-    with progress_bar(total=sum(map(len, left)), desc=f"draw {source.name}", unit="picture") as bar:
+    name = drawer.base["pretrained_model_name_or_path"]
+    model = load_pipeline(name, device=o.device, revision=drawer.base["revision"], variant=drawer.base["variant"])
+    if drawer.run:
+        load_tuned(model, drawer.run)
+    with progress_bar(total=sum(map(len, left)), desc=f"draw {drawer.name}", unit="picture") as bar:
         for batch in left:
             addresses = [(prompts[n], m, places.index(place)) for n, place in batch]
             for (number, place), picture in zip(batch, _pictures(model, o, addresses, bar.update), strict=True):
                 if not picture.isfinite().all():
-                    raise ValueError(f"{source.name}: picture {place} of prompt {number} is not finite")
-                path = picture_path(out, number, place)
+                    raise ValueError(f"{drawer.name}: picture {place} of prompt {number} is not finite")
+                path = synth_picture(out, number, place)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_bytes(path, encode_png(picture))
 
@@ -120,37 +119,38 @@ def draw(o: Synth, out: Path, prompts: list[str], parts: Sequence[int], source: 
 def _pictures(
     model: TextToImage, o: Synth, addresses: list[tuple[str, int, int]], drawn: Callable[[float], object]
 ) -> Tensor:
-    """[B,3,H,W] in [0, 1] on the CPU, one for each (prompt, m, i). `drawn` is told what share a step has drawn."""
+    """[B,3,H,W] in [0, 1] on the CPU, one for each (prompt, m, i). `drawn` is told what fraction of a picture each step
+    has drawn, over the batch."""
     table = step_table(model.schedule, **sampler_of(o))
-    sources = [generator(o.seed, "synth", *address) for address in addresses]
-    noise = torch.stack([draw_normal(model.latent_shape(o.resolution), source) for source in sources])
+    generators = [generator(o.seed, "synth", *address) for address in addresses]
+    noise = torch.stack([draw_normal(model.latent_shape(o.resolution), one) for one in generators])
     denoiser = model.denoiser(model.encode_text([prompt for prompt, _, _ in addresses]), o.guidance)
     denoiser = counted(denoiser, partial(drawn, len(addresses) / len(table)))
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(o.mixed_precision)
     with torch.autocast(model.device.type, dtype=half, enabled=half is not None):
-        latents = sample(denoiser, table, noise.to(model.device), sources)
+        latents = sample(denoiser, table, noise.to(model.device), generators)
     return model.decode(latents).cpu()
 
 
-def score(o: Synth, out: Path, prompts: list[str], parts: Sequence[int], name: str) -> None:
-    """Let a reward score the pictures of some parts, as they are stored; scores that are there stay.
+def score_pictures(o: Synth, out: Path, prompts: list[str], chunks: Sequence[int], name: str) -> None:
+    """Let a reward score the stored pictures of some chunks, unless their scores exist.
 
     Raises:
-        RewardError: the reward answers with another shape, or with no number for any picture of a part.
+        RewardError: the reward answers with another shape, or with no number for any picture of a chunk.
     """
-    left = [part for part in parts if not scores_path(out, name, part).is_file()]
+    left = [chunk for chunk in chunks if not scores_path(out, name, chunk).is_file()]
     if not left:
         return
     (out / "scores").mkdir(exist_ok=True)
     device = torch.device(o.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     reward = reward_by_name(name, device=device, seed=o.seed)
-    for part in progress_bar(left, desc=f"score {name}", unit="part"):
-        addresses = [(number, place) for number in numbers_of(part, prompts) for place in range(o.pictures)]
+    for chunk in progress_bar(left, desc=f"score {name}", unit="chunk"):
+        addresses = [(number, place) for number in numbers_of(chunk, prompts) for place in range(o.pictures)]
         values: list[float] = []
         faults: list[str] = []
         for i in range(0, len(addresses), o.batch_size):
             batch = addresses[i : i + o.batch_size]
-            images = [_stored(picture_path(out, *address)) for address in batch]
+            images = [_stored(synth_picture(out, *address)) for address in batch]
             values += _by_size(name, reward, images, [prompts[number] for number, _ in batch], faults)
         if all(map(math.isnan, values)):
             first = f": {faults[0]}" if faults else ""
@@ -158,44 +158,44 @@ def score(o: Synth, out: Path, prompts: list[str], parts: Sequence[int], name: s
         plain = [None if math.isnan(value) else value for value in values]
         rows = [plain[i : i + o.pictures] for i in range(0, len(plain), o.pictures)]
         facts = {"reward": name, "scores": rows, "errors": faults[:1]}
-        write_bytes(scores_path(out, name, part), json.dumps(facts).encode())
+        write_bytes(scores_path(out, name, chunk), json.dumps(facts).encode())
 
 
 def _by_size(name: str, reward: Reward, images: list[Tensor], prompts: list[str], faults: list[str]) -> list[float]:
-    """`ask`, for pictures of one size at a time: models may draw in sizes of their own."""
-    said = [math.nan] * len(images)
+    """`_scores`, for pictures of one size at a time: models may draw in sizes of their own."""
+    scores = [math.nan] * len(images)
     for side in sorted({image.shape[-1] for image in images}):
         rows = [row for row, image in enumerate(images) if image.shape[-1] == side]
         some = torch.stack([images[row] for row in rows])
-        for row, value in zip(rows, ask(name, reward, some, [prompts[row] for row in rows], faults), strict=True):
-            said[row] = value
-    return said
+        for row, value in zip(rows, _scores(name, reward, some, [prompts[row] for row in rows], faults), strict=True):
+            scores[row] = value
+    return scores
 
 
-def ask(name: str, reward: Reward, images: Tensor, prompts: list[str], faults: list[str]) -> list[float]:
-    """One score a picture, nan where the reward has none. Where it raises for several, each is asked about alone, so
-    that one bad picture does not cost the others; what it raises then is appended to `faults`."""
+def _scores(name: str, reward: Reward, images: Tensor, prompts: list[str], faults: list[str]) -> list[float]:
+    """One score for each picture, nan if the reward has none. If the reward raises for several pictures, it is asked
+    about each alone, so that one bad picture does not cost the others; what it raises then is appended to `faults`."""
     try:
         values = reward(images, prompts)
     except Exception as error:
         if len(prompts) == 1:
             faults.append(f"{type(error).__name__}: {error}")
             return [math.nan]
-        return [ask(name, reward, images[i : i + 1], prompts[i : i + 1], faults)[0] for i in range(len(prompts))]
+        return [_scores(name, reward, images[i : i + 1], prompts[i : i + 1], faults)[0] for i in range(len(prompts))]
     values = one_each(values, len(prompts), f"reward {name}").double()
     return torch.where(values.isfinite(), values, torch.nan).tolist()
 
 
-def read_scores(out: Path, o: Synth, prompts: int, parts: range) -> Tensor | None:
-    """[M,P,K] float64 of all parts, nan where a reward had none; None while pictures or scores are missing."""
-    pictures = (picture_path(out, number, place) for number in range(prompts) for place in range(o.pictures))
-    files = [[scores_path(out, name, part) for part in parts] for name in o.rewards]
+def read_scores(out: Path, o: Synth, prompts: int, chunks: range) -> Tensor | None:
+    """[M,P,K] float64 of all chunks, nan where a reward had no score; None while pictures or scores are missing."""
+    pictures = (synth_picture(out, number, place) for number in range(prompts) for place in range(o.pictures))
+    files = [[scores_path(out, name, chunk) for chunk in chunks] for name in o.rewards]
     if not all(path.is_file() for path in (*pictures, *(file for some in files for file in some))):
         return None
     scores = torch.empty(len(files), prompts, o.pictures, dtype=torch.float64)
-    for said, some in zip(scores, files, strict=True):
+    for of_reward, some in zip(scores, files, strict=True):
         rows = [row for file in some for row in json.loads(file.read_text(encoding="utf-8"))["scores"]]
-        said.copy_(torch.tensor([[math.nan if value is None else value for value in row] for row in rows]))
+        of_reward.copy_(torch.tensor([[math.nan if value is None else value for value in row] for row in rows]))
     return scores
 
 

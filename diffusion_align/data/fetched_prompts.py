@@ -1,27 +1,26 @@
-"""Lists of prompts that are fetched by name, out of the table in `origins`. None of them ships here.
-
-Where each was looked up stands in assets/prompts/README.md.
-"""
+"""Lists of prompts that are fetched by name. Their sources stand in `origins`, and in assets/prompts/README.md."""
 
 import hashlib
 import os
 import re
 import urllib.request
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from diffusion_align.data.prompts import Prompt, prompts_once, read_list
-from diffusion_align.data.readers import DataError
-from diffusion_align.origins import BENCHMARKS, PROMPT_LISTS, PromptList
+from diffusion_align.data.bad_rows import BadRow, DataError
+from diffusion_align.data.known_layouts import PROMPT_LIST
+from diffusion_align.data.prompts import PROMPT_KEYS, Prompt, prompt_of, read_list
+from diffusion_align.data.table_rows import parquet_rows, parquet_schema, table_rows
+from diffusion_align.origins import PROMPT_LISTS, PromptList
 from diffusion_align.system.network import offline
-
-__all__ = ["BENCHMARKS", "PROMPT_LISTS", "Wanted", "fetch", "wanted"]
 
 _NAME = re.compile(r"(?P<name>[\w-]+)(/(?P<category>[\w-]+))?(@(?P<revision>[\w./-]+))?")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ListRequest:
     """What a text such as hpdv2, hpdv2/photo or hpdv2@REVISION asks for."""
 
     name: str
@@ -39,8 +38,8 @@ class Wanted:
         return dict(files) if self.category is None else {self.category: files[self.category]}
 
 
-def wanted(text: str) -> Wanted | None:
-    """What a text asks for; None where it names no list that is fetched.
+def requested_list(text: str) -> ListRequest | None:
+    """What a text asks for; None if it names no list that is fetched.
 
     Raises:
         DataError: a list that has no such category.
@@ -55,14 +54,14 @@ def wanted(text: str) -> Wanted | None:
         raise DataError(f"{found['name']} has no category {found['category']}; it has {has}")
     if found["revision"] is not None and known.sha256:
         raise DataError(f"{found['name']} is one known file and has no other revision")
-    return Wanted(found["name"], found["category"], found["revision"])
+    return ListRequest(found["name"], found["category"], found["revision"])
 
 
-def fetch(asked: Wanted) -> tuple[list[Prompt], str]:
-    """The prompts, fetched or out of the hub's cache, and REPOSITORY@COMMIT; each prompt's `extra` says that too.
+def fetch_list(asked: ListRequest) -> tuple[list[Prompt], str]:
+    """The prompts, fetched or from the hub's cache, and REPOSITORY@COMMIT, which is also in each prompt's `extra`.
 
     Raises:
-        FileNotFoundError: in one line, that the hub does not give a file, and the command that fetches all of them.
+        FileNotFoundError: a file cannot be fetched; with the command that fetches all of them.
         DataError: a file is no list of prompts.
     """
     known, revision, prompts = asked.benchmark, asked.revision, []
@@ -72,12 +71,12 @@ def fetch(asked: Wanted) -> tuple[list[Prompt], str]:
             path = web_list(asked.name)
         else:
             path = _file(asked, name, revision)
-            # The cache has a folder a commit; the other files are to be of the same.
+            # The cache has a folder for each commit; the other files must be of the same commit.
             revision = path.parents[name.count("/")].name
             source = f"{known.repo}@{revision}"
         origin = {"list": asked.name, "source": source, "licence": known.licence}
         labels = {known.key: category} if category and known.key else {}
-        for found in prompts_once(path, seen) if known.once else read_list(path):
+        for found in _prompts_once(path, seen) if known.once else read_list(path):
             categories = tuple(f"{key}: {value}" for key, value in labels.items()) or found.categories
             prompts.append(Prompt(found.text, categories, {**found.extra, **labels, **origin}))
     if not prompts:
@@ -85,8 +84,23 @@ def fetch(asked: Wanted) -> tuple[list[Prompt], str]:
     return prompts, source
 
 
+def _prompts_once(path: Path, seen: set[str]) -> Iterator[Prompt]:
+    """The prompts of a table of preferences that are not in `seen`, to which they are added, in order."""
+    if path.suffix == ".parquet":
+        names = parquet_schema(path).names
+        columns = [name for name in names if name.lower() in PROMPT_KEYS][:1]
+        rows: Iterator[Mapping[str, Any]] = iter(parquet_rows(path, columns)) if columns else iter(())
+    else:
+        rows = (raw.values for raw in table_rows(path, PROMPT_LIST) if not isinstance(raw, BadRow))
+    for row in rows:
+        prompt = prompt_of(row)
+        if isinstance(prompt, Prompt) and prompt.text and prompt.text not in seen:
+            seen.add(prompt.text)
+            yield Prompt(prompt.text)
+
+
 def web_cache(name: str) -> Path:
-    """Where a list that comes from an address on the web is kept: beside the hub's cache."""
+    """The file of a list that is fetched from a web address; it lies beside the hub's cache."""
     from huggingface_hub import constants
 
     return Path(constants.HF_ASSETS_CACHE) / "diffusion_align" / "prompts" / f"{PROMPT_LISTS[name].sha256[:16]}.json"
@@ -97,7 +111,7 @@ def web_list(name: str) -> Path:
 
     Raises:
         FileNotFoundError: it could not be fetched; with the address.
-        DataError: it is another file than the one known.
+        DataError: its checksum is not the known one.
     """
     known, path = PROMPT_LISTS[name], web_cache(name)
     url = f"{known.repo}/{next(iter(known.files.values()))}"
@@ -105,30 +119,31 @@ def web_list(name: str) -> Path:
         try:
             if offline():
                 raise OSError("HF_HUB_OFFLINE is set")
-            with urllib.request.urlopen(url, timeout=60) as answer:  # an address of ours, https
+            with urllib.request.urlopen(url, timeout=60) as answer:  # https, from `origins`
                 data = answer.read()
         except OSError as error:
             said = " ".join(str(error).split())[:100]
             raise FileNotFoundError(
-                f"prompts {name}: {url} could not be fetched ({said}); fetch it by hand and give its path as --prompts"
+                f"prompts {name}: {url} could not be fetched ({said}); fetch it by hand and give "
+                f"its path in place of {name}"
             ) from error
         if hashlib.sha256(data).hexdigest() != known.sha256:
-            raise DataError(f"prompts {name}: {url} is not the file that was published: its sha256 is another")
+            raise DataError(f"prompts {name}: {url} is not the file that was published: its sha256 differs")
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{os.getpid()}-{path.name}")
-        part.write_bytes(data)
-        os.replace(part, path)
+        staged = path.with_name(f".{os.getpid()}-{path.name}")
+        staged.write_bytes(data)
+        os.replace(staged, path)
     if hashlib.sha256(path.read_bytes()).hexdigest() != known.sha256:
         raise DataError(f"prompts {name}: {path} is damaged: remove it, and it is fetched again")
     return path
 
 
-def _file(asked: Wanted, name: str, revision: str | None) -> Path:
+def _file(asked: ListRequest, name: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(asked.benchmark.repo, name, repo_type="dataset", revision=revision))
-    except Exception as error:  # the hub's client raises a dozen kinds; each means that the file is not to be had
+    except Exception as error:  # the hub's client raises a dozen kinds; each means that the file cannot be fetched
         online = "with HF_HUB_OFFLINE unset" if offline() else "when the hub answers"
         at = f" --revision {asked.revision}" if asked.revision else ""
         command = f"hf download {asked.benchmark.repo} {' '.join(asked.files.values())} --repo-type dataset{at}"

@@ -1,4 +1,4 @@
-"""From what scorers said of pictures to relevance, and to figures that say how much of it to believe.
+"""From scores to relevance, and to figures of how far the scorers can be trusted.
 
 Scores are [M,P,K]: M scorers, P prompts, K pictures of each; NaN where a scorer failed. Higher is better.
 """
@@ -11,30 +11,29 @@ import torch
 from torch import Tensor
 
 from diffusion_align import rng
-from diffusion_align.data.layouts import Ranking
-from diffusion_align.data.pairs import write_pairs_parquet
+from diffusion_align.data.pairs_and_rankings import Ranking, write_pairs_parquet
 from diffusion_align.objectives import win_counts
 
 
 def relevances(scores: Tensor) -> Iterator[tuple[list[int], list[float]]]:
     """For each prompt, the places of the pictures that every scorer answered for, and their relevance.
 
-    It is the share of comparisons won (Karthik et al. 2024, arXiv 2410.18013, alg. 1), over those pictures alone; where
-    fewer than two are left it is empty. Without scorers (M = 0) the places themselves are ranked, for labels by chance.
+    It is the fraction of comparisons won (Karthik et al. 2024, arXiv 2410.18013, alg. 1), over those pictures alone;
+    empty if fewer than two are left. Without scorers (M = 0) the places themselves are ranked, for labels by chance.
     """
     for number in range(scores.shape[1]):
-        said = scores[:, number]
-        places = said.isfinite().all(0).nonzero()[:, 0].tolist()
+        given = scores[:, number]
+        places = given.isfinite().all(0).nonzero()[:, 0].tolist()
         if len(places) < 2:
             yield places, []
-        elif len(said):
-            yield places, win_counts(said[:, None, places])[0].tolist()
+        elif len(given):
+            yield places, win_counts(given[:, None, places])[0].tolist()
         else:
             yield places, [1 - place / (len(places) - 1) for place in places]
 
 
-def dealt(relevance: list[float], seed: int, prompt: str) -> list[float]:
-    """The same relevances in an order that knows nothing of the pictures, drawn at (seed, "random labels", prompt)."""
+def shuffled_relevance(relevance: list[float], seed: int, prompt: str) -> list[float]:
+    """The same relevances in random order, drawn at (seed, "random labels", prompt)."""
     return [relevance[place] for place in rng.permutation(len(relevance), seed, "random labels", prompt).tolist()]
 
 
@@ -53,38 +52,41 @@ def write_best_and_worst(path: str | os.PathLike[str], rankings: Sequence[Rankin
     write_pairs_parquet(path, [ranking.prompt for ranking in rankings], left, right, best_first, extra)
 
 
-def decided(rankings: Sequence[Ranking]) -> float:
-    """The share of pairs of pictures of one prompt of which one is more relevant."""
+def decided_fraction(rankings: Sequence[Ranking]) -> float:
+    """Of all two pictures of one prompt, the fraction of which one is more relevant."""
     lists = [torch.tensor(ranking.relevance) for ranking in rankings]
     told = sum(int((phi[:, None] > phi).sum()) for phi in lists)
     return told / sum(len(phi) * (len(phi) - 1) // 2 for phi in lists)
 
 
 def scorer_figures(scores: Tensor, names: list[str]) -> dict[str, Any]:
-    """For each scorer: pictures without a number, mean and deviation, and the share of pairs that it tells apart."""
-    _, decided = _orders(scores)
+    """For each scorer: pictures without a number, mean and deviation, and the fraction of pairs that it tells apart."""
+    _, decides = _orders(scores)
     figures = {}
-    for name, said, told in zip(names, scores, decided, strict=True):
-        good = said[said.isfinite()]
-        pairs = _pairs(said.isfinite()).sum()
+    for name, given, told in zip(names, scores, decides, strict=True):
+        good = given[given.isfinite()]
+        pairs = _pairs(given.isfinite()).sum()
         figures[name] = {
-            "failed": int((~said.isfinite()).sum()),
+            "failed": int((~given.isfinite()).sum()),
             "mean": float(good.mean()),
             "std": float(good.std(correction=0)),
-            "decides": _share(told.sum(), pairs),
+            "decides": _fraction(told.sum(), pairs),
         }
     return figures
 
 
 def agreement(scores: Tensor, names: list[str]) -> dict[str, Any]:
-    """For every two scorers, how many pairs of pictures of one prompt both decide, and in what share they agree."""
-    signs, decided = _orders(scores)
+    """For every two scorers, how many pairs of pictures of one prompt both decide, and for what fraction they agree."""
+    signs, decides = _orders(scores)
     figures = {}
     for a in range(len(names)):
         for b in range(a + 1, len(names)):
-            both = decided[a] & decided[b]
+            both = decides[a] & decides[b]
             agree = both & (signs[a] == signs[b])
-            figures[f"{names[a]} / {names[b]}"] = {"pairs": int(both.sum()), "agree": _share(agree.sum(), both.sum())}
+            figures[f"{names[a]} / {names[b]}"] = {
+                "pairs": int(both.sum()),
+                "agree": _fraction(agree.sum(), both.sum()),
+            }
     return figures
 
 
@@ -101,5 +103,5 @@ def _pairs(finite: Tensor) -> Tensor:
     return finite[:, i] & finite[:, j]
 
 
-def _share(part: Tensor, whole: Tensor) -> float | None:
+def _fraction(part: Tensor, whole: Tensor) -> float | None:
     return float(part / whole) if whole else None

@@ -1,0 +1,1 @@
+"""The `data` verbs: inspect, check, convert and synth, each in the file of its name."""
