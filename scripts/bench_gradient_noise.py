@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diffusion_align.commands.plan_online import TINY_SEED
-from diffusion_align.commands.score import decoded, reward_by_name
+from diffusion_align.commands.reward.latents import decoded, reward_by_name
 from diffusion_align.models import add_lora, load_pipeline
 from diffusion_align.models.adapters import TARGETS
 from diffusion_align.samplers import StepTable, noise_window, step_table

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from diffusion_align import rng
-from diffusion_align.commands.reward_server import Server
+from diffusion_align.commands.reward.serve import Server
 from diffusion_align.data.images import decode_image, encode_png, to_square
 from diffusion_align.models import TextToImage, load_pipeline
 from diffusion_align.options.reward import RewardServe

@@ -13,8 +13,8 @@ from helpers_tiny import make_tiny_folder
 from test_scripts import LORA, weights_of
 
 from diffusion_align import cli
-from diffusion_align.commands import score as score_module
 from diffusion_align.commands import train_online
+from diffusion_align.commands.reward import latents as score_module
 from diffusion_align.options import VERBS, options_of, resolve
 from diffusion_align.options.metrics import METRICS
 from diffusion_align.rewards.step_aware import save_step_aware, start_step_aware

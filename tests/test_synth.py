@@ -12,7 +12,8 @@ from helpers_tiny import make_tiny_folder
 from PIL import Image
 
 from diffusion_align import cli
-from diffusion_align.commands import score, synth, synth_parts
+from diffusion_align.commands import synth, synth_parts
+from diffusion_align.commands.reward import latents
 from diffusion_align.data import read_pairs, read_rankings
 from diffusion_align.data.labels import agreement, dealt, relevances, scorer_figures
 from diffusion_align.data.layouts import read_bytes
@@ -318,7 +319,7 @@ def test_bad_input_is_one_line(toys, tmp_path, capsys, change, message):
 
 
 def test_a_reward_without_weights_is_refused_before_anything_is_drawn(toys, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(synth, "require_reward", score.require_reward)
+    monkeypatch.setattr(synth, "require_reward", latents.require_reward)
     assert cli.main(argv(toys, tmp_path / "out", rewards=("judge", "no/such/reward"))) == 1
     (said,) = capsys.readouterr().err.splitlines()
     assert "'no/such/reward' is neither a folder nor" in said and not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffusion_align.commands.prompt_lists import Prompt, caption_of
-from diffusion_align.commands.score import require_reward, reward_by_name
+from diffusion_align.commands.reward.latents import require_reward, reward_by_name
 from diffusion_align.data.images import decode_image
 from diffusion_align.evaluation.score import Judge
 from diffusion_align.options import Evaluate, UsageError

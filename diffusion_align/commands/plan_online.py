@@ -10,8 +10,8 @@ from typing import Any
 from diffusion_align.commands.course import describe_course
 from diffusion_align.commands.model_facts import read_model_facts
 from diffusion_align.commands.plan import describe_rate
+from diffusion_align.commands.reward.latents import require_reward
 from diffusion_align.commands.run_tables import RunTables, compared, evaluations, planned_tables
-from diffusion_align.commands.score import require_reward
 from diffusion_align.commands.sources import present_model, read_prompts
 from diffusion_align.objectives import stepwise_range
 from diffusion_align.options import TrainD3po, TrainOnline, TrainPrdp, TrainSpo, to_yaml

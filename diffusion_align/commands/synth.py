@@ -22,7 +22,7 @@ from torch import Tensor
 from diffusion_align.commands import threads
 from diffusion_align.commands.pasted import pasted
 from diffusion_align.commands.plan_online import TINY_SEED
-from diffusion_align.commands.score import require_reward
+from diffusion_align.commands.reward.latents import require_reward
 from diffusion_align.commands.sources import read_prompts
 from diffusion_align.commands.synth_parts import (
     Source,

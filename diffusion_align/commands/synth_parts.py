@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from diffusion_align.commands.score import reward_by_name
+from diffusion_align.commands.reward.latents import reward_by_name
 from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.tuned import base_of, load_tuned, run_config, weights_digest
 from diffusion_align.data.images import ImageError, decode_image, encode_png, to_square

@@ -16,8 +16,8 @@ from diffusion_align.commands.course import describe_course, settle_warmup
 from diffusion_align.commands.opening import claim_early, open_session, require_ahead
 from diffusion_align.commands.people import people
 from diffusion_align.commands.plan_online import describe_constants, describe_rounds, rounds_of, training_prompts
+from diffusion_align.commands.reward.latents import decoded, require_reward, reward_by_name
 from diffusion_align.commands.run_tables import fresh, run_tables
-from diffusion_align.commands.score import decoded, require_reward, reward_by_name
 from diffusion_align.commands.session import Session
 from diffusion_align.commands.setup import make_optimizer, optimizer_identity
 from diffusion_align.data.readers import digest

@@ -22,8 +22,8 @@ from diffusion_align.commands.plan import describe_steps, steps_of
 from diffusion_align.commands.plan_dpo import read_training_pairs
 from diffusion_align.commands.processes import join
 from diffusion_align.commands.relabel import describe_labels, labels_of_scores, own_labels, scores_of_pairs
+from diffusion_align.commands.reward.latents import require_reward, reward_by_name
 from diffusion_align.commands.run_folder import CONFIG, METRICS
-from diffusion_align.commands.score import require_reward, reward_by_name
 from diffusion_align.commands.sources import present_model
 from diffusion_align.data import Pair, PairCache
 from diffusion_align.data.readers import BadRow

@@ -18,8 +18,8 @@ from helpers_machine import HANG
 from helpers_rewards import pictures
 from PIL import Image
 
-from diffusion_align.commands import reward_server
-from diffusion_align.commands.reward_server import Server, reward_serve
+from diffusion_align.commands.reward import serve as reward_server
+from diffusion_align.commands.reward.serve import Server, reward_serve
 from diffusion_align.options import UsageError
 from diffusion_align.options.reward import RewardServe
 from diffusion_align.rewards import RewardError, http_reward, load_reward, to_uint8

@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffusion_align.commands.score import require_reward
+from diffusion_align.commands.reward.latents import require_reward
 from diffusion_align.options import UsageError
 from diffusion_align.options.reward import check_reward
 from diffusion_align.rewards.catalogue import CATALOGUE

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_align.commands.score import require_reward, reward_by_name
+from diffusion_align.commands.reward.latents import require_reward, reward_by_name
 from diffusion_align.commands.sources import read_prompts
 from diffusion_align.data.images import FORMATS, ImageError, decode_image
 from diffusion_align.options.reward import RewardScore

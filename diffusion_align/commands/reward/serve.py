@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_align.commands.reward_request import Refused, read_request
-from diffusion_align.commands.score import require_reward, reward_by_name
+from diffusion_align.commands.reward.latents import require_reward, reward_by_name
+from diffusion_align.commands.reward.request import Refused, read_request
 from diffusion_align.options import UsageError
 from diffusion_align.options.reward import RewardServe
 from diffusion_align.rewards import Reward, one_each
