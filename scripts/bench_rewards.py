@@ -33,7 +33,7 @@ from diffusion_align.models import TextToImage, load_pipeline
 from diffusion_align.options.reward import RewardServe
 from diffusion_align.rewards import Reward, http_reward, load_reward, prefetch, to_uint8
 from diffusion_align.rewards.clip import Clip, clip_of, cosine_scorer, open_clip_model
-from diffusion_align.rewards.weights import place_of
+from diffusion_align.rewards.weight_files import place_of
 from diffusion_align.samplers import sample, step_table
 from diffusion_align.shapes import sample_captions
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 from diffusion_align import cli
 from diffusion_align.data.images import encode_png
-from diffusion_align.rewards import http_reward, load_reward, to_uint8
+from diffusion_align.options import reward as options_reward
+from diffusion_align.rewards import http_reward, load, load_reward, spec, to_uint8
 from diffusion_align.rewards.catalogue import CATALOGUE
 
 COMMAND = [sys.executable, "-m", "diffusion_align.cli"]
@@ -89,6 +90,15 @@ def test_score_writes_one_line_a_picture(folder, tmp_path, capsys, batch):
     assert f"mean {sum(expected) / 3:.4f} +- " in said and "over 3 pictures" in said and "/s" in said
     assert "1 pictures have no score; the first: " in said
     assert sorted(path.name for path in out.parent.iterdir()) == ["scores.jsonl"]
+
+
+def test_the_text_of_a_reward_is_parsed_once(folder, tmp_path, monkeypatch):
+    texts, read_spec = [], spec.read_spec
+    for module in (spec, load, options_reward):
+        monkeypatch.setattr(module, "read_spec", lambda text: texts.append(text) or read_spec(text))
+    argv = ["reward", "score", "--images", str(folder), "--out", str(tmp_path / "s")]
+    assert cli.main([*argv, "--reward", "0.5:jpeg-small,random"]) == 0
+    assert texts == ["0.5:jpeg-small,random"]
 
 
 def test_prompts_are_one_each_or_one_for_all(folder, tmp_path, capsys):

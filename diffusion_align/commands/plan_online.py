@@ -10,7 +10,6 @@ from typing import Any
 from diffusion_align.commands.course import describe_course
 from diffusion_align.commands.model_facts import read_model_facts
 from diffusion_align.commands.plan import describe_rate
-from diffusion_align.commands.reward.latents import require_reward
 from diffusion_align.commands.run_tables import RunTables, compared, evaluations, planned_tables
 from diffusion_align.commands.sources import present_model, read_prompts
 from diffusion_align.objectives import stepwise_range
@@ -95,7 +94,6 @@ def describe_rounds(plan: Rounds) -> list[str]:
 
 def plan_online(o: TrainOnline) -> list[str]:
     """The plan: rounds, evaluations, learning rate, D, constants in nats, what the loss can reach."""
-    require_reward(o.reward)
     name = present_model(o.pretrained_model_name_or_path or "")
     facts = read_model_facts(name)
     dims = math.prod(facts.latent_shape(o.resolution))

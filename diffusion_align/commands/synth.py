@@ -22,7 +22,6 @@ from torch import Tensor
 from diffusion_align.commands import threads
 from diffusion_align.commands.pasted import pasted
 from diffusion_align.commands.plan_online import TINY_SEED
-from diffusion_align.commands.reward.latents import require_reward
 from diffusion_align.commands.sources import read_prompts
 from diffusion_align.commands.synth_parts import (
     Source,
@@ -50,8 +49,6 @@ def synth(options: Synth) -> int:
     """Draw, score, and write rankings and pairs; see `Synth` for what can be asked."""
     o, out = options, Path(options.out)
     prompts = synth_prompts(o)
-    for name in o.rewards:
-        require_reward(name)
     sources = [source_of(name) for name in o.models]
     claim(out, o, prompts, sources)
     k, n = shard_of(o.shard)

@@ -16,7 +16,7 @@ from diffusion_align.commands.course import describe_course, settle_warmup
 from diffusion_align.commands.opening import claim_early, open_session, require_ahead
 from diffusion_align.commands.people import people
 from diffusion_align.commands.plan_online import describe_constants, describe_rounds, rounds_of, training_prompts
-from diffusion_align.commands.reward.latents import decoded, require_reward, reward_by_name
+from diffusion_align.commands.reward.latents import reward_of_latents
 from diffusion_align.commands.run_tables import fresh, run_tables
 from diffusion_align.commands.session import Session
 from diffusion_align.commands.setup import make_optimizer, optimizer_identity
@@ -24,6 +24,7 @@ from diffusion_align.data.readers import digest
 from diffusion_align.options import TrainCommon, TrainD3po, TrainDdpo, TrainOnline, TrainPrdp, TrainSpo
 from diffusion_align.options.train_online import compared_from
 from diffusion_align.origins import STEP_AWARE
+from diffusion_align.rewards import load_reward
 from diffusion_align.rewards.spec import read_spec
 from diffusion_align.rewards.step_aware import latent_scorer, step_aware_weights
 from diffusion_align.samplers import StepTable
@@ -91,8 +92,8 @@ class Rollout:
                 raise ValueError("reward people asks at one page; train with one process")
             reward = people(self.session.run / "choices", o.group_size, seed=o.seed)
         else:
-            reward = reward_by_name(o.reward or "", device=model.device, seed=o.seed)
-        return decoded(model, reward, o.sample_chunk)
+            reward = load_reward(o.reward or "", device=model.device, seed=o.seed)
+        return reward_of_latents(model, reward, o.sample_chunk)
 
     def later(self) -> Later:
         """Scoring, while the next pictures are drawn where the two do not want the same processor."""
@@ -176,7 +177,6 @@ def train_online(o: TrainOnline, verb: str, method: Callable[[Rollout], Method[A
     """Open the session, build the method on its rollouts, and follow its rounds to the end."""
     resumed = claim_early(o)
     prompts = training_prompts(o)
-    require_reward(o.reward)
     if isinstance(o, TrainSpo):
         require_preference_model(o.preference_model)
     session = open_session(o, verb, resumed)

@@ -22,13 +22,13 @@ from diffusion_align.commands.plan import describe_steps, steps_of
 from diffusion_align.commands.plan_dpo import read_training_pairs
 from diffusion_align.commands.processes import join
 from diffusion_align.commands.relabel import describe_labels, labels_of_scores, own_labels, scores_of_pairs
-from diffusion_align.commands.reward.latents import require_reward, reward_by_name
 from diffusion_align.commands.run_folder import CONFIG, METRICS
 from diffusion_align.commands.sources import present_model
 from diffusion_align.data import Pair, PairCache
 from diffusion_align.data.readers import BadRow
 from diffusion_align.options import to_yaml
 from diffusion_align.options.train_spm import TrainSpm
+from diffusion_align.rewards import load_reward
 from diffusion_align.rewards.step_aware import WEIGHTS, save_step_aware, start_step_aware, step_aware_scorer
 from diffusion_align.system.progress import progress_bar
 from diffusion_align.train import NonFiniteError, record
@@ -54,7 +54,6 @@ def train_spm(options: TrainSpm) -> int:
         raise ValueError(f"{home} holds a model already: --overwrite_output_dir replaces it, or give --output_dir")
     if o.cache_dir and "huggingface_hub" not in sys.modules:
         os.environ["HF_HUB_CACHE"] = o.cache_dir  # read once, when the hub's client is imported
-    require_reward(o.relabel)
     pairs, counts = read_training_pairs(o)
     training, held = hold_out(pairs[: o.max_train_samples], o.held_out, o.seed)
 
@@ -164,7 +163,7 @@ def labels_of(pairs: Sequence[Pair], o: TrainSpm, accelerator: Accelerator) -> T
         return own
     watch.doing("relabelling")
     folder = Path(o.cache_dir or o.output_dir) / "labels"
-    load = partial(reward_by_name, o.relabel, device=accelerator.device, seed=o.seed)
+    load = partial(load_reward, o.relabel, device=accelerator.device, seed=o.seed)
     main = accelerator.is_main_process
     if not main:
         meet(accelerator)  # the main process scores, the others read its file

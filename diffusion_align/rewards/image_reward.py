@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .aesthetic import WIDTHS, apply_head, head_shapes
 from .catalogue import CATALOGUE
-from .head import WIDTHS, apply_head, head_shapes
-from .pictures import Reward, of_levels, to_pil
-from .weights import fill, locate, place_of, read_weights, require_fit
+from .interface import Reward, of_levels, to_pil
+from .weight_files import fill, locate, place_of, read_weights, require_fit
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output on its authors' pictures
 TOKENS = 35

@@ -26,8 +26,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from .answer import RewardError
-from .pictures import Reward, of_levels, to_pil
+from .interface import Reward, RewardError, of_levels, to_pil
 
 PROTOCOL = 1
 TOKEN_VARIABLE = "DIFFUSION_ALIGN_REWARD_TOKEN"

@@ -24,9 +24,8 @@ from diffusion_align.system.file_modes import readable
 
 from ..system.plain_json import read_json
 from ..tensors import widen
-from .clip import resolve_source
-from .clip_config import CONFIG_FILE, require_plain_clip
-from .clip_fetch import fetched
+from .clip import fetched, require_plain_clip
+from .spec import CONFIG_FILE, resolve_source
 from .time_conditioned import (
     TimeConditioning,
     encode,

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..origins import STEP_AWARE
 from .clip_keys import from_transformers
 from .step_aware import PLAIN_BICUBIC, StepAware, ready
-from .weights import hub_file, read_weights, require_fit
+from .weight_files import hub_file, read_weights, require_fit
 
 ARCHITECTURE = "ViT-H-14"  # of PickScore, which the authors start from
 PREFIX = "model."

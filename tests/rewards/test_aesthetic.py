@@ -7,9 +7,8 @@ from helpers_machine import assert_rounded
 from helpers_rewards import make_clip_folder, pictures
 
 from diffusion_align.rewards import aesthetic, to_uint8
-from diffusion_align.rewards.aesthetic import FILE, aesthetic_scorer, load_aesthetic
+from diffusion_align.rewards.aesthetic import FILE, WIDTHS, aesthetic_scorer, apply_head, head_shapes, load_aesthetic
 from diffusion_align.rewards.clip import open_clip_model
-from diffusion_align.rewards.head import WIDTHS, apply_head, head_shapes
 
 NARROW = (16, 5, 4, 3, 2, 1)
 

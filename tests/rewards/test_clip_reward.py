@@ -15,7 +15,7 @@ from tokenizers import pre_tokenizers
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from diffusion_align.data.images import encode_png
-from diffusion_align.rewards import clip, clip_scorer, to_uint8
+from diffusion_align.rewards import clip_scorer, spec, to_uint8
 
 WIDTH, TEXT_WIDTH, LAYERS, EMBED, LENGTH = 32, 24, 2, 16, 20
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
@@ -211,18 +211,18 @@ def test_wrong_shapes_are_refused(scorer, shape, prompts):
 
 
 def test_names_are_handed_to_open_clip_as_it_wants_them(folder, monkeypatch, tmp_path):
-    assert clip.resolve_source(folder) == (f"local-dir:{folder}", None)
-    assert clip.resolve_source("hf-hub:owner/name") == ("hf-hub:owner/name", None)
-    assert clip.resolve_source("ViT-H-14:laion2b_s32b_b79k") == ("ViT-H-14", "laion2b_s32b_b79k")
-    monkeypatch.setattr(clip, "TINY_FOLDER", folder)
-    assert clip.resolve_source("tiny") == (f"local-dir:{folder}", None)
+    assert spec.resolve_source(folder) == (f"local-dir:{folder}", None)
+    assert spec.resolve_source("hf-hub:owner/name") == ("hf-hub:owner/name", None)
+    assert spec.resolve_source("ViT-H-14:laion2b_s32b_b79k") == ("ViT-H-14", "laion2b_s32b_b79k")
+    monkeypatch.setattr(spec, "TINY_FOLDER", folder)
+    assert spec.resolve_source("tiny") == (f"local-dir:{folder}", None)
     with pytest.raises(ValueError, match="needs weights"):
-        clip.resolve_source("ViT-H-14")
+        spec.resolve_source("ViT-H-14")
     with pytest.raises(ValueError, match="not an open_clip folder"):
-        clip.resolve_source(tmp_path)
-    monkeypatch.setattr(clip, "TINY_FOLDER", tmp_path / "none")
+        spec.resolve_source(tmp_path)
+    monkeypatch.setattr(spec, "TINY_FOLDER", tmp_path / "none")
     with pytest.raises(ValueError, match="build_tiny"):
-        clip.resolve_source("tiny")
+        spec.resolve_source("tiny")
 
 
 def test_an_architecture_with_a_weight_file_loads(folder, monkeypatch, scorer, tmp_path):

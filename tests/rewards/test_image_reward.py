@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import BertTokenizer
 
 from diffusion_align.rewards import to_uint8
-from diffusion_align.rewards.head import WIDTHS, head_shapes
+from diffusion_align.rewards.aesthetic import WIDTHS, head_shapes
 from diffusion_align.rewards.image_reward import (
     TEXT,
     VISION,

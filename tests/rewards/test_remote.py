@@ -306,7 +306,7 @@ def test_serving_to_others_needs_a_token_and_a_taken_port_is_told(monkeypatch):
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     with pytest.raises(UsageError, match=f"can be reached by others: set a token in {TOKEN_VARIABLE}"):
         reward_serve(RewardServe(reward="jpeg-small", host="0.0.0.0", port=0))
-    monkeypatch.setattr(reward_server, "reward_by_name", lambda *args, **kw: pytest.fail("loaded"))
+    monkeypatch.setattr(reward_server, "load_reward", lambda *args, **kw: pytest.fail("loaded"))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffusion_align.rewards.weights import locate, read_weights, require_digest, require_fit, web_file
+from diffusion_align.rewards.weight_files import locate, read_weights, require_digest, require_fit, web_file
 
 
 class Bomb:

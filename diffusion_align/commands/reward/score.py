@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_align.commands.reward.latents import require_reward, reward_by_name
 from diffusion_align.commands.sources import read_prompts
 from diffusion_align.data.images import FORMATS, ImageError, decode_image
 from diffusion_align.options.reward import RewardScore
-from diffusion_align.rewards import RewardError, one_each, prefetch
-from diffusion_align.rewards.weights import place_of
+from diffusion_align.rewards import RewardError, load_reward, one_each, prefetch
+from diffusion_align.rewards.weight_files import place_of
 from diffusion_align.system.progress import progress_bar
 
 ENDINGS = (".jpg", ".tif", *(f".{name.lower()}" for name in FORMATS))
@@ -29,10 +28,9 @@ Job = tuple[str, str, "Tensor | str"]  # a picture's path, its prompt, and its l
 def reward_score(options: RewardScore) -> int:
     """Score pictures; see `RewardScore`. 1 if none could be scored."""
     o = options
-    require_reward(o.reward)
     files = find_pictures(o.images)
     prompts = prompts_of(files, o)
-    reward = reward_by_name(o.reward or "", device=place_of(o.device), seed=o.seed)
+    reward = load_reward(o.reward_spec, device=place_of(o.device), seed=o.seed)
     out = Path(o.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial, scores, faults, spent = out.with_name(f".{out.name}.partial"), [], [], 0.0
@@ -41,7 +39,7 @@ def reward_score(options: RewardScore) -> int:
         start = time.perf_counter()
         # Decoding goes on in the background while the reward is busy.
         for batch in prefetch(batches(files, prompts, o.batch_size)):
-            for row in score_batch(o.reward or "", reward, batch):
+            for row in score_batch(str(o.reward_spec), reward, batch):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 (scores if row["score"] is not None else faults).append(row)
             bar.update(len(batch))

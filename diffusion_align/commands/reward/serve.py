@@ -21,13 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_align.commands.reward.latents import require_reward, reward_by_name
 from diffusion_align.commands.reward.request import Refused, read_request
 from diffusion_align.options import UsageError
 from diffusion_align.options.reward import RewardServe
-from diffusion_align.rewards import Reward, one_each
+from diffusion_align.rewards import Reward, load_reward, one_each
 from diffusion_align.rewards.remote import LOOPBACK, PROTOCOL, TOKEN_VARIABLE
-from diffusion_align.rewards.weights import place_of
+from diffusion_align.rewards.weight_files import place_of
 
 CONNECTIONS = 16  # at a time; each may hold a body of the full size
 
@@ -38,13 +37,12 @@ def reward_serve(options: RewardServe) -> int:
     token = os.environ.get(TOKEN_VARIABLE, "")
     if o.host not in LOOPBACK and not token:
         raise UsageError(f"server.host {o.host} can be reached by others: set a token in {TOKEN_VARIABLE}")
-    require_reward(o.reward)
     try:
         server = Server(o, token)  # before the weights are loaded: a port in use is told at once
     except OSError as error:
         raise OSError(f"cannot listen on {o.host}:{o.port}: {error.strerror}; choose another --port") from error
     with server:
-        server.reward = reward_by_name(o.reward or "", device=place_of(o.device), seed=o.seed)
+        server.reward = load_reward(o.reward_spec, device=place_of(o.device), seed=o.seed)
         print(f"{o.reward} at {server.address}{' (with a token)' if token else ''}; Ctrl-C ends it", flush=True)
         try:
             server.serve_forever()

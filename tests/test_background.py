@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers_machine import HANG
 
-from diffusion_align.rewards import background, prefetch
+from diffusion_align.rewards import prefetch
+from diffusion_align.system import background
 
 
 def workers():
