@@ -119,7 +119,7 @@ def test_score_says_what_it_lacks(folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     cases = [
         (tmp_path / "none", "no such file or folder"),
-        (tmp_path / "empty", "holds no picture"),
+        (tmp_path / "empty", "has no picture"),
         (folder / "0002-00.png", "none of 1 pictures has a score: cannot be decoded"),
     ]
     for place, message in cases:

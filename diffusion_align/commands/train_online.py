@@ -26,7 +26,7 @@ from diffusion_align.options.train_online import compared_from
 from diffusion_align.origins import STEP_AWARE
 from diffusion_align.rewards import load_reward
 from diffusion_align.rewards.spec import read_spec
-from diffusion_align.rewards.step_aware import latent_scorer, step_aware_weights
+from diffusion_align.rewards.step_aware_load import latent_scorer, step_aware_weights
 from diffusion_align.samplers import StepTable
 from diffusion_align.train.branches import Comparisons, StepScore, resample
 from diffusion_align.train.method import Method

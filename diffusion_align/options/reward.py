@@ -32,9 +32,9 @@ class WithReward:
 class RewardScore(WithReward):
     # fmt: off
     reward: str | None = option(None, "reward", REWARD, path="reward")
-    seed: int = option(0, "reward", "of the reward random", at_least=0)
+    seed: int = option(0, "reward", "seed of the reward random", at_least=0)
 
-    images: tuple[str, ...] = option((), "data", "a picture, or a folder of pictures, which are taken by name; may be repeated", path="in")
+    images: tuple[str, ...] = option((), "data", "a picture, or a folder of pictures (scored in order of their names); may be repeated", path="in")
     prompts_file: str | None = option(None, "data", "file with one prompt a line, one for each picture or one for all (default: those of the samples.json in the folder)", aliases=("prompts",), path="name")
 
     batch_size: int = option(16, "machine", "pictures at a time", at_least=1)
@@ -47,13 +47,13 @@ class RewardScore(WithReward):
 class RewardServe(WithReward):
     # fmt: off
     reward: str | None = option(None, "reward", REWARD, path="reward")
-    seed: int = option(0, "reward", "of the reward random", at_least=0)
+    seed: int = option(0, "reward", "seed of the reward random", at_least=0)
 
     port: int = option(8000, "server", "port", at_least=1, at_most=65535)
-    host: str = option("127.0.0.1", "server", "address to listen on; any but this machine's own needs a token in DIFFUSION_ALIGN_REWARD_TOKEN")
-    max_pictures: int = option(64, "server", "pictures in one request", at_least=1, at_most=1024)
+    host: str = option("127.0.0.1", "server", "address to listen on; any but a loopback address needs a token in DIFFUSION_ALIGN_REWARD_TOKEN")
+    max_pictures: int = option(64, "server", "most pictures in one request", at_least=1, at_most=1024)
     max_side: int = option(2048, "server", "longest side of a picture, in pixels", at_least=8, at_most=8192)
-    max_megabytes: int = option(64, "server", "size of one request", at_least=1, at_most=1024)
+    max_megabytes: int = option(64, "server", "largest size of one request, in MB", at_least=1, at_most=1024)
 
     device: str | None = option(None, "machine", DEVICE, fault=device_fault)
     # fmt: on

@@ -20,7 +20,7 @@ from .spec import RewardPart, RewardSpec, read_spec
 from .weight_files import locate, read_weights
 
 CLIP_H = "ViT-H-14"
-CLIP_L = "ViT-L-14-quickgelu"  # OpenAI's weights were trained with that activation
+CLIP_L = "ViT-L-14-quickgelu"  # OpenAI trained its weights with this activation
 
 
 def load_reward(reward: RewardSpec | str, *, device: str | torch.device | None = None, seed: int = 0) -> Reward:
@@ -68,9 +68,9 @@ def _load(part: RewardPart, device: str | torch.device | None, seed: int) -> Rew
 
 
 def clipscore(path: str = "", *, device: str | torch.device | None = None) -> Reward:
-    """100 times the cosine under CLIP ViT-L/14 (Hessel et al. 2021, arXiv 2104.08718, took 2.5 times that of ViT-B/32).
+    """100 times the cosine under CLIP ViT-L/14 (Hessel et al. 2021, arXiv 2104.08718, take 2.5 times that of ViT-B/32).
 
-    `path`: a folder in open_clip's format, or a file with open_clip's weights; "" is OpenAI's, fetched by open_clip.
+    `path`: a folder in open_clip's format, or a file of open_clip's weights; "" fetches OpenAI's.
     """
     source = path if path and Path(path).is_dir() else f"{CLIP_L}:{path or 'openai'}"
     return clip_scorer(source, device=device, scale=100.0)
@@ -85,7 +85,7 @@ def pickscore(
 ) -> Reward:
     """PickScore v1 (Kirstain et al. 2023, arXiv 2305.01569): `exp(logit_scale) cosine`, about 17 to 25.
 
-    `path`: the file, or the folder, of yuvalkirstain/PickScore_v1, whose weights are a CLIPModel of transformers.
+    `path`: the file or folder of yuvalkirstain/PickScore_v1, a CLIPModel of transformers.
     """
     entry = CATALOGUE["pickscore"]
     file = locate(path, entry.files, entry.repo, revision)
@@ -103,7 +103,7 @@ def hps(
 ) -> Reward:
     """HPS v2 or v2.1 (Wu et al. 2023, arXiv 2306.09341): the cosine, about 0.2 to 0.35. `version`: hpsv2 or hpsv2.1.
 
-    `path`: its .pt file, or a folder with it. As with its authors, pictures that are not square are padded black.
+    `path`: its .pt file, or a folder with it. As in the authors' code, pictures that are not square are padded black.
     """
     entry = CATALOGUE[version]
     file = locate(path, entry.files, entry.repo, revision)

@@ -240,7 +240,7 @@ def test_a_folder_brings_its_own_tokenizer(tmp_path, monkeypatch):
     assert tokens[0, :5].tolist() == [2, 5, 6, 3, 0] and mask[0].sum() == 4
     assert tokens[1, 0] == 2 and tokens[1, -1] == 3 and mask[1].all()
     monkeypatch.setattr(BertTokenizer, "from_pretrained", lambda name: (_ for _ in ()).throw(OSError("offline")))
-    with pytest.raises(FileNotFoundError, match="vocab.txt beside"):
+    with pytest.raises(FileNotFoundError, match="vocab.txt and ImageReward.pt in one folder"):
         bert_tokenizer()
 
 

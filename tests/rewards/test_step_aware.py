@@ -22,12 +22,10 @@ from diffusion_align import rng
 from diffusion_align.rewards import clip_scorer
 from diffusion_align.rewards.step_aware import (
     StepAware,
-    latent_scorer,
-    load_step_aware,
     save_step_aware,
     start_step_aware,
-    step_aware_scorer,
 )
+from diffusion_align.rewards.step_aware_load import latent_scorer, load_step_aware, step_aware_scorer
 from diffusion_align.rewards.time_conditioned import (
     TimeConditioning,
     encode,

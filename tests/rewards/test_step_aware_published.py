@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from helpers_rewards import pictures
 from safetensors.torch import save_file
 
-from diffusion_align.rewards import step_aware_published as published
-from diffusion_align.rewards.step_aware import (
+from diffusion_align.rewards import step_aware_load
+from diffusion_align.rewards.step_aware import save_step_aware
+from diffusion_align.rewards.step_aware_load import (
     latent_scorer,
     load_step_aware,
-    save_step_aware,
     step_aware_scorer,
     step_aware_weights,
 )
@@ -92,7 +92,7 @@ def file(weights, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
-    monkeypatch.setattr(published, "ARCHITECTURE", NAME)
+    monkeypatch.setattr(step_aware_load, "ARCHITECTURE", NAME)
 
 
 class Authors:
@@ -227,7 +227,7 @@ def test_a_name_is_fetched_from_the_authors_repository(file, monkeypatch):
         asked.append((repo, name))
         return file
 
-    monkeypatch.setattr(published, "hub_file", hub_file)
+    monkeypatch.setattr(step_aware_load, "hub_file", hub_file)
     assert step_aware_weights("spo-sdxl") == file
     assert asked == [
         ("SPO-Diffusion-Models/Step-Aware_Preference_Models", "sdxl_step-aware_preference_model.bin"),
