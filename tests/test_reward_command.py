@@ -14,8 +14,7 @@ from PIL import Image
 
 from diffusion_align import cli
 from diffusion_align.data.images import encode_png
-from diffusion_align.options import reward as options_reward
-from diffusion_align.rewards import http_reward, load, load_reward, spec, to_uint8
+from diffusion_align.rewards import http_reward, load_reward, spec, to_uint8
 from diffusion_align.rewards.catalogue import CATALOGUE
 
 COMMAND = [sys.executable, "-m", "diffusion_align.cli"]
@@ -93,12 +92,14 @@ def test_score_writes_one_line_a_picture(folder, tmp_path, capsys, batch):
 
 
 def test_the_text_of_a_reward_is_parsed_once(folder, tmp_path, monkeypatch):
-    texts, read_spec = [], spec.read_spec
-    for module in (spec, load, options_reward):
-        monkeypatch.setattr(module, "read_spec", lambda text: texts.append(text) or read_spec(text))
+    """From the options to the scores: the parser, wherever it is imported, makes one RewardSpec."""
+    made, real = [], spec.RewardSpec
+    monkeypatch.setattr(spec, "RewardSpec", lambda *args: made.append(real(*args)) or made[-1])
     argv = ["reward", "score", "--images", str(folder), "--out", str(tmp_path / "s")]
     assert cli.main([*argv, "--reward", "0.5:jpeg-small,random"]) == 0
-    assert texts == ["0.5:jpeg-small,random"]
+    assert [str(one) for one in made] == ["0.5:jpeg-small,random"]
+    load_reward("random")
+    assert len(made) == 2  # texts are counted wherever they are parsed
 
 
 def test_prompts_are_one_each_or_one_for_all(folder, tmp_path, capsys):
@@ -114,7 +115,7 @@ def test_prompts_are_one_each_or_one_for_all(folder, tmp_path, capsys):
     assert "3 prompts for 2 pictures" in capsys.readouterr().err
 
 
-def test_score_says_what_it_lacks(folder, tmp_path, capsys):
+def test_score_names_what_is_missing(folder, tmp_path, capsys):
     argv = ["reward", "score", "--reward", "jpeg-small", "--out", str(tmp_path / "s"), "--images"]
     (tmp_path / "empty").mkdir()
     cases = [

@@ -74,7 +74,7 @@ def shapes(vision=SMALL_VISION, text=SMALL_TEXT):
 
 
 def published(seed=0):
-    """Seeded weights, with what the published file holds besides."""
+    """Seeded weights, with the unused ones of the published file."""
     source = torch.Generator().manual_seed(seed)
     weights = {key: torch.randn(shape, generator=source) * 0.2 for key, shape in shapes().items()}
     # Vision states of a small variance tell the two epsilons of layer norms apart.
@@ -155,7 +155,7 @@ def pictures(n, size=(32, 32)):
     return torch.rand(n, 3, *size, generator=torch.Generator().manual_seed(3))
 
 
-def test_the_port_is_the_published_network():
+def test_network_equals_the_published_one():
     weights, images = published(), pictures(4)
     model = build(weights, "test", vision=SMALL_VISION, text=SMALL_TEXT, device="cpu")
     single = image_reward_scorer(model, tokenize, chunk=3)(images, PROMPTS)
@@ -186,7 +186,7 @@ def test_the_port_is_the_published_network():
     assert expected.std() > 1e-3 * scale
 
 
-def test_it_promises_what_all_rewards_do():
+def test_it_keeps_the_interface_of_rewards():
     model = build(published(), "test", vision=SMALL_VISION, text=SMALL_TEXT, device="cpu")
     reward, images = image_reward_scorer(model, tokenize), pictures(3, (48, 40))
     base = reward(images, PROMPTS[:3])

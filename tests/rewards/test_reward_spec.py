@@ -1,4 +1,4 @@
-"""What a reward's text means, and what is said to a slip of the pen."""
+"""The parser of rewards: what a text means, and the messages for texts that are wrong."""
 
 import pytest
 
@@ -44,7 +44,7 @@ def test_every_name_of_the_catalogue_is_read_and_can_be_loaded(name):
         ("2:https://a.b:8/x,tiny", Spec((Part("http", "https://a.b:8/x", weight=2.0), Part("tiny")))),
     ],
 )
-def test_texts(text, expected):
+def test_reward_texts(text, expected):
     assert read_spec(text) == expected
 
 
@@ -60,7 +60,7 @@ def test_paths(tmp_path, monkeypatch):
         Part("python", "mine.py:f", weight=2.0),
     )
     assert read_spec(str(tmp_path / "odd,name=x")).parts == (Part("open_clip", str(tmp_path / "odd,name=x")),)
-    assert read_spec("tiny").parts == (Part("tiny"),)  # a name is a name, whatever lies about
+    assert read_spec("tiny").parts == (Part("tiny"),)  # a folder of that name does not matter
     for text in ("pickscore=none", "python:none.py:f"):
         with pytest.raises(FileNotFoundError, match="no file"):
             read_spec(text)
@@ -89,7 +89,7 @@ def test_paths(tmp_path, monkeypatch):
         ("python:a.py", "a Python reward is python:FILE.py:FUNCTION"),
     ],
 )
-def test_slips(text, message):
+def test_misspelt_rewards(text, message):
     with pytest.raises(ValueError) as caught:
         read_spec(text)
     assert message in str(caught.value) and len(str(caught.value).splitlines()) == 1
