@@ -33,7 +33,7 @@ from diffusion_align.models import TextToImage, load_pipeline
 from diffusion_align.options.reward import RewardServe
 from diffusion_align.rewards import Reward, http_reward, load_reward, prefetch, to_uint8
 from diffusion_align.rewards.clip import Clip, clip_of, cosine_scorer, open_clip_model
-from diffusion_align.rewards.weight_files import place_of
+from diffusion_align.rewards.interface import device_or_default
 from diffusion_align.samplers import sample, step_table
 from diffusion_align.shapes import sample_captions
 
@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=2, help="steps of the sampler")
     parser.add_argument("--device", default=None)
     args = parser.parse_args(argv)
-    place = place_of(args.device)
+    place = device_or_default(args.device)
     images = rng.normal((args.pictures, 3, args.side, args.side), 0, "bench pictures").mul(0.2).add(0.5).clamp(0, 1)
     prompts = sample_captions(args.pictures, 0)  # the judge reads no others
     print(f"{args.pictures} pictures of {args.side} x {args.side} on {place}, {torch.get_num_threads()} threads")

@@ -1,10 +1,12 @@
 """`reward ls`, `reward score` and `reward serve` as they are typed."""
 
+import inspect
 import json
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,6 +102,29 @@ def test_the_text_of_a_reward_is_parsed_once(folder, tmp_path, monkeypatch):
     assert [str(one) for one in made] == ["0.5:jpeg-small,random"]
     load_reward("random")
     assert len(made) == 2  # texts are counted wherever they are parsed
+
+
+def test_a_reward_passes_six_files_from_its_text_to_its_scores(folder, tmp_path):
+    """The files of the package about rewards in which a function runs; lazy names of packages are not counted."""
+    files, package = set(), Path(cli.__file__).parent
+
+    def note(frame, event, _):
+        file = Path(frame.f_code.co_filename)
+        if event == "call" and frame.f_code.co_flags & inspect.CO_OPTIMIZED and file.is_relative_to(package):
+            files.add(file.relative_to(package).as_posix())
+
+    argv = ["reward", "score", "--reward", "tiny", "--images", str(folder), "--out", str(tmp_path / "s")]
+    sys.setprofile(note)
+    try:
+        assert cli.main(argv) == 0
+    finally:
+        sys.setprofile(None)
+    about_rewards = {file for file in files if "reward" in file and not file.endswith("__init__.py")}
+    assert about_rewards == {
+        "options/reward.py",
+        "commands/reward/score.py",
+        *(f"rewards/{name}.py" for name in ("spec", "load", "clip", "interface")),
+    }
 
 
 def test_prompts_are_one_each_or_one_for_all(folder, tmp_path, capsys):

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..system.network import offline
 from ..system.plain_json import read_json, require_modest, require_no_code
-from .interface import Reward, of_levels, to_pil
+from .interface import Reward, device_or_default, of_levels, to_pil
 from .spec import CONFIG_FILE, resolve_source
-from .weight_files import fill, hub_file, place_of, require_container
+from .weight_files import fill, hub_file, require_container
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ def open_clip_model(source: str | Path, *, device: str | torch.device | None = N
     require_plain_clip(name, pretrained)
     import open_clip  # takes four seconds, so it is imported only where a CLIP reward is used
 
-    place = place_of(device)
+    place = device_or_default(device)
     # With another activation than in their training the weights score a little wrong, and open_clip only warns.
     quick = bool(pretrained and open_clip.pretrained.get_pretrained_cfg(name, pretrained).get("quick_gelu"))
     with torch.random.fork_rng(devices=[]):  # open_clip first draws random weights from the global generator
@@ -97,10 +97,11 @@ def clip_of(
         raise ValueError(f"open_clip has no architecture {architecture!r}")
     with torch.random.fork_rng(devices=[]):
         model = open_clip.CLIP(**config)
-    model = fill(model, weights, source, place_of(device))
+    place = device_or_default(device)
+    model = fill(model, weights, source, place)
     settings: Any = {"size": model.visual.image_size, "resize_mode": resize_mode}
     transform: Any = image_transform_v2(PreprocessCfg(**settings), is_train=False)
-    return Clip(model, transform, open_clip.get_tokenizer(architecture), place_of(device))
+    return Clip(model, transform, open_clip.get_tokenizer(architecture), place)
 
 
 def cosine_scorer(clip: Clip, *, chunk: int = 64, scale: float | None = 1.0) -> Reward:

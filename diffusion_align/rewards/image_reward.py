@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .aesthetic import WIDTHS, apply_head, head_shapes
 from .catalogue import CATALOGUE
-from .interface import Reward, of_levels, to_pil
-from .weight_files import fill, locate, place_of, read_weights, require_fit
+from .interface import Reward, device_or_default, of_levels, to_pil
+from .weight_files import fill, locate, read_weights, require_fit
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output on its authors' pictures
 TOKENS = 35
@@ -121,7 +121,7 @@ def build(
 
     vision_weights, text_weights, head = split_keys(weights, source)
     require_fit(head, head_shapes((text["hidden_size"], *WIDTHS[1:])), source)
-    place = place_of(device)
+    place = device_or_default(device)
     with torch.random.fork_rng(devices=[]):
         vision_model = BlipVisionModel(BlipVisionConfig(**vision))
         text_model = BlipTextModel(BlipTextConfig(**text), add_pooling_layer=False)

@@ -32,6 +32,11 @@ def one_each(values: Any, count: int, name: str) -> Tensor:
     return values.detach().float().cpu()
 
 
+def device_or_default(device: str | torch.device | None) -> torch.device:
+    """The given device; by default a GPU if there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """Pictures in [0, 1] as 8-bit levels, rounded as in a saved PNG; values out of range are clamped, NaN is black.
 

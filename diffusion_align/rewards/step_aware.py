@@ -23,6 +23,7 @@ from diffusion_align.system.file_modes import readable
 
 from ..tensors import widen
 from .clip import fetched, require_plain_clip
+from .interface import device_or_default
 from .spec import CONFIG_FILE, resolve_source
 from .time_conditioned import (
     TimeConditioning,
@@ -141,4 +142,4 @@ def ready(model: StepAware, source: object, device: str | torch.device | None) -
     broken = [name for name, weight in model.state_dict().items() if not torch.isfinite(weight).all()]
     if broken:
         raise ValueError(f"{len(broken)} weights of {source} are not finite: {broken[0]} is the first")
-    return model.to(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))).eval()
+    return model.to(device_or_default(device)).eval()

@@ -145,11 +145,6 @@ def fill(model: Any, weights: Mapping[str, Tensor], source: object, device: torc
     return model.to(device).eval().requires_grad_(False)
 
 
-def place_of(device: str | torch.device | None) -> torch.device:
-    """The given device; by default a GPU if there is one."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def require_container(path: Path) -> None:
     """Raise ValueError if the file is too large, or is a zip that torch would not have written."""
     size = path.stat().st_size

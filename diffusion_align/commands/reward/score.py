@@ -18,7 +18,6 @@ from diffusion_align.commands.sources import read_prompts
 from diffusion_align.data.images import FORMATS, ImageError, decode_image
 from diffusion_align.options.reward import RewardScore
 from diffusion_align.rewards import RewardError, load_reward, one_each, prefetch
-from diffusion_align.rewards.weight_files import place_of
 from diffusion_align.system.progress import progress_bar
 
 ENDINGS = (".jpg", ".tif", *(f".{name.lower()}" for name in FORMATS))
@@ -30,7 +29,7 @@ def reward_score(options: RewardScore) -> int:
     o = options
     files = find_pictures(o.images)
     prompts = prompts_of(files, o)
-    reward = load_reward(o.reward_spec, device=place_of(o.device), seed=o.seed)
+    reward = load_reward(o.reward_spec, device=o.device, seed=o.seed)
     out = Path(o.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial, scores, failed, spent = out.with_name(f".{out.name}.partial"), [], [], 0.0

@@ -26,7 +26,6 @@ from diffusion_align.options import UsageError
 from diffusion_align.options.reward import RewardServe
 from diffusion_align.rewards import Reward, load_reward, one_each
 from diffusion_align.rewards.remote import LOOPBACK, PROTOCOL, TOKEN_VARIABLE
-from diffusion_align.rewards.weight_files import place_of
 
 CONNECTIONS = 16  # at a time; each may have a body of the maximum size
 
@@ -42,7 +41,7 @@ def reward_serve(options: RewardServe) -> int:
     except OSError as error:
         raise OSError(f"cannot listen on {o.host}:{o.port}: {error.strerror}; choose another --port") from error
     with server:
-        server.reward = load_reward(o.reward_spec, device=place_of(o.device), seed=o.seed)
+        server.reward = load_reward(o.reward_spec, device=o.device, seed=o.seed)
         print(f"{o.reward} at {server.address}{' (with a token)' if token else ''}; Ctrl-C ends it", flush=True)
         try:
             server.serve_forever()
