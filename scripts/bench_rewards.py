@@ -32,7 +32,7 @@ from diffusion_align.data.images import decode_image, encode_png, to_square
 from diffusion_align.models import TextToImage, load_pipeline
 from diffusion_align.options.reward import RewardServe
 from diffusion_align.rewards import Reward, http_reward, load_reward, prefetch, to_uint8
-from diffusion_align.rewards.clip import Clip, clip_of, cosine_scorer, open_clip_model
+from diffusion_align.rewards.clip import Clip, clip_of, cosine_scorer, open_clip_model, untrained_clip
 from diffusion_align.rewards.interface import device_or_default
 from diffusion_align.samplers import sample, step_table
 from diffusion_align.shapes import sample_captions
@@ -45,14 +45,12 @@ Chunk = tuple[Tensor, list[str]]
 
 def seeded_clip(architecture: str, device: torch.device) -> Clip:
     """An architecture of open_clip with random weights, in float32; it has the cost of the real one."""
-    import open_clip
-
-    config = open_clip.get_model_config(architecture)
-    if config is None:
-        raise SystemExit(f"open_clip has no architecture {architecture}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        weights = open_clip.CLIP(**config).state_dict()
+        try:
+            weights = untrained_clip(architecture)[0].state_dict()
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
     return clip_of(architecture, weights, source=architecture, device=device)
 
 

@@ -164,13 +164,13 @@ def _raise_in_loss(fault: Fault) -> None:
 
 def reward_by(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Let this process's reward pass through `change`."""
-    real = train_online.decoded
+    real = train_online.reward_of_latents
 
-    def decoded(*args: Any) -> Any:
+    def changed(*args: Any) -> Any:
         score = real(*args)
         return lambda latents, prompts: change(score(latents, prompts))
 
-    train_online.decoded = decoded
+    train_online.reward_of_latents = changed
 
 
 def _raise_in_reward(fault: Fault) -> None:

@@ -68,10 +68,26 @@ def open_clip_model(source: str | Path, *, device: str | torch.device | None = N
     model, transform = loaded
     tokenizer = fetched(name, pretrained, partial(open_clip.get_tokenizer, name))
     model.eval().requires_grad_(False)
+    require_finite(model, source)
+    return Clip(model, transform, tokenizer, place)
+
+
+def require_finite(model: torch.nn.Module, source: object) -> None:
+    """Raise ValueError, with the first wrong key, unless all weights are finite."""
     broken = [key for key, weight in model.state_dict().items() if not torch.isfinite(weight).all()]
     if broken:
         raise ValueError(f"{len(broken)} weights of {source} are not finite: {broken[0]} is the first")
-    return Clip(model, transform, tokenizer, place)
+
+
+def untrained_clip(architecture: str) -> tuple[Any, dict[str, Any]]:
+    """open_clip's `architecture` with random weights, and its configuration; raises ValueError for an unknown name."""
+    import open_clip
+
+    config = open_clip.get_model_config(architecture)
+    if config is None:
+        raise ValueError(f"open_clip has no architecture {architecture!r}")
+    with torch.random.fork_rng(devices=[]):  # open_clip draws them from the global generator
+        return open_clip.CLIP(**config), config
 
 
 def clip_of(
@@ -92,13 +108,8 @@ def clip_of(
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    config = open_clip.get_model_config(architecture)
-    if config is None:
-        raise ValueError(f"open_clip has no architecture {architecture!r}")
-    with torch.random.fork_rng(devices=[]):
-        model = open_clip.CLIP(**config)
     place = device_or_default(device)
-    model = fill(model, weights, source, place)
+    model = fill(untrained_clip(architecture)[0], weights, source, place)
     settings: Any = {"size": model.visual.image_size, "resize_mode": resize_mode}
     transform: Any = image_transform_v2(PreprocessCfg(**settings), is_train=False)
     return Clip(model, transform, open_clip.get_tokenizer(architecture), place)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from diffusion_align.system.file_modes import readable
 
 from ..tensors import widen
-from .clip import fetched, require_plain_clip
+from .clip import fetched, require_finite, require_plain_clip
 from .interface import device_or_default
 from .spec import CONFIG_FILE, resolve_source
 from .time_conditioned import (
@@ -139,7 +139,5 @@ def save_step_aware(model: StepAware, folder: str | os.PathLike[str]) -> Path:
 
 def ready(model: StepAware, source: object, device: str | torch.device | None) -> StepAware:
     """The model on its device in eval mode; raises ValueError unless all its weights are finite."""
-    broken = [name for name, weight in model.state_dict().items() if not torch.isfinite(weight).all()]
-    if broken:
-        raise ValueError(f"{len(broken)} weights of {source} are not finite: {broken[0]} is the first")
+    require_finite(model, source)
     return model.to(device_or_default(device)).eval()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..origins import STEP_AWARE
 from ..system.plain_json import read_json
-from .clip import require_plain_clip
+from .clip import require_plain_clip, untrained_clip
 from .clip_keys import from_transformers
 from .spec import CONFIG_FILE
 from .step_aware import PLAIN_BICUBIC, WEIGHTS, StepAware, ready, start_step_aware
@@ -150,12 +150,8 @@ def load_published(
     import open_clip
 
     name = architecture or ARCHITECTURE
-    settings = open_clip.get_model_config(name)
-    if settings is None:
-        raise ValueError(f"open_clip has no architecture {name!r}")
     weights = from_published(read_weights(path), path)
-    with torch.random.fork_rng(devices=[]):  # open_clip first draws random weights from the global generator
-        clip = open_clip.CLIP(**settings)
+    clip, settings = untrained_clip(name)
     config = {
         "model_cfg": {**settings, "quick_gelu": bool(settings.get("quick_gelu")), "custom_text": False},
         "preprocess_cfg": {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD},
