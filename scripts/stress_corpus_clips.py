@@ -8,7 +8,7 @@ import torch
 from stress_corpus import ROOT, Trap, case, write
 from stress_corpus_weights import VOCABULARY, saved, score
 
-from diffusion_align.rewards.step_aware import save_step_aware, start_step_aware
+from diffusion_align.rewards.step_aware_model import save_step_aware, start_step_aware
 
 
 def clip_folder(home: Path) -> Path:

@@ -17,7 +17,7 @@ from diffusion_align.commands import train_online
 from diffusion_align.options import VERBS, options_of, resolve
 from diffusion_align.options.metrics import METRICS
 from diffusion_align.rewards.controls import random_reward
-from diffusion_align.rewards.step_aware import save_step_aware, start_step_aware
+from diffusion_align.rewards.step_aware_model import save_step_aware, start_step_aware
 from diffusion_align.shapes import sample_captions
 from diffusion_align.train import online, record
 

@@ -29,8 +29,8 @@ from diffusion_align.data.readers import BadRow
 from diffusion_align.options import to_yaml
 from diffusion_align.options.train_spm import TrainSpm
 from diffusion_align.rewards import load_reward
-from diffusion_align.rewards.step_aware import WEIGHTS, save_step_aware, start_step_aware
 from diffusion_align.rewards.step_aware_load import step_aware_scorer
+from diffusion_align.rewards.step_aware_model import WEIGHTS, save_step_aware, start_step_aware
 from diffusion_align.system.progress import progress_bar
 from diffusion_align.train import NonFiniteError, record
 from diffusion_align.train.optimizer import adamw, lr_schedule

@@ -21,7 +21,7 @@ from ..system.plain_json import read_json
 from .clip import require_plain_clip, untrained_clip
 from .clip_keys import from_transformers
 from .spec import CONFIG_FILE
-from .step_aware import PLAIN_BICUBIC, WEIGHTS, StepAware, ready, start_step_aware
+from .step_aware_model import PLAIN_BICUBIC, WEIGHTS, StepAware, ready, start_step_aware
 from .weight_files import hub_file, read_weights, require_fit
 
 ARCHITECTURE = "ViT-H-14"  # of PickScore, which the authors start from

@@ -100,7 +100,7 @@ def train_step_aware(
 
     Args:
         prompts: of the cache's pairs, by index.
-        model: the scores to train, such as `rewards.step_aware.StepAware`.
+        model: the scores to train, such as `rewards.step_aware_model.StepAware`.
         decode: clean latents -> what the scorer reads: the model's decode, or the latents as they are.
         labels: [len(cache)] probability that the first of a pair is preferred; None: always.
         batch_size: pairs per optimizer step, over all processes and pieces.

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 
 from diffusion_align import rng
 from diffusion_align.rewards import clip_scorer
-from diffusion_align.rewards.step_aware import (
+from diffusion_align.rewards.step_aware_load import latent_scorer, load_step_aware, step_aware_scorer
+from diffusion_align.rewards.step_aware_model import (
     StepAware,
     save_step_aware,
     start_step_aware,
 )
-from diffusion_align.rewards.step_aware_load import latent_scorer, load_step_aware, step_aware_scorer
 from diffusion_align.rewards.time_conditioned import (
     TimeConditioning,
     encode,
@@ -371,5 +371,5 @@ def test_unsupported_towers_are_refused():
 
 
 def test_open_clip_is_not_imported_with_the_module():
-    code = "import sys, diffusion_align.rewards.step_aware; sys.exit('open_clip' in sys.modules)"
+    code = "import sys, diffusion_align.rewards.step_aware_model; sys.exit('open_clip' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=HANG).returncode == 0

@@ -11,13 +11,13 @@ from helpers_rewards import pictures
 from safetensors.torch import save_file
 
 from diffusion_align.rewards import step_aware_load
-from diffusion_align.rewards.step_aware import save_step_aware
 from diffusion_align.rewards.step_aware_load import (
     latent_scorer,
     load_step_aware,
     step_aware_scorer,
     step_aware_weights,
 )
+from diffusion_align.rewards.step_aware_model import save_step_aware
 
 NAME = "Toy-SPM"
 WIDTH, TEXT, SIDE, PATCH, LAYERS, EMBED = 32, 24, 28, 14, 2, 16

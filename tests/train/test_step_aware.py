@@ -231,8 +231,8 @@ def test_the_command_trains_the_embedded_reward(tmp_path, capsys, inputs):
     """Pairs, cache, base, reward, loop, folder: a few steps, then the folder scores what the base predicts."""
     from diffusion_align.commands.train_spm import train_spm
     from diffusion_align.options.train_spm import TrainSpm, check_train_spm
-    from diffusion_align.rewards.step_aware import start_step_aware
     from diffusion_align.rewards.step_aware_load import latent_scorer, load_step_aware
+    from diffusion_align.rewards.step_aware_model import start_step_aware
 
     options = TrainSpm(
         pretrained_model_name_or_path="tiny", dataset_name="tiny", max_train_samples=20, held_out=4, device="cpu",
