@@ -80,10 +80,11 @@ def _run(argv: list[str]) -> int:
     if words in VERBS:
         return _run_verb(words, rest)
     if words in OTHER_VERBS and not {"-h", "--help"} & set(rest):
-        from diffusion_align.commands import doctor, presets, reward_ls
+        from diffusion_align.commands import doctor, presets
+        from diffusion_align.commands.reward.ls import reward_ls
 
         rest = [word for word in rest if word != "--traceback"]
-        other = {"doctor": doctor.doctor, "reward ls": reward_ls.reward_ls}
+        other = {"doctor": doctor.doctor, "reward ls": reward_ls}
         return other[words](rest) if words in other else presets.presets(words.split()[1], rest)
     print(overview(words))
     return 0

@@ -17,12 +17,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from diffusion_align.commands.score import decoded, reward_by_name
 from diffusion_align.commands.train.items import TINY_SEED
 from diffusion_align.methods.ddpo import learn_policy_gradient
+from diffusion_align.methods.shared.rollouts import reward_of_latents
 from diffusion_align.methods.shared.runs import Runs, binder, draw_runs
 from diffusion_align.models import add_lora, load_pipeline
 from diffusion_align.models.adapters import TARGETS
+from diffusion_align.rewards import load_reward
 from diffusion_align.samplers import StepTable, noise_window, step_table
 from diffusion_align.shapes import sample_captions
 
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         return model.predict(x, t, text)
 
     policy = binder(counted, model.schedule, model.prediction_type, model.empty_text, 1.0)
-    score = decoded(model, reward_by_name(args.reward, device=model.device, seed=0), 64)
+    score = reward_of_latents(model, load_reward(args.reward, device=model.device, seed=0), 64)
     captions = sample_captions(args.batches * args.prompts, TINY_SEED)
 
     def gradient(runs: Runs, k: int) -> Tensor:

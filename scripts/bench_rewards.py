@@ -1,15 +1,15 @@
-"""How many pictures a second rewards score, where the time goes, and what working ahead in the background saves.
+"""How many pictures a second rewards score, where the time goes, and what `prefetch` saves.
 
     python scripts/bench_rewards.py                                     # those that need no download
     python scripts/bench_rewards.py --rewards pickscore hpsv2.1 --side 512
     python scripts/bench_rewards.py --seeded ViT-B-32 ViT-H-14          # the cost of an architecture, random weights
     python scripts/bench_rewards.py --model OWNER/NAME --steps 20       # the loop with a model of your own
 
-Prints two tables, a row a reward. Scoring alone: pictures a second, milliseconds a picture in open_clip's preprocessing
-and in all the rest (mostly the network), and pictures a second from PNG bytes, decoded in turn and decoded ahead
-(`prefetch`). And a loop as in training that draws a chunk of pictures and scores it: the share of time in which none is
-drawn, where a chunk is scored before the next is drawn and where it is scored meanwhile, and how many times as fast the
-second is, in pairs of runs (the middle pair). `slow` is a server on this machine that takes 50 ms a request.
+Prints two tables with a row for each reward. The first is scoring alone: pictures a second, milliseconds a picture in
+open_clip's preprocessing and in the rest (mostly the network), and pictures a second from PNG bytes, decoded in turn
+and in the background (`prefetch`). The second is a loop as in training that draws and scores chunks of pictures: the
+fraction of time without drawing, if a chunk is scored before the next is drawn and if it is scored meanwhile, and the
+speedup, as medians over pairs of runs. `slow` is a server on this machine that takes 50 ms a request.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 
 from diffusion_align import rng
-from diffusion_align.commands.reward_server import Server
+from diffusion_align.commands.reward.serve import Server
 from diffusion_align.data.images import decode_image, encode_png, to_square
 from diffusion_align.models import TextToImage, load_pipeline
 from diffusion_align.options.reward import RewardServe
 from diffusion_align.rewards import Reward, http_reward, load_reward, prefetch, to_uint8
-from diffusion_align.rewards.clip import Clip, clip_of, cosine_scorer, open_clip_model
-from diffusion_align.rewards.weights import place_of
+from diffusion_align.rewards.clip import Clip, clip_of, cosine_scorer, open_clip_model, untrained_clip
+from diffusion_align.rewards.interface import device_or_default
 from diffusion_align.samplers import sample, step_table
 from diffusion_align.shapes import sample_captions
 
@@ -44,20 +44,18 @@ Chunk = tuple[Tensor, list[str]]
 
 
 def seeded_clip(architecture: str, device: torch.device) -> Clip:
-    """An architecture of open_clip with random weights, in float32: as slow as the real one."""
-    import open_clip
-
-    config = open_clip.get_model_config(architecture)
-    if config is None:
-        raise SystemExit(f"open_clip has no architecture {architecture}")
+    """An architecture of open_clip with random weights, in float32; it has the cost of the real one."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        weights = open_clip.CLIP(**config).state_dict()
+        try:
+            weights = untrained_clip(architecture)[0].state_dict()
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
     return clip_of(architecture, weights, source=architecture, device=device)
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
-    """The least of `repeats` runs, after one to warm up: what disturbs a run only ever adds."""
+    """The minimum of `repeats` runs after a warm-up: disturbances only add time."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -94,12 +92,12 @@ def row(
 
 
 def chunks_of(model: TextToImage, chunks: int, size: int, steps: int, busy: list[float]) -> Iterator[Chunk]:
-    """Pictures and prompts, chunk after chunk; the seconds that drawing each took go to `busy`."""
+    """Pictures and prompts, chunk after chunk; the seconds spent drawing each are appended to `busy`."""
     table = step_table(model.schedule, steps, solver="dpmpp", order=2, eta=0.0)
     prompts = sample_captions(size, 0)
     for chunk in range(chunks):
         start = time.perf_counter()
-        with torch.no_grad():  # of this thread: the one that draws ahead has its own
+        with torch.no_grad():  # set in each thread
             noise = rng.normal((size, *model.latent_shape()), 0, "bench noise", chunk).to(model.device)
             pictures = model.decode(sample(model.denoiser(model.encode_text(prompts)), table, noise))
         if model.device.type == "cuda":
@@ -109,14 +107,14 @@ def chunks_of(model: TextToImage, chunks: int, size: int, steps: int, busy: list
 
 
 class Loop(NamedTuple):
-    """Seconds of a loop over chunks, and those of them in which none was drawn."""
+    """Seconds of a loop over chunks, and the seconds without drawing."""
 
     seconds: float
     waited: float
 
 
 def loop(make: Callable[[list[float]], Iterator[Chunk]], reward: Reward, *, behind: bool) -> Loop:
-    """Draw and score chunks: in turn, or each scored by the caller while a thread draws the next."""
+    """Draw and score chunks in turn, or score each while a thread draws the next."""
     busy: list[float] = []
     start = time.perf_counter()
     for pictures, prompts in prefetch(make(busy), ahead=1) if behind else make(busy):
@@ -126,7 +124,7 @@ def loop(make: Callable[[list[float]], Iterator[Chunk]], reward: Reward, *, behi
 
 
 def overlap(make: Callable[[list[float]], Iterator[Chunk]], reward: Reward, repeats: int) -> tuple[float, float, float]:
-    """Middle share of waiting in turn and one behind, and middle ratio of their times, over pairs of runs."""
+    """Median fraction of waiting, in turn and one chunk behind, and median speedup, over pairs of runs."""
     loop(make, reward, behind=False)  # to warm up
     pairs = [(loop(make, reward, behind=False), loop(make, reward, behind=True)) for _ in range(repeats)]
     turn, behind = (median(run.waited / run.seconds for run in runs) for runs in zip(*pairs, strict=True))
@@ -135,7 +133,7 @@ def overlap(make: Callable[[list[float]], Iterator[Chunk]], reward: Reward, repe
 
 @contextmanager
 def slow_server() -> Iterator[Reward]:
-    """`reward serve` on this machine, with a reward that takes its time without using the processor."""
+    """`reward serve` on this machine, with a reward that waits without using the processor."""
 
     def slow(pictures: Tensor, prompts: list[str]) -> Tensor:
         time.sleep(SLOW)
@@ -152,7 +150,7 @@ def slow_server() -> Iterator[Reward]:
 
 
 def print_overlap(rewards: Sequence[tuple[str, Reward]], model: TextToImage, args: argparse.Namespace) -> None:
-    """The second table; the slow server is its last row."""
+    """Print the second table; its last row is the slow server."""
     print(f"\na loop of {args.chunks} chunks of {args.chunk} pictures, {args.steps} steps, {model.source}")
     print(f"{'reward':20} " + " ".join(f"{name:>15}" for name in ("waits, in turn", "waits, behind", "times as fast")))
     make = partial(chunks_of, model, args.chunks, args.chunk, args.steps)
@@ -170,13 +168,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--side", type=int, default=64, help="pixels")
     parser.add_argument("--batch", type=int, default=16, help="pictures decoded at a time")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--model", default="tiny", help="what draws in the loop; none: no loop")
-    parser.add_argument("--chunks", type=int, default=6, help="of the loop")
+    parser.add_argument("--model", default="tiny", help="model that draws in the loop; none: no loop")
+    parser.add_argument("--chunks", type=int, default=6, help="number of chunks in the loop")
     parser.add_argument("--chunk", type=int, default=8, help="pictures drawn, and scored, at a time")
-    parser.add_argument("--steps", type=int, default=2, help="of the sampler")
+    parser.add_argument("--steps", type=int, default=2, help="steps of the sampler")
     parser.add_argument("--device", default=None)
     args = parser.parse_args(argv)
-    place = place_of(args.device)
+    place = device_or_default(args.device)
     images = rng.normal((args.pictures, 3, args.side, args.side), 0, "bench pictures").mul(0.2).add(0.5).clamp(0, 1)
     prompts = sample_captions(args.pictures, 0)  # the judge reads no others
     print(f"{args.pictures} pictures of {args.side} x {args.side} on {place}, {torch.get_num_threads()} threads")

@@ -1,4 +1,4 @@
-"""The bench of rewards at its smallest: its tables, and that its second one measures waiting and nothing else."""
+"""The benchmark of rewards at a small size: both tables, and that the second one measures waiting only."""
 
 import importlib.util
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ def bench():
 
 
 class Clock:
-    """A clock that moves only when somebody sleeps, and the background thread in it: `prefetch` worked out by hand.
+    """A clock that moves only in `sleep`, and `prefetch` simulated on it.
 
     The maker and the user each have a time of their own. An item is begun once the one before it has been put into the
     queue, and taken once it is finished and the one before it has been used.
@@ -76,7 +76,7 @@ def scoring(clock, seconds):
     return reward
 
 
-def test_the_share_of_waiting_is_what_the_clock_says(bench, clock):
+def test_share_of_waiting_by_hand(bench, clock):
     """Five chunks drawn in 40 ms and scored in 40 ms: in turn half of the time is waiting, one behind a sixth is."""
     turn = bench.loop(drawing(clock, 5, 0.04), scoring(clock, 0.04), behind=False)
     assert turn.seconds == pytest.approx(0.4) and turn.waited == pytest.approx(0.2)
@@ -92,7 +92,7 @@ def test_a_reward_that_costs_nothing_leaves_nothing_to_gain(bench, clock):
     assert found == pytest.approx((0, 0, 1), abs=1e-12)
 
 
-def test_a_slow_server_is_waited_for_less_when_it_is_asked_one_chunk_behind(bench, clock, capsys, monkeypatch):
+def test_background_scoring_shortens_the_wait_for_a_slow_server(bench, clock, capsys, monkeypatch):
     @contextmanager
     def slow_server():
         yield scoring(clock, bench.SLOW)

@@ -125,8 +125,8 @@ def test_rewards_of_training_and_held_out_are_told_apart(run, tmp_path, monkeypa
         "mine": lambda images, prompts: images.mean((1, 2, 3)),
         "hub/other": lambda images, prompts: images[:, 0, 0, 0],
     }
-    monkeypatch.setattr(judging, "require_reward", lambda name: None)
-    monkeypatch.setattr(judging, "reward_by_name", lambda name, *, device, seed: known[name])
+    monkeypatch.setattr(judging, "check_reward", lambda name: None)
+    monkeypatch.setattr(judging, "load_reward", lambda name, *, device, seed: known[name])
     more = ["--prompts", prompts, "--num_images_per_prompt", "2", "--held_out_reward", "hub/other", "--sampler", "ddim"]
     code, report = evaluate(tmp_path / "out", run, *more, "--reward", "mine")
     assert code == 0 and set(report["metrics"]) == {"reward", "other"}

@@ -6,7 +6,7 @@ import pytest
 from stress.offline import ENVIRONMENTS, guard, in_process
 
 from diffusion_align.rewards import load_reward
-from diffusion_align.rewards.clip_fetch import fetch_command
+from diffusion_align.rewards.clip import fetch_command
 
 
 # All commands in the harder case, for without HF_HUB_OFFLINE nothing holds the hub's client back.

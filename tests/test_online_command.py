@@ -14,10 +14,10 @@ from helpers_tiny import make_tiny_folder
 from test_scripts import LORA, weights_of
 
 from diffusion_align import cli
-from diffusion_align.commands import score as score_module
 from diffusion_align.methods.shared import online_setup, rollouts
 from diffusion_align.options import VERBS, options_of, resolve
-from diffusion_align.rewards.step_aware import save_step_aware, start_step_aware
+from diffusion_align.rewards.controls import random_reward
+from diffusion_align.rewards.step_aware_model import save_step_aware, start_step_aware
 from diffusion_align.shapes import sample_captions
 from diffusion_align.train import record
 
@@ -234,7 +234,7 @@ def test_bad_rewards_are_one_line_and_nothing_done_is_lost(toys, tmp_path, capsy
 
         return score
 
-    monkeypatch.setattr("diffusion_align.commands.train.train.reward_by_name", good_at_first)
+    monkeypatch.setattr("diffusion_align.commands.train.train.load_reward", good_at_first)
     assert cli.main(argv(toys, "d3po", tmp_path / "run", "--num_rounds", "9")) == 1
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
     assert (tmp_path / "run" / "checkpoints" / "step-00000001").is_dir()
@@ -246,11 +246,11 @@ def test_a_threshold_that_filters_everything_is_an_end_with_a_reason(toys, tmp_p
 
 
 def test_the_random_reward_is_the_same_for_the_same_picture():
-    reward = score_module.random_reward(3)
+    reward = random_reward(3)
     images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     first = reward(images, ["a"] * 3)
     assert torch.equal(first[[2, 0]], reward(images[[2, 0]], ["b"] * 2)) and len(set(first.tolist())) == 3
-    assert not torch.equal(first, score_module.random_reward(4)(images, ["a"] * 3))
+    assert not torch.equal(first, random_reward(4)(images, ["a"] * 3))
 
 
 def test_options_that_decide_what_is_drawn_are_part_of_a_runs_identity(toys, tmp_path, capsys):

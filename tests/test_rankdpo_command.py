@@ -264,7 +264,7 @@ def test_bad_options_are_one_line(toys, capsys):
 def test_a_run_is_a_model_that_synth_draws_with_and_its_rankings_train(toys, finished, tmp_path, monkeypatch):
     """Base and tuned model side by side, from the same noise where each is alone; then one step on what came of it."""
     bright = lambda images, prompts: images.mean((1, 2, 3))  # noqa: E731
-    monkeypatch.setattr(synth_chunks, "reward_by_name", lambda name, *, device, seed: bright)
+    monkeypatch.setattr(synth_chunks, "load_reward", lambda name, *, device, seed: bright)
     (tmp_path / "prompts.txt").write_text("a circle\na square\n")
     words = f"""data synth --prompts {tmp_path / "prompts.txt"} --rewards random --steps 2 --guidance 1 --pictures 2
         --device cpu""".split()

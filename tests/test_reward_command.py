@@ -1,10 +1,12 @@
 """`reward ls`, `reward score` and `reward serve` as they are typed."""
 
+import inspect
 import json
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from PIL import Image
 
 from diffusion_align import cli
 from diffusion_align.data.images import encode_png
-from diffusion_align.rewards import http_reward, load_reward, to_uint8
+from diffusion_align.rewards import http_reward, load_reward, spec, to_uint8
 from diffusion_align.rewards.catalogue import CATALOGUE
 
 COMMAND = [sys.executable, "-m", "diffusion_align.cli"]
@@ -91,6 +93,40 @@ def test_score_writes_one_line_a_picture(folder, tmp_path, capsys, batch):
     assert sorted(path.name for path in out.parent.iterdir()) == ["scores.jsonl"]
 
 
+def test_the_text_of_a_reward_is_parsed_once(folder, tmp_path, monkeypatch):
+    """From the options to the scores: the parser, wherever it is imported, makes one RewardSpec."""
+    made, real = [], spec.RewardSpec
+    monkeypatch.setattr(spec, "RewardSpec", lambda *args: made.append(real(*args)) or made[-1])
+    argv = ["reward", "score", "--images", str(folder), "--out", str(tmp_path / "s")]
+    assert cli.main([*argv, "--reward", "0.5:jpeg-small,random"]) == 0
+    assert [str(one) for one in made] == ["0.5:jpeg-small,random"]
+    load_reward("random")
+    assert len(made) == 2  # texts are counted wherever they are parsed
+
+
+def test_a_reward_passes_six_files_from_its_text_to_its_scores(folder, tmp_path):
+    """The files of the package about rewards in which a function runs; lazy names of packages are not counted."""
+    files, package = set(), Path(cli.__file__).parent
+
+    def note(frame, event, _):
+        file = Path(frame.f_code.co_filename)
+        if event == "call" and frame.f_code.co_flags & inspect.CO_OPTIMIZED and file.is_relative_to(package):
+            files.add(file.relative_to(package).as_posix())
+
+    argv = ["reward", "score", "--reward", "tiny", "--images", str(folder), "--out", str(tmp_path / "s")]
+    sys.setprofile(note)
+    try:
+        assert cli.main(argv) == 0
+    finally:
+        sys.setprofile(None)
+    about_rewards = {file for file in files if "reward" in file and not file.endswith("__init__.py")}
+    assert about_rewards == {
+        "options/reward.py",
+        "commands/reward/score.py",
+        *(f"rewards/{name}.py" for name in ("spec", "load", "clip", "interface")),
+    }
+
+
 def test_prompts_are_one_each_or_one_for_all(folder, tmp_path, capsys):
     (tmp_path / "mine.py").write_text("def f(images, prompts): return [len(prompt) for prompt in prompts]")
     images = ["--images", str(folder / "0001-00.png"), "--images", str(folder / "0000-00.png")]
@@ -104,12 +140,12 @@ def test_prompts_are_one_each_or_one_for_all(folder, tmp_path, capsys):
     assert "3 prompts for 2 pictures" in capsys.readouterr().err
 
 
-def test_score_says_what_it_lacks(folder, tmp_path, capsys):
+def test_score_names_what_is_missing(folder, tmp_path, capsys):
     argv = ["reward", "score", "--reward", "jpeg-small", "--out", str(tmp_path / "s"), "--images"]
     (tmp_path / "empty").mkdir()
     cases = [
         (tmp_path / "none", "no such file or folder"),
-        (tmp_path / "empty", "holds no picture"),
+        (tmp_path / "empty", "has no picture"),
         (folder / "0002-00.png", "none of 1 pictures has a score: cannot be decoded"),
     ]
     for place, message in cases:

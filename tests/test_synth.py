@@ -12,11 +12,12 @@ from helpers_tiny import make_tiny_folder
 from PIL import Image
 
 from diffusion_align import cli
-from diffusion_align.commands import score
-from diffusion_align.commands.data import synth, synth_chunks
+from diffusion_align.commands.data import synth_chunks
 from diffusion_align.commands.data.synth_labels import agreement, relevances, scorer_figures, shuffled_relevance
 from diffusion_align.data import read_pairs, read_rankings
 from diffusion_align.data.raw_rows import read_bytes
+from diffusion_align.options import UsageError
+from diffusion_align.options.reward import check_reward
 
 PROMPTS = [f"a {size} {colour} circle" for colour in ("red", "blue", "green") for size in ("small", "large")]
 TABLES = ("rankings.parquet", "pairs.parquet", "report.json")
@@ -43,11 +44,10 @@ def use(monkeypatch, **rewards):
 
     def require(name):
         if name not in rewards:
-            raise ValueError(f"there is no reward {name}")
+            raise UsageError(f"there is no reward {name}")
 
-    monkeypatch.setattr(synth_chunks, "reward_by_name", by_name)
-    monkeypatch.setattr(synth, "require_reward", require)
-    monkeypatch.setattr("diffusion_align.options.synth.check_reward", lambda name: None)  # it knows real names only
+    monkeypatch.setattr(synth_chunks, "load_reward", by_name)
+    monkeypatch.setattr("diffusion_align.options.synth.check_reward", require)
     return calls
 
 
@@ -226,7 +226,7 @@ def test_an_added_reward_scores_existing_pictures(toys, tmp_path, monkeypatch):
     assert cli.main(argv(toys, tmp_path / "out", rewards=("bright",))) == 0
     first = read_rankings(tmp_path / "out" / "rankings.parquet")[0]
     assert sorted(first[0].relevance) == pytest.approx([0, 1 / 3, 2 / 3, 1])
-    assert cli.main(argv(toys, tmp_path / "out", rewards=("bright", "bright2"))) == 1  # no such reward: nothing is lost
+    assert cli.main(argv(toys, tmp_path / "out", rewards=("bright", "bright2"))) == 2  # no such reward: nothing is lost
     assert calls == {"bright": 24, "dark": 0}
     # Two scorers that always disagree leave every prompt tied.
     assert cli.main(argv(toys, tmp_path / "out", rewards=("bright", "dark"))) == 1
@@ -319,8 +319,8 @@ def test_bad_input_is_one_line(toys, tmp_path, capsys, change, message):
 
 
 def test_a_reward_without_weights_is_refused_before_anything_is_drawn(toys, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(synth, "require_reward", score.require_reward)
-    assert cli.main(argv(toys, tmp_path / "out", rewards=("judge", "no/such/reward"))) == 1
+    monkeypatch.setattr("diffusion_align.options.synth.check_reward", check_reward)
+    assert cli.main(argv(toys, tmp_path / "out", rewards=("judge", "no/such/reward"))) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert "'no/such/reward' is neither a folder nor" in said and not (tmp_path / "out").exists()
 

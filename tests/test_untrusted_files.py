@@ -23,8 +23,8 @@ from diffusion_align.data.images import ImageError, decode_image
 from diffusion_align.data.read import read_rows, recognise
 from diffusion_align.data.table_rows import MAX_ROW
 from diffusion_align.models.hub import checked
-from diffusion_align.rewards import containers
-from diffusion_align.rewards.weights import read_weights
+from diffusion_align.rewards import weight_files
+from diffusion_align.rewards.weight_files import read_weights
 from diffusion_align.system.plain_json import require_modest, require_no_code
 from diffusion_align.system.printable import printable
 
@@ -131,8 +131,8 @@ def zipped(path, *members, packed=False):
 def test_a_zip_that_torch_would_not_write_is_refused_before_torch_reads_it(
     tmp_path, monkeypatch, members, packed, word
 ):
-    monkeypatch.setattr(containers, "MAX_PICKLE", 1000)
-    monkeypatch.setattr(containers, "MAX_MEMBERS", 10)
+    monkeypatch.setattr(weight_files, "MAX_PICKLE", 1000)
+    monkeypatch.setattr(weight_files, "MAX_MEMBERS", 10)
     monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("torch read it"))
     with pytest.raises(ValueError, match=word):
         read_weights(zipped(tmp_path / "w.pt", *members, packed=packed))
@@ -148,7 +148,7 @@ def test_members_over_one_another_and_files_over_the_limit_are_refused(tmp_path,
     path.write_bytes(data[:start] + entry + other + end)
     with pytest.raises(ValueError, match="lie over one another"):
         read_weights(path)
-    monkeypatch.setattr(containers, "MAX_BYTES", 100)
+    monkeypatch.setattr(weight_files, "MAX_BYTES", 100)
     with pytest.raises(ValueError, match="over 100"):
         read_weights(path)
 

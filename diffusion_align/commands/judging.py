@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from diffusion_align.commands.prompt_lists import Prompt, caption_of
-from diffusion_align.commands.score import require_reward, reward_by_name
 from diffusion_align.data.images import decode_image
 from diffusion_align.evaluation.score import Judge
 from diffusion_align.options import Evaluate, UsageError
+from diffusion_align.options.reward import check_reward
 from diffusion_align.options.sample import rewards_of
-from diffusion_align.rewards import Reward, to_uint8
+from diffusion_align.rewards import Reward, load_reward, to_uint8
 from diffusion_align.shapes import judge, render
 from diffusion_align.shapes.render import PIXELS
 
@@ -48,10 +48,7 @@ def check_judging(o: Evaluate, in_world: bool) -> None:
         UsageError: no such reward, the embedded one for strange prompts, or people.
     """
     for name in rewards_of(o):
-        try:
-            require_reward(name)
-        except (ValueError, FileNotFoundError) as error:
-            raise UsageError(str(error)) from error
+        check_reward(name)
         if name in ("tiny", "judge") and not in_world:
             raise UsageError(
                 f"the embedded {_word(name)} knows captions of the embedded world only; give --reward NAME or none"
@@ -70,7 +67,7 @@ def open_judging(o: Evaluate, in_world: bool, resolution: int) -> Judging:
     """Load what `check_judging` let through. Without a reward and a judge pictures are only shown side by side."""
     names = {name: "reward" if name == o.reward else name.split("/")[-1] for name in rewards_of(o)}
     place = torch.device(o.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    rewards = {word: reward_by_name(name, device=place, seed=o.seed) for name, word in names.items()}
+    rewards = {word: load_reward(name, device=place, seed=o.seed) for name, word in names.items()}
     judges: dict[str, Judge] = {"judge": judge} if in_world and resolution == PIXELS else {}
     known = o.features != "none" and (in_world or o.features != "tiny")
     return Judging(rewards, judges, _features(o.features, place) if known else None)

@@ -14,7 +14,6 @@ from diffusion_align.methods.shared.online_setup import (
     OnlineSetup,
     describe_clamp,
     online_length,
-    reward_of,
     start_with,
 )
 from diffusion_align.methods.shared.rollout_plan import RunTables, evaluations_of_runs
@@ -84,7 +83,6 @@ METHOD = Entry(
     verb="train d3po",
     data="prompts",
     shown=("reward_mean", "implicit_accuracy"),
-    rewards=reward_of,
     length=partial(online_length, evaluations=evaluations),
     constants=describe_clamp,
     start=partial(start_with, build),

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffusion_align.gaussian import Gaussian
 from diffusion_align.methods.entry import About, Entry
 from diffusion_align.methods.shared.metrics import RunSums
-from diffusion_align.methods.shared.online_setup import OnlineSetup, online_length, reward_of, start_with
+from diffusion_align.methods.shared.online_setup import OnlineSetup, online_length, start_with
 from diffusion_align.methods.shared.rollouts import Rollouts, method_on_runs
 from diffusion_align.methods.shared.runs import Bind, Runs, decided
 from diffusion_align.objectives import clamped, group_advantage, ppo_clip
@@ -87,7 +87,6 @@ METHOD = Entry(
     verb="train ddpo",
     data="prompts",
     shown=("reward_mean", "kl"),
-    rewards=reward_of,
     length=online_length,
     constants=constants,
     start=partial(start_with, build),

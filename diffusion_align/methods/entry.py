@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from diffusion_align.methods.shared.noising import Networks
     from diffusion_align.models import TextToImage
     from diffusion_align.rewards import Reward
+    from diffusion_align.rewards.spec import RewardSpec
 
 Options = TypeVar("Options")
 
@@ -75,7 +76,7 @@ class Opened:
     """A run whose model is loaded.
 
     networks: the policy as it trains, and its reference. items, bad_rows: as they were read. folder: the run's.
-    encode: (pairs or rankings, rows that could not be read) -> their cache. reward: the text of a reward -> the reward.
+    encode: (pairs or rankings, rows that could not be read) -> their cache. reward: what a text means -> the reward.
     """
 
     model: TextToImage
@@ -86,7 +87,7 @@ class Opened:
     bad_rows: Sequence[BadRow]
     folder: Path
     encode: Callable[[Sequence[Any], Sequence[BadRow]], PairCache]
-    reward: Callable[[str], Reward]
+    reward: Callable[[RewardSpec], Reward]
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,8 @@ class Entry(Generic[Options]):
 
     verb: the words of the command. data: what it reads. shown: metrics on the progress bar.
     length: how long the run is. constants: lines of the plan about the loss. start: data and model -> the loop.
-    require: refuses, before the model is loaded, what the options' own checks cannot know. rewards: texts of the
-    rewards that it will ask for, which the command checks early. count: how many of the items it trains on, before any
-    turns out to be unreadable. needs_reference: whether the loss
+    require: refuses, before the model is loaded, what the options' own checks cannot know. count: how many of the
+    items it trains on, before any turns out to be unreadable. needs_reference: whether the loss
     compares with the frozen model; unet: whether the UNet is what is trained.
     """
 
@@ -136,7 +136,6 @@ class Entry(Generic[Options]):
     constants: Callable[[Options, About], list[str]]
     start: Callable[[Options, Opened], Started]
     require: Callable[[Options], None] = lambda o: None
-    rewards: Callable[[Options], list[str]] = lambda o: []
     count: Callable[[Options, Sequence[Any]], int] = lambda o, items: len(items)
     needs_reference: Callable[[Options], bool] = lambda o: True
     unet: bool = True

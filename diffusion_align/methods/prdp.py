@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusion_align.gaussian import Gaussian
 from diffusion_align.methods.entry import About, Entry
-from diffusion_align.methods.shared.online_setup import OnlineSetup, online_length, reward_of, start_with
+from diffusion_align.methods.shared.online_setup import OnlineSetup, online_length, start_with
 from diffusion_align.methods.shared.rollout_plan import RunTables, evaluations_of_runs, run_tables
 from diffusion_align.methods.shared.rollouts import Rollouts, method_on_runs
 from diffusion_align.methods.shared.runs import Bind, Runs, decided
@@ -124,7 +124,6 @@ METHOD = Entry(
     verb="train prdp",
     data="prompts",
     shown=("reward_mean", "kl"),
-    rewards=reward_of,
     length=partial(online_length, evaluations=evaluations),
     constants=constants,
     start=partial(start_with, build),

@@ -18,7 +18,6 @@ from diffusion_align.methods.shared.online_setup import (
     OnlineSetup,
     describe_clamp,
     online_length,
-    reward_of,
     start_with,
 )
 from diffusion_align.methods.shared.rollout_plan import RoundPlan, RunTables, mean_evaluations, plan_prompts, run_tables
@@ -29,7 +28,7 @@ from diffusion_align.objectives import clamped, spo
 from diffusion_align.options import TrainSpo
 from diffusion_align.options.train.spo import compared_from
 from diffusion_align.origins import STEP_AWARE
-from diffusion_align.rewards.step_aware import latent_scorer, step_aware_weights
+from diffusion_align.rewards.step_aware_load import latent_scorer, step_aware_weights
 from diffusion_align.samplers import StepTable, step_gaussian
 from diffusion_align.tensors import widen
 from diffusion_align.train.method import Columns, OnlineMethod, Sample
@@ -253,7 +252,6 @@ METHOD = Entry(
     data="prompts",
     shown=("score_mean", "kept"),
     require=require,
-    rewards=reward_of,
     length=length,
     constants=describe_clamp,
     start=start,

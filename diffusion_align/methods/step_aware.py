@@ -25,7 +25,9 @@ from diffusion_align.methods.shared.plan import length_of, require_accumulation
 from diffusion_align.methods.shared.preferences import TIMESTEPS, PreferencePairs, accuracy_by_noise, preference_method
 from diffusion_align.methods.shared.relabel import describe_labels, labels_of_scores, own_labels, scores_of_pairs
 from diffusion_align.options import TrainSpm
-from diffusion_align.rewards.step_aware import StepAware, save_step_aware, start_step_aware, step_aware_scorer
+from diffusion_align.rewards.spec import read_spec
+from diffusion_align.rewards.step_aware_load import step_aware_scorer
+from diffusion_align.rewards.step_aware_model import StepAware, save_step_aware, start_step_aware
 from diffusion_align.train.processes import watch
 from diffusion_align.train.processes.agree import meet
 from diffusion_align.train.run import Run, StepRecord
@@ -126,7 +128,7 @@ def labels_of(pairs: Sequence[Pair], o: TrainSpm, opened: Opened) -> Tensor:
     folder, main = Path(o.cache_dir or o.output_dir) / "labels", accelerator.is_main_process
     if not main:
         meet(accelerator)  # rank 0 scores, the others read its file
-    scores = scores_of_pairs(o.relabel, pairs, folder, partial(opened.reward, o.relabel), progress=main)
+    scores = scores_of_pairs(o.relabel, pairs, folder, partial(opened.reward, read_spec(o.relabel)), progress=main)
     if main:
         meet(accelerator)
     labels = labels_of_scores(scores, o.tie_margin)
@@ -173,7 +175,6 @@ METHOD = Entry(
     data="pairs",
     shown=("accuracy",),
     require=require_accumulation,
-    rewards=lambda o: [o.relabel] if o.relabel else [],
     count=lambda o, items: len(hold_out(items, o.held_out, o.seed)[0]),
     length=length,
     constants=lambda o, about: [],

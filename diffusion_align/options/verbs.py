@@ -62,14 +62,14 @@ VERBS = {
             RewardScore,
             check_reward_score,
             "Score pictures that are there: one line each, the mean, pictures a second.",
-            run="reward_score:reward_score",
+            run="reward.score:reward_score",
         ),
         Verb(
             "reward serve",
             RewardServe,
             check_reward_serve,
             "Serve a reward over HTTP, for a training in another environment or on another machine.",
-            run="reward_server:reward_serve",
+            run="reward.serve:reward_serve",
         ),
         Verb(
             "sample",

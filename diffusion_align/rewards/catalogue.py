@@ -1,4 +1,4 @@
-"""Rewards that have a name of their own: what each measures, what it needs, under which licence. Facts only, no torch.
+"""Rewards known by name: what each measures, what it needs, and its licence. Facts only, no torch.
 
 Licences are those that the authors state for their repositories; sizes are parameters in float32.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Entry:
-    """One reward by name; `files` are its weights as published, the preferred one first."""
+    """One reward; `files` are its weights as published, the preferred one first."""
 
     about: str
     unit: str
@@ -18,7 +18,7 @@ class Entry:
     needs: str = "nothing"
     repo: str = ""  # on the hub
     files: tuple[str, ...] = ()
-    weights: str = ""  # in words, where repo and files do not say it all
+    weights: str = ""  # in words, if repo and files do not name them all
     gigabytes: float = 0.0
 
     @property
@@ -28,7 +28,7 @@ class Entry:
 
 CATALOGUE = {
     "tiny": Entry(
-        "the embedded world's own CLIP: fallible, for trying things out", "cosine, -1 to 1", "Apache-2.0",
+        "the embedded world's own CLIP: small and fallible, for trials", "cosine, -1 to 1", "Apache-2.0",
         weights="in the package", gigabytes=0.01,
     ),
     "clipscore": Entry(
@@ -48,7 +48,7 @@ CATALOGUE = {
         "Apache-2.0", "download", repo="xswu/HPSv2", files=("HPS_v2.1_compressed.pt",), gigabytes=3.9,
     ),
     "aesthetic": Entry(
-        "LAION's aesthetic predictor v2 on CLIP ViT-L/14; blind to the prompt", "about 1 to 10", "Apache-2.0",
+        "LAION's aesthetic predictor v2 on CLIP ViT-L/14; does not read the prompt", "about 1 to 10", "Apache-2.0",
         "download", files=("sac+logos+ava1-l14-linearMSE.pth",),
         weights="sac+logos+ava1-l14-linearMSE.pth of christophschuhmann/improved-aesthetic-predictor, and clipscore's",
         gigabytes=1.7,
@@ -59,10 +59,10 @@ CATALOGUE = {
     ),
     "jpeg-small": Entry("how small the JPEG is (DDPO's compressibility)", "minus kB at quality 95", "Apache-2.0"),
     "jpeg-large": Entry("how large the JPEG is (DDPO's incompressibility)", "kB at quality 95", "Apache-2.0"),
-    "judge": Entry("reads the embedded world's pictures: share of the caption that holds", "0 to 1", "Apache-2.0"),
-    "random": Entry("a control: the same number for the same picture", "0 to 1", "Apache-2.0"),
+    "judge": Entry("share of a caption of the embedded world that its picture shows", "0 to 1", "Apache-2.0"),
+    "random": Entry("a control: random, but the same number for the same picture", "0 to 1", "Apache-2.0"),
     "people": Entry(
-        "you choose, in a page on this machine, while the run waits", "places of a ranking", "Apache-2.0",
+        "you choose, in a page on this machine, while the run waits", "ranks", "Apache-2.0",
         "train d3po, prdp or ddpo",
     ),
 }  # fmt: skip
@@ -72,7 +72,7 @@ FORMS = {
     "hf-hub:OWNER/NAME": "an open_clip model on the hub",
     "FOLDER": "an open_clip model on this disk",
     "python:FILE.py:FUNCTION": "your own function (images [B,3,H,W], prompts) -> B numbers",
-    "http://HOST:PORT": "another machine's or environment's reward: reward serve, or your own server",
+    "http://HOST:PORT": "a reward in another environment or on another machine: reward serve, or your own server",
 }
 HOW = (
     "NAME@REVISION: another revision of its repository; NAME=PATH: its weights from a file or folder of this disk",

@@ -1,7 +1,7 @@
 """transformers' CLIP weights under open_clip's names.
 
-The two libraries hold the same network: open_clip keeps query, key and value of a block in one matrix and multiplies
-embeddings by a projection from the right, where transformers has three layers and a Linear, which is its transpose.
+The network is the same. open_clip keeps a block's query, key and value in one matrix, transformers in three; open_clip
+multiplies by a projection from the right, so its projections are the transposes of transformers' Linears.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _BLOCKS = {
     "vision_model.encoder.layers.": "visual.transformer.resblocks.",
     "text_model.encoder.layers.": "transformer.resblocks.",
 }
-_PARTS = {
+_LAYERS = {
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",
     "self_attn.out_proj": "attn.out_proj",
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
 }
-# Counters that old releases of transformers saved with the weights.
+# Old releases of transformers saved these counters with the weights.
 _COUNTERS = ("vision_model.embeddings.position_ids", "text_model.embeddings.position_ids")
 
 
@@ -59,24 +59,24 @@ def from_transformers(weights: Mapping[str, Tensor], source: object = "weights")
         elif stem in _NORMS:
             out[f"{_NORMS[stem]}.{kind}"] = weight
         else:
-            block, part = _block(stem, key, source)
-            if part in _PARTS:
-                out[f"{block}.{_PARTS[part]}.{kind}"] = weight
-            elif part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
-                thirds.setdefault(f"{block}.attn.in_proj_{kind}", {})[part[10]] = weight
+            block, layer = _block(stem, key, source)
+            if layer in _LAYERS:
+                out[f"{block}.{_LAYERS[layer]}.{kind}"] = weight
+            elif layer in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
+                thirds.setdefault(f"{block}.attn.in_proj_{kind}", {})[layer[10]] = weight
             else:
                 raise ValueError(f"{source}: unknown key {key!r} for a CLIP of transformers")
-    for name, parts in thirds.items():
-        if set(parts) != set("qkv"):
-            raise ValueError(f"{source}: {name} has only {', '.join(sorted(parts))} of q, k and v")
-        out[name] = torch.cat([parts[letter] for letter in "qkv"])
+    for name, third in thirds.items():
+        if set(third) != set("qkv"):
+            raise ValueError(f"{source}: {name} has only {', '.join(sorted(third))} of q, k and v")
+        out[name] = torch.cat([third[letter] for letter in "qkv"])
     return out
 
 
 def _block(stem: str, key: str, source: object) -> tuple[str, str]:
     """open_clip's name of a block, and transformers' name of the layer in it."""
     for old, new in _BLOCKS.items():
-        number, _, part = stem.removeprefix(old).partition(".")
+        number, _, layer = stem.removeprefix(old).partition(".")
         if stem.startswith(old) and number.isdecimal():
-            return f"{new}{number}", part
+            return f"{new}{number}", layer
     raise ValueError(f"{source}: unknown key {key!r} for a CLIP of transformers")

@@ -3,7 +3,7 @@
     def darkness(images, prompts):            # images [B,3,H,W] float in [0, 1], B prompts
         return 1 - images.mean((1, 2, 3))     # a tensor [B], or a list of B numbers
 
-The file is run as it is, with the rights of whoever starts the command.
+The file runs with the rights of whoever starts the command.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .answer import RewardError, one_each
-from .pictures import Reward
+from .interface import Reward, RewardError, one_each
 
 
 def python_reward(where: str) -> Reward:
-    """The function of `FILE.py:FUNCTION` as a reward; its answer must be one number for each picture.
+    """The function of `FILE.py:FUNCTION` as a reward; it must return one number for each picture.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or nothing callable of that name in it.
-        RewardError: the file raises when it is run; later, of a reward that raises or answers wrongly.
+        FileNotFoundError: no such file.
+        ValueError: the file has no such function.
+        RewardError: the file raises when it runs; later, the function raises or returns something else.
     """
     file, _, name = where.rpartition(":")
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"reward python:{where}: no file {file}")
-    # A name of its own, so that neither another reward's file nor what this one imports takes its place.
+    # A module name of its own: neither another reward's file nor a module that this file imports can replace it.
     own = hashlib.blake2b(os.fsencode(path.resolve()), digest_size=8).hexdigest()
     spec = importlib.util.spec_from_file_location(f"reward_{own}", path)
     assert spec is not None and spec.loader is not None  # a file that ends in .py has both
@@ -63,9 +63,9 @@ def python_reward(where: str) -> Reward:
 
 @contextlib.contextmanager
 def _as_reward_error(where: str) -> Iterator[None]:
-    """Whatever the file raises becomes a RewardError: sys.exit() in it would end the command as if its work were done.
+    """Turn whatever the file raises into a RewardError, SystemExit too: sys.exit() would end the command as a success.
 
-    Only Ctrl-C stays what it is. It reaches the main thread alone: elsewhere the file itself has raised its exception.
+    A KeyboardInterrupt in the main thread is the user's Ctrl-C and passes. In another thread the file itself raised it.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""From a reward's text to the reward: the one place that knows how each is loaded."""
+"""From a RewardSpec to the reward: the one module that knows how each is loaded."""
 
 from __future__ import annotations
 
@@ -11,33 +11,31 @@ from .aesthetic import load_aesthetic
 from .catalogue import CATALOGUE
 from .clip import clip_of, clip_scorer, cosine_scorer
 from .clip_keys import from_transformers
-from .combine import smallest, standardised, weighted_sum
-from .controls import judged_share, random_reward
+from .controls import jpeg_scorer, judged_share, random_reward
 from .custom import python_reward
 from .image_reward import load_image_reward
-from .jpeg import jpeg_scorer
-from .pictures import Reward
+from .interface import Reward, smallest, standardised, weighted_sum
 from .remote import http_reward
-from .spec import Part, read_spec
-from .weights import locate, read_weights
+from .spec import RewardPart, RewardSpec, read_spec
+from .weight_files import locate, read_weights
 
 CLIP_H = "ViT-H-14"
-CLIP_L = "ViT-L-14-quickgelu"  # OpenAI's weights were trained with that activation
+CLIP_L = "ViT-L-14-quickgelu"  # OpenAI trained its weights with this activation
 
 
-def load_reward(text: str, *, device: str | torch.device | None = None, seed: int = 0) -> Reward:
-    """The reward, or the combination of rewards, that a text means; docs/rewards.md says how to write it.
+def load_reward(reward: RewardSpec | str, *, device: str | torch.device | None = None, seed: int = 0) -> Reward:
+    """Load a reward, or several as one; docs/rewards.md says how to write its text.
 
     Args:
-        device: where networks run; a GPU if there is one, unless it is given.
+        device: where networks run; by default a GPU if there is one.
         seed: of the reward `random`.
 
     Raises:
-        ValueError: the text means no reward, or weights are not what they should be.
-        FileNotFoundError: weights are not to be had.
+        ValueError: the text is not a reward, weights are wrong, or the reward `people`, which has no function.
+        FileNotFoundError: weights are missing and cannot be fetched.
         RewardError: a reward of your own cannot be loaded.
     """
-    spec = read_spec(text)
+    spec = read_spec(reward) if isinstance(reward, str) else reward
     rewards = [_load(part, device, seed) for part in spec.parts]
     weights = [part.weight for part in spec.parts]
     if spec.standardise:
@@ -47,7 +45,7 @@ def load_reward(text: str, *, device: str | torch.device | None = None, seed: in
     return rewards[0] if weights == [1.0] else weighted_sum(rewards, weights)
 
 
-def _load(part: Part, device: str | torch.device | None, seed: int) -> Reward:
+def _load(part: RewardPart, device: str | torch.device | None, seed: int) -> Reward:
     loaders: dict[str, Callable[[], Reward]] = {
         "tiny": lambda: clip_scorer("tiny", device=device),
         "clipscore": lambda: clipscore(part.at, device=device),
@@ -65,14 +63,14 @@ def _load(part: Part, device: str | torch.device | None, seed: int) -> Reward:
         "open_clip": lambda: clip_scorer(part.at, device=device),
     }
     if part.kind == "people":
-        raise ValueError("reward people chooses between a prompt's pictures: it is for train d3po, prdp and ddpo")
+        raise ValueError("reward people chooses between a prompt's pictures: it has no function that scores one alone")
     return loaders[part.kind]()
 
 
 def clipscore(path: str = "", *, device: str | torch.device | None = None) -> Reward:
-    """100 times the cosine under CLIP ViT-L/14 (Hessel et al. 2021, arXiv 2104.08718, took 2.5 times that of ViT-B/32).
+    """100 times the cosine under CLIP ViT-L/14 (Hessel et al. 2021, arXiv 2104.08718, take 2.5 times that of ViT-B/32).
 
-    `path`: a folder in open_clip's format, or a file with open_clip's weights; "" is OpenAI's, fetched by open_clip.
+    `path`: a folder in open_clip's format, or a file of open_clip's weights; "" fetches OpenAI's.
     """
     source = path if path and Path(path).is_dir() else f"{CLIP_L}:{path or 'openai'}"
     return clip_scorer(source, device=device, scale=100.0)
@@ -87,7 +85,7 @@ def pickscore(
 ) -> Reward:
     """PickScore v1 (Kirstain et al. 2023, arXiv 2305.01569): `exp(logit_scale) cosine`, about 17 to 25.
 
-    `path`: the file, or the folder, of yuvalkirstain/PickScore_v1, whose weights are a CLIPModel of transformers.
+    `path`: the file or folder of yuvalkirstain/PickScore_v1, a CLIPModel of transformers.
     """
     entry = CATALOGUE["pickscore"]
     file = locate(path, entry.files, entry.repo, revision)
@@ -105,7 +103,7 @@ def hps(
 ) -> Reward:
     """HPS v2 or v2.1 (Wu et al. 2023, arXiv 2306.09341): the cosine, about 0.2 to 0.35. `version`: hpsv2 or hpsv2.1.
 
-    `path`: its .pt file, or a folder with it. As with its authors, pictures that are not square are padded black.
+    `path`: its .pt file, or a folder with it. As in the authors' code, pictures that are not square are padded black.
     """
     entry = CATALOGUE[version]
     file = locate(path, entry.files, entry.repo, revision)

@@ -1,10 +1,10 @@
-"""A reward over HTTP: another environment's scorer, or another machine's. JSON both ways, nothing is ever unpickled.
+"""A reward over HTTP, from another environment or machine. Requests and answers are JSON; nothing is unpickled.
 
     GET  /        -> {"name": "pickscore", "protocol": 1, "version": "0.1.0"}
     POST /score   {"prompts": [B texts], "images": [B PNGs in base64]} -> {"scores": [B numbers, or null for no score]}
 
-Errors are {"error": "one sentence"} with a status. A token, where the server wants one, goes in the header
-`Authorization: Bearer TOKEN`. The other end is `diffusion-align reward serve`, or anything that answers so.
+Errors are {"error": "one sentence"} with a status. If the server wants a token, it goes in the header
+`Authorization: Bearer TOKEN`. The server is `diffusion-align reward serve`, or any other with this protocol.
 """
 
 from __future__ import annotations
@@ -26,18 +26,17 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from .answer import RewardError
-from .pictures import Reward, of_levels, to_pil
+from .interface import Reward, RewardError, of_levels, to_pil
 
 PROTOCOL = 1
 TOKEN_VARIABLE = "DIFFUSION_ALIGN_REWARD_TOKEN"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 REPLY_LIMIT = 4_000_000  # bytes; a score takes about 20
-AGAIN = (429, 500, 502, 503, 504)  # statuses that may be gone a second later
+RETRIED = (429, 500, 502, 503, 504)  # statuses of errors that may pass
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would turn the POST into a GET, and carry the token to another host."""
+    """Follow no redirect: it would turn the POST into a GET and send the token to another host."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
         return None
@@ -52,18 +51,18 @@ def http_reward(
     chunk: int = 16,
     token: str | None = None,
 ) -> Reward:
-    """The reward that answers at `url`, asked `chunk` pictures at a time.
+    """The reward served at `url`; one request has `chunk` pictures.
 
-    Pictures travel as 8-bit PNG, so a remote reward gives the numbers of a local one. No connection, silence for
-    `timeout` seconds and the statuses in AGAIN are tried `retries` times more, after `pause`, 2 `pause`, 4 `pause`, ...
-    seconds; a server that refuses or answers nonsense is not asked again.
+    Pictures are sent as 8-bit PNG, so a remote reward gives the numbers of a local one. After a failed connection,
+    `timeout` seconds of silence or a status in RETRIED, the request is sent up to `retries` times more, after `pause`,
+    2 `pause`, 4 `pause`, ... seconds. After any other error, or a malformed answer, it is not sent again.
 
     Args:
-        token: sent as bearer token; by default the variable DIFFUSION_ALIGN_REWARD_TOKEN, where it is set.
+        token: the bearer token; by default the variable DIFFUSION_ALIGN_REWARD_TOKEN, if it is set.
 
     Raises:
         ValueError: not an http address.
-        RewardError: when it scores: in one line, what the server, the network or the answer lacked.
+        RewardError: when it scores: the request failed, or the answer is malformed; in one line.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -71,20 +70,20 @@ def http_reward(
     if parts.username or parts.password or parts.query or parts.fragment:
         raise ValueError(f"reward at {parts.hostname}: no user, query or fragment; a token goes in {TOKEN_VARIABLE}")
     token = os.environ.get(TOKEN_VARIABLE) if token is None else token
-    # An address of this machine is not for a proxy, whatever the environment says.
+    # A proxy that the environment names is not used for an address of this machine.
     proxies = [urllib.request.ProxyHandler({})] if parts.hostname in LOOPBACK else []
     opener = urllib.request.build_opener(_NoRedirect, *proxies)
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
     address = f"{url.rstrip('/')}/score"
 
-    def ask(body: bytes) -> bytes:
+    def send(body: bytes) -> bytes:
         request = urllib.request.Request(address, body, headers, method="POST")
         try:
             with opener.open(request, timeout=timeout) as reply:
                 return reply.read(REPLY_LIMIT + 1)
         except urllib.error.HTTPError as error:
             with error:
-                raise _Failed(f"{error.code}: {_sentence(error)}", error.code in AGAIN) from None
+                raise _Failed(f"{error.code}: {_error_message(error)}", error.code in RETRIED) from None
         except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
             reason = getattr(error, "reason", error)
             raise _Failed(f"{type(reason).__name__}: {reason}", True) from None
@@ -93,7 +92,7 @@ def http_reward(
         values: list[float] = []
         for i in range(0, len(prompts), chunk):
             some = prompts[i : i + chunk]
-            reply = _again(partial(ask, request_body(levels[i : i + chunk], some)), url, retries, pause)
+            reply = _with_retries(partial(send, request_body(levels[i : i + chunk], some)), url, retries, pause)
             values += read_reply(reply, len(some), url)
         return torch.tensor(values)
 
@@ -106,16 +105,15 @@ def request_body(levels: Tensor, prompts: list[str]) -> bytes:
 
 
 def read_reply(body: bytes, count: int, url: str) -> list[float]:
-    """The scores of a reply; null is NaN, a picture without a score.
+    """The scores of a reply; null becomes NaN, a picture without a score.
 
     Raises:
-        RewardError: not JSON, or not `count` numbers. NaN and Infinity are no JSON, and are taken for faults.
+        RewardError: not JSON, or not `count` numbers. NaN and Infinity are not JSON.
     """
     if len(body) > REPLY_LIMIT:
         raise RewardError(f"reward at {url}: an answer of more than {REPLY_LIMIT} bytes")
     try:
-        said = json.loads(body, parse_constant=_no_number)
-        scores = said["scores"]
+        scores = json.loads(body, parse_constant=_reject_constant)["scores"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RewardError(f'reward at {url}: the answer is not {{"scores": [...]}} ({error}): {body[:60]!r}') from error
     if not isinstance(scores, list) or len(scores) != count:
@@ -123,46 +121,46 @@ def read_reply(body: bytes, count: int, url: str) -> list[float]:
         raise RewardError(f"reward at {url}: {found} scores for {count} pictures")
     values = [math.nan if score is None else score for score in scores]
     for value in values:
-        # A number that float32 cannot hold would arrive as infinity.
+        # A number beyond float32 would become infinity.
         if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > torch.finfo(torch.float32).max:
             raise RewardError(f"reward at {url}: a score is {str(value)[:60]!r}, not a number")
     return [float(value) for value in values]
 
 
 class _Failed(Exception):
-    """One request went wrong; `passing` if another one may go right."""
+    """One request failed; if `temporary`, another one may succeed."""
 
-    def __init__(self, why: str, passing: bool):
+    def __init__(self, why: str, temporary: bool):
         super().__init__(" ".join(why.split())[:200])
-        self.passing = passing
+        self.temporary = temporary
 
 
-def _again(ask: Callable[[], bytes], url: str, retries: int, pause: float) -> bytes:
+def _with_retries(send: Callable[[], bytes], url: str, retries: int, pause: float) -> bytes:
     for attempt in range(retries + 1):
         try:
-            return ask()
+            return send()
         except _Failed as error:
-            if error.passing and attempt < retries:
+            if error.temporary and attempt < retries:
                 time.sleep(pause * 2**attempt)
                 continue
             tries = f" ({attempt + 1} tries)" if attempt else ""
             raise RewardError(f"reward at {url}{tries}: {error}") from error
-    raise AssertionError("a loop of at least one try ends in it")
+    raise AssertionError("unreachable: the last try returns or raises")
 
 
-def _sentence(error: urllib.error.HTTPError) -> str:
-    """What the server said of a refusal, or the status' own words."""
+def _error_message(error: urllib.error.HTTPError) -> str:
+    """The server's error message, or the standard words of the status."""
     try:
         return str(json.loads(error.read(2000))["error"])
     except (ValueError, KeyError, TypeError, OSError, http.client.HTTPException):
         return error.reason
 
 
-def _no_number(word: str) -> float:
+def _reject_constant(word: str) -> float:
     raise ValueError(f"{word} is no number in JSON")
 
 
 def _png(picture: Any) -> str:
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", compress_level=1)  # local networks are faster than zlib
+    picture.save(buffer, format="PNG", compress_level=1)  # a local network is faster than more compression
     return base64.b64encode(buffer.getvalue()).decode()

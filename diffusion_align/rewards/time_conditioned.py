@@ -1,7 +1,7 @@
-"""A CLIP vision tower that is told the noise level, or that reads latents, walked over open_clip's own modules.
+"""A CLIP vision tower that knows the noise level or reads latents, run module by module from open_clip's tower.
 
 The conditioning is adaptive layer norm, as in DiT (Peebles & Xie 2022, arXiv 2212.09748), added to a trained tower so
-that at the start it changes nothing. open_clip itself is only read, so its modules and weights keep their names.
+that at first it changes nothing. open_clip's modules are not replaced, so their weights keep their names.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class TimeConditioning(nn.Module):
 
     sinusoid -> Linear -> SiLU -> Linear, then for each block SiLU -> Linear(6 width), and at the end Linear(2 width)
     (SPO, Liang et al. 2024, arXiv 2406.04314). These last Linears start with weights 0 and biases that leave the tower
-    as it is: shift 0, scale 0, gate 1. The embedding before them starts at random: were it 0 too, no gradient would
-    ever reach either.
+    unchanged: shift 0, scale 0, gate 1. The embedding before them starts at random: if it were 0 too, no gradient would
+    reach either.
     """
 
     def __init__(self, width: int, blocks: int, seed: int = 0):
@@ -46,28 +46,29 @@ class TimeConditioning(nn.Module):
         self.blocks = nn.ModuleList(last)
         self.final = _bare(nn.Linear, width, 2 * width)
         with torch.no_grad():
-            for name, part in (("first", first), ("second", second)):
-                part.weight.copy_(rng.normal(part.weight.shape, seed, "time embedding", name) / part.in_features**0.5)
-                part.bias.zero_()
-            for part in (*last, self.final):
-                part.weight.zero_()
-                part.bias.zero_()
-            for part in last:
-                part.bias.view(2, 3, width)[:, 2] = 1.0  # the gates
+            for name, layer in (("first", first), ("second", second)):
+                random = rng.normal(layer.weight.shape, seed, "time embedding", name)
+                layer.weight.copy_(random / layer.in_features**0.5)
+                layer.bias.zero_()
+            for layer in (*last, self.final):
+                layer.weight.zero_()
+                layer.bias.zero_()
+            for layer in last:
+                layer.bias.view(2, 3, width)[:, 2] = 1.0  # the gates
 
     def forward(self, t: Tensor) -> Tensor:
-        """Times [B] -> the activation [B,width] that all the last Linears read."""
+        """Times [B] -> the activation [B,width] that the last Linears read."""
         return F.silu(self.embed(sinusoid(t).to(self.final.weight.dtype)))
 
 
 def _bare(kind: type[Module], *settings: Any) -> Module:
-    """A layer without values, which torch would draw from its global generator."""
+    """A layer without initial values; torch would draw them from its global generator."""
     layer: Any = nn.utils.skip_init(kind, *settings)
     return layer
 
 
 def require_vit(visual: Any) -> None:
-    """Raise ValueError unless `visual` is a vision transformer whose blocks and pooling are known here."""
+    """Raise ValueError unless `visual` is a vision transformer with supported blocks and pooling."""
     from open_clip.transformer import VisionTransformer
 
     found = type(visual).__name__
@@ -76,20 +77,20 @@ def require_vit(visual: Any) -> None:
             return
         found += " with attentional pooling" if visual.attn_pool is not None else f" with pooling {visual.pool_type!r}"
     raise ValueError(
-        f"the vision tower is a {found}: only open_clip's VisionTransformer with tok or avg pooling can be"
+        f"the vision tower is a {found}; only open_clip's VisionTransformer with tok or avg pooling is supported"
     )
 
 
 def encode(visual: Any, time: TimeConditioning, inputs: Tensor, t: Tensor) -> Tensor:
     """Features [B,E] of a tower's inputs [B,C,H,W] (normalised pixels, or latents) at times t [B]; differentiable.
 
-    With `time` at its start these are `visual(inputs)`, bit for bit. A tower's patch dropout is left out.
+    With untrained `time` these are `visual(inputs)`, bit for bit. The tower's patch dropout is not applied.
     """
     x = visual.conv1(inputs).flatten(2).transpose(1, 2)  # [B,patches,width]
     first = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
     x = visual.ln_pre(torch.cat([first, x], 1) + visual.positional_embedding.to(x.dtype))
     when = time(t)
-    # Some towers have the tokens in front, [tokens,B,width]; what is the same for all tokens follows suit.
+    # Some towers want [tokens,B,width].
     batch_first = visual.transformer.batch_first
     tokens = 1 if batch_first else 0
     x = x if batch_first else x.transpose(0, 1).contiguous()
@@ -109,14 +110,16 @@ def encode(visual: Any, time: TimeConditioning, inputs: Tensor, t: Tensor) -> Te
 def picture_transform(size: tuple[int, int], preprocess: dict[str, Any]) -> Callable[[Tensor], Tensor]:
     """open_clip's own transform for evaluation (resize, crop, normalise), on tensors [B,3,H,W] in [0, 1].
 
-    Differentiable. Without a resize it gives open_clip's pixels up to their rounding to 8 bits, which is left out.
-    Raises ValueError for towers that are not square and for `resize_mode` longest, which open_clip has for files only.
+    Differentiable. Without a resize it gives open_clip's pixels, but without rounding to 8 bits. Raises ValueError for
+    towers that are not square and for `resize_mode` longest, which open_clip has for files only.
     """
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     config = PreprocessCfg(**{**preprocess, "size": size})
     if config.resize_mode == "longest" or size[0] != size[1]:
-        raise ValueError(f"pictures resized by {config.resize_mode!r} to {size}: only squares, by shortest or squash")
+        raise ValueError(
+            f"resize_mode {config.resize_mode!r} to {size}: only squares, by shortest or squash, are supported"
+        )
     steps: Any = image_transform_v2(config, is_train=False)
 
     def transform(images: Tensor) -> Tensor:
@@ -132,8 +135,7 @@ def plain_bicubic(side: int, preprocess: dict[str, Any]) -> Callable[[Tensor], T
     """The transform of SPO's own code on tensors [B,3,H,W] in [0, 1]: the shorter side to `side` by bicubic
     interpolation without antialiasing, centre crop, clamp, normalise by `mean` and `std`. Differentiable.
 
-    A picture shrunk without antialiasing has other pixels than `picture_transform` gives, so a model is read with the
-    transform that it was trained with.
+    Its pixels differ from those of `picture_transform`, so a model must keep the transform that it was trained with.
     """
     mean, std = (torch.tensor(preprocess[name]).view(3, 1, 1) for name in ("mean", "std"))
 
@@ -159,10 +161,10 @@ def _pool(visual: Any, x: Tensor) -> Tensor:
 
 
 def take_latents(visual: Any, shape: tuple[int, int, int], seed: int = 0) -> None:
-    """Make a tower for pictures read latents of `shape` (C,h,w), in place, with the grid of patches nearest to its own.
+    """Change a tower for pictures, in place, to read latents of `shape` (C,h,w), with nearly its own grid of patches.
 
-    Its first convolution gives way to one over latents, with a bias and random weights; the position embedding is
-    resampled (bicubic) where the grid changes. All else stays.
+    A convolution over latents, with a bias and random weights, replaces its first one. If the grid changes, the
+    position embedding is resampled (bicubic).
     """
     channels, *sides = shape
     patch = tuple(_patch(side, grid) for side, grid in zip(sides, visual.grid_size, strict=True))
@@ -182,25 +184,25 @@ def take_latents(visual: Any, shape: tuple[int, int, int], seed: int = 0) -> Non
 
 
 def _patch(side: int, grid: int) -> int:
-    """The divisor of `side` that cuts it into nearly `grid` patches; of two as near, the finer."""
+    """The divisor of `side` that gives nearly `grid` patches; of two equally near, the smaller."""
     return min((p for p in range(1, side + 1) if side % p == 0), key=lambda p: abs(side / p - grid))
 
 
 @torch.no_grad()
 def fit_patches(conv: nn.Conv2d, latents: Tensor, embeddings: Tensor) -> None:
-    """Set a convolution over patches so that latents [N,C,h,w] give embeddings [N,width,g,g'] in least squares.
+    """Fit a convolution over patches, by least squares, to map latents [N,C,h,w] to embeddings [N,width,g,g'].
 
-    A VAE's decoder is nearly linear on the scale of a patch, so a fit to a picture tower's own patch embeddings lets a
-    latent tower start near to what that tower knows. Raises ValueError for fewer patches than unknowns.
+    A VAE's decoder is nearly linear at the scale of a patch, so a fit to a picture tower's patch embeddings lets a
+    latent tower start close to it. Raises ValueError for fewer patches than unknowns.
     """
-    # On the CPU, where the solver also copes with latents that do not fill their space.
+    # On the CPU, whose solver also handles latents of deficient rank.
     latents, embeddings = latents.cpu().double(), embeddings.cpu().double()
     patch = (int(conv.kernel_size[0]), int(conv.kernel_size[1]))
     grid = [side // p for side, p in zip(latents.shape[2:], patch, strict=True)]
     rows = F.unfold(latents, patch, stride=patch).transpose(1, 2).flatten(0, 1)
     wanted = F.interpolate(embeddings, size=grid, mode="bilinear")
     if len(rows) <= rows.shape[1]:
-        raise ValueError(f"{len(rows)} patches cannot fix {rows.shape[1] + 1} weights each: give more examples")
+        raise ValueError(f"{len(rows)} patches cannot determine {rows.shape[1] + 1} weights each: give more examples")
     design = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
     solution = torch.linalg.lstsq(design, wanted.flatten(2).transpose(1, 2).flatten(0, 1)).solution
     assert conv.bias is not None

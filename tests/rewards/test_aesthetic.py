@@ -7,9 +7,8 @@ from helpers_machine import assert_rounded
 from helpers_rewards import make_clip_folder, pictures
 
 from diffusion_align.rewards import aesthetic, to_uint8
-from diffusion_align.rewards.aesthetic import FILE, aesthetic_scorer, load_aesthetic
+from diffusion_align.rewards.aesthetic import FILE, WIDTHS, aesthetic_scorer, apply_head, head_shapes, load_aesthetic
 from diffusion_align.rewards.clip import open_clip_model
-from diffusion_align.rewards.head import WIDTHS, apply_head, head_shapes
 
 NARROW = (16, 5, 4, 3, 2, 1)
 
@@ -19,7 +18,7 @@ def head(widths=WIDTHS, seed=0, dtype=torch.float32):
     return {key: torch.randn(shape, generator=source, dtype=dtype) / 4 for key, shape in head_shapes(widths).items()}
 
 
-def test_the_head_is_five_layers_without_anything_between():
+def test_the_head_is_five_linear_layers():
     weights = head(NARROW, dtype=torch.float64)
     features = torch.randn(6, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     by_hand, negative = features.numpy(), []
@@ -27,7 +26,7 @@ def test_the_head_is_five_layers_without_anything_between():
         by_hand = by_hand @ weights[f"layers.{place}.weight"].numpy().T + weights[f"layers.{place}.bias"].numpy()
         negative.append(bool((by_hand < 0).any()))
     np.testing.assert_allclose(apply_head(weights, features).numpy(), by_hand[:, 0], rtol=1e-12)
-    assert all(negative[:4])  # a rectifier anywhere would show
+    assert all(negative[:4])  # a rectifier would change them
 
 
 def test_keys_and_shapes_are_those_of_the_published_file():
@@ -51,7 +50,7 @@ def test_the_score_is_the_head_of_a_normalised_embedding(folder):
     expected = apply_head(weights, raw / raw.norm(dim=-1, keepdim=True))
     reward = aesthetic_scorer(clip, weights, chunk=2)
     assert_rounded(reward(images, ["a"] * 5), expected, depth=60)
-    assert torch.equal(reward(images, ["a"] * 5), reward(images, ["b", "c", "d", "e", ""]))  # blind to the prompt
+    assert torch.equal(reward(images, ["a"] * 5), reward(images, ["b", "c", "d", "e", ""]))  # prompts are not read
     images[2, 0, 0, 0] = torch.inf
     assert reward(images, ["a"] * 5).isnan().tolist() == [False, False, True, False, False]
 
@@ -61,11 +60,11 @@ def test_a_head_of_another_width_than_the_clip_is_refused(folder):
         aesthetic_scorer(open_clip_model(folder, device="cpu"), head())
 
 
-def test_the_published_name_wants_the_published_bytes(tmp_path, monkeypatch):
+def test_published_file_must_have_the_published_digest(tmp_path, monkeypatch):
     torch.save(head(), tmp_path / FILE)
     with pytest.raises(ValueError, match="is not the file that was published: its sha256 is"):
         load_aesthetic(str(tmp_path), device="cpu")
-    # A head of one's own under another name is not held against it, but against keys and shapes.
+    # The digest of a head under another name is not checked, its keys and shapes are.
     torch.save(head(), tmp_path / "mine.pth")
     opened = []
     monkeypatch.setattr(aesthetic, "open_clip_model", lambda source, device: opened.append(source))

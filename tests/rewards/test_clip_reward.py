@@ -15,7 +15,7 @@ from tokenizers import pre_tokenizers
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from diffusion_align.data.images import encode_png
-from diffusion_align.rewards import clip, clip_scorer, to_uint8
+from diffusion_align.rewards import clip_scorer, spec, to_uint8
 
 WIDTH, TEXT_WIDTH, LAYERS, EMBED, LENGTH = 32, 24, 2, 16, 20
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
@@ -36,7 +36,7 @@ def make_clip_folder(path, *, seed=0, image_size=32):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         weights = open_clip.CLIP(**model_cfg).state_dict()
-        # Zero-initialised biases would hide a bias that is put in the wrong place.
+        # Zero-initialised biases would hide a bias in the wrong place.
         for key, weight in weights.items():
             if key.endswith(("bias", "ln_final.weight")):
                 weight += 0.05 * torch.randn_like(weight)
@@ -113,11 +113,11 @@ def test_scores_equal_those_of_transformers_clip(folder, scorer):
         reference = transformers_clip(folder)(input_ids=tokens, pixel_values=pixels)
         expected = (reference.image_embeds * reference.text_embeds).sum(-1)
     torch.testing.assert_close(scorer(images, PROMPTS), expected, atol=COSINE, rtol=0)
-    assert expected.std() > 0.01  # the agreement is about something
+    assert expected.std() > 0.01  # so that agreement is not trivial
 
 
 def spy_on_pixels(monkeypatch):
-    """A list that fills with what the image tower is given."""
+    """A list that collects the inputs of the image tower."""
     seen = []
 
     def encode_image(model, pixels, normalize):
@@ -196,7 +196,7 @@ def test_a_prompt_shared_by_several_pictures_is_encoded_once(folder, monkeypatch
     torch.testing.assert_close(grouped[2], score(pictures(6)[2:3], ["a"])[0], atol=COSINE, rtol=0)
 
 
-def test_a_picture_that_is_not_finite_scores_nan_and_spoils_no_other(scorer):
+def test_a_picture_that_is_not_finite_scores_nan_and_changes_no_other_score(scorer):
     images = pictures(3)
     clean = scorer(images, ["a"] * 3)
     images[1, 0, 0, 0] = math.nan
@@ -210,19 +210,19 @@ def test_wrong_shapes_are_refused(scorer, shape, prompts):
         scorer(torch.zeros(shape), ["x"] * prompts)
 
 
-def test_names_are_handed_to_open_clip_as_it_wants_them(folder, monkeypatch, tmp_path):
-    assert clip.resolve_source(folder) == (f"local-dir:{folder}", None)
-    assert clip.resolve_source("hf-hub:owner/name") == ("hf-hub:owner/name", None)
-    assert clip.resolve_source("ViT-H-14:laion2b_s32b_b79k") == ("ViT-H-14", "laion2b_s32b_b79k")
-    monkeypatch.setattr(clip, "TINY_FOLDER", folder)
-    assert clip.resolve_source("tiny") == (f"local-dir:{folder}", None)
+def test_sources_as_open_clip_names(folder, monkeypatch, tmp_path):
+    assert spec.resolve_source(folder) == (f"local-dir:{folder}", None)
+    assert spec.resolve_source("hf-hub:owner/name") == ("hf-hub:owner/name", None)
+    assert spec.resolve_source("ViT-H-14:laion2b_s32b_b79k") == ("ViT-H-14", "laion2b_s32b_b79k")
+    monkeypatch.setattr(spec, "TINY_FOLDER", folder)
+    assert spec.resolve_source("tiny") == (f"local-dir:{folder}", None)
     with pytest.raises(ValueError, match="needs weights"):
-        clip.resolve_source("ViT-H-14")
+        spec.resolve_source("ViT-H-14")
     with pytest.raises(ValueError, match="not an open_clip folder"):
-        clip.resolve_source(tmp_path)
-    monkeypatch.setattr(clip, "TINY_FOLDER", tmp_path / "none")
+        spec.resolve_source(tmp_path)
+    monkeypatch.setattr(spec, "TINY_FOLDER", tmp_path / "none")
     with pytest.raises(ValueError, match="build_tiny"):
-        clip.resolve_source("tiny")
+        spec.resolve_source("tiny")
 
 
 def test_an_architecture_with_a_weight_file_loads(folder, monkeypatch, scorer, tmp_path):

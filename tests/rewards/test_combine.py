@@ -1,4 +1,4 @@
-"""Combinations by hand; the JPEG's size by Pillow; a function of one's own; the controls."""
+"""Combined rewards by hand, the JPEG's size by Pillow, functions of Python files, the controls."""
 
 import io
 import math
@@ -39,7 +39,7 @@ def test_weights_must_be_one_finite_number_each(weights):
 
 
 def test_standardising_by_hand():
-    # mean 5, squared deviations 9 1 1 9 of four: deviation sqrt 5; the nan counts for nothing
+    # mean 5, squared deviations 9 1 1 9 of four: deviation sqrt 5; the nan is left out
     scores = standardised(fixed(2.0, 4.0, 6.0, 8.0, math.nan))(*NONE)
     expected = [-3 / math.sqrt(5), -1 / math.sqrt(5), 1 / math.sqrt(5), 3 / math.sqrt(5)]
     assert scores[:4].tolist() == pytest.approx(expected, rel=1e-12) and scores[4].isnan()
@@ -55,7 +55,7 @@ def test_standardising_what_does_not_vary():
     assert kept.dtype == torch.float32 and kept.tolist() == [-1.0, 1.0]
 
 
-def test_texts_become_combinations():
+def test_combined_reward_texts():
     images, prompts = pictures(5, (24, 40)), ["a"] * 5
     large = load_reward("jpeg-large")(images, prompts)
     control = load_reward("random", seed=3)(images, prompts)
@@ -101,7 +101,7 @@ def write(tmp_path, body):
     return f"{tmp_path / 'mine.py'}:f"
 
 
-def test_a_function_of_ones_own(tmp_path):
+def test_python_reward(tmp_path):
     images = pictures(3)
     for body in (
         "def f(images, prompts):\n    return images.mean((1, 2, 3)) + torch.tensor([len(p) for p in prompts])",
@@ -124,14 +124,14 @@ def test_a_function_of_ones_own(tmp_path):
         ("def f(images, prompts): raise KeyError('colour')", "KeyError: 'colour'"),
     ],
 )
-def test_a_function_that_does_not_answer_is_told_in_one_line(tmp_path, body, message):
+def test_python_reward_errors_are_one_line(tmp_path, body, message):
     reward = python_reward(write(tmp_path, body))
     with pytest.raises(RewardError, match=message) as caught:
         reward(pictures(3), ["a"] * 3)
     assert "mine.py:f" in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
-def test_a_file_without_the_function_is_refused_at_once(tmp_path):
+def test_file_without_the_function_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no function f in"):
         python_reward(write(tmp_path, "g = f = 3"))
     with pytest.raises(RewardError, match="ZeroDivisionError: division by zero"):

@@ -1,4 +1,4 @@
-"""PickScore, HPS and CLIPScore from files as they are published, at toy size, against transformers' own CLIP."""
+"""PickScore, HPS and CLIPScore from files in their published layout, at toy size, against transformers' CLIP."""
 
 import json
 
@@ -85,7 +85,7 @@ def test_converted_embeddings_are_those_of_transformers(reference):
     image, text = embeddings(reference, images)
     torch.testing.assert_close(clip.embed_pictures(to_uint8(images), 3), image, atol=1e-5, rtol=0)
     torch.testing.assert_close(clip.embed_prompts(PROMPTS, 3), text, atol=1e-5, rtol=0)
-    # The agreement is about something: the embeddings differ among themselves, and from prompt to prompt.
+    # Agreement is not trivial: the embeddings differ between pictures and between prompts.
     assert (image @ image.T).min() < 0.999 and (text @ text.T).min() < 0.9
 
 
@@ -120,7 +120,7 @@ def test_hps_is_the_plain_cosine_of_a_training_checkpoint(reference, hps_file):
     images = pictures(4)
     image, text = embeddings(reference, images)
     scores = hps("hpsv2.1", str(hps_file), device="cpu", architecture=NAME)(images, PROMPTS)
-    torch.testing.assert_close(scores, (image * text).sum(-1), atol=5e-3, rtol=0)  # weights were kept in halves
+    torch.testing.assert_close(scores, (image * text).sum(-1), atol=5e-3, rtol=0)  # the weights were stored in float16
     assert scores.dtype == torch.float32
 
 
@@ -143,7 +143,7 @@ def test_hps_pads_what_is_not_square_and_pickscore_crops_it(hps_file, folder, mo
     torch.testing.assert_close(cropped[0], full.expand(3, 28, 28))
 
 
-def test_names_lead_to_their_loaders(monkeypatch, folder, hps_file, tmp_path):
+def test_names_load_the_right_reward(monkeypatch, folder, hps_file, tmp_path):
     calls = []
     monkeypatch.setattr(load, "CLIP_H", NAME)
     for name in ("pickscore", "hps", "load_aesthetic", "load_image_reward"):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import BertTokenizer
 
 from diffusion_align.rewards import to_uint8
-from diffusion_align.rewards.head import WIDTHS, head_shapes
+from diffusion_align.rewards.aesthetic import WIDTHS, head_shapes
 from diffusion_align.rewards.image_reward import (
     TEXT,
     VISION,
@@ -74,7 +74,7 @@ def shapes(vision=SMALL_VISION, text=SMALL_TEXT):
 
 
 def published(seed=0):
-    """Seeded weights, with what the published file holds besides."""
+    """Seeded weights, with the unused ones of the published file."""
     source = torch.Generator().manual_seed(seed)
     weights = {key: torch.randn(shape, generator=source) * 0.2 for key, shape in shapes().items()}
     # Vision states of a small variance tell the two epsilons of layer norms apart.
@@ -155,7 +155,7 @@ def pictures(n, size=(32, 32)):
     return torch.rand(n, 3, *size, generator=torch.Generator().manual_seed(3))
 
 
-def test_the_port_is_the_published_network():
+def test_network_equals_the_published_one():
     weights, images = published(), pictures(4)
     model = build(weights, "test", vision=SMALL_VISION, text=SMALL_TEXT, device="cpu")
     single = image_reward_scorer(model, tokenize, chunk=3)(images, PROMPTS)
@@ -186,7 +186,7 @@ def test_the_port_is_the_published_network():
     assert expected.std() > 1e-3 * scale
 
 
-def test_it_promises_what_all_rewards_do():
+def test_it_keeps_the_interface_of_rewards():
     model = build(published(), "test", vision=SMALL_VISION, text=SMALL_TEXT, device="cpu")
     reward, images = image_reward_scorer(model, tokenize), pictures(3, (48, 40))
     base = reward(images, PROMPTS[:3])
@@ -240,7 +240,7 @@ def test_a_folder_brings_its_own_tokenizer(tmp_path, monkeypatch):
     assert tokens[0, :5].tolist() == [2, 5, 6, 3, 0] and mask[0].sum() == 4
     assert tokens[1, 0] == 2 and tokens[1, -1] == 3 and mask[1].all()
     monkeypatch.setattr(BertTokenizer, "from_pretrained", lambda name: (_ for _ in ()).throw(OSError("offline")))
-    with pytest.raises(FileNotFoundError, match="vocab.txt beside"):
+    with pytest.raises(FileNotFoundError, match="vocab.txt and ImageReward.pt in one folder"):
         bert_tokenizer()
 
 

@@ -1,4 +1,4 @@
-"""A reward over HTTP: a server of ours and servers that misbehave, with short time-outs and no network but loopback."""
+"""A reward over HTTP: our server and faulty servers, with short timeouts, on the loopback network."""
 
 import base64
 import io
@@ -18,8 +18,8 @@ from helpers_machine import HANG
 from helpers_rewards import pictures
 from PIL import Image
 
-from diffusion_align.commands import reward_server
-from diffusion_align.commands.reward_server import Server, reward_serve
+from diffusion_align.commands.reward import serve as reward_server
+from diffusion_align.commands.reward.serve import Server, reward_serve
 from diffusion_align.options import UsageError
 from diffusion_align.options.reward import RewardServe
 from diffusion_align.rewards import RewardError, http_reward, load_reward, to_uint8
@@ -47,7 +47,7 @@ def brightness(images, prompts):
 
 
 def post(address, body, **headers):
-    """Status and answer of a request, whatever they are."""
+    """Status and answer of a request."""
     headers = {"Content-Type": "application/json"} | {name.replace("_", "-"): text for name, text in headers.items()}
     request = urllib.request.Request(f"{address}/score", body, headers, method="POST")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -80,7 +80,7 @@ def test_a_remote_reward_gives_the_numbers_of_a_local_one():
     torch.testing.assert_close(both, 2 * brightness(levels, prompts) + load_reward("jpeg-large")(images, prompts))
 
 
-def test_get_says_who_answers():
+def test_get_returns_name_and_protocol():
     with serving(brightness) as server:
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
             f"{server.address}/", timeout=HANG
@@ -89,7 +89,7 @@ def test_get_says_who_answers():
     assert said["name"] == "mine" and said["protocol"] == 1 and said["version"]
 
 
-def test_a_picture_without_a_score_is_nan_there_and_here():
+def test_missing_score_is_null_in_json_and_nan_in_the_client():
     def half(images, prompts):
         return torch.tensor([1.0, math.nan, math.inf])
 
@@ -134,15 +134,15 @@ def test_pictures_of_several_sizes_in_one_request():
         (body(["A" * 2_000_000], ["a"]), 413, "more than 1000000 bytes"),
     ],
 )
-def test_bad_requests_are_refused_in_one_sentence_and_the_server_lives(sent, status, message):
+def test_bad_requests_get_one_sentence_and_the_server_goes_on(sent, status, message):
     with serving(brightness, max_pictures=2, max_side=64, max_megabytes=1) as server:
         found, said = post(server.address, sent)
         assert (found, list(said)) == (status, ["error"]) and message in said["error"]
         assert post(server.address, body([png()], ["a"])) == (200, {"scores": [1.0]})
 
 
-def test_who_sends_too_much_still_hears_why():
-    """More than any socket's buffer holds: a server that hung up would leave the client with a broken pipe."""
+def test_too_large_request_gets_an_answer():
+    """The body exceeds any socket's buffer: if the server closed the connection, the client would get a broken pipe."""
     with serving(brightness, max_megabytes=8) as server:
         assert post(server.address, b"A" * 30_000_000) == (
             413,
@@ -150,7 +150,7 @@ def test_who_sends_too_much_still_hears_why():
         )
 
 
-def test_other_addresses_types_and_methods_are_refused():
+def test_other_paths_types_and_methods_are_refused():
     with serving(brightness) as server:
         assert post(server.address, body([png()], ["a"]), Content_Type="text/plain")[0] == 415
         assert post(f"{server.address}/x", body([png()], ["a"]))[0] == 404
@@ -159,7 +159,7 @@ def test_other_addresses_types_and_methods_are_refused():
             assert b" 411 " in line.recv(1000)
 
 
-def test_the_reward_s_own_error_is_told_in_one_line_and_not_tried_for_ever():
+def test_error_of_the_reward_is_one_line_and_retries_end():
     def broken(images, prompts):
         raise RuntimeError("out of\nmemory")
 
@@ -186,7 +186,7 @@ def test_a_token_is_required_where_one_is_set(monkeypatch):
 
 @contextmanager
 def saying(*replies):
-    """A server that gives these replies, (status, bytes), the last one for ever; None is silence until the end."""
+    """A server that sends these replies, (status, bytes), and repeats the last one; None is silence until the end."""
     asked, over = [], threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
@@ -208,7 +208,7 @@ def saying(*replies):
                 self.end_headers()
                 self.wfile.write(content)
             except ConnectionError:
-                pass  # the client had enough
+                pass  # the client closed the connection
 
         do_GET = do_POST
 
@@ -240,7 +240,7 @@ def saying(*replies):
         (b'{"scores": [' + b"1" * 5_000_000, "an answer of more than 4000000 bytes"),
     ],
 )
-def test_nonsense_is_refused_at_once_in_one_line(content, message):
+def test_malformed_answers_are_not_retried(content, message):
     with saying((200, content)) as (url, asked):
         with pytest.raises(RewardError, match=message) as caught:
             http_reward(url, retries=3, pause=5)(pictures(2), ["a", "b"])
@@ -248,7 +248,7 @@ def test_nonsense_is_refused_at_once_in_one_line(content, message):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_what_may_pass_is_tried_again_with_growing_pauses(monkeypatch):
+def test_temporary_errors_are_retried_with_growing_pauses(monkeypatch):
     good, pauses = (200, b'{"scores": [1.5]}'), []
     with monkeypatch.context() as patched, saying((500, b"{}"), (503, b'{"error": "busy"}'), good) as (url, asked):
         patched.setattr(time, "sleep", lambda seconds: pauses.append(seconds) if seconds else None)
@@ -263,7 +263,7 @@ def test_what_may_pass_is_tried_again_with_growing_pauses(monkeypatch):
     assert len(asked) == 1
 
 
-def test_silence_and_closed_doors_end_in_time():
+def test_timeout_and_refused_connection_raise():
     with saying(None) as (url, _), pytest.raises(RewardError, match=r"\(2 tries\): .*timed out"):
         http_reward(url, timeout=0.2, retries=1, pause=0.01)(pictures(1), ["a"])
     with socket.socket() as closed:
@@ -272,8 +272,8 @@ def test_silence_and_closed_doors_end_in_time():
             http_reward(f"http://127.0.0.1:{closed.getsockname()[1]}", retries=0)(pictures(1), ["a"])
 
 
-def test_silence_is_tried_again_like_a_busy_server(monkeypatch):
-    """The first request runs out of time without a clock, and the second has all the time it wants."""
+def test_timeout_is_retried(monkeypatch):
+    """The first request raises a timeout at once; the second has enough time."""
     real, given = urllib.request.OpenerDirector.open, []
 
     def silent_once(opener, request, data=None, timeout=None):
@@ -296,17 +296,17 @@ def test_a_redirect_is_not_followed():
 
 
 @pytest.mark.parametrize("url", ["http://", "ftp://a", "http://u:secret@a", "http://a/?token=secret", "a:8000"])
-def test_what_is_no_address_is_refused(url):
+def test_invalid_addresses_are_refused(url):
     with pytest.raises(ValueError) as caught:
         http_reward(url)
     assert "secret" not in str(caught.value)
 
 
-def test_serving_to_others_needs_a_token_and_a_taken_port_is_told(monkeypatch):
+def test_serve_requires_a_token_and_reports_a_port_in_use(monkeypatch):
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     with pytest.raises(UsageError, match=f"can be reached by others: set a token in {TOKEN_VARIABLE}"):
         reward_serve(RewardServe(reward="jpeg-small", host="0.0.0.0", port=0))
-    monkeypatch.setattr(reward_server, "reward_by_name", lambda *args, **kw: pytest.fail("loaded"))
+    monkeypatch.setattr(reward_server, "load_reward", lambda *args, **kw: pytest.fail("loaded"))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -314,7 +314,7 @@ def test_serving_to_others_needs_a_token_and_a_taken_port_is_told(monkeypatch):
             reward_serve(RewardServe(reward="jpeg-small", port=taken.getsockname()[1]))
 
 
-def test_only_so_many_at_a_time(monkeypatch):
+def test_number_of_concurrent_requests_is_limited(monkeypatch):
     monkeypatch.setattr(reward_server, "CONNECTIONS", 1)
     inside, leave = threading.Event(), threading.Event()
 

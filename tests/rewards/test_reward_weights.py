@@ -1,4 +1,4 @@
-"""Files of weights that nobody vouches for: read without running anything, refused in one line."""
+"""Untrusted files of weights: read without running their code, refused in one line."""
 
 import hashlib
 import os
@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffusion_align.rewards.weights import locate, read_weights, require_digest, require_fit, web_file
+from diffusion_align.rewards.weight_files import locate, read_weights, require_digest, require_fit, web_file
 
 
 class Bomb:
@@ -30,7 +30,7 @@ def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path, name, nested, 
         read_weights(path)
     assert not canary.exists()
     assert "weights_only" not in str(caught.value) and len(str(caught.value).splitlines()) == 1
-    torch.load(path, weights_only=False)  # the bomb is live: without the protection it goes off
+    torch.load(path, weights_only=False)  # without the protection the code runs
     assert canary.exists()
 
 
@@ -65,7 +65,7 @@ def test_weights_come_back_as_they_were(tmp_path):
     ("content", "message"),
     [([torch.zeros(1)], "holds a list"), ({"a": 1}, "'a' is a int, not a tensor"), ({3: torch.zeros(1)}, "'3' is a")],
 )
-def test_what_is_no_dictionary_of_tensors_is_refused(tmp_path, content, message):
+def test_files_without_a_dictionary_of_tensors_are_refused(tmp_path, content, message):
     torch.save(content, tmp_path / "w.pt")
     with pytest.raises(ValueError, match=message):
         read_weights(tmp_path / "w.pt")
@@ -85,7 +85,7 @@ def test_the_first_wrong_key_is_named():
             require_fit(wrong, due, "x")
 
 
-def test_a_known_file_with_other_bytes_is_refused(tmp_path):
+def test_wrong_digest_is_refused(tmp_path):
     path = tmp_path / "w"
     path.write_bytes(b"weights")
     require_digest(path, hashlib.sha256(b"weights").hexdigest())
@@ -93,7 +93,7 @@ def test_a_known_file_with_other_bytes_is_refused(tmp_path):
         require_digest(path, "0" * 64)
 
 
-def test_files_from_an_address_are_kept_and_held_against_their_digest(tmp_path, monkeypatch):
+def test_downloads_are_cached_and_their_digest_is_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     asked = []

@@ -1,4 +1,4 @@
-"""The step-aware model against plain open_clip: equal at the start, and with any modulation folded into its weights."""
+"""The step-aware model against plain open_clip: equal before training, and with a modulation in open_clip's weights."""
 
 import copy
 import json
@@ -20,13 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from diffusion_align import rng
 from diffusion_align.rewards import clip_scorer
-from diffusion_align.rewards.step_aware import (
+from diffusion_align.rewards.step_aware_load import latent_scorer, load_step_aware, step_aware_scorer
+from diffusion_align.rewards.step_aware_model import (
     StepAware,
-    latent_scorer,
-    load_step_aware,
     save_step_aware,
     start_step_aware,
-    step_aware_scorer,
 )
 from diffusion_align.rewards.time_conditioned import (
     TimeConditioning,
@@ -109,12 +107,12 @@ def test_at_the_start_the_tower_is_open_clips_bit_for_bit_at_every_time(tower):
         plain = visual(pixels)
         for t in ([0.0] * 4, [1.0, 250.5, 500.0, 999.0]):
             assert torch.equal(encode(visual, time, pixels, torch.tensor(t)), plain)
-        # In training no patch is dropped; attention takes another path of torch, and the last bits with it.
+        # In training mode no patch is dropped, but torch computes attention another way, with other last bits.
         assert torch.allclose(encode(visual.train(), time, pixels, torch.tensor(t)), plain, rtol=1e-12, atol=1e-12)
     assert not torch.allclose(plain[0], plain[1], atol=1e-3)
 
 
-def test_at_the_start_the_embedded_reward_scores_as_ever():
+def test_untrained_model_scores_as_the_embedded_reward():
     """Against `clip_scorer`, whose pixels come from PIL: on 8-bit pictures the same numbers to float32's last bit."""
     model = start_step_aware("tiny", device="cpu")
     images = (pictures(6, 64, torch.float32) * 255).round() / 255
@@ -189,8 +187,8 @@ def test_gradients_are_right_and_reach_pictures_and_all_weights():
     assert torch.autograd.gradcheck(score, (images, *weights), fast_mode=True)
 
 
-def test_the_start_is_no_dead_end():
-    """With a zero embedding neither it nor the zero weights after it would ever move."""
+def test_gradients_are_not_zero_at_the_start():
+    """If the embedding were zero, neither it nor the zero weights after it would get a gradient."""
     model = make_model()
     model(pictures(2), ["ab", "cd"], torch.tensor([10, 800])).sum().backward()
     assert all(linear.weight.grad.abs().sum() > 0 for linear in (*model.time.blocks, model.time.final))
@@ -228,7 +226,7 @@ def test_with_a_resize_pixels_are_near_to_open_clips(mode, height, width):
         assert gap.max() < largest and gap.mean() < mean
 
 
-def test_a_folder_stands_alone_and_loads_exactly(tmp_path):
+def test_saved_folder_loads_exactly_without_other_files(tmp_path):
     model = shake(start_step_aware("tiny", device="cpu"))
     images, prompts, t = (
         pictures(3, 64, torch.float32),
@@ -264,8 +262,8 @@ def test_loading_is_strict(tmp_path):
         load_step_aware(tmp_path, device="cpu")
 
 
-def test_what_a_model_name_implies_is_written_down(tmp_path):
-    """An architecture with a tag may mean QuickGELU, and a tokenizer that open_clip brings along."""
+def test_saved_config_states_what_the_model_name_implies(tmp_path):
+    """An architecture with a tag may imply QuickGELU and open_clip's own tokenizer."""
     config = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT | {"vocab_size": 49408}, "quick_gelu": True}
     (tmp_path / "Step-Test.json").write_text(json.dumps(config))
     open_clip.add_model_config(tmp_path / "Step-Test.json")
@@ -298,13 +296,13 @@ def test_scorer_chunks_keeps_rows_apart_and_has_no_gradient():
 
 
 def test_a_latent_tower_fitted_to_a_linear_decoder_is_the_picture_tower():
-    """Latents that are the pictures, shifted and scaled by channel: the fit must find the old convolution."""
+    """If latents are the pictures, shifted and scaled by channel, the fit must find the old convolution."""
     visual = make_clip().visual
     images = pictures(16)
     latents, pixels = (images - 0.3) * torch.tensor([1.0, 2.0, 0.5]).view(3, 1, 1), images * 4 - 2
     old = copy.deepcopy(visual)
     take_latents(visual, (3, SIDE, SIDE))
-    assert visual.conv1.weight.shape == old.conv1.weight.shape  # the same grid, so the same patches
+    assert visual.conv1.weight.shape == old.conv1.weight.shape  # the same grid and the same patches
     assert torch.equal(visual.positional_embedding, old.positional_embedding)
     assert not torch.allclose(visual(latents), old(pixels), atol=0.1)
     fit_patches(visual.conv1, latents, old.conv1(pixels))
@@ -314,7 +312,7 @@ def test_a_latent_tower_fitted_to_a_linear_decoder_is_the_picture_tower():
 
 
 def test_positions_are_resampled_where_the_grid_changes():
-    """A side of 5 is cut into 5 rows and one of 6 into 3 columns, nearest to the tower's 4 x 4. Positions that are a
+    """A side of 5 becomes 5 rows and one of 6 becomes 3 columns, nearest to the tower's 4 x 4. Positions that are a
     plane, 1 + 2y + 5x over the unit square, keep its middle, 4.5, and its slopes: 5 * 2/3 and 2 * 4/5 end to end."""
     visual = make_clip().visual
     middle = (torch.arange(4).double() + 0.5) / 4
@@ -356,7 +354,7 @@ def test_a_latent_scorer_of_a_picture_model_decodes_first():
         latent_scorer(model)
 
 
-def test_towers_that_cannot_be_conditioned_are_refused():
+def test_unsupported_towers_are_refused():
     for vision, message in (
         ({"attentional_pool": True}, "attentional pooling"),
         ({"pool_type": "none"}, "pooling 'none'"),
@@ -372,6 +370,6 @@ def test_towers_that_cannot_be_conditioned_are_refused():
         picture_transform((32, 48), {})
 
 
-def test_open_clip_is_not_imported_with_the_room():
-    code = "import sys, diffusion_align.rewards.step_aware; sys.exit('open_clip' in sys.modules)"
+def test_open_clip_is_not_imported_with_the_module():
+    code = "import sys, diffusion_align.rewards.step_aware_model; sys.exit('open_clip' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=HANG).returncode == 0

@@ -1,4 +1,4 @@
-"""SPO's own file layout at toy size, against the authors' forward written here in plain torch from the file's keys."""
+"""SPO's own file layout at toy size, against the authors' forward pass in plain torch on the file's keys."""
 
 import json
 import math
@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from helpers_rewards import pictures
 from safetensors.torch import save_file
 
-from diffusion_align.rewards import step_aware_published as published
-from diffusion_align.rewards.step_aware import (
+from diffusion_align.rewards import step_aware_load
+from diffusion_align.rewards.step_aware_load import (
     latent_scorer,
     load_step_aware,
-    save_step_aware,
     step_aware_scorer,
     step_aware_weights,
 )
+from diffusion_align.rewards.step_aware_model import save_step_aware
 
 NAME = "Toy-SPM"
 WIDTH, TEXT, SIDE, PATCH, LAYERS, EMBED = 32, 24, 28, 14, 2, 16
@@ -32,7 +32,7 @@ PROMPTS = ["a small red circle", "two blue squares", "a cat"]
 
 
 def shapes():
-    """The keys of the authors' StepAwarePreferenceModel and their shapes: CLIPModel's, and what they added to it."""
+    """Keys and shapes of the authors' StepAwarePreferenceModel: those of CLIPModel, and the added ones."""
 
     def linear(name, out, into):
         return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}
@@ -77,7 +77,7 @@ def weights():
 
 @pytest.fixture(scope="module")
 def file(weights, tmp_path_factory):
-    """As torch.save writes it, with the counters that old releases of transformers kept beside the weights."""
+    """As torch.save writes it, with the counters of old releases of transformers."""
     folder = tmp_path_factory.mktemp("published")
     (folder / f"{NAME}.json").write_text(json.dumps(CONFIG))
     open_clip.add_model_config(folder / f"{NAME}.json")
@@ -92,7 +92,7 @@ def file(weights, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch):
-    monkeypatch.setattr(published, "ARCHITECTURE", NAME)
+    monkeypatch.setattr(step_aware_load, "ARCHITECTURE", NAME)
 
 
 class Authors:
@@ -178,7 +178,7 @@ def test_a_published_file_scores_as_the_authors_forward(file, weights, size):
 
 
 def test_time_text_and_scale_all_come_from_the_file(file, weights):
-    """Each group of the file's weights changes the score: none is left at its start or taken from elsewhere."""
+    """Each group of weights in the file changes the score."""
     images, t = pictures(3, (28, 28)), torch.tensor([0, 400, 951])
     plain = step_aware_scorer(file, device="cpu")(images, PROMPTS, t)
     for group in ("t_embedder", "layers.1.adaLN_modulation", "vision_model.adaLN", "text_model", "logit_scale"):
@@ -190,7 +190,7 @@ def test_time_text_and_scale_all_come_from_the_file(file, weights):
     assert torch.equal(step_aware_scorer(path, device="cpu")(images, PROMPTS, t), plain)
 
 
-def test_it_is_saved_in_our_format_with_its_resize(file, tmp_path):
+def test_published_model_is_saved_as_a_folder_with_its_resize(file, tmp_path):
     images, t = pictures(3, (64, 64)), torch.tensor([0, 400, 951])
     model = load_step_aware(file, device="cpu")
     save_step_aware(model, tmp_path)
@@ -227,14 +227,14 @@ def test_a_name_is_fetched_from_the_authors_repository(file, monkeypatch):
         asked.append((repo, name))
         return file
 
-    monkeypatch.setattr(published, "hub_file", hub_file)
+    monkeypatch.setattr(step_aware_load, "hub_file", hub_file)
     assert step_aware_weights("spo-sdxl") == file
     assert asked == [
         ("SPO-Diffusion-Models/Step-Aware_Preference_Models", "sdxl_step-aware_preference_model.bin"),
     ]
 
 
-def test_train_spo_takes_it_and_knows_it_by_its_content(file, tmp_path):
+def test_train_spo_identifies_a_published_file_by_its_content(file, tmp_path):
     from diffusion_align.data.disk import digest
     from diffusion_align.methods.spo import require, weights_digest
     from diffusion_align.options import TrainSpo

@@ -18,8 +18,7 @@ from diffusion_align.methods.shared import pair_losses
 from diffusion_align.models import load_pipeline
 from diffusion_align.objectives import gain_weights, hinge, ipo, logistic, prdp, prdp_clip_fraction, rank_dpo, robust
 from diffusion_align.rewards import to_uint8
-from diffusion_align.rewards.combine import standardised
-from diffusion_align.rewards.pictures import of_levels
+from diffusion_align.rewards.interface import of_levels, standardised
 from diffusion_align.samplers import sample, step_table
 
 

@@ -230,7 +230,8 @@ def test_the_command_trains_the_embedded_reward(tmp_path, capsys, inputs):
     from diffusion_align.commands.train.train import train
     from diffusion_align.methods.step_aware import METHOD
     from diffusion_align.options.train.spm import TrainSpm, check_train_spm
-    from diffusion_align.rewards.step_aware import latent_scorer, load_step_aware, start_step_aware
+    from diffusion_align.rewards.step_aware_load import latent_scorer, load_step_aware
+    from diffusion_align.rewards.step_aware_model import start_step_aware
 
     options = TrainSpm(
         pretrained_model_name_or_path="tiny", dataset_name="tiny", max_train_samples=20, held_out=4, device="cpu",
@@ -264,7 +265,7 @@ def test_an_interrupted_command_is_resumed_with_every_bit(tmp_path, monkeypatch)
     from diffusion_align import cli
     from diffusion_align.commands.train.session import Session
     from diffusion_align.methods import step_aware
-    from diffusion_align.rewards.step_aware import load_step_aware
+    from diffusion_align.rewards.step_aware_load import load_step_aware
 
     argv = ["reward", "train-spm", "--model", "tiny", "--dataset_name", "tiny", "--max_train_samples", "8"]
     argv += ["--held_out", "2", "--device", "cpu", "--train_batch_size", "2", "--max_train_steps", "6", "--guidance"]

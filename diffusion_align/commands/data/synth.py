@@ -39,7 +39,6 @@ from diffusion_align.commands.data.synth_labels import (
     write_best_and_worst,
 )
 from diffusion_align.commands.pasted import pasted
-from diffusion_align.commands.score import require_reward
 from diffusion_align.commands.sources import read_prompts
 from diffusion_align.commands.train.items import TINY_SEED
 from diffusion_align.data import Ranking, write_rankings_parquet
@@ -56,8 +55,6 @@ def synth(options: Synth) -> int:
     """Draw, score, and write rankings and pairs."""
     o, out = options, Path(options.out)
     prompts = synth_prompts(o)
-    for name in o.rewards:
-        require_reward(name)
     models = [drawing_model(name) for name in o.models]
     _claim(out, o, prompts, models)
     k, n = shard_of(o.shard)

@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from diffusion_align.commands.score import reward_by_name
 from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.tuned import base_of, load_tuned, run_config, weights_digest
 from diffusion_align.data.disk import digest, write_bytes
 from diffusion_align.data.images import ImageError, decode_image, encode_png, to_square
 from diffusion_align.models.hub import folder_digest, locate
 from diffusion_align.options import Synth
-from diffusion_align.rewards import Reward, RewardError, one_each
+from diffusion_align.rewards import Reward, RewardError, load_reward, one_each
 from diffusion_align.rng import draw_normal, generator
 from diffusion_align.samplers import sample, step_table
 from diffusion_align.system.progress import counted, progress_bar
@@ -143,7 +142,7 @@ def score_pictures(o: Synth, out: Path, prompts: list[str], chunks: Sequence[int
         return
     (out / "scores").mkdir(exist_ok=True)
     device = torch.device(o.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    reward = reward_by_name(name, device=device, seed=o.seed)
+    reward = load_reward(name, device=device, seed=o.seed)
     for chunk in progress_bar(left, desc=f"score {name}", unit="chunk"):
         addresses = [(number, place) for number in numbers_of(chunk, prompts) for place in range(o.pictures)]
         values: list[float] = []

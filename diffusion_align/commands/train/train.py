@@ -8,7 +8,6 @@ from typing import Any
 
 from diffusion_align.commands.model_facts import ModelFacts, read_model_facts
 from diffusion_align.commands.people import people
-from diffusion_align.commands.score import require_reward, reward_by_name
 from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.train.course import describe_course, settle_warmup
 from diffusion_align.commands.train.encode import encoded
@@ -21,14 +20,15 @@ from diffusion_align.methods.entry import About, Entry, Length, Opened
 from diffusion_align.methods.shared.noising import Networks
 from diffusion_align.methods.shared.plan import processes_here
 from diffusion_align.options import TrainUnet, to_yaml
-from diffusion_align.rewards import Reward
+from diffusion_align.rewards import Reward, load_reward
+from diffusion_align.rewards.spec import RewardSpec
 from diffusion_align.schedule import Schedule
 
 
 def train(entry: Entry[Any], options: Any) -> int:
     """Run a method from its options to its trained weights; see `Session.follow` for interruptions."""
     o = options
-    require(entry, o)
+    entry.require(o)
     resumed = claim_early(o)
     read = read_items(entry, o)
     session = open_session(o, entry, resumed)
@@ -65,7 +65,7 @@ def train(entry: Entry[Any], options: Any) -> int:
 def dry_run(entry: Entry[Any], options: Any) -> int:
     """Print the resolved configuration and, as comments under it, the plan: the output is a file for --config."""
     o = options
-    require(entry, o)
+    entry.require(o)
     name = present_model(o.pretrained_model_name_or_path or "")
     facts = read_model_facts(name)
     read = read_items(entry, o) if items_on_disk(entry, o) else None
@@ -89,13 +89,6 @@ def about_run(entry: Entry[Any], o: Any, items: Sequence[Any] | None = None) -> 
     return About(schedule, shape, items, count, processes_here())
 
 
-def require(entry: Entry[Any], o: Any) -> None:
-    """Refuse what is known to fail before anything is loaded."""
-    entry.require(o)
-    for text in entry.rewards(o):
-        require_reward(text)
-
-
 def plan_lines(entry: Entry[Any], o: Any, about: About, length: Length) -> list[str]:
     """Batch, steps, learning rate and the loss's constants."""
     factor = f" = {o.learning_rate:g} x {length.batch} (scale_lr)" if o.scale_lr else ""
@@ -117,11 +110,11 @@ def _describe_trained(o: TrainUnet, facts: ModelFacts) -> str:
     return f"{what}: {number:,} of {facts.full_parameters():,} parameters"
 
 
-def _reward(session: Session, text: str) -> Reward:
-    """The reward that a text means, on the model's device."""
+def _reward(session: Session, spec: RewardSpec) -> Reward:
+    """A reward on the model's device, or the people at this machine."""
     o = session.options
-    if text != "people":
-        return reward_by_name(text, device=session.model.device, seed=o.seed)
+    if str(spec) != "people":
+        return load_reward(spec, device=session.model.device, seed=o.seed)
     if session.accelerator.num_processes > 1:
         raise ValueError("reward people asks at one page; train with one process")
     return people(session.run / "choices", o.group_size, seed=o.seed)

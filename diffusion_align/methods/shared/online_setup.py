@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from diffusion_align import rng
@@ -23,14 +22,12 @@ from diffusion_align.methods.shared.rollout_plan import (
     plan_prompts,
     run_tables,
 )
-from diffusion_align.methods.shared.rollouts import Rollouts
+from diffusion_align.methods.shared.rollouts import Rollouts, reward_of_latents
 from diffusion_align.methods.shared.runs import Bind, Prompted, Runs, Score, binder, draw_runs, scored
 from diffusion_align.methods.shared.start_checks import along_runs, arithmetic
 from diffusion_align.objectives import stepwise_range
 from diffusion_align.options import TrainOnline
-from diffusion_align.rewards.spec import read_spec
 from diffusion_align.samplers import StepTable
-from diffusion_align.system.memory import in_parts
 from diffusion_align.train.method import OnlineMethod, Sample
 from diffusion_align.train.rounds import RoundSizes, run_rounds
 
@@ -86,27 +83,14 @@ class OnlineSetup:
                 share_noise=o.share_initial_noise, shape=self.shape, seed=o.seed, learn_steps=o.learn_steps,
             )  # fmt: skip
 
-        elsewhere = any(part.kind == "http" for part in read_spec(o.reward or "").parts)
+        elsewhere = any(part.kind == "http" for part in o.reward_spec.parts)
         ahead = elsewhere or self.opened.model.device.type != "cpu"
         return Rollouts(draw, self.policy, reference, self.dims, self.allowed, partial(scored, score=score), ahead)
 
     def picture_score(self) -> Score:
-        """(final latents, prompts) -> rewards of the pictures; `sample_chunk` of them exist at a time, or fewer where
-        memory runs out."""
-        o, model, reward = self.options, self.opened.model, self.opened.reward(self.options.reward or "")
-
-        def score(latents: Tensor, prompts: list[str]) -> Tensor:
-            def of_rows(rows: slice) -> Tensor:
-                return reward(model.decode(latents[rows]), prompts[rows])
-
-            return torch.cat(in_parts(of_rows, len(prompts), o.sample_chunk, "scoring pictures")[0])
-
-        return score
-
-
-def reward_of(o: TrainOnline) -> list[str]:
-    """The reward that the options name, where they name one."""
-    return [] if o.reward is None else [o.reward]
+        """(final latents, prompts) -> rewards of the pictures."""
+        o = self.options
+        return reward_of_latents(self.opened.model, self.opened.reward(o.reward_spec), o.sample_chunk)
 
 
 def start_with(build: Callable[[Any, OnlineSetup], OnlineMethod[Any]], o: TrainOnline, opened: Opened) -> Started:

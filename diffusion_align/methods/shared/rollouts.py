@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic
+from typing import TYPE_CHECKING, Generic
+
+import torch
+from torch import Tensor
 
 from diffusion_align.methods.shared.metrics import facts_of, summarise_runs
-from diffusion_align.methods.shared.runs import Bind, Runs, asked_again
+from diffusion_align.methods.shared.runs import Bind, Runs, Score, asked_again
 from diffusion_align.methods.shared.start_checks import Allowed, require_equal_ratios
+from diffusion_align.rewards import Reward
+from diffusion_align.system.memory import in_parts
 from diffusion_align.train.method import Chunk, Columns, OnlineMethod, Sample
+
+if TYPE_CHECKING:
+    from diffusion_align.models import TextToImage
 
 ALL_TIED = (
     "all pictures of every prompt had one reward, or it failed; draw more a prompt (--group_size), look at the reward"
@@ -52,3 +60,15 @@ def method_on_runs(
         nothing=ALL_TIED,
         again=partial(asked_again, policy=rollouts.policy, reference=rollouts.reference),
     )
+
+
+def reward_of_latents(model: TextToImage, reward: Reward, chunk: int) -> Score:
+    """`(latents [B,...], prompts) -> [B]`, decoded `chunk` at a time, or half as many after running out of memory."""
+
+    def score(latents: Tensor, prompts: list[str]) -> Tensor:
+        def score_rows(rows: slice) -> Tensor:
+            return reward(model.decode(latents[rows]), prompts[rows])
+
+        return torch.cat(in_parts(score_rows, len(prompts), chunk, "scoring pictures")[0])
+
+    return score

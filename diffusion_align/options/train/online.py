@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from ..names import UsageError
-from ..reward import check_reward
+from ..reward import WithReward
 from ..schema import option
 from .common import TrainUnet, check_train
 
@@ -18,7 +18,7 @@ UNITS = "unit of beta and clip: mean (log-ratios averaged over dims, as publishe
 
 
 @dataclass(frozen=True)
-class TrainOnline(TrainUnet):
+class TrainOnline(WithReward, TrainUnet):
     # fmt: off
     prompts: str | None = option(None, "data", "file with one prompt a line, the name of a list (animals, spo-4k, hpdv2-train and more: assets/prompts/README.md), or tiny (captions of the embedded world's training split)", aliases=("prompts_file",), path="name")
     num_prompts: int | None = option(None, "data", "use the first N prompts (default: all; of tiny, 4000)", at_least=1)
@@ -65,7 +65,7 @@ def check_online(options: TrainOnline, metrics: tuple[str, ...], pictures: str =
             "which reward? --reward NAME: tiny, an open_clip name with its weights, judge, people or random"
         )
     if o.reward is not None:
-        check_reward(o.reward)
+        _ = o.reward_spec  # raises where it is none
     per_step = o.prompts_per_step or o.prompts_per_round
     if o.prompts_per_round % per_step:
         raise UsageError(

@@ -104,7 +104,7 @@ def import_all() -> None:
     import diffusion_align.commands.annotate
     import diffusion_align.commands.data.check
     import diffusion_align.commands.evaluate
-    import diffusion_align.commands.reward_score
+    import diffusion_align.commands.reward.score
     import diffusion_align.commands.sample
     import diffusion_align.commands.train.train  # noqa: F401
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from diffusion_align.rewards.step_aware import save_step_aware, start_step_aware
+from diffusion_align.rewards.step_aware_model import save_step_aware, start_step_aware
 from stress.hostile.cases import ROOT, Trap, case, write
 from stress.hostile.weights import VOCABULARY, saved, score
 

@@ -1,4 +1,4 @@
-"""Working ahead: the same items in the same order, never too far, with every error told and no thread left behind."""
+"""`prefetch`: the same items in the same order, a limited number in advance; errors reach the caller, threads end."""
 
 import queue
 import threading
@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers_machine import HANG
 
-from diffusion_align.rewards import background, prefetch
+from diffusion_align.rewards import prefetch
+from diffusion_align.system import background
 
 
 def workers():
@@ -28,16 +29,16 @@ def test_items_come_in_their_order():
 
 
 @pytest.mark.parametrize("ahead", [1, 3])
-def test_it_runs_ahead_and_no_further(ahead, monkeypatch):
-    """Turned away from a full queue three times, the worker still holds the one item that it made for it."""
-    made, turned_away = [], threading.Semaphore(0)
+def test_at_most_ahead_items_are_made_in_advance(ahead, monkeypatch):
+    """After the queue was full three times, the thread still has only the one item that does not fit."""
+    made, full = [], threading.Semaphore(0)
 
     class Counted(queue.Queue):
         def put(self, item, timeout):
             try:
                 super().put(item, timeout=0.01)
             except queue.Full:
-                turned_away.release()
+                full.release()
                 raise
 
     def items():
@@ -49,11 +50,11 @@ def test_it_runs_ahead_and_no_further(ahead, monkeypatch):
     source = prefetch(items(), ahead=ahead)
     assert next(source) == 0
     for _ in range(3):
-        assert turned_away.acquire(timeout=HANG)
-    while len(made) < ahead + 2:  # these may have been turned away before the first one was taken
-        assert turned_away.acquire(timeout=HANG)
+        assert full.acquire(timeout=HANG)
+    while len(made) < ahead + 2:  # the queue may have been full before the first item was taken
+        assert full.acquire(timeout=HANG)
     for _ in range(3):
-        assert turned_away.acquire(timeout=HANG)
+        assert full.acquire(timeout=HANG)
     assert len(made) == ahead + 2
     source.close()
     assert gone()
@@ -73,7 +74,7 @@ def test_an_error_comes_after_the_items_before_it():
 
 
 def test_making_and_using_overlap():
-    """An item is used while the next one is being made: each of the two waits until the other has begun."""
+    """An item is used while the next one is made: each of the two waits until the other has begun."""
     both = threading.Barrier(2, timeout=HANG)
 
     def items():
@@ -88,13 +89,13 @@ def test_making_and_using_overlap():
     assert gone()
 
 
-def test_one_ahead_at_least():
+def test_ahead_must_be_at_least_1():
     with pytest.raises(ValueError, match="at least 1, not 0"):
         prefetch([], ahead=0)
 
 
-def test_work_is_done_on_the_device_that_is_current_where_it_is_asked_for(monkeypatch):
-    """CUDA's current device is each thread's own and begins at 0; here a stand-in of the same kind."""
+def test_thread_uses_the_callers_cuda_device(monkeypatch):
+    """Each thread has its own current CUDA device, at first 0; here a stand-in that does the same."""
     current = threading.local()
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(current, "index", 0))
@@ -103,7 +104,7 @@ def test_work_is_done_on_the_device_that_is_current_where_it_is_asked_for(monkey
     assert list(prefetch(torch.cuda.current_device() for _ in range(2))) == [3, 3]
 
 
-def test_no_device_is_touched_where_cuda_has_not_begun(monkeypatch):
+def test_cuda_is_not_initialised(monkeypatch):
     def touched(*_):
         raise AssertionError("a context would be opened")
 

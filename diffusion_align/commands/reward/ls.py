@@ -1,4 +1,4 @@
-"""`reward ls`: the rewards that have a name, and how others are written."""
+"""`reward ls`: the rewards known by name, and how to write others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from diffusion_align.rewards.catalogue import CATALOGUE, FORMS, HOW
 
 
 def reward_ls(argv: list[str]) -> int:
-    """Print the catalogue: what each measures, its unit, licence, weights and memory, and what it needs."""
+    """Print what each reward measures, its unit, licence, weights, memory and needs."""
     if argv:
         raise UsageError(f"reward ls takes no argument, got {argv[0]}")
     width = max(map(len, CATALOGUE))

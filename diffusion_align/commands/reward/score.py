@@ -1,4 +1,4 @@
-"""`reward score`: score pictures that are there, one line each."""
+"""`reward score`: score picture files, one line each."""
 
 from __future__ import annotations
 
@@ -14,72 +14,69 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_align.commands.score import require_reward, reward_by_name
 from diffusion_align.commands.sources import read_prompts
 from diffusion_align.data.images import FORMATS, ImageError, decode_image
 from diffusion_align.options.reward import RewardScore
-from diffusion_align.rewards import RewardError, one_each, prefetch
-from diffusion_align.rewards.weights import place_of
+from diffusion_align.rewards import RewardError, load_reward, one_each, prefetch
 from diffusion_align.system.progress import progress_bar
 
 ENDINGS = (".jpg", ".tif", *(f".{name.lower()}" for name in FORMATS))
-Job = tuple[str, str, "Tensor | str"]  # a picture's path, its prompt, and its levels [3,H,W] uint8 or what is wrong
+Job = tuple[str, str, "Tensor | str"]  # path, prompt, and levels [3,H,W] uint8 or an error message
 
 
 def reward_score(options: RewardScore) -> int:
-    """Score pictures; see `RewardScore`. 1 if none could be scored."""
+    """Score pictures; see `RewardScore`."""
     o = options
-    require_reward(o.reward)
     files = find_pictures(o.images)
     prompts = prompts_of(files, o)
-    reward = reward_by_name(o.reward or "", device=place_of(o.device), seed=o.seed)
+    reward = load_reward(o.reward_spec, device=o.device, seed=o.seed)
     out = Path(o.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial, scores, faults, spent = out.with_name(f".{out.name}.partial"), [], [], 0.0
+    partial, scores, failed, spent = out.with_name(f".{out.name}.partial"), [], [], 0.0
     bar = progress_bar(total=len(files), desc=f"score {o.reward}", unit="picture")
     with partial.open("w", encoding="utf-8") as file, bar:
         start = time.perf_counter()
-        # Decoding goes on in the background while the reward is busy.
+        # The next pictures are decoded while the reward scores.
         for batch in prefetch(batches(files, prompts, o.batch_size)):
-            for row in score_batch(o.reward or "", reward, batch):
+            for row in score_batch(str(o.reward_spec), reward, batch):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                (scores if row["score"] is not None else faults).append(row)
+                (scores if row["score"] is not None else failed).append(row)
             bar.update(len(batch))
         spent = time.perf_counter() - start
     if not scores:
         partial.unlink()
-        raise RewardError(f"none of {len(files)} pictures has a score: {faults[0]['error']}")
+        raise RewardError(f"none of {len(files)} pictures has a score: {failed[0]['error']}")
     os.replace(partial, out)
     values = torch.tensor([row["score"] for row in scores], dtype=torch.float64)
     error = f" +- {values.std().item() / math.sqrt(len(values)):.4f}" if len(values) > 1 else ""
     print(f"{o.reward}: mean {values.mean().item():.4f}{error} over {len(values)} pictures, {len(files) / spent:.1f}/s")
-    if faults:
-        print(f"{len(faults)} pictures have no score; the first: {faults[0]['image']}: {faults[0]['error']}")
+    if failed:
+        print(f"{len(failed)} pictures have no score; the first: {failed[0]['image']}: {failed[0]['error']}")
     print(f"{out}: one line a picture")
     return 0
 
 
 def find_pictures(places: tuple[str, ...]) -> list[Path]:
-    """The pictures of files and folders, those of a folder by name.
+    """The picture files at `places`, files or folders; those of a folder are sorted by name.
 
     Raises:
-        FileNotFoundError: a place that is not there, or a folder without pictures.
+        FileNotFoundError: a place does not exist, or is a folder without pictures.
     """
     found: list[Path] = []
     for place in map(Path, places):
         inside = sorted(path for path in place.iterdir() if path.suffix.lower() in ENDINGS) if place.is_dir() else []
         if not inside and not place.is_file():
-            raise FileNotFoundError(f"{place}: " + ("holds no picture" if place.is_dir() else "no such file or folder"))
+            raise FileNotFoundError(f"{place}: " + ("has no picture" if place.is_dir() else "no such file or folder"))
         found += inside or [place]
     return found
 
 
 def prompts_of(files: list[Path], o: RewardScore) -> list[str]:
-    """A prompt for each picture: the lines of a file, one line for all, or what samples.json beside them says.
+    """A prompt for each picture, from the file of prompts (one a picture, or one for all) or from samples.json.
 
     Raises:
-        ValueError: their number is not that of the pictures, or a picture is not in samples.json.
-        FileNotFoundError: neither a file of prompts nor samples.json.
+        ValueError: there are more or fewer prompts than pictures, or a picture is not in samples.json.
+        FileNotFoundError: there is neither a file of prompts nor samples.json.
     """
     if o.prompts_file is not None:
         prompts = read_prompts(o.prompts_file)
@@ -105,7 +102,7 @@ def prompts_of(files: list[Path], o: RewardScore) -> list[str]:
 
 
 def batches(files: list[Path], prompts: list[str], size: int) -> Iterator[list[Job]]:
-    """Decoded pictures, `size` at a time and of one height and width; a broken one comes with what is wrong with it."""
+    """Decoded pictures, up to `size` of one height and width; a broken picture has an error message instead."""
     batch: list[Job] = []
     for path, prompt in zip(files, prompts, strict=True):
         job = (str(path), prompt, _levels(path))
@@ -129,7 +126,7 @@ def _levels(path: Path) -> Tensor | str:
 
 
 def score_batch(name: str, reward: Any, batch: list[Job]) -> Iterator[dict[str, Any]]:
-    """One row for each picture of a batch of one size; `score` is None, with `error`, where there is none."""
+    """One row for each picture of a batch of one size; without a score, `score` is None and `error` says why."""
     pictures = [levels for _, _, levels in batch if isinstance(levels, Tensor)]
     if not pictures:
         yield from ({"image": path, "prompt": prompt, "score": None, "error": why} for path, prompt, why in batch)
@@ -137,6 +134,6 @@ def score_batch(name: str, reward: Any, batch: list[Job]) -> Iterator[dict[str, 
     prompts = [prompt for _, prompt, _ in batch]
     values = one_each(reward(torch.stack(pictures).float() / 255, prompts), len(batch), f"reward {name}")
     for (path, prompt, _), value in zip(batch, values.tolist(), strict=True):
-        known = math.isfinite(value)
-        row: dict[str, Any] = {"image": path, "prompt": prompt, "score": value if known else None}
-        yield row if known else row | {"error": "the reward gave no finite number"}
+        finite = math.isfinite(value)
+        row: dict[str, Any] = {"image": path, "prompt": prompt, "score": value if finite else None}
+        yield row if finite else row | {"error": "the reward gave no finite number"}

@@ -1,4 +1,4 @@
-"""Work ahead in the background: while the consumer is busy with one item, the next ones are made."""
+"""Make the next items in a background thread while the caller uses the present one."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import TypeVar
 import torch
 
 Item = TypeVar("Item")
-_POLL = 0.1  # seconds after which a worker whose consumer has left notices
+_POLL = 0.1  # seconds between two looks of the thread whether the caller still wants items
 
 
 def prefetch(items: Iterable[Item], ahead: int = 2) -> Iterator[Item]:
-    """The items in their order, made by one thread that is at most `ahead` finished ones in front.
+    """Yield the items in order, while one thread makes up to `ahead` of them in advance.
 
-    It pays where making an item leaves the interpreter's lock alone (decoding and resizing of pictures, reading files)
-    or the consumer does (a GPU). An exception of `items` is raised here, after the items before it. Whoever stops
-    early, by `close()` or by dropping the generator, stops the thread too, at its next item. The current CUDA device is
-    that of the consumer: a new thread would begin on GPU 0.
+    This saves time if making an item, or using it, releases the interpreter's lock: decoding pictures, reading files,
+    waiting for a GPU or a server. An exception of `items` is raised here, after the items before it. Closing or
+    dropping the generator stops the thread at its next item. The thread uses the caller's current CUDA device; a new
+    thread would use GPU 0.
 
     Raises:
         ValueError: `ahead` is less than 1.
@@ -31,12 +31,12 @@ def prefetch(items: Iterable[Item], ahead: int = 2) -> Iterator[Item]:
 
 def _consume(items: Iterable[Item], ahead: int) -> Iterator[Item]:
     ready: queue.Queue[tuple[bool, object]] = queue.Queue(ahead)
-    left = threading.Event()
+    stopped = threading.Event()
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def put(more: bool, value: object) -> bool:
-        """False when nobody is there to take it."""
-        while not left.is_set():
+        """Wait for room in the queue; False if the caller has stopped."""
+        while not stopped.is_set():
             try:
                 ready.put((more, value), timeout=_POLL)
                 return True
@@ -52,9 +52,10 @@ def _consume(items: Iterable[Item], ahead: int) -> Iterator[Item]:
                 if not put(True, item):
                     return
             put(False, None)
-        except BaseException as error:  # whatever it was, the consumer is told rather than left waiting
+        except BaseException as error:  # raised in the caller, which would otherwise wait for ever
             put(False, error)
 
+    # A daemon: an executor's thread would keep a process that ends alive until its item is made.
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
     try:
@@ -67,4 +68,4 @@ def _consume(items: Iterable[Item], ahead: int) -> Iterator[Item]:
             else:
                 return
     finally:
-        left.set()
+        stopped.set()
