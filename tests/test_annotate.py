@@ -24,11 +24,10 @@ from helpers_machine import HANG
 from PIL import Image
 
 from diffusion_align import cli
-from diffusion_align.commands import annotate as command
-from diffusion_align.commands import annotate_session
-from diffusion_align.commands.annotate_record import append, comparisons, read, relevance, standing
-from diffusion_align.commands.annotate_server import BODY_LIMIT, Server
-from diffusion_align.commands.annotate_tasks import make_questions, on_page, read_pictures
+from diffusion_align.commands.annotate import command, session
+from diffusion_align.commands.annotate.choices import append, comparisons, read, relevance, standing
+from diffusion_align.commands.annotate.questions import make_questions, on_page, read_pictures
+from diffusion_align.commands.annotate.server import BODY_LIMIT, Server
 from diffusion_align.data import read_pairs
 from diffusion_align.data.readers import DataError
 from diffusion_align.objectives.selection import win_counts
@@ -476,7 +475,7 @@ def test_an_answer_that_cannot_be_stored_does_not_count(tmp_path, monkeypatch):
     folder = make_folder(tmp_path, "ab")
     with serving(folder) as client:
         client.answer(1, "pick", 0)
-        monkeypatch.setattr(annotate_session, "append", full)
+        monkeypatch.setattr(session, "append", full)
         code, said = client.refused("2", {"choice": "tie", "picked": [], "seconds": 1})
         assert code == 500 and "Not stored" in said and "No space left" in said
         assert client.refused("undo", {})[0] == 500

@@ -13,7 +13,7 @@ from helpers_tiny import make_tiny_folder
 from PIL import Image
 
 from diffusion_align import cli
-from diffusion_align.commands import evaluate_report, judging
+from diffusion_align.commands.evaluate import judging, results
 from diffusion_align.commands.prompt_lists import Prompt, by_category, evaluation_prompts, kinds
 from diffusion_align.data import write_pairs_parquet
 from diffusion_align.data.images import encode_png
@@ -183,7 +183,7 @@ def test_samplers_that_disagree_are_told(capsys):
         "order": {"dpmpp": ["a", "b", "base"], "ddim": ["b", "a", "base"]},
     }
     assert "the samplers disagree about the order of the models: dpmpp: a > b > base; ddim: b > a > base" in "\n".join(
-        evaluate_report.summary(report)
+        results.summary(report)
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from diffusion_align import cli
-from diffusion_align.commands.contenders import contender
+from diffusion_align.commands.evaluate.contenders import contender
 from diffusion_align.commands.sources import pairs_of
 from diffusion_align.models.hub import locate, on_hub
 from diffusion_align.options import VERBS, TrainDpo, UsageError, options_of, parse, resolve, to_yaml

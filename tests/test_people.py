@@ -9,9 +9,9 @@ from test_annotate import Client
 from test_online_command import _fresh_accelerate, argv, toys  # noqa: F401  (fixtures)
 
 from diffusion_align import cli
-from diffusion_align.commands import annotate
-from diffusion_align.commands import people as people_module
-from diffusion_align.commands.people import people
+from diffusion_align.commands.annotate import command
+from diffusion_align.commands.annotate import people as people_module
+from diffusion_align.commands.annotate.people import people
 from diffusion_align.train import record
 
 
@@ -20,12 +20,12 @@ def person(monkeypatch):
     """`person(answer)` sits down: answer(client, number of questions) is called for every page that opens."""
     servers = queue.Queue()
 
-    class Watched(annotate.Server):
+    class Watched(command.Server):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             servers.put(self)
 
-    monkeypatch.setattr(annotate, "Server", Watched)
+    monkeypatch.setattr(command, "Server", Watched)
     asked = []
 
     def sit(answer):

@@ -6,7 +6,7 @@ import pytest
 from helpers_tiny import make_tiny_folder
 
 from diffusion_align import cli
-from diffusion_align.commands.sample_folder import claim
+from diffusion_align.commands.sample.folder import claim
 
 
 def names(folder):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from diffusion_align.commands.score import reward_by_name
 from diffusion_align.commands.sources import present_model
-from diffusion_align.commands.tuned import base_of, load_tuned, run_config, weights_digest
+from diffusion_align.commands.trained_weights import base_of, load_tuned, run_config, weights_digest
 from diffusion_align.data.images import ImageError, decode_image, encode_png, to_square
 from diffusion_align.data.readers import digest
 from diffusion_align.data.shards import write_bytes

@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from diffusion_align import rng
+from diffusion_align.commands.annotate.people import people
 from diffusion_align.commands.course import describe_course, settle_warmup
 from diffusion_align.commands.opening import claim_early, open_session, require_ahead
-from diffusion_align.commands.people import people
 from diffusion_align.commands.plan_online import describe_constants, describe_rounds, rounds_of, training_prompts
 from diffusion_align.commands.run_tables import fresh, run_tables
 from diffusion_align.commands.score import decoded, require_reward, reward_by_name

@@ -2,6 +2,7 @@
 
 from .breakdown import Measured, as_csv, by_category, comparisons, distances_to, order_of_models
 from .compare import Comparison, RewardGap, compare, compare_metric, reward_gap, wilson
+from .contact_sheet import pairs_picture
 from .escape import escape
 from .generate import (
     evaluation_table,
@@ -13,8 +14,7 @@ from .generate import (
     save_pictures,
 )
 from .report import write_report
-from .score import score
-from .sheet import pairs_picture
+from .scoring import score
 
 __all__ = [
     "Comparison",

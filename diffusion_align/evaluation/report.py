@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..rng import permutation
 from .compare import Comparison, compare, reward_gap
-from .page import render
+from .report_page import render
 
 PACKAGES = ("diffusion_align", "torch", "diffusers", "transformers", "peft", "open_clip_torch", "numpy", "Pillow")
 _SECRET_KEY = re.compile(r"(^|[_.-])(token|password|passwd|secret|credential|api_?key)$", re.IGNORECASE)

@@ -25,10 +25,10 @@ from diffusion_align.evaluation import (
     pairs_picture,
     write_report,
 )
+from diffusion_align.evaluation.contact_sheet import wrap
 from diffusion_align.evaluation.gallery import data_uri
-from diffusion_align.evaluation.page import CSP
 from diffusion_align.evaluation.report import choose_pairs, headline_sentence, without_secrets
-from diffusion_align.evaluation.sheet import wrap
+from diffusion_align.evaluation.report_page import CSP
 
 N = 12
 PROMPTS = [f"a small red circle number {i}" for i in range(N)]

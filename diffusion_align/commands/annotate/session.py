@@ -6,8 +6,8 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from diffusion_align.commands.annotate_record import Row, append, key_of, standing
-from diffusion_align.commands.annotate_tasks import Key, Picture, Question, on_page
+from diffusion_align.commands.annotate.choices import Row, append, key_of, standing
+from diffusion_align.commands.annotate.questions import Key, Picture, Question, on_page
 
 
 @dataclass

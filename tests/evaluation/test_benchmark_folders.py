@@ -9,7 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion_align.evaluation.layouts import Drawn, arrange, compbench_targets, dpg_targets, grid, read_drawn, unsafe
+from diffusion_align.evaluation.benchmark_folders import (
+    Drawn,
+    arrange,
+    compbench_targets,
+    dpg_targets,
+    grid,
+    read_drawn,
+    unsafe,
+)
 from diffusion_align.evaluation.picture_folder import fill, picture_path
 
 SIDE = 8

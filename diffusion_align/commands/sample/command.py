@@ -13,10 +13,10 @@ from torch import Tensor
 
 from diffusion_align.commands import threads
 from diffusion_align.commands.prompt_lists import listed_prompts
-from diffusion_align.commands.sample_folder import SAMPLES, claim
-from diffusion_align.commands.sample_layouts import check_layout, draw_folder, hand_over, side_of
+from diffusion_align.commands.sample.benchmark import check_layout, draw_folder, hand_over, side_of
+from diffusion_align.commands.sample.folder import SAMPLES, claim
 from diffusion_align.commands.sources import present_model
-from diffusion_align.commands.tuned import base_of, load_tuned, run_config, weights_digest
+from diffusion_align.commands.trained_weights import base_of, load_tuned, run_config, weights_digest
 from diffusion_align.data.images import encode_png
 from diffusion_align.data.prompts import Prompt
 from diffusion_align.evaluation.report import versions

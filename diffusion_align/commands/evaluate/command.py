@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from diffusion_align.commands import threads
-from diffusion_align.commands.contenders import Contender, base_contender, contender
-from diffusion_align.commands.evaluate_report import report
-from diffusion_align.commands.judging import Judging, check_judging, open_judging, settle_reward
+from diffusion_align.commands.evaluate.contenders import Contender, base_contender, contender
+from diffusion_align.commands.evaluate.judging import Judging, check_judging, open_judging, settle_reward
+from diffusion_align.commands.evaluate.results import report
 from diffusion_align.commands.prompt_lists import Prompt, caption_of, evaluation_prompts
 from diffusion_align.commands.threads import Threads
 from diffusion_align.evaluation import Measured, missing_pictures, read_pictures, sampler_table, save_pictures, score

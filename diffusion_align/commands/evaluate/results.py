@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_align.commands.contenders import Contender
-from diffusion_align.commands.judging import Judging, reference_features
+from diffusion_align.commands.evaluate.contenders import Contender
+from diffusion_align.commands.evaluate.judging import Judging, reference_features
 from diffusion_align.commands.prompt_lists import Prompt
 from diffusion_align.commands.prompt_lists import by_category as prompts_by_category
 from diffusion_align.evaluation import (

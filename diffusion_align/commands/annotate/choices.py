@@ -21,7 +21,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from diffusion_align.commands.annotate_tasks import Key, Picture, Question
+from diffusion_align.commands.annotate.questions import Key, Picture, Question
 from diffusion_align.data.readers import DataError
 
 Row = dict[str, Any]

@@ -8,8 +8,8 @@ from __future__ import annotations
 import base64
 import hashlib
 
-from diffusion_align.commands.annotate_record import Row
-from diffusion_align.commands.annotate_tasks import Picture
+from diffusion_align.commands.annotate.choices import Row
+from diffusion_align.commands.annotate.questions import Picture
 from diffusion_align.evaluation import escape
 from diffusion_align.evaluation.style import STYLE
 

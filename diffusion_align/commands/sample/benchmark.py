@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffusion_align.commands.tuned import run_config, trained_at, weights_digest
+from diffusion_align.commands.trained_weights import run_config, trained_at, weights_digest
 from diffusion_align.data.prompts import Prompt
+from diffusion_align.evaluation.benchmark_folders import TARGETS, Drawn, arrange, read_drawn
 from diffusion_align.evaluation.generate import table_digest
-from diffusion_align.evaluation.layouts import TARGETS, Drawn, arrange, read_drawn
 from diffusion_align.evaluation.picture_folder import Batch, fill, read_png
 from diffusion_align.evaluation.report import versions
 from diffusion_align.options import Sample
 from diffusion_align.system.progress import progress_bar
 
 if TYPE_CHECKING:
-    from diffusion_align.commands.sample import Draw
+    from diffusion_align.commands.sample.command import Draw
     from diffusion_align.models import TextToImage
     from diffusion_align.samplers import StepTable
 

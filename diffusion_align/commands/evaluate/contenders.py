@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusion_align.commands.sources import present_model
-from diffusion_align.commands.tuned import base_of, load_tuned, run_config, trained_at, trained_weights, weights_digest
+from diffusion_align.commands.trained_weights import (
+    base_of,
+    load_tuned,
+    run_config,
+    trained_at,
+    trained_weights,
+    weights_digest,
+)
 from diffusion_align.models.hub import on_hub
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusion_align.commands.prompt_lists import Prompt, caption_of
 from diffusion_align.commands.score import require_reward, reward_by_name
 from diffusion_align.data.images import decode_image
-from diffusion_align.evaluation.score import Judge
+from diffusion_align.evaluation.scoring import Judge
 from diffusion_align.options import Evaluate, UsageError
 from diffusion_align.options.sample import rewards_of
 from diffusion_align.rewards import Reward, to_uint8

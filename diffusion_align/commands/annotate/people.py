@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffusion_align.commands.annotate import CHOICES, serve, start_session
-from diffusion_align.commands.annotate_record import key_of, read, standing
-from diffusion_align.commands.annotate_tasks import make_questions, read_pictures
+from diffusion_align.commands.annotate.choices import key_of, read, standing
+from diffusion_align.commands.annotate.command import CHOICES, serve, start_session
+from diffusion_align.commands.annotate.questions import make_questions, read_pictures
 from diffusion_align.data.images import encode_png
 from diffusion_align.data.readers import digest
 from diffusion_align.data.shards import write_bytes
