@@ -3,7 +3,6 @@
 from .breakdown import Measured, as_csv, by_category, comparisons, distances_to, order_of_models
 from .compare import Comparison, RewardGap, compare, compare_metric, reward_gap, wilson
 from .contact_sheet import pairs_picture
-from .escape import escape
 from .generate import (
     evaluation_table,
     generate,
@@ -13,7 +12,7 @@ from .generate import (
     sampler_table,
     save_pictures,
 )
-from .report import write_report
+from .report import summarise, write_report
 from .scoring import score
 
 __all__ = [
@@ -26,7 +25,6 @@ __all__ = [
     "compare_metric",
     "comparisons",
     "distances_to",
-    "escape",
     "evaluation_table",
     "generate",
     "missing_pictures",
@@ -38,6 +36,7 @@ __all__ = [
     "sampler_table",
     "save_pictures",
     "score",
+    "summarise",
     "wilson",
     "write_report",
 ]

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..rewards import to_uint8
-from .escape import LIMIT
+from .markup import LIMIT
 from .picture_folder import replace
 
 MARGIN, ROW_GAP, GAP, LINE, FONT = 16, 28, 6, 17, 13  # pixels

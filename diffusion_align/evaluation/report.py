@@ -1,6 +1,6 @@
 """The result of an evaluation as two files: report.json with every figure, report.html to look at.
 
-`summarise` turns scores into figures, `page.render` turns figures into a page; neither knows a model.
+`summarise` turns scores into figures, `render_report` turns figures into a page; neither knows a model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..rng import permutation
 from .compare import Comparison, compare, reward_gap
-from .report_page import render
+from .report_page import render_report
 
 PACKAGES = ("diffusion_align", "torch", "diffusers", "transformers", "peft", "open_clip_torch", "numpy", "Pillow")
 _SECRET_KEY = re.compile(r"(^|[_.-])(token|password|passwd|secret|credential|api_?key)$", re.IGNORECASE)
@@ -163,63 +163,33 @@ def summarise(
 
 def write_report(
     folder: str | Path,
-    prompts: Sequence[str],
-    base: Mapping[str, Tensor],
-    tuned: Mapping[str, Tensor],
+    figures: Mapping[str, Any],
     *,
-    headline: str | None,
+    title: str = "Base and tuned",
     pictures: Callable[[int], tuple[Tensor, Tensor]] | None = None,
     rows: Sequence[Mapping[str, Any]] = (),
     config: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
-    further: Mapping[str, Any] | None = None,
     table: str | None = None,
-    title: str = "Base and tuned",
-    seed: int = 0,
-    resamples: int = 10_000,
-    shown: int = 18,
-    model: str = "tuned",
 ) -> dict[str, Any]:
     """Write report.json, report.html and report.csv into a folder and return what report.json holds.
 
     Args:
-        prompts: N prompts.
-        base, tuned: `{metric: [N]}`, as `score` returns them.
-        headline: the metric of the first sentence, such as "judge/all"; None where nothing was scored.
+        figures: what `summarise` returns, and what `breakdown` found: comparisons, order, categories, distances.
         pictures: prompt index -> (base, tuned) pictures [3,H,W] in [0, 1]; none are shown without it.
         rows: rows of metrics.jsonl, for the curves.
         config: the resolved config of the run; access tokens in it are hidden.
         facts: what made the pictures: seed, sampler, guidance, fingerprints of the models.
-        further: what `breakdown` found: comparisons, order, categories, distances. It joins report.json as it is.
         table: the text of report.csv; none is written without it.
-        seed: of the bootstrap and of the pairs drawn for the grid.
-        shown: how many pairs the page shows.
-        model: what the tuned one is called.
-
-    Raises:
-        ValueError: as `summarise`.
     """
     folder = Path(folder)
-    figures = summarise(
-        prompts, base, tuned, headline=headline, seed=seed, resamples=resamples, shown=shown, model=model
-    )
-    report = plain(
-        {
-            "title": title,
-            **figures,
-            **(further or {}),
-            "facts": without_secrets(facts or {}),
-            "versions": versions(),
-            "config": without_secrets(config or {}),
-        }
-    )
+    made = {"facts": without_secrets(facts or {}), "versions": versions(), "config": without_secrets(config or {})}
+    report = plain({"title": title, **figures, **made})
     shots = {entry["index"]: pictures(entry["index"]) for entry in report["shown"]} if pictures else {}
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(
-        report, indent=1, allow_nan=False
-    )  # ASCII: any prompt survives, even one that is not valid Unicode
-    files = {"report.json": text, "report.html": render(report, shots, rows)} | ({"report.csv": table} if table else {})
-    for name, content in files.items():
+    text = json.dumps(report, indent=1, allow_nan=False)  # ASCII: also holds a prompt that is not valid Unicode
+    files = {"report.json": text, "report.html": render_report(report, shots, rows)}
+    for name, content in (files | ({"report.csv": table} if table else {})).items():
         partial = folder / f".{name}.partial"
         partial.write_text(content, encoding="utf-8", newline="")
         os.replace(partial, folder / name)

@@ -1,4 +1,4 @@
-"""The report's page: one HTML file without script, link or outside resource. All text passes `escape`.
+"""The report's page, `templates/report.html.j2` filled in: one HTML file without script, link or outside resource.
 
 Tabs, the order of the pictures and the slider over a pair are radio buttons and style: a page that holds other people's
 text runs nothing at all.
@@ -6,112 +6,111 @@ text runs nothing at all.
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from markupsafe import Markup
+from PIL import Image
 from torch import Tensor
 
-from .charts import line_chart
-from .escape import escape
-from .gallery import grid, radios
-from .style import STYLE
-from .tables import categories, distances, gap_row, metric_rows, models, table, variety, win_rows
+from ..rewards import to_uint8
+from .charts import interval_mark, line_chart
+from .markup import STYLE, escape, render
 
-CSP = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 CURVES = (
     ("Loss", ("loss",)),
     ("Squared error above the reference, mean over dims: down is learnt", ("winner_error_gap", "loser_error_gap")),
     ("Implicit accuracy: share of pairs whose winner gained more than its loser", ("implicit_accuracy",)),
 )
-# Pictures first: people would rather look than read. The sentence above the tabs says the result.
-TABS = {"tab-pictures": "Pictures", "tab-result": "Result", "tab-kinds": "Breakdown", "tab-how": "How it was made"}
-CONFIG_LIMIT = 50_000
+CONFIG_LIMIT = 50_000  # characters
+MAX_SIDE = 256  # pixels of a picture in the page; larger ones are reduced
+CRISP_SIDE = 128  # pixels up to which a picture is enlarged without smoothing
+WHY = {"gain": "largest gains", "loss": "largest losses", "drawn": "drawn without looking"}
 
 
-def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
-    parts = []
-    for title, keys in CURVES:
-        series = []
-        for key in keys:
-            points = [
-                (r["step"], r[key]) for r in rows if r.get("step") is not None and isinstance(r.get(key), int | float)
-            ]
-            series.append((key.replace("_", " "), [float(p[0]) for p in points], [float(p[1]) for p in points]))
-        chart = line_chart(series, title=title)
-        parts.append(f"<h3>{escape(title)}</h3>{chart}" if chart else "")
-    return "".join(parts)
-
-
-def _facts(facts: Mapping[str, Any]) -> str:
-    return "".join(f"<dt>{escape(key)}</dt><dd>{escape(_as_text(value))}</dd>" for key, value in facts.items())
-
-
-def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _section(title: str, body: str, note: str = "") -> str:
-    above = f'<p class="note">{note}</p>' if note else ""
-    return f"<section><h2>{title}</h2>{above}{body}</section>" if body else ""
-
-
-def render(
+def render_report(
     report: Mapping[str, Any], shots: Mapping[int, tuple[Tensor, Tensor]], rows: Sequence[Mapping[str, Any]] = ()
 ) -> str:
     """The page of what report.json holds; `shots` are the pictures to show by prompt index, `rows` the training's."""
     metrics = report["metrics"]
-    level = f"{100 * metrics[report['headline']['metric']]['level']:g} % interval" if metrics else ""
-    head = ("", "base", "tuned", "difference", "", level, "normal check", "n")
-    config = (
-        escape(json.dumps(report["config"], indent=2, ensure_ascii=False), CONFIG_LIMIT) if report["config"] else ""
-    )
-    resamples = report["bootstrap"]["resamples"]
-    gaps = report["reward_gap"]
-    gap_rows = [gap_row(reward, judge, gap) for reward, judges in gaps.items() for judge, gap in judges.items()]
-    source = escape(report.get("features", "none"))
-    panels = {
-        "tab-pictures": [_section("Pictures", grid(report, shots), "Base and tuned start from the same noise.")],
-        "tab-result": [
-            _section("Attributes", table(head, metric_rows(metrics, share=True)),
-                     "Percent of the pictures to which the attribute applies; differences in points, pair by pair, "
-                     f"with a bootstrap interval of {resamples:,} resamples."),
-            _section("Rewards", table(head, metric_rows(metrics, share=False)), "Means, in the reward's own unit."),
-            _section("Win rate",
-                     table(("", "win rate %", level, "wins", "ties", "losses", "n"), win_rows(metrics)),
-                     "How often the tuned picture is the better one; a tie counts half; Wilson's interval."),
-            _section("Reward against judge",
-                     table(("reward", "judge", "reward gain, sd", "judge gain, points", "agreement %", level,
-                             "told apart", "reward up, judge lost", "n"), gap_rows),
-                     "Agreement: how often the reward prefers the judge's picture, among pairs that the judge tells "
-                     "apart. Much reward and little judge is what reward hacking looks like."),
-        ],
-        "tab-kinds": [
-            _section("Models and samplers", models(report), "Each against the base by the same sampler and noise."),
-            _section("Categories", categories(report), "The first model by the first sampler."),
-            _section("Variety", variety(report),
-                     f"Mean of 1 - cosine between pictures of one prompt, features: {source}. Less is collapse."),
-            _section("Distance to real pictures", distances(report),
-                     f"Features: {source}, so not comparable with figures from other networks. CMMD is 1000 times the "
-                     "squared distance; few: below 2,048 pictures a Frechet distance says more about their number."),
-        ],
-        "tab-how": [
-            _section("Training", _curves(rows)),
-            _section("What made this", f"<dl>{_facts({**report['facts'], **report['versions']})}</dl>"),
-            _section("Config", f"<pre>{config}</pre>" if config else ""),
-        ],
-    }  # fmt: skip
-    full = {tab: "".join(parts) for tab, parts in panels.items() if any(parts)}
-    tabs = radios("tab", {tab: TABS[tab] for tab in full})
-    body = "".join(f'<div class="panel {tab}">{content}</div>' for tab, content in full.items())
-    title = escape(report["title"])
-    # A number stays on the line of its unit.
-    lead = escape(report["headline"]["sentence"]).replace(" %", "&nbsp;%").replace(" = ", "&nbsp;=&nbsp;")
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{CSP}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head><body><main>"
-        f'<h1>{title}</h1><p class="lead">{lead}</p>'
-        f"{tabs}{body}</main></body></html>\n"
-    )
+    facts = {**report["facts"], **report["versions"]}
+    config = json.dumps(report["config"], indent=2, ensure_ascii=False) if report["config"] else ""
+    counts = (f"{sum(e['why'] == why for e in report['shown'])} {words}" for why, words in WHY.items())
+    return render("report.html.j2", {
+        "report": report,
+        "style": STYLE,
+        # A number stays on the line of its unit.
+        "lead": report["headline"]["sentence"].replace(" %", "\xa0%").replace(" = ", "\xa0=\xa0"),
+        "level": f"{100 * metrics[report['headline']['metric']]['level']:g} % interval" if metrics else "",
+        "pairs": _pairs(report, shots),
+        "counts": ", ".join(counts),
+        "attributes": _with_marks({name: m for name, m in metrics.items() if "/" in name}, one_axis=True),
+        "rewards": _with_marks({name: m for name, m in metrics.items() if "/" not in name}, one_axis=False),
+        "curves": [(title, chart) for title, keys in CURVES if (chart := line_chart(_series(rows, keys), title=title))],
+        "facts": {key: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for key, v in facts.items()},
+        "config": escape(config, CONFIG_LIMIT),
+    })  # fmt: skip
+
+
+def _series(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[tuple[str, list[float], list[float]]]:
+    """Curves of some columns of metrics.jsonl; rows without a number there are left out."""
+    series = []
+    for key in keys:
+        known = [row for row in rows if row.get("step") is not None and isinstance(row.get(key), int | float)]
+        xs, ys = ([float(row[name]) for row in known] for name in ("step", key))
+        series.append((key.replace("_", " "), xs, ys))
+    return series
+
+
+def _with_marks(metrics: Mapping[str, Any], *, one_axis: bool) -> list[tuple[str, Any, str]]:
+    """Each metric and the mark of its interval; all on `one_axis` where they share a unit."""
+    marked = []
+    for name, m in metrics.items():
+        peers = metrics.values() if one_axis else [m]
+        reach = max((abs(p[end]) for p in peers for end in ("low", "high") if p[end] is not None), default=0.0)
+        known = m["low"] is not None
+        marked.append((name, m, interval_mark(m["low"], m["difference"], m["high"], reach) if known else ""))
+    return marked
+
+
+def _pairs(report: Mapping[str, Any], shots: Mapping[int, tuple[Tensor, Tensor]]) -> list[dict[str, Any]]:
+    """The pairs to show, each with its place by largest gain and by largest loss."""
+    headline = report["headline"]["metric"]
+    chosen = [entry["index"] for entry in report["shown"] if entry["index"] in shots]
+
+    def gain(index: int) -> float:
+        if headline is None:
+            return 0.0
+        before, after = (report["prompts"][index][side][headline] for side in ("base", "tuned"))
+        return 0.0 if before is None or after is None else after - before
+
+    # Pictures were chosen best gains first, then worst losses, then by chance: stable sorts keep that inside a tie.
+    best, worst = (sorted(chosen, key=lambda i: -sign * gain(i)) for sign in (1, -1))
+    pairs = []
+    for i in chosen:
+        entry = report["prompts"][i]
+        sides = [
+            {
+                "side": side,
+                "name": name,
+                "value": None if headline is None else entry[side][headline],
+                "crisp": max(shot.shape) <= CRISP_SIDE,
+                "address": Markup(data_uri(shot)),
+            }
+            for side, name, shot in zip(("base", "tuned"), ("base", report["model"]), shots[i], strict=True)
+        ]
+        pairs.append({"prompt": entry["prompt"], "by_gain": best.index(i), "by_loss": worst.index(i), "sides": sides})
+    return pairs
+
+
+def data_uri(picture: Tensor) -> str:
+    """A picture [3,H,W] in [0, 1] as a PNG inside an address, reduced to `MAX_SIDE` when larger."""
+    image = Image.fromarray(to_uint8(picture).permute(1, 2, 0).cpu().numpy())
+    if max(image.size) > MAX_SIDE:
+        image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

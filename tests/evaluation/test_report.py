@@ -7,12 +7,15 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from jinja2 import UndefinedError
 from PIL import Image, ImageFont
 
+import diffusion_align
 from diffusion_align.evaluation import (
     Measured,
     as_csv,
@@ -20,15 +23,15 @@ from diffusion_align.evaluation import (
     compare_metric,
     comparisons,
     distances_to,
-    escape,
     order_of_models,
     pairs_picture,
+    summarise,
     write_report,
 )
 from diffusion_align.evaluation.contact_sheet import wrap
-from diffusion_align.evaluation.gallery import data_uri
+from diffusion_align.evaluation.markup import escape, templates
 from diffusion_align.evaluation.report import choose_pairs, headline_sentence, without_secrets
-from diffusion_align.evaluation.report_page import CSP
+from diffusion_align.evaluation.report_page import data_uri
 
 N = 12
 PROMPTS = [f"a small red circle number {i}" for i in range(N)]
@@ -94,9 +97,10 @@ class Page(HTMLParser):
             self.captions[-1] += data
 
 
-def write(tmp_path, prompts=PROMPTS, base=BASE, tuned=TUNED, **settings):
-    settings = {"headline": "judge/all", "pictures": pictures, "rows": ROWS, "resamples": 2000, **settings}
-    report = write_report(tmp_path, prompts, base, tuned, **settings)
+def write(tmp_path, prompts=PROMPTS, base=BASE, tuned=TUNED, headline="judge/all", further=None, **settings):
+    figures = summarise(prompts, base, tuned, headline=headline, resamples=2000, model=settings.pop("model", "tuned"))
+    settings = {"pictures": pictures, "rows": ROWS, **settings}
+    report = write_report(tmp_path, figures | (further or {}), **settings)
     return report, (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -138,8 +142,8 @@ def test_the_figures_are_those_of_the_comparison(tmp_path):
 def test_the_page_has_every_part_and_touches_nothing_outside(tmp_path):
     report, markup = write(tmp_path, facts={"sampler": "DPM-Solver++ 2M"}, config={"a": 1})
     page = assert_harmless(markup)
-    assert CSP == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    assert ("meta", "content", CSP) in page.attributes and markup.index("Content-Security") < markup.index("<title")
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert ("meta", "content", policy) in page.attributes and markup.index("Content-Security") < markup.index("<title")
     headings = re.findall(r"<h2>(.*?)</h2>", markup)
     assert headings == [
         "Pictures", "Attributes", "Rewards", "Win rate", "Reward against judge", "Training", "What made this", "Config",
@@ -187,7 +191,7 @@ def test_pairs_shown_are_gains_losses_and_a_blind_draw():
 
 def test_marks_and_pictures_belong_to_their_prompt(tmp_path):
     report, markup = write(tmp_path)
-    figures = re.findall(r"<figure .*?>(.*?)</figure>", markup)
+    figures = re.findall(r"<figure .*?>(.*?)</figure>", markup, re.DOTALL)
     for figure, entry in zip(figures, report["shown"], strict=True):
         index = entry["index"]
         base, tuned = re.findall(r'base64,(\S+?)"', figure)
@@ -367,6 +371,18 @@ def test_escape_by_hand():
     )
     assert escape(3.5) == "3.5" and escape(None) == "None" and escape("") == ""
     assert escape("abcdef", 3) == "abc… [cut: 3 of 6 characters]" and escape("abc", 3) == "abc"
+
+
+def test_templates_escape_what_they_show_without_being_asked(tmp_path):
+    (tmp_path / "x.html.j2").write_text("{{ text }}|{{ text|upper }}|{{ [text]|join }}|{{ ready }}{{ missing }}")
+    template = templates(tmp_path).get_template("x.html.j2")
+    values = {"text": "<b>\u202e", "ready": escape("<i>")}
+    assert template.render(values, missing="") == "&lt;b&gt;[U+202E]|&lt;B&gt;[U+202E]|&lt;b&gt;[U+202E]|&lt;i&gt;"
+    with pytest.raises(UndefinedError, match="missing"):
+        template.render(values)
+    package = Path(diffusion_align.__file__).parent
+    sources = [path.read_text() for path in package.rglob("*.j2")]
+    assert sources and not [text for text in sources if re.search(r"\bsafe\b|\bautoescape\b", text)]
 
 
 def test_the_contact_sheet_holds_every_pair_enlarged(tmp_path):

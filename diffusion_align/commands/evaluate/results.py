@@ -23,6 +23,7 @@ from diffusion_align.evaluation import (
     order_of_models,
     pairs_picture,
     read_picture,
+    summarise,
     write_report,
 )
 from diffusion_align.options import Evaluate
@@ -63,20 +64,17 @@ def report(
     def pair(i: int) -> tuple[Tensor, Tensor]:
         return read_picture(folders["base", lead], i, per), read_picture(folders[first, lead], i, per)
 
+    figures = summarise(texts, base.scores, tuned.scores, headline=headline, seed=o.seed, shown=o.pictures, model=first)
     found = write_report(
-        out, texts, base.scores, tuned.scores,
-        headline=headline,
+        out,
+        figures | further,
+        title=f"{names[first].name}: base and tuned" if len(names) == 2 else f"{several} against base",
         pictures=pair,
         rows=_metrics(Path(o.run[0]) / "metrics.jsonl"),
         config=config,
         facts={**facts, "samplers": ", ".join(o.sampler), "rewards": ", ".join(rewards_of(o)) or "none"},
-        further=further,
         table=as_csv(texts, kinds, list(measured.values())),
-        title=f"{names[first].name}: base and tuned" if len(names) == 2 else f"{several} against base",
-        seed=o.seed,
-        shown=o.pictures,
-        model=first,
-    )  # fmt: skip
+    )
     chosen = [entry["index"] for entry in found["shown"]][:SHEET_PAIRS]
     _write_sheet(chosen, pair, texts, base.scores, tuned.scores, out / "pairs.png")
     print("\n".join(summary(found)))
