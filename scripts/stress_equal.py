@@ -21,7 +21,7 @@ import torch
 from stress_jobs import Tally, launch, timed
 
 import diffusion_align.rng as rng
-from diffusion_align.evaluation import generate
+from diffusion_align.evaluation import Drawing, generate
 from diffusion_align.evaluation.generate import save_pictures
 from diffusion_align.models import load_pipeline
 from diffusion_align.objectives import gain_weights, rank_dpo
@@ -320,7 +320,7 @@ def shards(folder: Path, tally: Tally) -> None:
             n
             for i in range(count)
             for part in save_pictures(
-                model, prompts, place, seed=0, table=table, guidance=2.0, batch_size=3, shard=(i, count)
+                model, prompts, place, Drawing(table, guidance=2.0, seed=0, batch_size=3), shard=(i, count)
             )
             for n in part
         ]

@@ -3,20 +3,14 @@
 from .breakdown import Measured, as_csv, by_category, comparisons, distances_to, order_of_models
 from .compare import Comparison, RewardGap, compare, compare_metric, reward_gap, wilson
 from .contact_sheet import pairs_picture
-from .generate import (
-    evaluation_table,
-    generate,
-    missing_pictures,
-    read_picture,
-    read_pictures,
-    sampler_table,
-    save_pictures,
-)
+from .generate import Drawing, evaluation_table, generate, sampler_table, save_pictures
+from .picture_folder import missing_pictures, read_picture, read_pictures
 from .report import summarise, write_report
 from .scoring import score
 
 __all__ = [
     "Comparison",
+    "Drawing",
     "Measured",
     "RewardGap",
     "as_csv",

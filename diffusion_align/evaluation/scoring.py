@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..rewards import Reward, one_each
-from .generate import Batch
+from .picture_folder import Batch
 
 Judge = Callable[[Tensor, list[str]], Mapping[str, Tensor]]
 

@@ -10,8 +10,8 @@ import torch
 from helpers_tiny import make_tiny_folder
 
 from diffusion_align.data.images import ImageError
-from diffusion_align.evaluation import evaluation_table, generate, read_picture, read_pictures, save_pictures
-from diffusion_align.evaluation.generate import missing_pictures, picture_path
+from diffusion_align.evaluation import Drawing, evaluation_table, generate, read_picture, read_pictures, save_pictures
+from diffusion_align.evaluation.picture_folder import missing_pictures, picture_path
 from diffusion_align.models import load_pipeline
 from diffusion_align.models.analytic import gaussian_denoiser
 from diffusion_align.rng import normal
@@ -54,12 +54,9 @@ SDE = step_table(SCHEDULE, 6, eta=1.0)
 
 
 def pictures(model, batch_size, table=ODE, prompts=PROMPTS, seed=5, numbers=None, per_prompt=1):
-    batches = generate(
-        model, prompts,
-        seed=seed, table=table, guidance=2.0, batch_size=batch_size, numbers=numbers, per_prompt=per_prompt,
-    )  # fmt: skip
+    drawing = Drawing(table, guidance=2.0, seed=seed, batch_size=batch_size, per_prompt=per_prompt)
     found = {}
-    for part, images in batches:
+    for part, images in generate(model, prompts, drawing, numbers=numbers):
         found |= dict(zip(part, images, strict=True))
     return found
 
@@ -113,7 +110,7 @@ def test_every_prompt_is_encoded_once():
 
 
 def test_generation_leaves_gradients_on_for_the_caller():
-    batches = generate(FakeModel(), PROMPTS, seed=0, table=ODE, guidance=1.0, batch_size=2)
+    batches = generate(FakeModel(), PROMPTS, Drawing(ODE, guidance=1.0, seed=0, batch_size=2))
     _, images = next(batches)
     assert torch.is_grad_enabled() and not images.requires_grad
 
@@ -141,9 +138,9 @@ def test_more_pictures_of_a_prompt_leave_the_first_as_it_is(table):
         torch.testing.assert_close(three[14], expected, atol=1e-6, rtol=0)
 
 
-def save(model, folder, prompts=PROMPTS, seed=5, table=ODE, guidance=2.0, facts=None, **more):
-    settings = {"seed": seed, "table": table, "guidance": guidance, "batch_size": 3, "facts": facts}
-    return list(save_pictures(model, prompts, folder, **settings, **more))
+def save(model, folder, prompts=PROMPTS, seed=5, table=ODE, guidance=2.0, per_prompt=1, **more):
+    drawing = Drawing(table, guidance, seed, batch_size=3, per_prompt=per_prompt)
+    return list(save_pictures(model, prompts, folder, drawing, **more))
 
 
 def contents(folder):

@@ -18,7 +18,15 @@ from diffusion_align.commands.evaluate.judging import Judging, check_judging, op
 from diffusion_align.commands.evaluate.results import report
 from diffusion_align.commands.prompt_lists import Prompt, caption_of, evaluation_prompts
 from diffusion_align.commands.threads import Threads
-from diffusion_align.evaluation import Measured, missing_pictures, read_pictures, sampler_table, save_pictures, score
+from diffusion_align.evaluation import (
+    Drawing,
+    Measured,
+    missing_pictures,
+    read_pictures,
+    sampler_table,
+    save_pictures,
+    score,
+)
 from diffusion_align.evaluation.report import versions
 from diffusion_align.options import Evaluate
 from diffusion_align.options.names import shard_of
@@ -62,8 +70,7 @@ def evaluate(options: Evaluate) -> int:
         facts.setdefault("models", {})[name] = about
         for solver in o.sampler:
             folder = folders[name, solver] = out / "evaluation" / f"{'base' if who is base else 'tuned'}-{key}" / solver
-            made = {"weights": about["weights"]}
-            _draw(model, prompts, folder, f"{name} {solver}", o, solver, made, workers, resolution)
+            _draw(model, prompts, folder, f"{name} {solver}", o, solver, about["weights"], workers, resolution)
         del model
     count = len(prompts) * o.num_images_per_prompt
     left = sum(len(missing_pictures(folder, count, o.num_images_per_prompt)) for folder in folders.values())
@@ -127,22 +134,21 @@ def _key(facts: dict[str, Any]) -> str:
 
 def _draw(
     model: TextToImage, prompts: Sequence[Prompt], folder: Path, title: str, o: Evaluate, solver: str,
-    facts: dict[str, Any], workers: Threads, resolution: int | None,
+    weights: str, workers: Threads, resolution: int | None,
 ) -> None:  # fmt: skip
     table = sampler_table(model.schedule, solver, o.steps)
+    drawing = Drawing(table, o.guidance, o.seed, o.batch_size, o.num_images_per_prompt, resolution)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(o.mixed_precision)
     shard = shard_of(o.shard)
     total = len(range(shard[0], len(prompts), shard[1])) * o.num_images_per_prompt
+    made = {"weights": weights, "solver": solver, "timesteps": table.timesteps.tolist(), "versions": versions()}
     with (
         torch.autocast(model.device.type, dtype=half, enabled=half is not None),
         progress_bar(total=total, desc=title, unit="picture") as bar,
     ):
         drawn = save_pictures(
-            model, [prompt.text for prompt in prompts], folder,
-            seed=o.seed, table=table, guidance=o.guidance, batch_size=o.batch_size,
-            per_prompt=o.num_images_per_prompt, shard=shard,
-            facts={**facts, "solver": solver, "timesteps": table.timesteps.tolist(), "versions": versions()},
-            extras=[prompt.extra for prompt in prompts], resolution=resolution, drawn=bar.update,
+            model, [prompt.text for prompt in prompts], folder, drawing,
+            shard=shard, facts=made, extras=[prompt.extra for prompt in prompts], progress=bar.update,
         )  # fmt: skip
         for _ in drawn:
             workers.look()

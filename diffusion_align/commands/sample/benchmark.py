@@ -19,7 +19,7 @@ from diffusion_align.options import Sample
 from diffusion_align.system.progress import progress_bar
 
 if TYPE_CHECKING:
-    from diffusion_align.commands.sample.command import Draw
+    from diffusion_align.commands.sample.drawing import Draw
     from diffusion_align.models import TextToImage
     from diffusion_align.samplers import StepTable
 

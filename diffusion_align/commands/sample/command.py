@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from diffusion_align.commands import threads
 from diffusion_align.commands.prompt_lists import listed_prompts
 from diffusion_align.commands.sample.benchmark import check_layout, draw_folder, hand_over, side_of
+from diffusion_align.commands.sample.drawing import Draw, draw
 from diffusion_align.commands.sample.folder import SAMPLES, claim
 from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.trained_weights import base_of, load_tuned, run_config, weights_digest
@@ -21,19 +19,11 @@ from diffusion_align.data.images import encode_png
 from diffusion_align.data.prompts import Prompt
 from diffusion_align.evaluation.report import versions
 from diffusion_align.options import Sample
-from diffusion_align.rng import draw_normal, generator
-from diffusion_align.samplers import StepTable, step_table
-from diffusion_align.samplers import sample as run_sampler
-from diffusion_align.system.progress import counted, progress_bar
+from diffusion_align.samplers import step_table
+from diffusion_align.system.progress import progress_bar
 
 if TYPE_CHECKING:
-    from diffusion_align.models import TextToImage
-
-
-Drawn = Callable[[float], object]
-Draw = Callable[[list[tuple[int, int]], Drawn], Iterator[tuple[tuple[int, int], Tensor]]]
-"""Given (prompt's number, image's number), the pictures [3,H,W] in that order. The second argument is told after every
-step of the sampler how many pictures it was worth, such as 8 / 25: a bar's `update`."""
+    pass
 
 
 def sample(options: Sample) -> int:
@@ -72,13 +62,7 @@ def sample(options: Sample) -> int:
         load_tuned(model, o.run)
     table = step_table(model.schedule, o.steps, solver=o.solver, order=order, eta=o.eta, spacing=o.spacing)
 
-    def these(wanted: list[tuple[int, int]], drawn: Drawn) -> Iterator[tuple[tuple[int, int], Tensor]]:
-        return draw(
-            model, [prompt.text for prompt in prompts], wanted, table, seed=o.seed, guidance=o.guidance,
-            negative_prompt=o.negative_prompt, resolution=resolution, batch_size=o.batch_size,
-            mixed_precision=o.mixed_precision, drawn=drawn,
-        )  # fmt: skip
-
+    these = partial(draw, model, [prompt.text for prompt in prompts], table, o, resolution)
     if o.layout != "samples":
         return draw_folder(model, prompts, table, these, o)
     write_pictures(about["pictures"], these, Path(o.out))
@@ -104,32 +88,3 @@ def write_pictures(files: Sequence[dict[str, Any]], these: Draw, out: Path) -> N
         drawn = these([(entry["prompt_number"], entry["image"]) for entry in files], bar.update)
         for entry, (_, picture) in zip(files, drawn, strict=True):
             (out / entry["file"]).write_bytes(encode_png(picture))
-
-
-@torch.no_grad()
-def draw(
-    model: TextToImage,
-    prompts: list[str],
-    wanted: list[tuple[int, int]],
-    table: StepTable,
-    *,
-    seed: int,
-    guidance: float,
-    negative_prompt: str,
-    resolution: int | None,
-    batch_size: int,
-    mixed_precision: str,
-    drawn: Drawn = lambda pictures: None,
-) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    """Yield ((prompt's number, image's number), picture [3,H,W] in [0, 1]), the same whatever the batch size."""
-    negative = model.encode_text([negative_prompt]) if negative_prompt else None  # None: SDXL's own, which may be zeros
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision)
-    for start in range(0, len(wanted), batch_size):
-        part = wanted[start : start + batch_size]
-        sources = [generator(seed, "sample", *address) for address in part]
-        noise = torch.stack([draw_normal(model.latent_shape(resolution), source) for source in sources])
-        text = model.encode_text([prompts[number] for number, _ in part])
-        with torch.autocast(model.device.type, dtype=half, enabled=half is not None):
-            denoiser = counted(model.denoiser(text, guidance, negative), partial(drawn, len(part) / len(table)))
-            latents = run_sampler(denoiser, table, noise.to(model.device), sources)
-        yield from zip(part, model.decode(latents).cpu(), strict=True)
