@@ -105,7 +105,7 @@ def test_shards_draw_what_one_process_draws_and_the_last_reports(run, tmp_path, 
     assert evaluate(tmp_path / "whole", run, *several, *more)[0] == 0
     for shard in ("2/3", "0/3"):
         assert evaluate(tmp_path / "parts", run, *several, *more, "--shard", shard) == (0, None)
-        assert f"share {shard} is drawn" in capsys.readouterr().out
+        assert f"shard {shard} is drawn" in capsys.readouterr().out
     code, report = evaluate(tmp_path / "parts", run, *several, *more, "--shard", "1/3")
     assert code == 0 and report["metrics"]["judge/all"]["n"] == 12
     for side in ("base", "tuned"):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from ..rng import permutation
 from .compare import Comparison, compare, reward_gap
+from .picture_folder import write_atomically
 from .report_page import render_report
 
 PACKAGES = ("diffusion_align", "torch", "diffusers", "transformers", "peft", "open_clip_torch", "numpy", "Pillow")
@@ -41,7 +41,7 @@ def versions() -> dict[str, str]:
 
 
 def without_secrets(value: Any, key: str = "") -> Any:
-    """A config as plain data, its passwords and access tokens hidden, by the key's name or the value's look."""
+    """A config as plain data without passwords and access tokens, known by their key or by how they look."""
     if isinstance(value, Mapping):
         return {str(k): without_secrets(v, str(k)) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -54,7 +54,7 @@ def without_secrets(value: Any, key: str = "") -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Data as JSON can hold it: numbers that are not finite become null, for NaN is not JSON."""
+    """Data that JSON can hold: numbers that are not finite become null."""
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -63,7 +63,7 @@ def plain(value: Any) -> Any:
 
 
 def headline_sentence(metric: str, c: Comparison, *, share: bool, model: str = "tuned") -> str:
-    """The result in a sentence: both means, the paired difference, its interval, n."""
+    """The result in a sentence: both means, the paired difference, its interval and the number of pairs."""
 
     def amount(x: float, signed: bool = False) -> str:
         text = f"{100 * x:{'+' * signed}.1f}" if share else f"{x:{'+' * signed}.4g}"
@@ -82,10 +82,10 @@ def headline_sentence(metric: str, c: Comparison, *, share: bool, model: str = "
 
 
 def choose_pairs(base: Tensor, tuned: Tensor, tiebreak: Tensor, n: int, seed: int) -> list[tuple[int, str]]:
-    """Up to n pairs to look at: a third the largest gains, a third the largest losses, the rest drawn without looking.
+    """Up to n pairs to look at: a third the largest gains, a third the largest losses, the rest at random.
 
     All [N]. `tiebreak`, larger for a greater gain, orders pairs of equal difference. Pairs where the metric does not
-    apply can only be drawn. Returns (index, "gain" | "loss" | "drawn").
+    apply come only at random. Returns (index, "gain" | "loss" | "drawn").
     """
     gains = (tuned - base).tolist()
     order = sorted(
@@ -112,8 +112,8 @@ def summarise(
     """Every figure of a report, from two results of `score` on the same prompts.
 
     A name with a "/" is a judge's attribute, a share; the others are rewards. `headline` is None where nothing was
-    scored: the pairs to look at are then drawn. Raises ValueError when the headline is
-    not among the metrics, when there is no prompt, or when a vector is not [N].
+    scored: the pairs to look at then come at random. Raises ValueError when the headline is not among the metrics, when
+    there is no prompt, or when a vector is not [N].
     """
     if headline is None and base or headline is not None and headline not in base:
         raise ValueError(f"no metric {headline!r} to put in the headline: there are {', '.join(base) or 'none'}")
@@ -140,10 +140,7 @@ def summarise(
     columns = [scores[name].tolist() for scores in (base, tuned) for name in comparisons]
     rows = zip(*columns, strict=True) if columns else [()] * len(prompts)
     return {
-        "headline": {
-            "metric": headline,
-            "sentence": sentence,
-        },
+        "headline": {"metric": headline, "sentence": sentence},
         "model": model,
         "n_prompts": len(prompts),
         "bootstrap": {"resamples": resamples, "seed": seed},
@@ -190,7 +187,5 @@ def write_report(
     text = json.dumps(report, indent=1, allow_nan=False)  # ASCII: also holds a prompt that is not valid Unicode
     files = {"report.json": text, "report.html": render_report(report, shots, rows)}
     for name, content in (files | ({"report.csv": table} if table else {})).items():
-        partial = folder / f".{name}.partial"
-        partial.write_text(content, encoding="utf-8", newline="")
-        os.replace(partial, folder / name)
+        write_atomically(folder / name, content.encode("utf-8"))
     return report

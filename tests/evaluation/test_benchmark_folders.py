@@ -220,7 +220,7 @@ def test_a_folder_that_is_not_drawn_to_its_end_is_refused(tmp_path):
     source = drawn(tmp_path / "drawn", rows(item_id=IDS))
     picture_path(source, 5, 4).unlink()
     picture_path(source, 9, 4).write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"2 of 16 pictures are missing or not whole, the first .*00001.*0001\.png"):
+    with pytest.raises(ValueError, match=r"2 of 16 pictures are missing or incomplete, the first .*00001.*0001\.png"):
         read_drawn(source)
     with pytest.raises(ValueError, match=r"has no pictures\.json"):
         read_drawn(tmp_path)

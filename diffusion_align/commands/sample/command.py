@@ -1,4 +1,4 @@
-"""`sample`: prompts and a model in, PNGs and a JSON out that says how each was made."""
+"""`sample`: pictures from prompts, and a JSON file that says how they were made."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diffusion_align.commands import threads
 from diffusion_align.commands.prompt_lists import listed_prompts
@@ -22,12 +22,9 @@ from diffusion_align.options import Sample
 from diffusion_align.samplers import step_table
 from diffusion_align.system.progress import progress_bar
 
-if TYPE_CHECKING:
-    pass
-
 
 def sample(options: Sample) -> int:
-    """Draw and write pictures; see `Sample` for what can be asked."""
+    """Draw and write pictures, or arrange pictures that an earlier command drew."""
     o = options
     if o.from_pictures is not None:
         return hand_over(o.from_pictures, o)
@@ -54,7 +51,7 @@ def sample(options: Sample) -> int:
     if o.layout == "samples":
         claim(Path(o.out), about, overwrite=o.overwrite)
 
-    from diffusion_align.models import load_pipeline  # seconds, so after everything that can be refused
+    from diffusion_align.models import load_pipeline  # takes seconds, so it follows all checks
 
     threads.settle(o.threads)
     model = load_pipeline(name, device=o.device, revision=revision, variant=variant)
@@ -62,10 +59,10 @@ def sample(options: Sample) -> int:
         load_tuned(model, o.run)
     table = step_table(model.schedule, o.steps, solver=o.solver, order=order, eta=o.eta, spacing=o.spacing)
 
-    these = partial(draw, model, [prompt.text for prompt in prompts], table, o, resolution)
+    draw_places = partial(draw, model, [prompt.text for prompt in prompts], table, o, resolution)
     if o.layout != "samples":
-        return draw_folder(model, prompts, table, these, o)
-    write_pictures(about["pictures"], these, Path(o.out))
+        return draw_folder(model, prompts, table, draw_places, o)
+    write_pictures(about["pictures"], draw_places, Path(o.out))
     about |= {"fingerprint": model.fingerprint(), "resolution": resolution or model.resolution, "versions": versions()}
     (Path(o.out) / SAMPLES).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     print(f"{len(about['pictures'])} pictures and {SAMPLES} in {Path(o.out)}")
@@ -73,7 +70,7 @@ def sample(options: Sample) -> int:
 
 
 def pictures_of(prompts: Sequence[Prompt], per_prompt: int) -> list[dict[str, Any]]:
-    """Of each picture its file and its prompt. Numbers make file names, for a prompt may hold anything."""
+    """The file and prompt of each picture. Files are named by numbers, because a prompt may hold anything."""
     return [
         {"file": f"{number:04d}-{image:02d}.png", "prompt": prompt.text, "prompt_number": number, "image": image}
         for number, prompt in enumerate(prompts)
@@ -81,10 +78,10 @@ def pictures_of(prompts: Sequence[Prompt], per_prompt: int) -> list[dict[str, An
     ]
 
 
-def write_pictures(files: Sequence[dict[str, Any]], these: Draw, out: Path) -> None:
+def write_pictures(files: Sequence[dict[str, Any]], draw_places: Draw, out: Path) -> None:
     """Draw all pictures into one folder."""
     out.mkdir(parents=True, exist_ok=True)
     with progress_bar(total=len(files), desc="draw", unit="picture") as bar:
-        drawn = these([(entry["prompt_number"], entry["image"]) for entry in files], bar.update)
+        drawn = draw_places([(entry["prompt_number"], entry["image"]) for entry in files], bar.update)
         for entry, (_, picture) in zip(files, drawn, strict=True):
             (out / entry["file"]).write_bytes(encode_png(picture))

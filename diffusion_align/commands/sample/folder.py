@@ -1,4 +1,4 @@
-"""The folder of numbered pictures and samples.json that `sample` writes: what an earlier one left is not mixed in."""
+"""The folder of numbered pictures and samples.json that `sample` writes, which holds pictures of one command only."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ _NUMBERED = re.compile(r"\d{4,}-\d{2,}\.png")
 
 
 def claim(out: Path, about: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Make the folder ready for the pictures that `about` names, before a model is loaded.
+    """Check that the folder may take the pictures that `about` names; `overwrite` removes those of an earlier command.
 
-    The same command again draws the same pictures again, also where it was cut off.
+    The same command may run again, also after an interruption, and draws the same pictures again.
 
     Raises:
-        ValueError: the folder holds pictures of another command, and nobody has said that they may go.
+        ValueError: the folder holds pictures of another command.
     """
-    there = {path.name for path in out.iterdir() if _NUMBERED.fullmatch(path.name)} if out.is_dir() else set()
+    present = {path.name for path in out.iterdir() if _NUMBERED.fullmatch(path.name)} if out.is_dir() else set()
     known, text = out / SAMPLES, json.loads(json.dumps(dict(about)))  # through JSON, as the earlier one went
     if overwrite:
-        for name in (*there, SAMPLES):
+        for name in (*present, SAMPLES):
             (out / name).unlink(missing_ok=True)
         return
     old = _read(known) if known.is_file() else {}
     other = sorted(key for key in text if old is None or (key in old and old[key] != text[key]))
-    left = there - {entry["file"] for entry in about["pictures"]}
+    left = present - {entry["file"] for entry in about["pictures"]}
     if other or left:
         what = f"made with other {', '.join(other)}" if other and old is not None else "of another command"
         raise ValueError(f"{out} holds pictures {what}: --overwrite removes them, another --out leaves them alone")
