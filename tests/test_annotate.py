@@ -180,7 +180,7 @@ def test_a_killed_session_goes_on_where_it_was_and_rewrites_nothing(tmp_path):
 def test_undo_appends_and_an_earlier_answer_stands_again(tmp_path):
     folder = make_folder(tmp_path, "ab")
     with serving(folder) as client:
-        assert client.post("undo") == {"said": "There is nothing to undo."}
+        assert client.post("undo") == {"message": "There is nothing to undo."}
         client.answer(1, "pick", 0)
         client.answer(2, "pick", 0)
         client.answer(1, "pick", 1)
@@ -189,7 +189,7 @@ def test_undo_appends_and_an_earlier_answer_stands_again(tmp_path):
         assert client.post("undo") == {"next": 1}
         assert '<span class="won">✓</span></button><button' in client.get("1").decode()  # the left one again
         assert client.post("undo") == {"next": 2} and client.post("undo") == {"next": 1}
-        assert client.post("undo") == {"said": "There is nothing to undo."}
+        assert client.post("undo") == {"message": "There is nothing to undo."}
     with serving(folder) as client:  # and what was taken back is open again
         client.get()
         assert client.address == client.base + "1"
@@ -655,7 +655,7 @@ const press = async (key, more = {}) => {
 
 
 def in_node(page, tiles, mode, steps):
-    """The page's script on a stage of three objects; returns (what it sent, where it went, what it said)."""
+    """The page's script on a stage of three objects; returns (what it sent, where it went, its message, its marks)."""
     (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     end = "console.log(JSON.stringify([sent, gone, words.textContent || '', shelf.map(t => t.won.textContent || '')]));"
     program = f"{STAGE}{script}\n(async () => {{ {steps}; {end} }})();"
@@ -696,9 +696,9 @@ def test_the_keys(tmp_path):
     assert in_node(page, 4, "rank", f"{load}; await press('3'); await press('1')")[3] == [2, "", 1, ""]
     assert in_node(page, 4, "rank", f"{load}; await press('2'); await press('t')")[0][0][1]["picked"] == [1]
     assert in_node(page, 4, "rank", f"{load}; await press('t')")[0][0][1]["choice"] == "tie"
-    # What could not be stored is said, and can be pressed again.
-    failing = "reply = {ok: false, json: async () => ({said: 'Not stored: full.'})}"
-    sent, gone, said, won = in_node(page, 2, "best", f"{load}; {failing}; await press('1'); await press('2')")
-    assert said == "Not stored: full." and [body["picked"] for _, body in sent] == [[0], [1]] and won == ["", ""]
+    # The page says what could not be stored, and takes another press.
+    failing = "reply = {ok: false, json: async () => ({message: 'Not stored: full.'})}"
+    sent, gone, message, won = in_node(page, 2, "best", f"{load}; {failing}; await press('1'); await press('2')")
+    assert message == "Not stored: full." and [body["picked"] for _, body in sent] == [[0], [1]] and won == ["", ""]
     dead = "globalThis.fetch = async () => { throw new Error('gone'); }"
     assert "does not answer" in in_node(page, 2, "best", f"{load}; {dead}; await press('1')")[2]

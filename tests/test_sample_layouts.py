@@ -124,9 +124,18 @@ def test_what_cannot_be_handed_over_is_one_line_before_anything_is_drawn(
     assert said in error and (tmp_path / "out").exists() == (code == 0)
 
 
+def test_two_pictures_of_a_prompt_are_no_grid(model, tmp_path, capsys):
+    two = ("--prompt", "a red circle", "--num_images_per_prompt", "2", "--layout", "geneval")
+    assert sample(model, tmp_path / "drawn", *two) == 0
+    argv = ["sample", "--from_pictures", tmp_path / "drawn", "--out", tmp_path / "out", "--layout", "dpg"]
+    assert cli.main([str(word) for word in argv]) == 1
+    assert "takes 4 or 1, so draw with --num_images_per_prompt 4" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_nobody_drew_is_refused(tmp_path, capsys):
     for argv, code, said in (
-        (("--layout", "dpg"), 1, "has no pictures.json"),
+        (("--layout", "dpg"), 1, "has no pictures.json: give a folder that evaluate or sample --layout geneval"),
         ((), 2, "is for --layout dpg or compbench"),
     ):
         assert cli.main(["sample", "--from_pictures", str(tmp_path), "--out", str(tmp_path / "out"), *argv]) == code

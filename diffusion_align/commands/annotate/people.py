@@ -1,8 +1,8 @@
-"""The reward "people": whoever sits at this machine chooses between the pictures of each prompt while the run waits.
+"""The reward "people": a person at this machine chooses between the pictures of each prompt while the run waits.
 
-What `data annotate` does with a folder of pictures is done with those that a round has just drawn. Every choice is on
-the disk at once, under the pictures' own digest: a run that is stopped and resumed draws the same pictures again, finds
-their choices, and asks for the rest only.
+It shows the pictures that a round has just drawn, as `data annotate` shows those of a folder. Every choice is on the
+disk at once, under the digest of the pictures: a resumed run draws the same pictures again, finds their choices, and
+asks only for the rest.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from diffusion_align.rewards import Reward
 
 
 def people(folder: Path, group: int, *, seed: int, port: int | None = None) -> Reward:
-    """Scores by choices in a page, below `folder`; every `group` pictures in a row are of one prompt.
+    """Scores from choices in a page, kept below `folder`; every `group` pictures in a row are of one prompt.
 
-    A picture's score is minus its place in the order: 0 for the best, and the same for all that were left as a tie. A
-    question that was skipped, or still open when Stop was pressed, is nan: nothing is learnt from it. Ctrl-C while the
-    page waits raises KeyboardInterrupt; choices made so far are kept.
+    A picture's score is minus its place in the order: 0 for the best; tied pictures share a place. A question that was
+    skipped, or still open when Stop was pressed, gives nan, and the run learns nothing from it. Ctrl-C while the page
+    waits raises KeyboardInterrupt; choices made so far are kept.
     """
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
@@ -47,7 +47,7 @@ def people(folder: Path, group: int, *, seed: int, port: int | None = None) -> R
 
 
 def _answers(batch: Path, group: int, seed: int, port: int | None) -> Tensor:
-    """[G,K] scores of a folder's pictures, asked for where they are not there yet."""
+    """[G,K] scores of a folder's pictures; asks for the choices that are missing."""
     pictures = read_pictures(batch)
     rows, _ = read(batch / CHOICES, pictures)
     session = start_session(batch, pictures, rows, mode="rank", seed=seed)

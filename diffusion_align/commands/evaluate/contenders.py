@@ -43,7 +43,7 @@ class Contender:
         return self.trained is not None and self.trained.parent.name == CHECKPOINTS
 
     def weights(self) -> str:
-        """A short name for the trained weights, by content."""
+        """A digest of the trained weights; "base" without any."""
         if self.trained is None:
             return "base"
         return weights_digest(self.trained, "model.safetensors" if self.is_checkpoint else None)

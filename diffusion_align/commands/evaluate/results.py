@@ -66,12 +66,11 @@ def report(
         return read_picture(folders["base", lead], i, per_prompt), read_picture(folders[first, lead], i, per_prompt)
 
     figures = summarise(texts, base.scores, tuned.scores, headline=headline, seed=o.seed, shown=o.pictures, model=first)
+    several = f"{', '.join(list(names)[1:])} against base"
     found = write_report(
         out,
         figures | further,
-        title=f"{names[first].name}: base and tuned"
-        if len(names) == 2
-        else f"{', '.join(list(names)[1:])} against base",
+        title=several if len(names) > 2 else f"{names[first].name}: base and tuned",
         pictures=pair,
         rows=_metrics(Path(o.run[0]) / "metrics.jsonl"),
         config=names[first].config,

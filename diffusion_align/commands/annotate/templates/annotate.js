@@ -1,6 +1,6 @@
 "use strict";
 const page = document.body.dataset, at = Number(page.at), questions = Number(page.questions);
-const tiles = [...document.querySelectorAll(".tile")], said = document.getElementById("said");
+const tiles = [...document.querySelectorAll(".tile")], message = document.getElementById("message");
 let picked = [], since = null, busy = false;
 const place = number => page.base + number;
 const mark = () => tiles.forEach((tile, i) => {
@@ -15,10 +15,10 @@ async function post(where, body) {
     const reply = await fetch(place(where), {method: "POST", body: JSON.stringify(body)});
     const answer = await reply.json();
     if (reply.ok && answer.next) return location.assign(place(answer.next));
-    said.textContent = answer.said;
+    message.textContent = answer.message;
     if (answer.stopped) return;
   } catch (error) {
-    said.textContent = "Not stored: the command does not answer. Start it again, and open its new address.";
+    message.textContent = "Not stored: the command does not answer. Start it again, and open its new address.";
   }
   busy = false;
   if (picked.length) { picked = []; mark(); }
@@ -51,9 +51,9 @@ document.addEventListener("keydown", event => {
 });
 tiles.forEach((tile, i) => tile.addEventListener("click", () => pick(i)));
 document.getElementById("stop").addEventListener("click", () => post("stop", {}));
-// A page that a browser kept would show the answers of back then.
+// A page that a browser kept would show old answers.
 window.addEventListener("pageshow", event => { if (event.persisted) location.reload(); });
-// Nothing is chosen, and no time runs, before every picture is there to be seen.
+// Nobody can choose, and no time runs, before every picture is visible.
 window.addEventListener("load", () => {
   for (const image of document.images) image.classList.toggle("crisp", image.naturalWidth <= 128);
   since = performance.now();
