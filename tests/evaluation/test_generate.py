@@ -69,7 +69,7 @@ def test_the_evaluation_sampler_is_the_pinned_one():
     assert not table.stochastic.any() and table.sigma[-1] == 0 and table.order.max() == 2 and table.timesteps[0] == 999
 
 
-def test_a_picture_is_the_sampler_run_from_the_noise_at_its_address():
+def test_a_picture_comes_from_the_noise_at_its_address():
     model = FakeModel()
     found = pictures(model, 3)
     for i in (0, 4):
@@ -125,7 +125,7 @@ def test_bad_batch_size_and_diverged_models_are_refused():
 
 
 @pytest.mark.parametrize("table", [ODE, SDE], ids=["ode", "sde"])
-def test_more_pictures_of_a_prompt_leave_the_first_as_it_is(table):
+def test_more_pictures_of_a_prompt_do_not_change_the_first(table):
     one, three = pictures(FakeModel(), 3, table), pictures(FakeModel(), 4, table, per_prompt=3)
     assert sorted(three) == list(range(21))
     assert all(torch.equal(three[3 * i], one[i]) for i in range(7))
@@ -147,7 +147,7 @@ def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_the_folder_is_genevals(tmp_path):
+def test_the_folder_has_genevals_layout(tmp_path):
     """00000/metadata.jsonl with the prompt and its tags, 00000/samples/0000.png and on."""
     extras = [{"tag": "count", "include": [{"class": "circle", "count": i}]} for i in range(2)]
     save(FakeModel(), tmp_path, prompts=PROMPTS[:2], per_prompt=2, extras=extras)
@@ -160,7 +160,7 @@ def test_the_folder_is_genevals(tmp_path):
 
 
 @pytest.mark.parametrize("count", [2, 3, 9])
-def test_shards_fill_one_folder_without_gap_or_double(tmp_path, count):
+def test_shards_fill_one_folder_completely(tmp_path, count):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     save(FakeModel(), whole, per_prompt=2)
     drawn = [
@@ -180,7 +180,7 @@ def test_shards_fill_one_folder_without_gap_or_double(tmp_path, count):
         save(FakeModel(), parts, shard=(2, 2))
 
 
-def test_saved_pictures_come_back_rounded_to_eight_bits(tmp_path):
+def test_saved_pictures_are_rounded_to_eight_bits(tmp_path):
     assert save(FakeModel(), tmp_path / "new") == [[0, 1, 2], [3, 4, 5], [6]]
     direct = pictures(FakeModel(), 3)
     back = {
@@ -192,7 +192,7 @@ def test_saved_pictures_come_back_rounded_to_eight_bits(tmp_path):
     assert all(torch.equal(back[i], (direct[i].double() * 255).round().float() / 255) for i in back)
 
 
-def test_an_interrupted_folder_is_completed_and_whole_pictures_stay(tmp_path):
+def test_an_interrupted_folder_is_completed(tmp_path):
     save(FakeModel(), tmp_path)
     whole, (gone, kept_file, cut, empty) = contents(tmp_path), (picture_path(tmp_path, i) for i in (2, 3, 4, 5))
     gone.unlink()
@@ -206,7 +206,7 @@ def test_an_interrupted_folder_is_completed_and_whole_pictures_stay(tmp_path):
     assert save(model, tmp_path) == []
 
 
-def test_a_killed_write_leaves_no_half_picture(tmp_path, monkeypatch):
+def test_a_killed_write_leaves_no_unfinished_picture(tmp_path, monkeypatch):
     def killed(source, target):
         raise KeyboardInterrupt
 
@@ -241,7 +241,7 @@ def test_a_folder_of_other_pictures_is_refused(tmp_path):
     assert json.loads((tmp_path / "pictures.json").read_text())["prompts"] == [*PROMPTS, "one more"]
 
 
-def test_hostile_prompts_never_name_a_file(tmp_path):
+def test_hostile_prompts_do_not_name_files(tmp_path):
     prompts = ["../../escape", "a/b\x00c", "$(touch owned)", "\ud800 lone", "x" * 1_000_000]
     save(FakeModel(), tmp_path / "in", prompts=prompts)
     assert [p.name for p in tmp_path.iterdir()] == ["in"]

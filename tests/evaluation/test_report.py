@@ -1,4 +1,4 @@
-"""The report: its figures, its shape, and captions from strangers, which must be shown and never act."""
+"""The report: its figures, its sections, and captions from strangers, which are shown and do nothing."""
 
 import base64
 import csv
@@ -139,7 +139,7 @@ def test_the_figures_are_those_of_the_comparison(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json"]
 
 
-def test_the_page_has_every_part_and_touches_nothing_outside(tmp_path):
+def test_the_page_has_every_section_and_no_outside_resource(tmp_path):
     report, markup = write(tmp_path, facts={"sampler": "DPM-Solver++ 2M"}, config={"a": 1})
     page = assert_harmless(markup)
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -153,7 +153,7 @@ def test_the_page_has_every_part_and_touches_nothing_outside(tmp_path):
     assert "http" not in markup.replace("http-equiv", "")
 
 
-def test_parts_without_data_are_left_out(tmp_path):
+def test_sections_without_data_are_left_out(tmp_path):
     rewards = {"clip": BASE["clip"]}, {"clip": TUNED["clip"]}
     report, markup = write(tmp_path, base=rewards[0], tuned=rewards[1], headline="clip", pictures=None, rows=())
     assert re.findall(r"<h2>(.*?)</h2>", markup) == ["Rewards", "Win rate", "What made this"]
@@ -163,7 +163,7 @@ def test_parts_without_data_are_left_out(tmp_path):
     assert_harmless(markup)
 
 
-def test_the_headline_states_doubt():
+def test_the_headline_states_uncertainty():
     base, tuned = torch.tensor([0.0, 1.0] * 50), torch.tensor([1.0, 1.0] * 50)
     sentence = headline_sentence("judge/all", compare_metric(base, tuned), share=True)
     assert re.fullmatch(
@@ -178,7 +178,7 @@ def test_the_headline_states_doubt():
     assert "too few for an interval" in headline_sentence("judge/all", alone, share=True)
 
 
-def test_pairs_shown_are_gains_losses_and_a_blind_draw():
+def test_pairs_shown_are_gains_losses_and_random_ones():
     base = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 1.0, math.nan, 0.0])
     tuned = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 1.0, math.nan, 1.0])
     tiebreak = torch.tensor([0.1, 0.3, 0.0, 9.0, 9.0, 9.0, 9.0, 0.2])
@@ -213,7 +213,7 @@ def test_pictures_are_numbered_by_gain_and_by_loss(tmp_path):
         assert ordered == sorted(gains, key=lambda gain: sign * gain)
 
 
-def test_what_a_breakdown_found_is_in_the_page_and_the_table(tmp_path):
+def test_the_breakdown_is_in_the_page_and_the_table(tmp_path):
     groups = torch.arange(N)
     features = {"base": torch.eye(N), "tuned": torch.eye(N) + 0.5, "other": torch.ones(N, N) + 0.1 * torch.eye(N)}
     base = [Measured("base", sampler, BASE, features["base"]) for sampler in ("dpmpp", "ddim")]
@@ -250,7 +250,7 @@ def test_what_a_breakdown_found_is_in_the_page_and_the_table(tmp_path):
     assert rows[2]["judge/relation"] == "" and rows[2 * N]["model"] == "<b>tuned</b>"
 
 
-def test_a_prompt_is_no_formula_in_a_spreadsheet():
+def test_a_prompt_is_not_a_formula_in_a_spreadsheet():
     prompts = ["=cmd|' /C calc'!A0", "+1", "-1", "@x", "\tx", "plain, with a comma", "\ud800", "a\nb"]
     measured = [Measured("m", "dpmpp", {"r": torch.zeros(len(prompts))})]
     rows = list(csv.DictReader(io.StringIO(as_csv(prompts, {}, measured), newline="")))
@@ -339,19 +339,19 @@ def test_hostile_captions_are_shown_word_for_word_and_do_nothing(tmp_path, paylo
         ("soft\u00adhyphen", "soft[U+00AD]hyphen"),
     ],
 )
-def test_what_cannot_be_seen_is_named(tmp_path, payload, shown):
+def test_invisible_characters_are_named(tmp_path, payload, shown):
     _, markup = write(tmp_path, prompts=[payload] * N)
     assert assert_harmless(markup).captions[0] == shown
     assert json.loads((tmp_path / "report.json").read_text())["prompts"][0]["prompt"] == payload
 
 
-def test_a_megabyte_of_caption_is_cut_visibly(tmp_path):
+def test_a_long_caption_is_cut_visibly(tmp_path):
     _, markup = write(tmp_path, prompts=["<b>" * 350_000] * N)
     caption = assert_harmless(markup).captions[0]
     assert caption == "<b>" * 200 + "… [cut: 600 of 1,050,000 characters]" and len(markup) < 100_000
 
 
-def test_names_config_and_facts_are_as_hostile_as_captions(tmp_path):
+def test_hostile_names_config_and_facts_do_nothing(tmp_path):
     evil = '"><script>alert(1)</script>'
     base = {evil: BASE["clip"], f"{evil.replace('/', '')}/all": BASE["judge/all"]}
     tuned = {evil: TUNED["clip"], f"{evil.replace('/', '')}/all": TUNED["judge/all"]}
@@ -416,14 +416,14 @@ def test_the_contact_sheet_holds_every_pair_enlarged(tmp_path):
     assert (sheet == (30, 132, 73)).all(-1).any() and (sheet == (192, 57, 43)).all(-1).any()
 
 
-def test_no_mark_draws_no_colour(tmp_path):
+def test_no_colour_without_marks(tmp_path):
     grey = torch.full((1, 3, 8, 8), 0.5)
     pairs_picture(grey, grey, ["x"], [(None, None)], tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
     assert (sheet.max(-1) == sheet.min(-1)).all()
 
 
-def test_lines_fit_and_lose_no_letter():
+def test_wrapped_lines_fit_and_keep_every_letter():
     font = ImageFont.load_default(13)
     for text in ("a small red circle left of a large blue square", "x" * 300, "word " * 40, "", "  spaced   out "):
         lines = wrap(text, 120, font)
@@ -431,7 +431,7 @@ def test_lines_fit_and_lose_no_letter():
         assert "".join(lines).replace(" ", "") == text.replace(" ", "")
 
 
-def test_a_sheet_of_nothing_or_of_odd_lengths_is_refused(tmp_path):
+def test_a_sheet_needs_pairs_of_equal_numbers(tmp_path):
     images = torch.zeros(2, 3, 8, 8)
     for base, tuned, captions, marks in [
         (images[:0], images[:0], 0, 0),

@@ -81,7 +81,7 @@ def figures(page):
     return [text for _, _, text in sorted(places)]
 
 
-def test_nothing_runs_nothing_is_fetched_and_captions_are_shown_word_for_word(page):
+def test_hostile_captions_run_and_fetch_nothing(page):
     from selenium.common.exceptions import NoAlertPresentException
 
     assert len(CAPTIONS) == len(set(CAPTIONS)) == 100
