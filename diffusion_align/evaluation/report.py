@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..rng import permutation
 from .compare import Comparison, compare, reward_gap
+from .markup import interval, number
 from .picture_folder import write_atomically
 from .report_page import render_report
 
@@ -64,21 +65,17 @@ def plain(value: Any) -> Any:
 
 def headline_sentence(metric: str, c: Comparison, *, share: bool, model: str = "tuned") -> str:
     """The result in a sentence: both means, the paired difference, its interval and the number of pairs."""
-
-    def amount(x: float, signed: bool = False) -> str:
-        text = f"{100 * x:{'+' * signed}.1f}" if share else f"{x:{'+' * signed}.4g}"
-        return text.replace("-", "−")
-
     unit, points = (" %", " points") if share else ("", "")
     what = "the share of pictures that hold their whole prompt" if metric.endswith("/all") else f"the mean of {metric}"
     sentence = (
-        f"From base to {model}, {what} goes from {amount(c.base)}{unit} to {amount(c.tuned)}{unit}: "
-        f"{amount(c.difference, True)}{points}"
+        f"From base to {model}, {what} goes from {number(c.base, share)}{unit} to {number(c.tuned, share)}{unit}: "
+        f"{number(c.difference, share, signed=True)}{points}"
     )
     if not math.isfinite(c.low):
         return f"{sentence} (n = {c.n}, too few for an interval)."
-    interval = f"{100 * c.level:g} % interval {amount(c.low, True)} to {amount(c.high, True)}, n = {c.n} pairs"
-    return f"{sentence} ({interval})" + (", which does not rule out no change." if c.low <= 0 <= c.high else ".")
+    ends = interval((c.low, c.high), share, signed=True)
+    doubt = ", which does not rule out no change" if c.low <= 0 <= c.high else ""
+    return f"{sentence} ({100 * c.level:g} % interval {ends}, n = {c.n} pairs){doubt}."
 
 
 def choose_pairs(base: Tensor, tuned: Tensor, tiebreak: Tensor, n: int, seed: int) -> list[tuple[int, str]]:

@@ -68,7 +68,7 @@ def evaluate(options: Evaluate) -> int:
         facts.setdefault("models", {})[name] = about
         for solver in o.sampler:
             folder = folders[name, solver] = out / "evaluation" / f"{'base' if who is base else 'tuned'}-{key}" / solver
-            _draw(model, prompts, folder, f"{name} {solver}", o, solver, about["weights"], workers, resolution)
+            _draw(model, prompts, (name, solver), folder, o, about["weights"], workers, resolution)
         del model
     count = len(prompts) * o.num_images_per_prompt
     left = sum(len(missing_pictures(folder, count, o.num_images_per_prompt)) for folder in folders.values())
@@ -131,18 +131,19 @@ def _key(facts: dict[str, Any]) -> str:
 
 
 def _draw(
-    model: TextToImage, prompts: Sequence[Prompt], folder: Path, title: str, o: Evaluate, solver: str,
-    weights: str, workers: Threads, resolution: int | None,
+    model: TextToImage, prompts: Sequence[Prompt], place: tuple[str, str], folder: Path, o: Evaluate, weights: str,
+    workers: Threads, resolution: int | None,
 ) -> None:  # fmt: skip
-    table = sampler_table(model.schedule, solver, o.steps)
+    """Draw the missing pictures of one model by one sampler; `place` names both."""
+    table = sampler_table(model.schedule, place[1], o.steps)
     drawing = Drawing(table, o.guidance, o.seed, o.batch_size, o.num_images_per_prompt, resolution)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(o.mixed_precision)
     shard = shard_of(o.shard)
     total = len(range(shard[0], len(prompts), shard[1])) * o.num_images_per_prompt
-    made = {"weights": weights, "solver": solver, "timesteps": table.timesteps.tolist(), "versions": versions()}
+    made = {"weights": weights, "solver": place[1], "timesteps": table.timesteps.tolist(), "versions": versions()}
     with (
         torch.autocast(model.device.type, dtype=half, enabled=half is not None),
-        progress_bar(total=total, desc=title, unit="picture") as bar,
+        progress_bar(total=total, desc=" ".join(place), unit="picture") as bar,
     ):
         drawn = save_pictures(
             model, [prompt.text for prompt in prompts], folder, drawing,
