@@ -25,7 +25,7 @@ from diffusion_align.commands.annotate.questions import Key, Picture, Question
 from diffusion_align.data.readers import DataError
 
 Row = dict[str, Any]
-CHOICES = ("winner", "ranking", "tie", "skip", "undo")
+KINDS = ("winner", "ranking", "tie", "skip", "undo")
 
 
 def append(path: Path, row: Row) -> None:
@@ -79,7 +79,7 @@ def _is_row(row: Any) -> bool:
             named = [row["winner"], *(file for file in images if file != row["winner"])]
         else:
             named = [file for place in row["ranking"] for file in place] if choice == "ranking" else images
-        kinds = choice in CHOICES and row["mode"] in ("best", "rank") and type(row["prompt_number"]) is int
+        kinds = choice in KINDS and row["mode"] in ("best", "rank") and type(row["prompt_number"]) is int
         return kinds and len(set(images)) == len(images) > 1 and sorted(named) == sorted(images) and "digest" in row
     except (KeyError, TypeError):
         return False

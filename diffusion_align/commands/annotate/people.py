@@ -16,6 +16,7 @@ from torch import Tensor
 from diffusion_align.commands.annotate.choices import key_of, read, standing
 from diffusion_align.commands.annotate.command import CHOICES, serve, start_session
 from diffusion_align.commands.annotate.questions import make_questions, read_pictures
+from diffusion_align.commands.sample.folder import LISTING, listing
 from diffusion_align.data.images import encode_png
 from diffusion_align.data.readers import digest
 from diffusion_align.data.shards import write_bytes
@@ -35,12 +36,10 @@ def people(folder: Path, group: int, *, seed: int, port: int | None = None) -> R
         named = digest(json.dumps([prompts, *(digest(png) for png in content)]).encode())[:16]
         batch = folder / named
         batch.mkdir(parents=True, exist_ok=True)
-        entries = []
-        for i, (png, prompt) in enumerate(zip(content, prompts, strict=True)):
-            file = f"{i // group:04d}-{i % group:02d}.png"
-            write_bytes(batch / file, png)
-            entries.append({"file": file, "prompt": prompt, "prompt_number": i // group, "image": i % group})
-        write_bytes(batch / "samples.json", json.dumps({"pictures": entries, "seed": seed}).encode())
+        entries = listing(prompts[::group], group)
+        for entry, png in zip(entries, content, strict=True):
+            write_bytes(batch / entry["file"], png)
+        write_bytes(batch / LISTING, json.dumps({"pictures": entries, "seed": seed}).encode())
         return _answers(batch, group, seed, port).flatten()
 
     return score

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_align import rng
+from diffusion_align.commands.sample.folder import LISTING
 from diffusion_align.data.images import ImageError, decode_image
 from diffusion_align.data.readers import DataError, digest, inside
 from diffusion_align.system.progress import progress_bar
@@ -72,9 +73,9 @@ def read_pictures(folder: Path) -> list[Picture]:
     Raises:
         DataError: what is missing or broken.
     """
-    listing = folder / "samples.json"
+    listing = folder / LISTING
     if not listing.is_file():
-        what = "holds no samples.json" if folder.is_dir() else "no such folder"
+        what = f"holds no {LISTING}" if folder.is_dir() else "no such folder"
         raise DataError(f"{folder}: {what}; diffusion-align sample --num_images_per_prompt 2 --out FOLDER makes one")
     try:
         entries = json.loads(listing.read_bytes())["pictures"]
@@ -97,7 +98,7 @@ def read_pictures(folder: Path) -> list[Picture]:
 
 
 def _picture(folder: Path, index: int, entry: Any) -> Picture:
-    where = f"{folder / 'samples.json'}: picture {index}"
+    where = f"{folder / LISTING}: picture {index}"
     if not isinstance(entry, dict):
         raise DataError(f"{where} is {type(entry).__name__}, not an object; draw the pictures again")
     for name, kind in _ENTRY.items():

@@ -12,7 +12,7 @@ from diffusion_align.commands import threads
 from diffusion_align.commands.prompt_lists import listed_prompts
 from diffusion_align.commands.sample.benchmark import check_layout, draw_folder, hand_over, side_of
 from diffusion_align.commands.sample.drawing import Draw, draw
-from diffusion_align.commands.sample.folder import SAMPLES, claim
+from diffusion_align.commands.sample.folder import LISTING, claim, listing
 from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.trained_weights import base_of, load_tuned, run_config, weights_digest
 from diffusion_align.data.images import encode_png
@@ -38,7 +38,7 @@ def sample(options: Sample) -> int:
     resolution = side_of(o)
     order = o.order if o.solver == "dpmpp" else 1
     about: dict[str, Any] = {
-        "pictures": pictures_of(prompts, o.num_images_per_prompt),
+        "pictures": listing([prompt.text for prompt in prompts], o.num_images_per_prompt),
         "model": name,
         "run": o.run,
         "weights": weights_digest(o.run) if o.run else "base",
@@ -64,18 +64,9 @@ def sample(options: Sample) -> int:
         return draw_folder(model, prompts, table, draw_places, o)
     write_pictures(about["pictures"], draw_places, Path(o.out))
     about |= {"fingerprint": model.fingerprint(), "resolution": resolution or model.resolution, "versions": versions()}
-    (Path(o.out) / SAMPLES).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    print(f"{len(about['pictures'])} pictures and {SAMPLES} in {Path(o.out)}")
+    (Path(o.out) / LISTING).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(about['pictures'])} pictures and {LISTING} in {Path(o.out)}")
     return 0
-
-
-def pictures_of(prompts: Sequence[Prompt], per_prompt: int) -> list[dict[str, Any]]:
-    """The file and prompt of each picture. Files are named by numbers, because a prompt may hold anything."""
-    return [
-        {"file": f"{number:04d}-{image:02d}.png", "prompt": prompt.text, "prompt_number": number, "image": image}
-        for number, prompt in enumerate(prompts)
-        for image in range(per_prompt)
-    ]
 
 
 def write_pictures(files: Sequence[dict[str, Any]], draw_places: Draw, out: Path) -> None:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SAMPLES = "samples.json"
+LISTING = "samples.json"
 _NUMBERED = re.compile(r"\d{4,}-\d{2,}\.png")
+
+
+def listing(prompts: Sequence[str], per_prompt: int) -> list[dict[str, Any]]:
+    """The file and prompt of each picture. Files are named by numbers, because a prompt may hold anything."""
+    return [
+        {"file": f"{number:04d}-{image:02d}.png", "prompt": prompt, "prompt_number": number, "image": image}
+        for number, prompt in enumerate(prompts)
+        for image in range(per_prompt)
+    ]
 
 
 def claim(out: Path, about: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -21,9 +30,9 @@ def claim(out: Path, about: Mapping[str, Any], *, overwrite: bool) -> None:
         ValueError: the folder holds pictures of another command.
     """
     present = {path.name for path in out.iterdir() if _NUMBERED.fullmatch(path.name)} if out.is_dir() else set()
-    known, text = out / SAMPLES, json.loads(json.dumps(dict(about)))  # through JSON, as the earlier one went
+    known, text = out / LISTING, json.loads(json.dumps(dict(about)))  # through JSON, as the earlier one went
     if overwrite:
-        for name in (*present, SAMPLES):
+        for name in (*present, LISTING):
             (out / name).unlink(missing_ok=True)
         return
     old = _read(known) if known.is_file() else {}
