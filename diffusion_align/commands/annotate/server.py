@@ -13,6 +13,7 @@ import re
 import secrets
 import sys
 import threading
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler
 from socketserver import ThreadingTCPServer
 from typing import Any
@@ -23,6 +24,13 @@ from diffusion_align.commands.annotate.session import Session
 
 BODY_LIMIT = 16_384  # bytes
 MAX_SECONDS = 1e6
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
 _ADDRESS = re.compile(r"/([\w-]{1,100})/(?:|(\d{1,9})|picture/(\d{1,9})|undo|stop)", re.ASCII)
 
 
@@ -113,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
         if at is None:
             if not match.string.endswith("/"):
                 raise _Refused(404, "no such page")
-            return self._reply(303, "text/plain", b"", Location=f"{base}{session.next_open() + 1}")
+            return self._reply(303, "text/plain", b"", {"Location": f"{base}{session.next_open() + 1}"})
         count = len(session.questions)
         place = self._place(at, count + 1)
         if place == count:
@@ -140,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
             data = picture_bytes(picture)
         except (OSError, ValueError) as error:
             raise _Refused(410, str(error)) from error
-        self._reply(200, picture.media_type, data, Cache_Control="private, max-age=3600")
+        self._reply(200, picture.media_type, data, {"Cache-Control": "private, max-age=3600"})
 
     def _post(self, match: re.Match[str], body: dict[str, Any]) -> dict[str, Any]:
         session, where = self.server.session, match.string.rpartition("/")[2]
@@ -159,19 +167,10 @@ class Handler(BaseHTTPRequestHandler):
         except OSError as error:
             raise _Refused(500, str(error)) from error
 
-    def _reply(self, status: int, kind: str, content: bytes, **headers: str) -> None:
+    def _reply(self, status: int, kind: str, content: bytes, headers: Mapping[str, str] = HEADERS) -> None:
         self.send_response(status)
-        secure = {
-            "Content_Type": kind,
-            "Content_Length": str(len(content)),
-            "Cache_Control": "no-store",
-            "Content_Security_Policy": POLICY,
-            "X_Content_Type_Options": "nosniff",
-            "Referrer_Policy": "no-referrer",
-            "Cross_Origin_Resource_Policy": "same-origin",
-        }
-        for name, value in (secure | headers).items():
-            self.send_header(name.replace("_", "-"), value)
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **HEADERS, **headers}.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
 
@@ -182,6 +181,6 @@ def _answer(body: dict[str, Any]) -> tuple[str, list[int], float]:
         raise ValueError("an answer needs choice, picked and seconds")
     if not all(type(place) is int for place in picked):
         raise ValueError("picked must be a list of places, from 0")
-    if not 0 <= seconds <= MAX_SECONDS:  # also true of nan
+    if not 0 <= seconds <= MAX_SECONDS:  # nan, too
         raise ValueError(f"seconds must lie in 0 to {MAX_SECONDS:g}")
     return choice, picked, float(seconds)
