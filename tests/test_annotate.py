@@ -1,4 +1,4 @@
-"""`data annotate`: what a person saw and pressed is what is stored and exported, and nobody else gets in."""
+"""`data annotate`: what a person saw and pressed is stored and exported, and nobody else has access."""
 
 import base64
 import hashlib
@@ -24,11 +24,10 @@ from helpers_machine import HANG
 from PIL import Image
 
 from diffusion_align import cli
-from diffusion_align.commands import annotate as command
-from diffusion_align.commands import annotate_session
-from diffusion_align.commands.annotate_record import append, comparisons, read, relevance, standing
-from diffusion_align.commands.annotate_server import BODY_LIMIT, Server
-from diffusion_align.commands.annotate_tasks import make_questions, on_page, read_pictures
+from diffusion_align.commands.annotate import command, session
+from diffusion_align.commands.annotate.choices import append, comparisons, read, relevance, standing
+from diffusion_align.commands.annotate.questions import make_questions, on_page, read_pictures
+from diffusion_align.commands.annotate.server import BODY_LIMIT, Server
 from diffusion_align.data import read_pairs
 from diffusion_align.data.bad_rows import DataError
 from diffusion_align.objectives.selection import win_counts
@@ -120,7 +119,7 @@ def lists(folder):
     return [json.loads(line) for line in (folder / "rankings.jsonl").read_text().splitlines()]
 
 
-def test_what_was_seen_on_the_left_wins_when_1_is_pressed(tmp_path):
+def test_the_left_picture_wins_when_1_is_pressed(tmp_path):
     folder = make_folder(tmp_path, [f"prompt {i}" for i in range(6)])
     with serving(folder) as client:
         assert b"<title>1 of 6</title>" in client.get() and client.address == client.base + "1"
@@ -149,7 +148,7 @@ def test_what_was_seen_on_the_left_wins_when_1_is_pressed(tmp_path):
     assert lists(folder)[4] == {"prompt": "prompt 4", "images": ["0004-00.png", "0004-01.png"], "relevance": [0, 0]}
 
 
-def test_a_killed_session_goes_on_where_it_was_and_rewrites_nothing(tmp_path):
+def test_a_killed_session_continues_and_rewrites_nothing(tmp_path):
     folder = make_folder(tmp_path, "abcd")
     file = folder / "choices.jsonl"
     with serving(folder) as client:
@@ -178,10 +177,10 @@ def test_a_killed_session_goes_on_where_it_was_and_rewrites_nothing(tmp_path):
     assert [row["prompt_number"] for row in rows] == [0, 2, 1, 3] and torn == 1
 
 
-def test_undo_appends_and_an_earlier_answer_stands_again(tmp_path):
+def test_undo_appends_and_restores_the_earlier_answer(tmp_path):
     folder = make_folder(tmp_path, "ab")
     with serving(folder) as client:
-        assert client.post("undo") == {"said": "There is nothing to undo."}
+        assert client.post("undo") == {"message": "There is nothing to undo."}
         client.answer(1, "pick", 0)
         client.answer(2, "pick", 0)
         client.answer(1, "pick", 1)
@@ -190,7 +189,7 @@ def test_undo_appends_and_an_earlier_answer_stands_again(tmp_path):
         assert client.post("undo") == {"next": 1}
         assert '<span class="won">✓</span></button><button' in client.get("1").decode()  # the left one again
         assert client.post("undo") == {"next": 2} and client.post("undo") == {"next": 1}
-        assert client.post("undo") == {"said": "There is nothing to undo."}
+        assert client.post("undo") == {"message": "There is nothing to undo."}
     with serving(folder) as client:  # and what was taken back is open again
         client.get()
         assert client.address == client.base + "1"
@@ -202,7 +201,7 @@ def test_undo_appends_and_an_earlier_answer_stands_again(tmp_path):
     assert [row["label_0"] for row in exported(folder)] == [0.5]
 
 
-def test_choices_all_taken_back_leave_empty_files(tmp_path, capsys):
+def test_files_are_empty_when_all_choices_were_taken_back(tmp_path, capsys):
     folder = make_folder(tmp_path, "a")
     with serving(folder) as client:
         client.answer(1, "pick", 0)
@@ -213,7 +212,7 @@ def test_choices_all_taken_back_leave_empty_files(tmp_path, capsys):
     assert "choices 0, ties 0, skips 0" in capsys.readouterr().out
 
 
-def test_the_best_of_four_beats_the_others_which_are_not_compared(tmp_path):
+def test_the_best_of_four_beats_the_others(tmp_path):
     folder = make_folder(tmp_path, "abc", images=4)
     with serving(folder) as client:
         seen = client.pictures(1)
@@ -233,7 +232,7 @@ def test_the_best_of_four_beats_the_others_which_are_not_compared(tmp_path):
     assert len(lists(folder)) == 2
 
 
-def test_a_ranking_and_one_whose_rest_is_tied(tmp_path):
+def test_rankings_with_and_without_ties(tmp_path):
     folder = make_folder(tmp_path, "ab", images=4)
     with serving(folder, mode="rank") as client:
         shown = [[picture.file for picture in client.server.session.shown(at)] for at in range(2)]
@@ -262,7 +261,7 @@ def test_a_ranking_and_one_whose_rest_is_tied(tmp_path):
     assert second["relevance"] == [float(file == shown[1][1]) for file in second["images"]]
 
 
-def test_pairs_come_in_the_same_order_again_and_every_prompt_before_the_second_round(tmp_path):
+def test_pairs_have_a_fixed_order_and_visit_every_prompt_first(tmp_path):
     folder = make_folder(tmp_path, "abcde", images=4)
     pictures = read_pictures(folder)
     questions = make_questions(pictures, "pairs", seed=3)
@@ -304,13 +303,13 @@ def compared_in_full(scores):
 
 
 @pytest.mark.parametrize("scores", [*permutations((3.0, 2.0, 1.0)), (1.0, 1.0, 0.0, 2.0), (0.0, 0.0, 0.0)])
-def test_relevance_is_the_share_of_wins_of_rankdpo(scores):
+def test_relevance_is_that_of_rankdpo(scores):
     found = relevance(compared_in_full(scores))
     expected = win_counts(torch.tensor([[scores]], dtype=torch.float64))[0].tolist()
     assert found is not None and [found[str(i)] for i in range(len(scores))] == pytest.approx(expected)
 
 
-def test_a_list_is_not_made_of_pictures_that_never_met():
+def test_pictures_never_compared_make_no_list():
     assert relevance([]) is None
     assert relevance([("a", "b", 1.0), ("c", "d", 1.0)]) is None  # a and d differ, and nobody compared them
     assert relevance([("a", "b", 1.0), ("a", "c", 1.0)]) == {"a": 1, "b": 0, "c": 0}
@@ -319,7 +318,7 @@ def test_a_list_is_not_made_of_pictures_that_never_met():
     assert comparisons({"choice": "skip", "images": ["a", "b"]}) == []
 
 
-def test_places_are_balanced_and_keyed_by_seed_and_prompt(tmp_path):
+def test_places_are_balanced_and_depend_on_seed_and_prompt(tmp_path):
     """A fair coin for 400 pairs: 200 and a standard deviation of 10; for 100 lists of 4, 25 and 4.3 in each place."""
     pictures = read_pictures(make_folder(tmp_path / "two", ["p"] * 400))
     questions = make_questions(pictures, "best", 0)
@@ -356,7 +355,7 @@ class Page(HTMLParser):
         self.caption += data * self.inside
 
 
-def test_captions_of_strangers_are_shown_and_never_act(tmp_path):
+def test_hostile_captions_are_shown_and_do_nothing(tmp_path):
     folder = make_folder(tmp_path, HOSTILE)
     plain = make_folder(tmp_path / "plain", "a" * len(HOSTILE))
     with serving(plain) as client:
@@ -373,7 +372,7 @@ def test_captions_of_strangers_are_shown_and_never_act(tmp_path):
     assert [entry["prompt"] for entry in lists(folder)] == HOSTILE
 
 
-def test_the_policy_lets_nothing_but_this_page_act(tmp_path):
+def test_the_policy_allows_only_this_page(tmp_path):
     with serving(make_folder(tmp_path, "a")) as client:
         page = client.get("1").decode()
         headers = client.headers
@@ -405,7 +404,7 @@ def raw(server, method, path, headers, body=b""):
         connection.close()
 
 
-def test_only_the_one_with_the_token_gets_in_and_no_address_is_a_path(tmp_path):
+def test_requests_need_the_token_and_name_no_paths(tmp_path):
     folder = make_folder(tmp_path / "pictures", "ab")
     (tmp_path / "secret.png").write_bytes(b"secret")
     answer = {"choice": "pick", "picked": [0], "seconds": 1}
@@ -476,7 +475,7 @@ def test_an_answer_that_cannot_be_stored_does_not_count(tmp_path, monkeypatch):
     folder = make_folder(tmp_path, "ab")
     with serving(folder) as client:
         client.answer(1, "pick", 0)
-        monkeypatch.setattr(annotate_session, "append", full)
+        monkeypatch.setattr(session, "append", full)
         code, said = client.refused("2", {"choice": "tie", "picked": [], "seconds": 1})
         assert code == 500 and "Not stored" in said and "No space left" in said
         assert client.refused("undo", {})[0] == 500
@@ -487,7 +486,7 @@ def test_an_answer_that_cannot_be_stored_does_not_count(tmp_path, monkeypatch):
     assert [row["choice"] for row in stored(folder)] == ["winner", "undo"]
 
 
-def test_a_short_write_is_an_error_and_the_next_row_starts_afresh(tmp_path, monkeypatch):
+def test_a_short_write_is_an_error_and_the_next_row_starts_a_line(tmp_path, monkeypatch):
     path = tmp_path / "choices.jsonl"
     append(path, {"a": 1})
     real = open
@@ -518,7 +517,7 @@ def test_a_short_write_is_an_error_and_the_next_row_starts_afresh(tmp_path, monk
     assert path.read_bytes() == b'{"a": 1}\n{"b"\n{"c": 3}\n'
 
 
-def test_pictures_drawn_anew_are_not_what_was_chosen(tmp_path):
+def test_choices_about_other_pictures_are_refused(tmp_path):
     folder = make_folder(tmp_path, "ab")
     with serving(folder) as client:
         client.answer(1, "pick", 0)
@@ -596,7 +595,7 @@ def test_a_taken_port_and_nothing_to_export(tmp_path, capsys):
     assert cli.main(["data", "annotate"]) == 2 and "which pictures" in capsys.readouterr().err
 
 
-def test_the_command_serves_until_ctrl_c_and_leaves_files_to_train_on(tmp_path, capsys, monkeypatch):
+def test_the_command_serves_until_ctrl_c_and_exports(tmp_path, capsys, monkeypatch):
     """The command in this thread, the person in another, who ends it with the signal that Ctrl-C sends."""
     folder = make_folder(tmp_path, "abc")
     about = json.loads((folder / "samples.json").read_text())
@@ -656,7 +655,7 @@ const press = async (key, more = {}) => {
 
 
 def in_node(page, tiles, mode, steps):
-    """The page's script on a stage of three objects; returns (what it sent, where it went, what it said)."""
+    """The page's script on a stage of three objects; returns (what it sent, where it went, its message, its marks)."""
     (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     end = "console.log(JSON.stringify([sent, gone, words.textContent || '', shelf.map(t => t.won.textContent || '')]));"
     program = f"{STAGE}{script}\n(async () => {{ {steps}; {end} }})();"
@@ -697,9 +696,9 @@ def test_the_keys(tmp_path):
     assert in_node(page, 4, "rank", f"{load}; await press('3'); await press('1')")[3] == [2, "", 1, ""]
     assert in_node(page, 4, "rank", f"{load}; await press('2'); await press('t')")[0][0][1]["picked"] == [1]
     assert in_node(page, 4, "rank", f"{load}; await press('t')")[0][0][1]["choice"] == "tie"
-    # What could not be stored is said, and can be pressed again.
-    failing = "reply = {ok: false, json: async () => ({said: 'Not stored: full.'})}"
-    sent, gone, said, won = in_node(page, 2, "best", f"{load}; {failing}; await press('1'); await press('2')")
-    assert said == "Not stored: full." and [body["picked"] for _, body in sent] == [[0], [1]] and won == ["", ""]
+    # The page says what could not be stored, and takes another press.
+    failing = "reply = {ok: false, json: async () => ({message: 'Not stored: full.'})}"
+    sent, gone, message, won = in_node(page, 2, "best", f"{load}; {failing}; await press('1'); await press('2')")
+    assert message == "Not stored: full." and [body["picked"] for _, body in sent] == [[0], [1]] and won == ["", ""]
     dead = "globalThis.fetch = async () => { throw new Error('gone'); }"
     assert "does not answer" in in_node(page, 2, "best", f"{load}; {dead}; await press('1')")[2]

@@ -14,7 +14,7 @@ from tiny.reward import wrong_caption
 from diffusion_align.data import read_pairs, read_rankings
 from diffusion_align.data.images import load_picture
 from diffusion_align.data.raw_rows import read_bytes
-from diffusion_align.evaluation import evaluation_table, generate
+from diffusion_align.evaluation import Drawing, evaluation_table, generate
 from diffusion_align.models import load_pipeline
 from diffusion_align.rewards import clip_scorer
 from diffusion_align.shapes import held_out, judge, parse, sample_captions
@@ -73,7 +73,7 @@ def test_held_out_accuracy_leaves_room(model):
     """The share of whole captions, unguided, on prompts of another seed than those that the docs' figures use."""
     prompts = sample_captions(192, 77, split="held-out")
     table = evaluation_table(model.schedule, 10)
-    parts = [im for _, im in generate(model, prompts, seed=1, table=table, guidance=1.0, batch_size=64)]
+    parts = [im for _, im in generate(model, prompts, Drawing(table, guidance=1.0, seed=1, batch_size=64))]
     marks = judge(torch.cat(parts), prompts)
     assert 0.28 <= marks["all"].mean() <= 0.75
     assert marks["background"].mean() >= 0.9 and marks["colour"].mean() >= 0.6

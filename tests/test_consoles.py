@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from diffusion_align import cli
 from diffusion_align.commands.interrupt import Interrupted, Interruptible
-from diffusion_align.evaluation import sheet
+from diffusion_align.evaluation import contact_sheet
 from diffusion_align.models import saved_weights
 from diffusion_align.rewards import RewardError, prefetch
 from diffusion_align.rewards.custom import python_reward
@@ -394,7 +394,7 @@ def full_disk(*args):
 
 
 def test_a_sample_grid_that_cannot_be_written_costs_only_itself(world, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(sheet, "replace", full_disk)
+    monkeypatch.setattr(contact_sheet, "write_atomically", full_disk)
     run = tmp_path / "run"
     assert train(flags(world, "dpo", run, "--run_validation=true", "--validation_steps=6"))[0] == 0
     assert (run / "pytorch_lora_weights.safetensors").is_file()
@@ -405,5 +405,5 @@ def test_a_sample_grid_that_cannot_be_written_costs_only_itself(world, tmp_path,
 def test_a_picture_that_cannot_be_written_leaves_no_part_of_it(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        sheet.replace(tmp_path / "step-00000006.png", b"picture")
+        contact_sheet.write_atomically(tmp_path / "step-00000006.png", b"picture")
     assert not list(tmp_path.iterdir())

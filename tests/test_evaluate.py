@@ -13,7 +13,7 @@ from helpers_tiny import make_tiny_folder
 from PIL import Image
 
 from diffusion_align import cli
-from diffusion_align.commands import evaluate_report, judging
+from diffusion_align.commands.evaluate import judging, results
 from diffusion_align.commands.prompt_lists import Prompt, by_category, evaluation_prompts, kinds
 from diffusion_align.data import write_pairs_parquet
 from diffusion_align.data.images import encode_png
@@ -81,7 +81,7 @@ def test_models_and_checkpoints_side_by_side(run, tmp_path, capsys):
     assert len(table) == 6 * 2 * 5 and {row["model"] for row in table} == {"base", *names}
 
 
-def test_a_run_alone_reports_into_its_own_folder_and_is_called_tuned(run, capsys):
+def test_a_single_run_reports_into_its_own_folder(run, capsys):
     assert cli.main(["evaluate", str(run), *QUICK, "--sampler", "dpmpp"]) == 0
     report = json.loads((run / "report.json").read_text())
     assert report["model"] == "tuned" and report["config"]["train"]["max_train_steps"] == 6
@@ -92,7 +92,7 @@ def test_a_run_alone_reports_into_its_own_folder_and_is_called_tuned(run, capsys
     assert len(list((run / "evaluation").rglob("*.png"))) == 2 * len(before)
 
 
-def test_reports_on_several_do_not_take_the_place_of_a_runs_own(run, tmp_path, monkeypatch):
+def test_reports_on_several_models_have_their_own_folder(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     middle = run / "checkpoints" / "step-00000004"
     assert cli.main(["evaluate", str(run), str(middle), *QUICK, "--sampler", "ddim", "--pictures", "0"]) == 0
@@ -100,12 +100,12 @@ def test_reports_on_several_do_not_take_the_place_of_a_runs_own(run, tmp_path, m
     assert (tmp_path / "evaluations" / "run-run-step-00000004" / "report.html").exists()
 
 
-def test_shards_draw_what_one_process_draws_and_the_last_reports(run, tmp_path, capsys):
+def test_shards_draw_the_same_pictures_and_the_last_one_reports(run, tmp_path, capsys):
     several, more = ("--num_images_per_prompt", "2", "--batch_size", "3"), ("--sampler", "dpmpp")
     assert evaluate(tmp_path / "whole", run, *several, *more)[0] == 0
     for shard in ("2/3", "0/3"):
         assert evaluate(tmp_path / "parts", run, *several, *more, "--shard", shard) == (0, None)
-        assert f"share {shard} is drawn" in capsys.readouterr().out
+        assert f"shard {shard} is drawn" in capsys.readouterr().out
     code, report = evaluate(tmp_path / "parts", run, *several, *more, "--shard", "1/3")
     assert code == 0 and report["metrics"]["judge/all"]["n"] == 12
     for side in ("base", "tuned"):
@@ -117,7 +117,7 @@ def test_shards_draw_what_one_process_draws_and_the_last_reports(run, tmp_path, 
             assert abs(next(levels) - next(levels)).max() <= 1
 
 
-def test_rewards_of_training_and_held_out_are_told_apart(run, tmp_path, monkeypatch):
+def test_training_and_held_out_rewards_are_separate(run, tmp_path, monkeypatch):
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"prompt": "a photo of a dog", "tag": "single"}, {"prompt": "two cats", "tag": "counting", "seen": 5}]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -145,7 +145,7 @@ def test_rewards_of_training_and_held_out_are_told_apart(run, tmp_path, monkeypa
     assert about["solver"] == "ddim" and about["timesteps"][0] == 999 and about["versions"]["torch"]
 
 
-def test_variety_and_distance_to_the_worlds_own_pictures(run, tmp_path, monkeypatch):
+def test_variety_and_distances(run, tmp_path, monkeypatch):
     """Features are the mean colour here, so that both can be worked out from the files."""
     monkeypatch.setattr(judging, "_features", lambda source, device: lambda images: images.mean((2, 3)))
     more = ["--num_images_per_prompt", "2", "--sampler", "dpmpp", "--features", "tiny"]
@@ -174,7 +174,7 @@ def test_variety_and_distance_to_the_worlds_own_pictures(run, tmp_path, monkeypa
     assert report["distances"][0]["cmmd"] == pytest.approx(0, abs=1e-6) and report["distances"][1]["cmmd"] > 1e-6
 
 
-def test_samplers_that_disagree_are_told(capsys):
+def test_disagreeing_samplers_are_reported(capsys):
     of = {"base": 0.5, "tuned": 0.6, "difference": 0.1, "low": None, "high": None, "n": 4, "wins": 1, "losses": 0}
     report = {
         "headline": {"metric": "reward", "sentence": "So."},
@@ -183,7 +183,7 @@ def test_samplers_that_disagree_are_told(capsys):
         "order": {"dpmpp": ["a", "b", "base"], "ddim": ["b", "a", "base"]},
     }
     assert "the samplers disagree about the order of the models: dpmpp: a > b > base; ddim: b > a > base" in "\n".join(
-        evaluate_report.summary(report)
+        results.summary(report)
     )
 
 
@@ -260,7 +260,7 @@ def test_prompts_without_a_reward_are_reported_side_by_side(run, tmp_path, capsy
         ("Words\tCategory\na\tb\n", "x.tsv", "it has 'words', 'category'"),
     ],
 )
-def test_lists_that_are_none_are_one_line(run, tmp_path, capsys, content, name, message):
+def test_bad_lists_are_errors_of_one_line(run, tmp_path, capsys, content, name, message):
     (tmp_path / name).write_text(content)
     assert evaluate(tmp_path, run, "--prompts", tmp_path / name)[0] == 1
     assert message in capsys.readouterr().err
@@ -284,7 +284,7 @@ def test_lists_that_are_none_are_one_line(run, tmp_path, capsys, content, name, 
         (("runs-that-are-not",), 1, "runs-that-are-not: no such run"),
     ],
 )
-def test_what_is_refused_before_anything_is_drawn(run, tmp_path, capsys, more, code, message):
+def test_bad_options_are_refused_before_drawing(run, tmp_path, capsys, more, code, message):
     (tmp_path / "dogs.txt").write_text("a dog\nanother dog\n")
     words = [word.format(run=run, dogs=tmp_path / "dogs.txt") for word in more]
     assert evaluate(tmp_path / "out", run, *words)[0] == code
@@ -313,7 +313,7 @@ def sides(folder):
     return found
 
 
-def test_a_run_is_drawn_at_the_resolution_that_it_was_trained_at(small_run, tmp_path):
+def test_a_run_is_drawn_at_its_training_resolution(small_run, tmp_path):
     assert sides(small_run / "samples" / "base") == {(32, 32)}
     assert evaluate(tmp_path / "own", small_run, "--reward", "random")[0] == 0
     assert sides(tmp_path / "own" / "evaluation") == {(32, 32)}
@@ -326,7 +326,7 @@ def test_a_run_is_drawn_at_the_resolution_that_it_was_trained_at(small_run, tmp_
         assert sides(out) == {(side, side)} and json.loads((out / "samples.json").read_text())["resolution"] == side
 
 
-def test_runs_of_two_resolutions_need_a_word(run, small_run, tmp_path, capsys):
+def test_runs_of_two_resolutions_need_the_option(run, small_run, tmp_path, capsys):
     assert evaluate(tmp_path, run, small_run)[0] == 1
     said = capsys.readouterr().err
     assert "different resolutions (run: its own, run-32: 32): choose one with --resolution" in said

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from diffusion_align import cli
-from diffusion_align.commands.contenders import contender
+from diffusion_align.commands.evaluate.contenders import contender
 from diffusion_align.commands.train.items import source_path
 from diffusion_align.methods import dpo
 from diffusion_align.models.hub import locate, on_hub

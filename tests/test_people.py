@@ -1,4 +1,4 @@
-"""The reward of choices by people: what was pressed is what is learnt from, and nothing is asked twice."""
+"""The reward "people": a run learns from what was pressed, and asks nothing twice."""
 
 import queue
 import threading
@@ -9,9 +9,9 @@ from test_annotate import Client
 from test_online_command import _fresh_accelerate, argv, toys  # noqa: F401  (fixtures)
 
 from diffusion_align import cli
-from diffusion_align.commands import annotate
-from diffusion_align.commands import people as people_module
-from diffusion_align.commands.people import people
+from diffusion_align.commands.annotate import command
+from diffusion_align.commands.annotate import people as people_module
+from diffusion_align.commands.annotate.people import people
 from diffusion_align.train import record
 
 
@@ -20,12 +20,12 @@ def person(monkeypatch):
     """`person(answer)` sits down: answer(client, number of questions) is called for every page that opens."""
     servers = queue.Queue()
 
-    class Watched(annotate.Server):
+    class Watched(command.Server):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             servers.put(self)
 
-    monkeypatch.setattr(annotate, "Server", Watched)
+    monkeypatch.setattr(command, "Server", Watched)
     asked = []
 
     def sit(answer):
@@ -77,7 +77,7 @@ def test_scores_are_places_and_skips_are_left_out(tmp_path, person):
     assert scores[2].tolist() == [0, 0, 0] and bool(scores[3].isnan().all())
 
 
-def test_what_was_answered_is_not_asked_again(tmp_path, person):
+def test_questions_are_asked_once(tmp_path, person):
     asked = person(lambda client, questions: client.answer(2 if len(asked) == 2 else 1, "pick", 0))
     score, prompts = people(tmp_path, 2, seed=0), ["a", "a", "b", "b"]
     first = score(pictures(4), prompts).view(2, 2)
@@ -89,7 +89,7 @@ def test_what_was_answered_is_not_asked_again(tmp_path, person):
     assert asked == [2, 1, 2] and bool(other.isnan().any())
 
 
-def test_a_run_learns_from_a_person_and_finds_the_choices_again(toys, tmp_path, person, capsys):  # noqa: F811
+def test_a_run_learns_from_a_person_and_reuses_the_choices(toys, tmp_path, person, capsys):  # noqa: F811
     def answer(client, questions):
         for at in range(1, questions + 1):
             client.answer(at, "pick", 0)

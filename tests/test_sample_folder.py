@@ -1,4 +1,4 @@
-"""`sample` into a folder that holds pictures: what an earlier command left is neither mixed in nor replaced unasked."""
+"""`sample` into a folder with pictures: another command's are not mixed in, and only --overwrite replaces them."""
 
 import json
 
@@ -6,14 +6,14 @@ import pytest
 from helpers_tiny import make_tiny_folder
 
 from diffusion_align import cli
-from diffusion_align.commands.sample_folder import claim
+from diffusion_align.commands.sample.folder import claim
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_fewer_prompts_another_seed_or_model_are_refused_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
+def test_other_settings_are_refused_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
     model, out = make_tiny_folder(tmp_path / "model"), tmp_path / "out"
     base = ["sample", "--model", str(model), "--out", str(out), "--steps=1", "--device=cpu", "--prompt", "circle"]
     assert cli.main([*base, "--prompt", "square"]) == 0
@@ -42,7 +42,7 @@ def test_fewer_prompts_another_seed_or_model_are_refused_before_a_model_is_loade
     assert "is for layout samples" in capsys.readouterr().err
 
 
-def test_pictures_of_a_command_that_was_cut_off_are_gone_on_with_or_refused(tmp_path):
+def test_an_interrupted_command_is_continued_or_refused(tmp_path):
     def about(count):
         return {"pictures": [{"file": f"{i:04d}-00.png"} for i in range(count)]}
 

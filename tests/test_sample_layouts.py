@@ -1,4 +1,4 @@
-"""`sample --layout`, from the command line: drawn as `sample` draws, resumed, and handed over from an evaluation."""
+"""`sample --layout` from the command line: the same pictures, resumed, or arranged from an evaluation."""
 
 import json
 
@@ -65,7 +65,7 @@ def test_a_layout_moves_pictures_and_does_not_change_them(model, prompts, tmp_pa
     assert len(list((tmp_path / "comp" / "compbench" / "samples").iterdir())) == 8
 
 
-def test_an_interrupted_layout_goes_on_and_draws_only_what_is_missing(model, prompts, tmp_path, capsys):
+def test_an_interrupted_layout_draws_only_what_is_missing(model, prompts, tmp_path, capsys):
     argv = ("--prompts", prompts, "--num_images_per_prompt", "4", "--layout", "dpg")
     assert sample(model, tmp_path, *argv) == 0
     whole = contents(tmp_path)
@@ -88,7 +88,7 @@ def test_an_interrupted_layout_goes_on_and_draws_only_what_is_missing(model, pro
         assert "holds pictures made with another" in capsys.readouterr().err
 
 
-def test_pictures_of_an_evaluation_are_handed_over_without_drawing(model, prompts, tmp_path, capsys):
+def test_pictures_of_an_evaluation_are_arranged_without_drawing(model, prompts, tmp_path, capsys):
     argv = ["evaluate", model, "--base", model, "--prompts", prompts, "--num_images_per_prompt", "4", "--steps", "2"]
     argv += ["--reward", "jpeg-small", "--features", "none", "--sampler", "ddim", "--device", "cpu"]
     assert cli.main([str(word) for word in [*argv, "--output_dir", tmp_path / "run"]]) == 0
@@ -115,18 +115,25 @@ def test_pictures_of_an_evaluation_are_handed_over_without_drawing(model, prompt
         (("--prompt", "a", "--layout", "dgp"), 2, "one of samples, geneval, dpg, compbench"),
     ],
 )
-def test_what_cannot_be_handed_over_is_one_line_before_anything_is_drawn(
-    model, prompts, tmp_path, capsys, argv, code, said
-):
+def test_bad_layouts_are_refused_before_drawing(model, prompts, tmp_path, capsys, argv, code, said):
     words = [word.format(prompts=prompts) for word in argv]
     assert sample(model, tmp_path / "out", *words) == code
     error = capsys.readouterr().err
     assert said in error and (tmp_path / "out").exists() == (code == 0)
 
 
-def test_a_folder_that_nobody_drew_is_refused(tmp_path, capsys):
+def test_two_pictures_of_a_prompt_make_no_grid(model, tmp_path, capsys):
+    two = ("--prompt", "a red circle", "--num_images_per_prompt", "2", "--layout", "geneval")
+    assert sample(model, tmp_path / "drawn", *two) == 0
+    argv = ["sample", "--from_pictures", tmp_path / "drawn", "--out", tmp_path / "out", "--layout", "dpg"]
+    assert cli.main([str(word) for word in argv]) == 1
+    assert "takes 4 or 1, so draw with --num_images_per_prompt 4" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_folders_are_refused(tmp_path, capsys):
     for argv, code, said in (
-        (("--layout", "dpg"), 1, "has no pictures.json"),
+        (("--layout", "dpg"), 1, "has no pictures.json: give a folder that evaluate or sample --layout geneval"),
         ((), 2, "is for --layout dpg or compbench"),
     ):
         assert cli.main(["sample", "--from_pictures", str(tmp_path), "--out", str(tmp_path / "out"), *argv]) == code

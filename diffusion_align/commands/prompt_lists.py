@@ -1,4 +1,4 @@
-"""Prompts by name or by file, with the categories that a report breaks its figures down by."""
+"""Prompts by name or by file, with the categories of a report."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from diffusion_align.origins import PROMPT_LISTS, SHIPPED
 from diffusion_align.shapes import Caption, parse, sample_captions
 
 HELD_OUT = "held-out"
-HELD_OUT_SEED = 0  # of the captions, apart from --seed, so that another noise is tried on the same prompts
+HELD_OUT_SEED = 0  # of the captions, so that another --seed draws the same prompts from other noise
 
 
 def evaluation_prompts(source: str, n: int) -> list[Prompt]:
-    """The first n prompts of a list, or captions of the embedded world held out.
+    """The first n prompts of a list, or held-out captions of the embedded world.
 
-    Those are drawn as the training captions are, so short ones come more than once, each time from another noise; their
-    categories are what they ask for.
+    Held-out captions are drawn as the training captions are, so short ones repeat, each time with other noise. Their
+    categories are GenEval's tasks.
 
     Raises:
         ValueError, FileNotFoundError: as `listed_prompts`.
@@ -31,11 +31,11 @@ def evaluation_prompts(source: str, n: int) -> list[Prompt]:
 
 
 def listed_prompts(source: str) -> list[Prompt]:
-    """The prompts of a file or folder, of a list that ships, or of one that is fetched, whose licence is then told.
+    """The prompts of a file or folder, of a list that ships, or of a list that is fetched; prints the latter's licence.
 
     Raises:
         ValueError: the file is not what its name says, or holds no prompt.
-        FileNotFoundError: there is no such file or list, or it is not to be had.
+        FileNotFoundError: there is no such file or list, or it cannot be fetched.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -54,7 +54,7 @@ def listed_prompts(source: str) -> list[Prompt]:
 
 
 def _in_world(prompt: Prompt) -> Prompt:
-    """With the kinds of an embedded caption, if it is one and its list gave none."""
+    """The prompt with categories, where it is an embedded caption and its list gave none."""
     caption = caption_of(prompt.text)
     return prompt if prompt.categories or caption is None else Prompt(prompt.text, kinds(caption), prompt.extra)
 
@@ -68,12 +68,12 @@ def caption_of(text: str) -> Caption | None:
 
 
 def kinds(caption: Caption) -> tuple[str, ...]:
-    """GenEval's tasks, as far as a caption of the embedded world has them."""
+    """The task of GenEval that a caption of the embedded world belongs to."""
     return ({"single": "task: single object", "count": "task: counting", "pair": "task: position"}[caption.kind],)
 
 
 def by_category(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
-    """Numbers of the prompts in each category, in the order in which categories first come."""
+    """The numbers of the prompts in each category; categories in the order of their first prompt."""
     found: dict[str, list[int]] = {}
     for number, prompt in enumerate(prompts):
         for category in prompt.categories:

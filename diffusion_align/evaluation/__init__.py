@@ -2,22 +2,15 @@
 
 from .breakdown import Measured, as_csv, by_category, comparisons, distances_to, order_of_models
 from .compare import Comparison, RewardGap, compare, compare_metric, reward_gap, wilson
-from .escape import escape
-from .generate import (
-    evaluation_table,
-    generate,
-    missing_pictures,
-    read_picture,
-    read_pictures,
-    sampler_table,
-    save_pictures,
-)
-from .report import write_report
-from .score import score
-from .sheet import pairs_picture
+from .contact_sheet import pairs_picture
+from .generate import Drawing, evaluation_table, generate, sampler_table, save_pictures
+from .picture_folder import missing_pictures, read_picture, read_pictures
+from .report import summarise, write_report
+from .scoring import score
 
 __all__ = [
     "Comparison",
+    "Drawing",
     "Measured",
     "RewardGap",
     "as_csv",
@@ -26,7 +19,6 @@ __all__ = [
     "compare_metric",
     "comparisons",
     "distances_to",
-    "escape",
     "evaluation_table",
     "generate",
     "missing_pictures",
@@ -38,6 +30,7 @@ __all__ = [
     "sampler_table",
     "save_pictures",
     "score",
+    "summarise",
     "wilson",
     "write_report",
 ]

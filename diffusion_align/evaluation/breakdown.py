@@ -1,4 +1,4 @@
-"""What a report says beside its first comparison: categories, further models and samplers, variety and distances."""
+"""What a report holds beside its first comparison: categories, further models and samplers, variety, distances."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def comparisons(
     base: Sequence[Measured], models: Sequence[Measured], groups: Tensor, *, seed: int, resamples: int
 ) -> list[dict[str, Any]]:
     """Every model against the base by the same sampler, on every metric, and in variety where features are known."""
-    of = {one.sampler: one for one in base}
+    base_of = {one.sampler: one for one in base}
     found = []
     for one in models:
-        against = of[one.sampler]
+        against = base_of[one.sampler]
         metrics = compare(against.scores, one.scores, groups=groups, seed=seed, resamples=resamples)
         row = {
             "model": one.model,
@@ -62,7 +62,7 @@ def by_category(
     base: Scores, tuned: Scores, metrics: Sequence[str], categories: Mapping[str, Sequence[int]], groups: Tensor,
     *, seed: int, resamples: int,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """`{category: {metric: Comparison}}` on the pictures whose numbers a category lists."""
+    """`{category: {metric: Comparison}}`, on the pictures whose numbers are listed for a category."""
     found: dict[str, dict[str, Any]] = {}
     for category, numbers in categories.items():
         rows = torch.tensor(list(numbers), dtype=torch.int64)
@@ -92,14 +92,14 @@ def distances_to(reference: Tensor, measured: Sequence[Measured]) -> list[dict[s
 
 
 def as_csv(prompts: Sequence[str], categories: Mapping[str, Sequence[int]], measured: Sequence[Measured]) -> str:
-    """A row a picture, model and sampler, with every score; RFC 4180, for a spreadsheet or pandas.
+    """A row for each picture, model and sampler, with every score; RFC 4180, for a spreadsheet or pandas.
 
-    A prompt that a spreadsheet would take for a formula is given with a leading apostrophe.
+    A prompt that a spreadsheet would take for a formula starts with an apostrophe.
     """
-    of: dict[int, list[str]] = {}
+    categories_of: dict[int, list[str]] = {}
     for category, numbers in categories.items():
         for number in numbers:
-            of.setdefault(number, []).append(category)
+            categories_of.setdefault(number, []).append(category)
     names = list(dict.fromkeys(name for one in measured for name in one.scores))
     text = io.StringIO()
     writer = csv.writer(text)
@@ -108,7 +108,7 @@ def as_csv(prompts: Sequence[str], categories: Mapping[str, Sequence[int]], meas
         columns = {name: one.scores[name].tolist() for name in names if name in one.scores}
         for number, prompt in enumerate(prompts):
             values = [_cell(columns[name][number]) if name in columns else "" for name in names]
-            kinds = _harmless("; ".join(of.get(number, [])))
+            kinds = _harmless("; ".join(categories_of.get(number, [])))
             writer.writerow([number, _harmless(prompt), kinds, _harmless(one.model), one.sampler, *values])
     return text.getvalue()
 
@@ -118,6 +118,6 @@ def _cell(value: float) -> str:
 
 
 def _harmless(text: str) -> str:
-    """Text that no spreadsheet runs (OWASP, CSV injection), and that UTF-8 can hold."""
+    """Text that no spreadsheet takes for a formula (OWASP, CSV injection), and that UTF-8 can hold."""
     shown = text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\x00", "\u2400")
     return f"'{shown}" if shown.startswith(("=", "+", "-", "@", "\t", "\r")) else shown

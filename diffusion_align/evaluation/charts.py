@@ -1,11 +1,13 @@
-"""Curves and interval marks as inline SVG: no script, no font, colours are the page's, text goes through `escape`."""
+"""Curves and interval marks as inline SVG: no script, no font; colours are the page's."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from .escape import escape
+from markupsafe import Markup
+
+from .markup import render
 
 Series = tuple[str, Sequence[float], Sequence[float]]  # label, x [P], y [P]; a y that is not finite is a gap
 
@@ -46,16 +48,16 @@ def thin(xs: Sequence[float], ys: Sequence[float], limit: int = MAX_POINTS) -> l
     return points
 
 
-def _paths(points: list[tuple[float, float]]) -> str:
-    """An SVG path through pixel positions, broken where y is nan."""
-    parts, pen = [], "M"
+def _path(points: Sequence[tuple[float, float]]) -> Markup:
+    """An SVG path through pixel positions, broken where y is nan. Digits only, so it may be as long as it is."""
+    steps, pen = [], "M"
     for x, y in points:
         if math.isfinite(y):
-            parts.append(f"{pen}{x:.1f} {y:.1f}")
+            steps.append(f"{pen}{x:.1f} {y:.1f}")
             pen = "L"
         else:
             pen = "M"
-    return " ".join(parts)
+    return Markup(" ".join(steps))
 
 
 def line_chart(series: Sequence[Series], *, title: str, x_label: str = "step") -> str:
@@ -69,32 +71,27 @@ def line_chart(series: Sequence[Series], *, title: str, x_label: str = "step") -
     pad = 0.04 * (high_y - low_y)
     low_y, high_y = low_y - pad, high_y + pad
 
-    def at_x(x: float) -> float:
-        return LEFT + (x - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT)
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = LEFT + (x - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT)
+        return across, TOP + (high_y - y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
 
-    def at_y(y: float) -> float:
-        return TOP + (high_y - y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
-
-    out = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
-    for tick in nice_ticks(low_y, high_y):
-        y = at_y(tick)
-        out.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        out.append(f'<text class="tick end" x="{LEFT - 8}" y="{y + 4:.1f}">{tick_label(tick)}</text>')
-    for tick in nice_ticks(low_x, high_x, 6):
-        out.append(f'<text class="tick mid" x="{at_x(tick):.1f}" y="{HEIGHT - 8}">{tick_label(tick)}</text>')
-    out.append(f'<text class="tick end" x="{LEFT - 8}" y="{HEIGHT - 8}">{escape(x_label)}</text>')
-    for number, (_, points) in enumerate(drawn):
-        colour = f'style="--c:var(--c{number % COLOURS})"'
-        band = [p for p in points if math.isfinite(p[1])]
-        if any(high > low for _, _, low, high in band):
-            upper = [(at_x(x), at_y(high)) for x, _, _, high in band]
-            lower = [(at_x(x), at_y(low)) for x, _, low, _ in reversed(band)]
-            out.append(f'<path class="band" {colour} d="{_paths(upper + lower)} Z"/>')
-        line = [(at_x(x), at_y(mean)) for x, mean, _, _ in points]
-        out.append(f'<path class="curve" {colour} d="{_paths(line)}"/>')
-        if len(band) == 1:  # a line needs two points; one is drawn as a dot
-            out.append(f'<circle class="dot" {colour} cx="{at_x(band[0][0]):.1f}" cy="{at_y(band[0][1]):.1f}" r="3"/>')
-    return "".join([*out, "</svg>", _legend([label for label, _ in drawn])])
+    curves = []
+    for number, (label, points) in enumerate(drawn):
+        finite = [p for p in points if math.isfinite(p[1])]
+        edge = [at(p[0], p[3]) for p in finite] + [at(p[0], p[2]) for p in reversed(finite)]
+        curves.append({
+            "label": label,
+            "colour": number % COLOURS,
+            "line": _path([at(x, mean) for x, mean, _, _ in points]),
+            "band": _path(edge) + " Z" if any(high > low for _, _, low, high in finite) else "",
+            "dot": at(*finite[0][:2]) if len(finite) == 1 else None,  # a line needs two points
+        })  # fmt: skip
+    return render("line_chart.html.j2", {
+        "title": title, "x_label": x_label, "curves": curves,
+        "width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT,
+        "x_ticks": [(at(tick, low_y)[0], tick_label(tick)) for tick in nice_ticks(low_x, high_x, 6)],
+        "y_ticks": [(at(low_x, tick)[1], tick_label(tick)) for tick in nice_ticks(low_y, high_y)],
+    })  # fmt: skip
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
@@ -105,25 +102,11 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _legend(labels: list[str]) -> str:
-    if len(labels) < 2:
-        return ""
-    keys = [f'<span style="--c:var(--c{n % COLOURS})">{escape(label)}</span>' for n, label in enumerate(labels)]
-    return f'<p class="legend">{"".join(keys)}</p>'
-
-
 def interval_mark(low: float, value: float, high: float, reach: float) -> str:
     """A small mark of an interval on an axis from -reach to reach with zero in the middle; "" when it is not finite."""
     if not all(map(math.isfinite, (low, value, high))) or not reach > 0:
         return ""
-
-    def at(x: float) -> float:
-        return 60 + 56 * max(-1.0, min(1.0, x / reach))
-
+    ends = {"low": low, "value": value, "high": high}
+    at = {name: 60 + 56 * max(-1.0, min(1.0, x / reach)) for name, x in ends.items()}
     tone = "up" if low > 0 else "down" if high < 0 else "flat"
-    return (
-        f'<svg class="mark {tone}" viewBox="0 0 120 16" role="img" aria-label="interval">'
-        '<line class="zero" x1="60" x2="60" y1="1" y2="15"/>'
-        f'<line class="span" x1="{at(low):.1f}" x2="{at(high):.1f}" y1="8" y2="8"/>'
-        f'<circle cx="{at(value):.1f}" cy="8" r="3"/></svg>'
-    )
+    return render("interval_mark.html.j2", {"tone": tone, **at})

@@ -67,7 +67,7 @@ class RewardGap:
 
 
 def wilson(successes: float, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927, JASA 22). `successes` may be fractional; n = 0 gives (0, 1)."""
+    """Wilson's score interval of a proportion (1927, JASA 22). `successes` may be fractional; n = 0 gives (0, 1)."""
     if not 0 <= successes <= n:
         raise ValueError(f"successes must lie in 0..n, not {successes} of {n}")
     if n == 0:
@@ -88,8 +88,8 @@ def bootstrap_mean(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of `values` [n], the same for the same seed.
 
-    With `groups` [n] whole groups are drawn (Davison & Hinkley 1997, Bootstrap Methods, sec. 3.8): equal numbers share
-    one.
+    With `groups` [n] whole groups are drawn (Davison & Hinkley 1997, Bootstrap Methods, sec. 3.8); values of one group
+    have equal numbers.
 
     Raises ValueError below 2000 resamples, whose ends would still be noise. Fewer than two values give (nan, nan).
     """

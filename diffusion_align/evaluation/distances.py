@@ -1,7 +1,6 @@
 """How far apart two sets of pictures are, and how varied one prompt's pictures are, in the features of some network.
 
-Pure functions of features [N,D]; which network made them is for the report to say, as no figure here means anything
-without it.
+Pure functions of features [N,D]. The figures mean nothing without the network's name, which the report gives.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 FEW_FOR_FID = 2048
-"""Below as many pictures a Frechet distance says more about their number than about them (Binkowski et al. 2018)."""
+"""With fewer pictures a Frechet distance depends more on their number than on them (Binkowski et al. 2018)."""
 _ROWS = 2048  # rows of a kernel matrix held at once
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 
@@ -35,7 +34,7 @@ def diversity(features: Tensor, groups: Tensor) -> Tensor:
 def kid(x: Tensor, y: Tensor) -> float:
     """Squared kernel distance, unbiased, with the kernel (x.y / D + 1)^3 (Binkowski 2018, arXiv 1801.01401, eq. 4).
 
-    x [N,D], y [M,D]. All pictures at once, not a mean over random subsets: no chance comes in. May be below 0.
+    x [N,D], y [M,D]. All pictures at once, not a mean over random subsets. May be below 0.
     Raises ValueError for fewer than 2 pictures on a side, or other widths.
     """
     x, y = _sides(x, y)

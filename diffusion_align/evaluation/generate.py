@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,21 +21,10 @@ from ..rng import draw_normal, generator
 from ..samplers import StepTable, sample, step_table
 from ..schedule import Schedule
 from ..system.progress import counted
-from .picture_folder import Batch, fill, missing_pictures, picture_path, read_picture, read_pictures
-
-__all__ = [
-    "Batch",
-    "evaluation_table",
-    "generate",
-    "missing_pictures",
-    "picture_path",
-    "read_picture",
-    "read_pictures",
-    "sampler_table",
-    "save_pictures",
-]
+from .picture_folder import Batch, fill
 
 PURPOSE = "evaluation"
+Progress = Callable[[float], object]
 
 
 class Model(Protocol):
@@ -66,6 +56,27 @@ def sampler_table(schedule: Schedule, solver: str, steps: int) -> StepTable:
     return step_table(schedule, steps, solver="ddim", order=1, eta=0.0, spacing="trailing", final="zero")
 
 
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """How pictures are drawn; everything but `batch_size` decides what they show.
+
+    `table` holds the sampler's steps: usually `evaluation_table`, but it may be stochastic. A `guidance` of 1 is none.
+    `resolution` is the side of a picture in pixels; None is the model's own.
+    """
+
+    table: StepTable
+    guidance: float
+    seed: int
+    batch_size: int
+    per_prompt: int = 1
+    resolution: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.per_prompt < 1:
+            counts = f"{self.batch_size} and {self.per_prompt}"
+            raise ValueError(f"batch_size and pictures per prompt must be at least 1, not {counts}")
+
+
 def address(number: int, per_prompt: int) -> tuple[int, ...]:
     """Where a picture's randomness lies, below (seed, "evaluation"): its prompt, and which of the prompt's pictures.
 
@@ -77,60 +88,50 @@ def address(number: int, per_prompt: int) -> tuple[int, ...]:
 
 @torch.no_grad()
 def _draw(
-    model: Model, prompts: list[str], sources: list[torch.Generator], table: StepTable, guidance: float,
-    side: int | None, drawn: Callable[[float], object],
+    model: Model, prompts: list[str], sources: list[torch.Generator], drawing: Drawing, progress: Progress
 ) -> Tensor:  # fmt: skip
     # Each source goes on to the noise of stochastic steps.
-    noise = torch.stack([draw_normal(model.latent_shape(side), source) for source in sources]).to(model.device)
-    denoiser = model.denoiser(model.encode_text(prompts), guidance=guidance)
-    denoiser = counted(denoiser, partial(drawn, len(prompts) / len(table)))
-    return model.decode(sample(denoiser, table, noise, sources)).float().cpu()
+    shape = model.latent_shape(drawing.resolution)
+    noise = torch.stack([draw_normal(shape, source) for source in sources]).to(model.device)
+    denoiser = model.denoiser(model.encode_text(prompts), guidance=drawing.guidance)
+    denoiser = counted(denoiser, partial(progress, len(prompts) / len(drawing.table)))
+    return model.decode(sample(denoiser, drawing.table, noise, sources)).float().cpu()
 
 
 def generate(
     model: Model,
     prompts: Sequence[str],
+    drawing: Drawing,
     *,
-    seed: int,
-    table: StepTable,
-    guidance: float,
-    batch_size: int,
-    per_prompt: int = 1,
     numbers: Sequence[int] | None = None,
-    resolution: int | None = None,
-    drawn: Callable[[float], object] = lambda pictures: None,
+    progress: Progress = lambda pictures: None,
 ) -> Iterator[Batch]:
-    """Draw `per_prompt` pictures of each prompt, batch after batch.
+    """Draw `drawing.per_prompt` pictures of each prompt, batch after batch.
 
     All randomness of a picture is at its `address`, i being the prompt's place in the list.
 
     Args:
         model: the model, as `models.load_pipeline` gives it.
         prompts: N prompts.
-        table: the sampler's steps, usually `evaluation_table`; a stochastic one will do as well.
-        guidance: classifier-free guidance scale; 1 is none.
         numbers: which of the N x per_prompt pictures to draw; all, unless they are given.
-        resolution: side of the pictures in pixels; the model's own, unless it is given.
-        drawn: told after every step of the sampler how many pictures it was worth, such as 8 / 25: a bar's `update`.
+        progress: called after every step of the sampler with its worth in pictures, such as 8 / 25: a bar's `update`.
 
     Yields:
         Numbers of b pictures and the pictures [b,3,H,W], float32 in [0, 1], on the CPU.
 
     Raises:
-        ValueError: a batch size or a number of pictures below 1, or a picture with numbers that are not finite.
+        ValueError: a picture with numbers that are not finite.
     """
-    if batch_size < 1 or per_prompt < 1:
-        raise ValueError(f"batch_size and pictures per prompt must be at least 1, not {batch_size} and {per_prompt}")
-    wanted = list(range(len(prompts) * per_prompt)) if numbers is None else list(numbers)
-    for start in range(0, len(wanted), batch_size):
-        part = wanted[start : start + batch_size]
-        sources = [generator(seed, PURPOSE, *address(number, per_prompt)) for number in part]
-        texts = [prompts[number // per_prompt] for number in part]
-        images = _draw(model, texts, sources, table, guidance, resolution, drawn)
-        for number, image in zip(part, images, strict=True):
+    wanted = list(range(len(prompts) * drawing.per_prompt)) if numbers is None else list(numbers)
+    for start in range(0, len(wanted), drawing.batch_size):
+        chunk = wanted[start : start + drawing.batch_size]
+        sources = [generator(drawing.seed, PURPOSE, *address(number, drawing.per_prompt)) for number in chunk]
+        images = _draw(model, [prompts[number // drawing.per_prompt] for number in chunk], sources, drawing, progress)
+        for number, image in zip(chunk, images, strict=True):
             if not torch.isfinite(image).all():
-                raise ValueError(f"the picture of prompt {number // per_prompt} is not finite: the model has diverged")
-        yield part, images
+                prompt = number // drawing.per_prompt
+                raise ValueError(f"the picture of prompt {prompt} is not finite: the model has diverged")
+        yield chunk, images
 
 
 def table_digest(table: StepTable) -> str:
@@ -143,35 +144,28 @@ def save_pictures(
     model: Model,
     prompts: Sequence[str],
     folder: str | Path,
+    drawing: Drawing,
     *,
-    seed: int,
-    table: StepTable,
-    guidance: float,
-    batch_size: int,
-    per_prompt: int = 1,
     shard: tuple[int, int] = (0, 1),
     facts: Mapping[str, Any] | None = None,
     extras: Sequence[Mapping[str, Any]] | None = None,
-    resolution: int | None = None,
-    drawn: Callable[[float], object] = lambda pictures: None,
+    progress: Progress = lambda pictures: None,
 ) -> Iterator[list[int]]:
     """Generate into a folder in GenEval's layout; see `fill` for what resumes, `extras` and `shard`.
 
     Written down are seed, guidance, sampler, model, prompts and a resolution that is given. `facts` joins them: name
-    the adapter there, for the model's fingerprint knows files only. `drawn` is told of every step, as in `generate`.
+    the adapter there, for the model's fingerprint knows files only. `progress` is called as in `generate`.
 
     Raises:
-        ValueError: the folder holds other pictures, a shard that there is not, and as `generate`.
+        ValueError: the folder holds other pictures, there is no such shard, and as `generate`.
     """
-    made = {"seed": seed, "guidance": float(guidance), "steps": len(table), "sampler": table_digest(table)}
-    made |= {"resolution": resolution} if resolution is not None else {}
+    made = {"seed": drawing.seed, "guidance": float(drawing.guidance), "steps": len(drawing.table)}
+    made |= {"sampler": table_digest(drawing.table), "model": model.fingerprint()}
+    made |= {"resolution": drawing.resolution} if drawing.resolution is not None else {}
 
     def draw(numbers: list[int]) -> Iterator[Batch]:
-        return generate(
-            model, prompts,
-            seed=seed, table=table, guidance=guidance, batch_size=batch_size, per_prompt=per_prompt, numbers=numbers,
-            resolution=resolution, drawn=drawn,
-        )  # fmt: skip
+        return generate(model, prompts, drawing, numbers=numbers, progress=progress)
 
-    facts = {**made, "model": model.fingerprint(), **(facts or {})}
-    yield from fill(folder, prompts, draw, facts, per_prompt=per_prompt, shard=shard, extras=extras)
+    yield from fill(
+        folder, prompts, draw, {**made, **(facts or {})}, per_prompt=drawing.per_prompt, shard=shard, extras=extras
+    )

@@ -1,7 +1,7 @@
-"""A folder of pictures in GenEval's layout: what it holds is written down, and only what is missing is drawn.
+"""A folder of pictures in GenEval's layout. It says how they were made, and only missing pictures are drawn.
 
-<folder>/pictures.json             what the pictures were made with; another recipe is refused
-         00000/metadata.jsonl      the prompt, and what its list says of it
+<folder>/pictures.json             how the pictures were made; a folder made otherwise is refused
+         00000/metadata.jsonl      the prompt, and its columns in the list of prompts
                samples/0000.png    its pictures
 """
 
@@ -51,27 +51,27 @@ def read_png(path: Path) -> Tensor:
 def read_pictures(folder: str | Path, n: int, batch_size: int = 64, per_prompt: int = 1) -> Iterator[Batch]:
     """The first n saved pictures in order, in the form in which `generate` yields them."""
     for start in range(0, n, batch_size):
-        part = list(range(start, min(start + batch_size, n)))
-        yield part, torch.stack([read_picture(folder, number, per_prompt) for number in part])
+        chunk = list(range(start, min(start + batch_size, n)))
+        yield chunk, torch.stack([read_picture(folder, number, per_prompt) for number in chunk])
 
 
-def replace(path: Path, data: bytes, staging: Path | None = None) -> None:
-    """Write so that a file of this name is always a whole one, whenever the process is killed.
+def write_atomically(path: Path, data: bytes, staging: Path | None = None) -> None:
+    """Write a file that is never there half written, even when the process is killed.
 
-    Until it is whole it lies beside `path`, or in `staging` where others list that folder.
+    The unfinished file lies beside `path`, or in `staging` where other programs list that folder.
     """
-    # Other processes may be writing the same. Not the whole name, which may be as long as names can be.
+    # With the process's id, because others may write the same file; a whole name may be as long as names can be.
     partial = (staging or path.parent) / f".{path.name[-20:]}.{os.getpid()}.partial"
     try:
         partial.write_bytes(data)
         os.replace(partial, path)
     except OSError:
-        partial.unlink(missing_ok=True)  # a part of a file would take the room that a full disk lacks
+        partial.unlink(missing_ok=True)  # it would take room that a full disk lacks
         raise
 
 
 def claim(path: Path, prompts: list[str], facts: Mapping[str, Any]) -> None:
-    """Write down what a folder's pictures are, or refuse it when they are something else."""
+    """Write a folder's manifest at `path`; raise ValueError where it holds pictures of other facts or prompts."""
     folder = path.parent
     if path.is_file():
         old = json.loads(path.read_text(encoding="utf-8"))
@@ -84,7 +84,7 @@ def claim(path: Path, prompts: list[str], facts: Mapping[str, Any]) -> None:
             raise ValueError(f"{folder} holds pictures of other prompts (number {changed}): choose a new folder")
         prompts = max(known, prompts, key=len)
     text = json.dumps({**facts, "prompts": prompts}, indent=1, sort_keys=True)
-    replace(path, text.encode("utf-8"))
+    write_atomically(path, text.encode("utf-8"))
 
 
 def fill(
@@ -97,18 +97,18 @@ def fill(
     shard: tuple[int, int] = (0, 1),
     extras: Sequence[Mapping[str, Any]] | None = None,
 ) -> Iterator[list[int]]:
-    """Draw into a folder what it lacks, yielding the numbers just written; what is there already stays.
-
-    `facts` are what decides the pictures. They stand in `pictures.json`, and a folder made with others is refused, so
-    a resumed run never mixes two models. The list of prompts may grow or shrink at its end between runs. `extras` [N]
-    joins each prompt's `metadata.jsonl`, where scorers look for tags. `shard` (i, n) draws prompts i, i + n, ... only:
-    n processes, each with its own i, fill one folder without drawing a picture twice.
+    """Draw the pictures that a folder lacks and yield the numbers just written; complete pictures stay.
 
     Args:
         draw: given numbers of pictures, yields them in batches.
+        facts: what decides the pictures. `pictures.json` holds them, and a folder made with other facts is refused, so
+            a resumed run never mixes two models. The list of prompts may grow or shrink at its end between runs.
+        shard: (i, n) draws prompts i, i + n, ... only: n processes, each with its own i, fill one folder without
+            drawing a picture twice.
+        extras: [N] further entries of each prompt's `metadata.jsonl`, where scorers look for tags.
 
     Raises:
-        ValueError: the folder holds other pictures, or a shard that there is not; and as `draw` does.
+        ValueError: the folder holds other pictures, or there is no such shard; and as `draw` does.
     """
     index, count = shard
     if not 0 <= index < count:
@@ -125,29 +125,29 @@ def fill(
     ]
     for numbers, images in draw(missing):
         for number, image in zip(numbers, images, strict=True):
-            replace(picture_path(folder, number, per_prompt), encode_png(image))
+            write_atomically(picture_path(folder, number, per_prompt), encode_png(image))
         yield numbers
 
 
 def _describe(
-    folder: Path, prompts: Sequence[str], extras: Sequence[Mapping[str, Any]] | None, places: Iterable[int]
+    folder: Path, prompts: Sequence[str], extras: Sequence[Mapping[str, Any]] | None, numbers: Iterable[int]
 ) -> None:
     """Each prompt's folder, with the metadata.jsonl that GenEval's scorer and its like read."""
-    for place in places:
-        home = folder / f"{place:05d}"
+    for number in numbers:
+        home = folder / f"{number:05d}"
         (home / "samples").mkdir(parents=True, exist_ok=True)
-        line = json.dumps({**(extras[place] if extras else {}), "prompt": prompts[place]})
+        line = json.dumps({**(extras[number] if extras else {}), "prompt": prompts[number]})
         if not (home / METADATA).is_file() or (home / METADATA).read_text(encoding="utf-8") != line + "\n":
-            replace(home / METADATA, f"{line}\n".encode())
+            write_atomically(home / METADATA, f"{line}\n".encode())
 
 
 def missing_pictures(folder: str | Path, n: int, per_prompt: int = 1) -> list[int]:
-    """Which of the first n pictures are not there, or not whole."""
+    """Which of the first n pictures are missing or incomplete."""
     return [number for number in range(n) if not is_whole(picture_path(folder, number, per_prompt))]
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a picture lies there and can be read to its end."""
+    """Whether a picture is there and can be read to its end."""
     try:
         read_png(path)
     except (ImageError, FileNotFoundError):

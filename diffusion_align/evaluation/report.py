@@ -1,13 +1,12 @@
 """The result of an evaluation as two files: report.json with every figure, report.html to look at.
 
-`summarise` turns scores into figures, `page.render` turns figures into a page; neither knows a model.
+`summarise` turns scores into figures, `render_report` turns figures into a page; neither knows a model.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,9 @@ from torch import Tensor
 
 from ..rng import permutation
 from .compare import Comparison, compare, reward_gap
-from .page import render
+from .markup import interval, number
+from .picture_folder import write_atomically
+from .report_page import render_report
 
 PACKAGES = ("diffusion_align", "torch", "diffusers", "transformers", "peft", "open_clip_torch", "numpy", "Pillow")
 _SECRET_KEY = re.compile(r"(^|[_.-])(token|password|passwd|secret|credential|api_?key)$", re.IGNORECASE)
@@ -41,7 +42,7 @@ def versions() -> dict[str, str]:
 
 
 def without_secrets(value: Any, key: str = "") -> Any:
-    """A config as plain data, its passwords and access tokens hidden, by the key's name or the value's look."""
+    """A config as plain data without passwords and access tokens, known by their key or by how they look."""
     if isinstance(value, Mapping):
         return {str(k): without_secrets(v, str(k)) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -54,7 +55,7 @@ def without_secrets(value: Any, key: str = "") -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Data as JSON can hold it: numbers that are not finite become null, for NaN is not JSON."""
+    """Data that JSON can hold: numbers that are not finite become null."""
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -63,29 +64,25 @@ def plain(value: Any) -> Any:
 
 
 def headline_sentence(metric: str, c: Comparison, *, share: bool, model: str = "tuned") -> str:
-    """The result in a sentence: both means, the paired difference, its interval, n."""
-
-    def amount(x: float, signed: bool = False) -> str:
-        text = f"{100 * x:{'+' * signed}.1f}" if share else f"{x:{'+' * signed}.4g}"
-        return text.replace("-", "−")
-
+    """The result in a sentence: both means, the paired difference, its interval and the number of pairs."""
     unit, points = (" %", " points") if share else ("", "")
     what = "the share of pictures that hold their whole prompt" if metric.endswith("/all") else f"the mean of {metric}"
     sentence = (
-        f"From base to {model}, {what} goes from {amount(c.base)}{unit} to {amount(c.tuned)}{unit}: "
-        f"{amount(c.difference, True)}{points}"
+        f"From base to {model}, {what} goes from {number(c.base, share)}{unit} to {number(c.tuned, share)}{unit}: "
+        f"{number(c.difference, share, signed=True)}{points}"
     )
     if not math.isfinite(c.low):
         return f"{sentence} (n = {c.n}, too few for an interval)."
-    interval = f"{100 * c.level:g} % interval {amount(c.low, True)} to {amount(c.high, True)}, n = {c.n} pairs"
-    return f"{sentence} ({interval})" + (", which does not rule out no change." if c.low <= 0 <= c.high else ".")
+    ends = interval((c.low, c.high), share, signed=True)
+    doubt = ", which does not rule out no change" if c.low <= 0 <= c.high else ""
+    return f"{sentence} ({100 * c.level:g} % interval {ends}, n = {c.n} pairs){doubt}."
 
 
 def choose_pairs(base: Tensor, tuned: Tensor, tiebreak: Tensor, n: int, seed: int) -> list[tuple[int, str]]:
-    """Up to n pairs to look at: a third the largest gains, a third the largest losses, the rest drawn without looking.
+    """Up to n pairs to look at: a third the largest gains, a third the largest losses, the rest at random.
 
     All [N]. `tiebreak`, larger for a greater gain, orders pairs of equal difference. Pairs where the metric does not
-    apply can only be drawn. Returns (index, "gain" | "loss" | "drawn").
+    apply come only at random. Returns (index, "gain" | "loss" | "drawn").
     """
     gains = (tuned - base).tolist()
     order = sorted(
@@ -112,8 +109,8 @@ def summarise(
     """Every figure of a report, from two results of `score` on the same prompts.
 
     A name with a "/" is a judge's attribute, a share; the others are rewards. `headline` is None where nothing was
-    scored: the pairs to look at are then drawn. Raises ValueError when the headline is
-    not among the metrics, when there is no prompt, or when a vector is not [N].
+    scored: the pairs to look at then come at random. Raises ValueError when the headline is not among the metrics, when
+    there is no prompt, or when a vector is not [N].
     """
     if headline is None and base or headline is not None and headline not in base:
         raise ValueError(f"no metric {headline!r} to put in the headline: there are {', '.join(base) or 'none'}")
@@ -140,10 +137,7 @@ def summarise(
     columns = [scores[name].tolist() for scores in (base, tuned) for name in comparisons]
     rows = zip(*columns, strict=True) if columns else [()] * len(prompts)
     return {
-        "headline": {
-            "metric": headline,
-            "sentence": sentence,
-        },
+        "headline": {"metric": headline, "sentence": sentence},
         "model": model,
         "n_prompts": len(prompts),
         "bootstrap": {"resamples": resamples, "seed": seed},
@@ -163,64 +157,32 @@ def summarise(
 
 def write_report(
     folder: str | Path,
-    prompts: Sequence[str],
-    base: Mapping[str, Tensor],
-    tuned: Mapping[str, Tensor],
+    figures: Mapping[str, Any],
     *,
-    headline: str | None,
+    title: str = "Base and tuned",
     pictures: Callable[[int], tuple[Tensor, Tensor]] | None = None,
     rows: Sequence[Mapping[str, Any]] = (),
     config: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
-    further: Mapping[str, Any] | None = None,
     table: str | None = None,
-    title: str = "Base and tuned",
-    seed: int = 0,
-    resamples: int = 10_000,
-    shown: int = 18,
-    model: str = "tuned",
 ) -> dict[str, Any]:
     """Write report.json, report.html and report.csv into a folder and return what report.json holds.
 
     Args:
-        prompts: N prompts.
-        base, tuned: `{metric: [N]}`, as `score` returns them.
-        headline: the metric of the first sentence, such as "judge/all"; None where nothing was scored.
+        figures: what `summarise` returns, and what `breakdown` found: comparisons, order, categories, distances.
         pictures: prompt index -> (base, tuned) pictures [3,H,W] in [0, 1]; none are shown without it.
         rows: rows of metrics.jsonl, for the curves.
         config: the resolved config of the run; access tokens in it are hidden.
         facts: what made the pictures: seed, sampler, guidance, fingerprints of the models.
-        further: what `breakdown` found: comparisons, order, categories, distances. It joins report.json as it is.
         table: the text of report.csv; none is written without it.
-        seed: of the bootstrap and of the pairs drawn for the grid.
-        shown: how many pairs the page shows.
-        model: what the tuned one is called.
-
-    Raises:
-        ValueError: as `summarise`.
     """
     folder = Path(folder)
-    figures = summarise(
-        prompts, base, tuned, headline=headline, seed=seed, resamples=resamples, shown=shown, model=model
-    )
-    report = plain(
-        {
-            "title": title,
-            **figures,
-            **(further or {}),
-            "facts": without_secrets(facts or {}),
-            "versions": versions(),
-            "config": without_secrets(config or {}),
-        }
-    )
+    made = {"facts": without_secrets(facts or {}), "versions": versions(), "config": without_secrets(config or {})}
+    report = plain({"title": title, **figures, **made})
     shots = {entry["index"]: pictures(entry["index"]) for entry in report["shown"]} if pictures else {}
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(
-        report, indent=1, allow_nan=False
-    )  # ASCII: any prompt survives, even one that is not valid Unicode
-    files = {"report.json": text, "report.html": render(report, shots, rows)} | ({"report.csv": table} if table else {})
-    for name, content in files.items():
-        partial = folder / f".{name}.partial"
-        partial.write_text(content, encoding="utf-8", newline="")
-        os.replace(partial, folder / name)
+    text = json.dumps(report, indent=1, allow_nan=False)  # ASCII: also holds a prompt that is not valid Unicode
+    files = {"report.json": text, "report.html": render_report(report, shots, rows)}
+    for name, content in (files | ({"report.csv": table} if table else {})).items():
+        write_atomically(folder / name, content.encode("utf-8"))
     return report

@@ -26,7 +26,7 @@ class Sample:
 
     steps: int = option(25, "sampler", "steps", aliases=("num_inference_steps",), at_least=1)
     guidance: float = option(7.5, "sampler", "classifier-free guidance; 1 is none", aliases=("guidance_scale",), at_least=0)
-    seed: int = option(0, "sampler", "picture i of a prompt is keyed by (seed, prompt's number, i)", at_least=0)
+    seed: int = option(0, "sampler", "picture i of a prompt has the noise of (seed, prompt's number, i)", at_least=0)
     solver: str = option("dpmpp", "sampler", "DPM-Solver++ or DDIM", choices=("dpmpp", "ddim"))
     order: int = option(2, "sampler", "order of DPM-Solver++", at_least=1, at_most=3)
     eta: float = option(0.0, "sampler", "0: deterministic, 1: the stochastic solver", at_least=0)
@@ -39,7 +39,7 @@ class Sample:
     mixed_precision: str = option("no", "machine", "precision of the network", choices=("no", "fp16", "bf16"))
     out: str = option("samples", "output", "folder for the pictures and samples.json", aliases=("output_dir",), path="folder")
     overwrite: bool = option(False, "output", "remove the pictures that an earlier command left in that folder", saved=False)
-    layout: str = option("samples", "output", "how they lie there: samples (numbered, with samples.json), or as the scorers of GenEval, DPG-Bench or T2I-CompBench read them, going on where a run was cut off", choices=("samples", "geneval", "dpg", "compbench"))
+    layout: str = option("samples", "output", "layout of the folder: samples (numbered, with samples.json), or what the scorers of GenEval, DPG-Bench or T2I-CompBench read; those continue an interrupted command", choices=("samples", "geneval", "dpg", "compbench"))
     from_pictures: str | None = option(None, "output", "draw nothing: arrange a folder in GenEval's layout, such as RUN/evaluation/tuned-KEY/dpmpp, as --layout dpg or compbench", path="in")
     # fmt: on
 
@@ -48,39 +48,39 @@ class Sample:
 class Evaluate:
     # fmt: off
     run: tuple[str, ...] = option((), "models", "run folders, checkpoints in them (RUN/checkpoints/step-...), or models by folder or hub id", path="name")
-    pretrained_model_name_or_path: str | None = option(None, "models", "the model that the runs were trained from, where it is not what their configurations say", aliases=("model",), path="name")
+    pretrained_model_name_or_path: str | None = option(None, "models", "the model that the runs were trained from, if it is not the one in their configurations", aliases=("model",), path="name")
     base: str | None = option(None, "models", "what they are compared with: a run, checkpoint or model (default: the base of the first run)", path="name")
 
     prompts: str = option("held-out", "prompts", "a list of prompts: a file or folder, a name (parti, geneval; hpdv2, drawbench, t2i-compbench, dpg-bench, which are fetched), or held-out (captions of the embedded world that no training set names)", path="name")
     num_prompts: int = option(500, "prompts", "use the first N prompts", at_least=2)
     num_images_per_prompt: int = option(1, "prompts", "pictures of each prompt; diversity needs two", at_least=1)
 
-    sampler: tuple[str, ...] = option(("dpmpp", "ddim"), "sampler", "dpmpp (DPM-Solver++ 2M), ddim, or both: the sampler can turn a ranking around. The first one's figures lead the report", choices=("dpmpp", "ddim"))
+    sampler: tuple[str, ...] = option(("dpmpp", "ddim"), "sampler", "dpmpp (DPM-Solver++ 2M), ddim, or both, because the sampler can reverse a ranking. The report starts with the first", choices=("dpmpp", "ddim"))
     steps: int = option(15, "sampler", "steps, trailing, for every model and sampler", aliases=("num_inference_steps",), at_least=1)
     guidance: float = option(4.0, "sampler", "classifier-free guidance; 1 is none", aliases=("guidance_scale",), at_least=0)
-    seed: int = option(0, "sampler", "prompt i starts from the same noise, keyed by (seed, i), in every model", at_least=0)
+    seed: int = option(0, "sampler", "in every model prompt i starts from the noise of (seed, i)", at_least=0)
     resolution: int | None = option(None, "sampler", "side of all pictures in pixels (default: what the runs were trained at, else the model's own)", at_least=8)
 
     reward: str = option("auto", "score", "reward beside the judge, usually the one trained on: any of `diffusion-align reward ls`, none, or auto (tiny for captions of the embedded world, none for other prompts)", path="reward")
-    held_out_reward: tuple[str, ...] = option((), "score", "further rewards, which training has not seen: what they do not gain is the gap of reward hacking", path="reward")
+    held_out_reward: tuple[str, ...] = option((), "score", "further rewards, which training has not used: a gain in the reward alone is reward hacking", path="reward")
     features: str = option("tiny", "score", "network whose features measure diversity and distances: tiny, an open_clip name such as ViT-L-14-336:openai, or none", path="reward")
     reference_pictures: str | None = option(None, "score", "folder of real pictures to measure distances to (default: for the embedded world its renderings, else none)", path="in")
     pictures: int = option(24, "score", "pairs of pictures shown in the report", at_least=0)
 
-    shard: str | None = option(None, "machine", "K/N: draw a share of the prompts, K from 0 to N - 1; all shards fill one folder, and the last one to end writes the report", saved=False)
+    shard: str | None = option(None, "machine", "K/N: draw one of N shards of the prompts, K from 0 to N - 1; all shards fill one folder, and the last one to end writes the report", saved=False)
     batch_size: int = option(64, "machine", "pictures at a time", at_least=1)
     device: str | None = option(None, "machine", DEVICE, fault=device_fault)
     threads: int | None = option(None, "machine", "CPU threads (default: OMP_NUM_THREADS, else one for each core that other programs leave free)", at_least=1)
     mixed_precision: str = option("no", "machine", "precision of the network", choices=("no", "fp16", "bf16"))
-    output_dir: str | None = option(None, "output", "where pictures and report go (default: the run, if it is alone; else evaluations/NAMES)", path="folder")
+    output_dir: str | None = option(None, "output", "folder for pictures and report (default: the run's own, where one run is evaluated; else evaluations/NAMES)", path="folder")
     # fmt: on
 
 
 def check_sample(options: Sample) -> None:
-    """What no single option can know.
+    """Check the options together.
 
     Raises:
-        UsageError: nothing to draw, nothing to draw with, or a layout that cannot come of it.
+        UsageError: no prompts, no model, or a layout that does not fit the other options.
     """
     if options.from_pictures is not None:
         return _check_arranging(options)
@@ -89,7 +89,7 @@ def check_sample(options: Sample) -> None:
     if not options.prompt and options.prompts_file is None:
         raise UsageError('which prompts? --prompt "..." (may be repeated) or --prompts_file FILE')
     if options.layout == "dpg" and options.num_images_per_prompt not in (1, 4):
-        raise UsageError("output.layout dpg is four pictures of a prompt, or one: --num_images_per_prompt 4")
+        raise UsageError("output.layout dpg takes four pictures of a prompt, or one: --num_images_per_prompt 4")
     if options.overwrite and options.layout != "samples":
         raise UsageError(f"output.overwrite is for layout samples; for {options.layout} give a new --out")
     if options.order == 3 and options.eta > 0:
@@ -106,10 +106,10 @@ def _check_arranging(options: Sample) -> None:
 
 
 def check_evaluate(options: Evaluate) -> None:
-    """What no single option can know.
+    """Check the options together.
 
     Raises:
-        UsageError: no run, one given twice, or a shard that there is not.
+        UsageError: no run, something given twice, or no such shard.
     """
     if not options.run:
         raise UsageError("which run? diffusion-align evaluate RUN_FOLDER ...")

@@ -76,14 +76,14 @@ VERBS = {
             Sample,
             check_sample,
             "Draw pictures from a model, or from the result of a run.",
-            run="sample:sample",
+            run="sample.command:sample",
         ),
         Verb(
             "evaluate",
             Evaluate,
             check_evaluate,
             "Compare a run with its base: same prompts and seeds.",
-            run="evaluate:evaluate",
+            run="evaluate.command:evaluate",
             positional="run",
         ),
         Verb(
@@ -91,7 +91,7 @@ VERBS = {
             Annotate,
             check_annotate,
             "Choose between pictures that sample drew, in a page on this machine: human feedback.",
-            run="annotate:annotate",
+            run="annotate.command:annotate",
             positional="folder",
         ),
     )

@@ -50,7 +50,7 @@ def test_tick_labels():
     assert [tick_label(v) for v in (0.30000000000000004, -0.0, -2, 1000, 1e-7)] == ["0.3", "0", "−2", "1000", "1e−07"]
 
 
-def test_points_land_where_the_axes_say():
+def test_points_have_the_positions_of_the_axes():
     markup = line_chart([("a", [0, 5, 10], [0.0, 1.0, 0.5])], title="t")
     # The y range 0..1 has a margin of 4 % on both sides, so 0 is 0.04 / 1.08 of the plot's height above its bottom.
     plot = HEIGHT - TOP - BOTTOM

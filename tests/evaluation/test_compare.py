@@ -19,7 +19,7 @@ def draws(n, seed=0, loc=0.0, scale=1.0):
 
 @pytest.mark.parametrize(("k", "n"), [(0, 1), (1, 1), (0, 20), (20, 20), (7, 20), (250, 500), (3, 1000)])
 @pytest.mark.parametrize("level", [0.9, 0.95, 0.99])
-def test_wilson_is_scipys(k, n, level):
+def test_wilson_agrees_with_scipy(k, n, level):
     expected = scipy.stats.binomtest(k, n).proportion_ci(confidence_level=level, method="wilson")
     assert wilson(k, n, level) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
@@ -34,7 +34,7 @@ def test_wilson_by_hand_of_halves_and_of_nothing():
         wilson(5, 4)
 
 
-def test_the_bootstrap_agrees_with_scipys():
+def test_the_bootstrap_agrees_with_scipy():
     values = draws(80, loc=0.3).exp()  # skewed, so the two ends are not mirror images
     ours = bootstrap_mean(values, resamples=40_000)
     theirs = scipy.stats.bootstrap(
@@ -54,7 +54,7 @@ def test_the_bootstrap_agrees_with_the_exact_one():
         assert (low, high) == pytest.approx(tuple(ends), abs=0.3)  # the exact distribution is a staircase of quarters
 
 
-def test_the_bootstrap_is_addressed_and_its_pieces_do_not_show(monkeypatch):
+def test_the_bootstrap_repeats_for_a_seed_and_any_chunk_size(monkeypatch):
     values = draws(50)
     first = bootstrap_mean(values, seed=3)
     assert first == bootstrap_mean(values, seed=3) != bootstrap_mean(values, seed=4)
@@ -63,7 +63,7 @@ def test_the_bootstrap_is_addressed_and_its_pieces_do_not_show(monkeypatch):
     assert bootstrap_mean(values, seed=3) == first
 
 
-def test_both_intervals_cover_as_often_as_they_say():
+def test_both_intervals_have_their_nominal_coverage():
     # 400 experiments of 60 differences with mean 0.2: 95 % intervals miss about 20 of them; 3 sd of that count is 13.
     sets = draws(400 * 60, loc=0.2).view(400, 60)
     for interval in (lambda v, i: bootstrap_mean(v, seed=i, resamples=2000), lambda v, i: normal_mean(v)):
@@ -87,7 +87,7 @@ def test_a_comparison_by_hand():
     assert c.low <= c.difference <= c.high
 
 
-def test_the_pairing_is_used():
+def test_intervals_use_the_pairing():
     base = draws(300, scale=10.0)
     tuned = base + 0.1 + draws(300, seed=1, scale=0.1)
     c = compare_metric(base, tuned)
@@ -104,7 +104,7 @@ def test_swapping_base_and_tuned_mirrors_everything():
     assert other.win_low == pytest.approx(1 - one.win_high)
 
 
-def test_close_enough_is_a_tie_only_when_asked():
+def test_small_differences_are_ties_only_with_a_tolerance():
     base, tuned = torch.tensor([0.0, 0.0, 0.0]), torch.tensor([0.01, -0.01, 0.5])
     assert compare_metric(base, tuned).ties == 0
     c = compare_metric(base, tuned, tie=0.02)

@@ -80,7 +80,7 @@ def test_diversity_is_the_mean_over_pairs_of_each_group():
 
 
 @pytest.mark.parametrize("distance", [kid, cmmd, frechet])
-def test_what_cannot_be_compared_is_refused(distance):
+def test_bad_features_are_refused(distance):
     with pytest.raises(ValueError, match="two or more pictures a side"):
         distance(X[:1], Y)
     with pytest.raises(ValueError, match=r"\[N,D\] and \[M,D\]"):

@@ -10,8 +10,8 @@ import torch
 from helpers_tiny import make_tiny_folder
 
 from diffusion_align.data.images import ImageError
-from diffusion_align.evaluation import evaluation_table, generate, read_picture, read_pictures, save_pictures
-from diffusion_align.evaluation.generate import missing_pictures, picture_path
+from diffusion_align.evaluation import Drawing, evaluation_table, generate, read_picture, read_pictures, save_pictures
+from diffusion_align.evaluation.picture_folder import missing_pictures, picture_path
 from diffusion_align.models import load_pipeline
 from diffusion_align.models.analytic import gaussian_denoiser
 from diffusion_align.rng import normal
@@ -54,12 +54,9 @@ SDE = step_table(SCHEDULE, 6, eta=1.0)
 
 
 def pictures(model, batch_size, table=ODE, prompts=PROMPTS, seed=5, numbers=None, per_prompt=1):
-    batches = generate(
-        model, prompts,
-        seed=seed, table=table, guidance=2.0, batch_size=batch_size, numbers=numbers, per_prompt=per_prompt,
-    )  # fmt: skip
+    drawing = Drawing(table, guidance=2.0, seed=seed, batch_size=batch_size, per_prompt=per_prompt)
     found = {}
-    for part, images in batches:
+    for part, images in generate(model, prompts, drawing, numbers=numbers):
         found |= dict(zip(part, images, strict=True))
     return found
 
@@ -72,7 +69,7 @@ def test_the_evaluation_sampler_is_the_pinned_one():
     assert not table.stochastic.any() and table.sigma[-1] == 0 and table.order.max() == 2 and table.timesteps[0] == 999
 
 
-def test_a_picture_is_the_sampler_run_from_the_noise_at_its_address():
+def test_a_picture_comes_from_the_noise_at_its_address():
     model = FakeModel()
     found = pictures(model, 3)
     for i in (0, 4):
@@ -113,7 +110,7 @@ def test_every_prompt_is_encoded_once():
 
 
 def test_generation_leaves_gradients_on_for_the_caller():
-    batches = generate(FakeModel(), PROMPTS, seed=0, table=ODE, guidance=1.0, batch_size=2)
+    batches = generate(FakeModel(), PROMPTS, Drawing(ODE, guidance=1.0, seed=0, batch_size=2))
     _, images = next(batches)
     assert torch.is_grad_enabled() and not images.requires_grad
 
@@ -128,7 +125,7 @@ def test_bad_batch_size_and_diverged_models_are_refused():
 
 
 @pytest.mark.parametrize("table", [ODE, SDE], ids=["ode", "sde"])
-def test_more_pictures_of_a_prompt_leave_the_first_as_it_is(table):
+def test_more_pictures_of_a_prompt_do_not_change_the_first(table):
     one, three = pictures(FakeModel(), 3, table), pictures(FakeModel(), 4, table, per_prompt=3)
     assert sorted(three) == list(range(21))
     assert all(torch.equal(three[3 * i], one[i]) for i in range(7))
@@ -141,16 +138,16 @@ def test_more_pictures_of_a_prompt_leave_the_first_as_it_is(table):
         torch.testing.assert_close(three[14], expected, atol=1e-6, rtol=0)
 
 
-def save(model, folder, prompts=PROMPTS, seed=5, table=ODE, guidance=2.0, facts=None, **more):
-    settings = {"seed": seed, "table": table, "guidance": guidance, "batch_size": 3, "facts": facts}
-    return list(save_pictures(model, prompts, folder, **settings, **more))
+def save(model, folder, prompts=PROMPTS, seed=5, table=ODE, guidance=2.0, per_prompt=1, **more):
+    drawing = Drawing(table, guidance, seed, batch_size=3, per_prompt=per_prompt)
+    return list(save_pictures(model, prompts, folder, drawing, **more))
 
 
 def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_the_folder_is_genevals(tmp_path):
+def test_the_folder_has_genevals_layout(tmp_path):
     """00000/metadata.jsonl with the prompt and its tags, 00000/samples/0000.png and on."""
     extras = [{"tag": "count", "include": [{"class": "circle", "count": i}]} for i in range(2)]
     save(FakeModel(), tmp_path, prompts=PROMPTS[:2], per_prompt=2, extras=extras)
@@ -163,7 +160,7 @@ def test_the_folder_is_genevals(tmp_path):
 
 
 @pytest.mark.parametrize("count", [2, 3, 9])
-def test_shards_fill_one_folder_without_gap_or_double(tmp_path, count):
+def test_shards_fill_one_folder_completely(tmp_path, count):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     save(FakeModel(), whole, per_prompt=2)
     drawn = [
@@ -183,7 +180,7 @@ def test_shards_fill_one_folder_without_gap_or_double(tmp_path, count):
         save(FakeModel(), parts, shard=(2, 2))
 
 
-def test_saved_pictures_come_back_rounded_to_eight_bits(tmp_path):
+def test_saved_pictures_are_rounded_to_eight_bits(tmp_path):
     assert save(FakeModel(), tmp_path / "new") == [[0, 1, 2], [3, 4, 5], [6]]
     direct = pictures(FakeModel(), 3)
     back = {
@@ -195,7 +192,7 @@ def test_saved_pictures_come_back_rounded_to_eight_bits(tmp_path):
     assert all(torch.equal(back[i], (direct[i].double() * 255).round().float() / 255) for i in back)
 
 
-def test_an_interrupted_folder_is_completed_and_whole_pictures_stay(tmp_path):
+def test_an_interrupted_folder_is_completed(tmp_path):
     save(FakeModel(), tmp_path)
     whole, (gone, kept_file, cut, empty) = contents(tmp_path), (picture_path(tmp_path, i) for i in (2, 3, 4, 5))
     gone.unlink()
@@ -209,7 +206,7 @@ def test_an_interrupted_folder_is_completed_and_whole_pictures_stay(tmp_path):
     assert save(model, tmp_path) == []
 
 
-def test_a_killed_write_leaves_no_half_picture(tmp_path, monkeypatch):
+def test_a_killed_write_leaves_no_unfinished_picture(tmp_path, monkeypatch):
     def killed(source, target):
         raise KeyboardInterrupt
 
@@ -244,7 +241,7 @@ def test_a_folder_of_other_pictures_is_refused(tmp_path):
     assert json.loads((tmp_path / "pictures.json").read_text())["prompts"] == [*PROMPTS, "one more"]
 
 
-def test_hostile_prompts_never_name_a_file(tmp_path):
+def test_hostile_prompts_do_not_name_files(tmp_path):
     prompts = ["../../escape", "a/b\x00c", "$(touch owned)", "\ud800 lone", "x" * 1_000_000]
     save(FakeModel(), tmp_path / "in", prompts=prompts)
     assert [p.name for p in tmp_path.iterdir()] == ["in"]

@@ -1,18 +1,18 @@
-"""The stress program that hands pictures over, at its smallest, and that it sees what it is there to see."""
+"""A small run of the stress program that hands pictures over, and that it detects damage."""
 
 import time
 
 from stress import handover
 
 
-def test_killed_handovers_end_whole(capsys):
+def test_killed_commands_leave_complete_folders(capsys):
     assert handover.main(["--prompts", "24", "--kills", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(",")[0] for line in lines] == ["dpg: 3 kills", "compbench: 3 kills"]
     assert all("0 not whole; at the end 0 of 24 bad" in line for line in lines)
 
 
-def test_a_half_file_and_a_missing_one_are_seen(monkeypatch, tmp_path):
+def test_unfinished_and_missing_files_are_counted(monkeypatch, tmp_path):
     def sloppy(drawn, out, layout):
         (out / layout).mkdir(parents=True, exist_ok=True)
         for place in range(len(drawn.rows) - 1):

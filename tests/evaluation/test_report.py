@@ -1,4 +1,4 @@
-"""The report: its figures, its shape, and captions from strangers, which must be shown and never act."""
+"""The report: its figures, its sections, and captions from strangers, which are shown and do nothing."""
 
 import base64
 import csv
@@ -7,12 +7,15 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from jinja2 import UndefinedError
 from PIL import Image, ImageFont
 
+import diffusion_align
 from diffusion_align.evaluation import (
     Measured,
     as_csv,
@@ -20,15 +23,15 @@ from diffusion_align.evaluation import (
     compare_metric,
     comparisons,
     distances_to,
-    escape,
     order_of_models,
     pairs_picture,
+    summarise,
     write_report,
 )
-from diffusion_align.evaluation.gallery import data_uri
-from diffusion_align.evaluation.page import CSP
+from diffusion_align.evaluation.contact_sheet import wrap
+from diffusion_align.evaluation.markup import escape, templates
 from diffusion_align.evaluation.report import choose_pairs, headline_sentence, without_secrets
-from diffusion_align.evaluation.sheet import wrap
+from diffusion_align.evaluation.report_page import data_uri
 
 N = 12
 PROMPTS = [f"a small red circle number {i}" for i in range(N)]
@@ -94,9 +97,10 @@ class Page(HTMLParser):
             self.captions[-1] += data
 
 
-def write(tmp_path, prompts=PROMPTS, base=BASE, tuned=TUNED, **settings):
-    settings = {"headline": "judge/all", "pictures": pictures, "rows": ROWS, "resamples": 2000, **settings}
-    report = write_report(tmp_path, prompts, base, tuned, **settings)
+def write(tmp_path, prompts=PROMPTS, base=BASE, tuned=TUNED, headline="judge/all", further=None, **settings):
+    figures = summarise(prompts, base, tuned, headline=headline, resamples=2000, model=settings.pop("model", "tuned"))
+    settings = {"pictures": pictures, "rows": ROWS, **settings}
+    report = write_report(tmp_path, figures | (further or {}), **settings)
     return report, (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -135,11 +139,11 @@ def test_the_figures_are_those_of_the_comparison(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["report.html", "report.json"]
 
 
-def test_the_page_has_every_part_and_touches_nothing_outside(tmp_path):
+def test_the_page_has_every_section_and_no_outside_resource(tmp_path):
     report, markup = write(tmp_path, facts={"sampler": "DPM-Solver++ 2M"}, config={"a": 1})
     page = assert_harmless(markup)
-    assert CSP == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    assert ("meta", "content", CSP) in page.attributes and markup.index("Content-Security") < markup.index("<title")
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert ("meta", "content", policy) in page.attributes and markup.index("Content-Security") < markup.index("<title")
     headings = re.findall(r"<h2>(.*?)</h2>", markup)
     assert headings == [
         "Pictures", "Attributes", "Rewards", "Win rate", "Reward against judge", "Training", "What made this", "Config",
@@ -149,7 +153,7 @@ def test_the_page_has_every_part_and_touches_nothing_outside(tmp_path):
     assert "http" not in markup.replace("http-equiv", "")
 
 
-def test_parts_without_data_are_left_out(tmp_path):
+def test_sections_without_data_are_left_out(tmp_path):
     rewards = {"clip": BASE["clip"]}, {"clip": TUNED["clip"]}
     report, markup = write(tmp_path, base=rewards[0], tuned=rewards[1], headline="clip", pictures=None, rows=())
     assert re.findall(r"<h2>(.*?)</h2>", markup) == ["Rewards", "Win rate", "What made this"]
@@ -159,7 +163,7 @@ def test_parts_without_data_are_left_out(tmp_path):
     assert_harmless(markup)
 
 
-def test_the_headline_states_doubt():
+def test_the_headline_states_uncertainty():
     base, tuned = torch.tensor([0.0, 1.0] * 50), torch.tensor([1.0, 1.0] * 50)
     sentence = headline_sentence("judge/all", compare_metric(base, tuned), share=True)
     assert re.fullmatch(
@@ -174,7 +178,7 @@ def test_the_headline_states_doubt():
     assert "too few for an interval" in headline_sentence("judge/all", alone, share=True)
 
 
-def test_pairs_shown_are_gains_losses_and_a_blind_draw():
+def test_pairs_shown_are_gains_losses_and_random_ones():
     base = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 1.0, math.nan, 0.0])
     tuned = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 1.0, math.nan, 1.0])
     tiebreak = torch.tensor([0.1, 0.3, 0.0, 9.0, 9.0, 9.0, 9.0, 0.2])
@@ -187,7 +191,7 @@ def test_pairs_shown_are_gains_losses_and_a_blind_draw():
 
 def test_marks_and_pictures_belong_to_their_prompt(tmp_path):
     report, markup = write(tmp_path)
-    figures = re.findall(r"<figure .*?>(.*?)</figure>", markup)
+    figures = re.findall(r"<figure .*?>(.*?)</figure>", markup, re.DOTALL)
     for figure, entry in zip(figures, report["shown"], strict=True):
         index = entry["index"]
         base, tuned = re.findall(r'base64,(\S+?)"', figure)
@@ -209,7 +213,7 @@ def test_pictures_are_numbered_by_gain_and_by_loss(tmp_path):
         assert ordered == sorted(gains, key=lambda gain: sign * gain)
 
 
-def test_what_a_breakdown_found_is_in_the_page_and_the_table(tmp_path):
+def test_the_breakdown_is_in_the_page_and_the_table(tmp_path):
     groups = torch.arange(N)
     features = {"base": torch.eye(N), "tuned": torch.eye(N) + 0.5, "other": torch.ones(N, N) + 0.1 * torch.eye(N)}
     base = [Measured("base", sampler, BASE, features["base"]) for sampler in ("dpmpp", "ddim")]
@@ -246,7 +250,7 @@ def test_what_a_breakdown_found_is_in_the_page_and_the_table(tmp_path):
     assert rows[2]["judge/relation"] == "" and rows[2 * N]["model"] == "<b>tuned</b>"
 
 
-def test_a_prompt_is_no_formula_in_a_spreadsheet():
+def test_a_prompt_is_not_a_formula_in_a_spreadsheet():
     prompts = ["=cmd|' /C calc'!A0", "+1", "-1", "@x", "\tx", "plain, with a comma", "\ud800", "a\nb"]
     measured = [Measured("m", "dpmpp", {"r": torch.zeros(len(prompts))})]
     rows = list(csv.DictReader(io.StringIO(as_csv(prompts, {}, measured), newline="")))
@@ -335,19 +339,19 @@ def test_hostile_captions_are_shown_word_for_word_and_do_nothing(tmp_path, paylo
         ("soft\u00adhyphen", "soft[U+00AD]hyphen"),
     ],
 )
-def test_what_cannot_be_seen_is_named(tmp_path, payload, shown):
+def test_invisible_characters_are_named(tmp_path, payload, shown):
     _, markup = write(tmp_path, prompts=[payload] * N)
     assert assert_harmless(markup).captions[0] == shown
     assert json.loads((tmp_path / "report.json").read_text())["prompts"][0]["prompt"] == payload
 
 
-def test_a_megabyte_of_caption_is_cut_visibly(tmp_path):
+def test_a_long_caption_is_cut_visibly(tmp_path):
     _, markup = write(tmp_path, prompts=["<b>" * 350_000] * N)
     caption = assert_harmless(markup).captions[0]
     assert caption == "<b>" * 200 + "… [cut: 600 of 1,050,000 characters]" and len(markup) < 100_000
 
 
-def test_names_config_and_facts_are_as_hostile_as_captions(tmp_path):
+def test_hostile_names_config_and_facts_do_nothing(tmp_path):
     evil = '"><script>alert(1)</script>'
     base = {evil: BASE["clip"], f"{evil.replace('/', '')}/all": BASE["judge/all"]}
     tuned = {evil: TUNED["clip"], f"{evil.replace('/', '')}/all": TUNED["judge/all"]}
@@ -367,6 +371,18 @@ def test_escape_by_hand():
     )
     assert escape(3.5) == "3.5" and escape(None) == "None" and escape("") == ""
     assert escape("abcdef", 3) == "abc… [cut: 3 of 6 characters]" and escape("abc", 3) == "abc"
+
+
+def test_templates_escape_what_they_show_without_being_asked(tmp_path):
+    (tmp_path / "x.html.j2").write_text("{{ text }}|{{ text|upper }}|{{ [text]|join }}|{{ ready }}{{ missing }}")
+    template = templates(tmp_path).get_template("x.html.j2")
+    values = {"text": "<b>\u202e", "ready": escape("<i>")}
+    assert template.render(values, missing="") == "&lt;b&gt;[U+202E]|&lt;B&gt;[U+202E]|&lt;b&gt;[U+202E]|&lt;i&gt;"
+    with pytest.raises(UndefinedError, match="missing"):
+        template.render(values)
+    package = Path(diffusion_align.__file__).parent
+    sources = [path.read_text() for path in package.rglob("*.j2")]
+    assert sources and not [text for text in sources if re.search(r"\bsafe\b|\bautoescape\b", text)]
 
 
 def test_the_contact_sheet_holds_every_pair_enlarged(tmp_path):
@@ -400,14 +416,14 @@ def test_the_contact_sheet_holds_every_pair_enlarged(tmp_path):
     assert (sheet == (30, 132, 73)).all(-1).any() and (sheet == (192, 57, 43)).all(-1).any()
 
 
-def test_no_mark_draws_no_colour(tmp_path):
+def test_no_colour_without_marks(tmp_path):
     grey = torch.full((1, 3, 8, 8), 0.5)
     pairs_picture(grey, grey, ["x"], [(None, None)], tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
     assert (sheet.max(-1) == sheet.min(-1)).all()
 
 
-def test_lines_fit_and_lose_no_letter():
+def test_wrapped_lines_fit_and_keep_every_letter():
     font = ImageFont.load_default(13)
     for text in ("a small red circle left of a large blue square", "x" * 300, "word " * 40, "", "  spaced   out "):
         lines = wrap(text, 120, font)
@@ -415,7 +431,7 @@ def test_lines_fit_and_lose_no_letter():
         assert "".join(lines).replace(" ", "") == text.replace(" ", "")
 
 
-def test_a_sheet_of_nothing_or_of_odd_lengths_is_refused(tmp_path):
+def test_a_sheet_needs_pairs_of_equal_numbers(tmp_path):
     images = torch.zeros(2, 3, 8, 8)
     for base, tuned, captions, marks in [
         (images[:0], images[:0], 0, 0),

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 import pytest
 import torch
 
-from diffusion_align.evaluation import write_report
+from diffusion_align.evaluation import summarise, write_report
 
 BROWSER, DRIVER = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(BROWSER is None or DRIVER is None, reason="chromium and chromedriver are not installed")
@@ -51,10 +51,9 @@ def page(tmp_path_factory):
     base, tuned = ({"judge/all": torch.rand(N, generator=source).round()} for _ in range(2))
     hostile = CAPTIONS[0]
     further = {"order": {hostile: [hostile, "base"]}, "categories": {}, "comparisons": [], "features": hostile}
+    figures = summarise(CAPTIONS, base, tuned, headline="judge/all", shown=N, resamples=2000, model=hostile)
     write_report(
-        folder, CAPTIONS, base, tuned,
-        headline="judge/all", shown=N, resamples=2000, title=hostile, model=hostile, further=further,
-        facts={hostile: hostile}, config={hostile: hostile},
+        folder, figures | further, title=hostile, facts={hostile: hostile}, config={hostile: hostile},
         pictures=lambda i: (torch.zeros(3, 8, 8), torch.full((3, 8, 8), i / N)),
     )  # fmt: skip
     options = webdriver.ChromeOptions()
@@ -82,7 +81,7 @@ def figures(page):
     return [text for _, _, text in sorted(places)]
 
 
-def test_nothing_runs_nothing_is_fetched_and_captions_are_shown_word_for_word(page):
+def test_hostile_captions_run_and_fetch_nothing(page):
     from selenium.common.exceptions import NoAlertPresentException
 
     assert len(CAPTIONS) == len(set(CAPTIONS)) == 100

@@ -22,7 +22,7 @@ from helpers_online import METHODS, Toy
 from helpers_train import SCHEDULE, SHAPE, MemoryPairs, make_run, train_rankings
 
 import diffusion_align.rng as rng
-from diffusion_align.evaluation import generate
+from diffusion_align.evaluation import Drawing, generate
 from diffusion_align.evaluation.generate import save_pictures
 from diffusion_align.methods.shared.pair_losses import PairLoss
 from diffusion_align.models import load_pipeline
@@ -317,7 +317,7 @@ def shards(folder: Path, tally: Tally) -> None:
             n
             for i in range(count)
             for part in save_pictures(
-                model, prompts, place, seed=0, table=table, guidance=2.0, batch_size=3, shard=(i, count)
+                model, prompts, place, Drawing(table, guidance=2.0, seed=0, batch_size=3), shard=(i, count)
             )
             for n in part
         ]

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffusion_align.evaluation.layouts import arrange, read_drawn
+from diffusion_align.evaluation.benchmark_folders import arrange, read_drawn
 from diffusion_align.evaluation.picture_folder import fill, is_whole
 
 SIDE = 8

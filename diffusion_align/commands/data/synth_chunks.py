@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from diffusion_align.commands.sources import present_model
-from diffusion_align.commands.tuned import base_of, load_tuned, run_config, weights_digest
+from diffusion_align.commands.trained_weights import base_of, load_tuned, run_config, weights_digest
 from diffusion_align.data.disk import digest, write_bytes
 from diffusion_align.data.images import ImageError, decode_image, encode_png, to_square
 from diffusion_align.models.hub import folder_digest, locate

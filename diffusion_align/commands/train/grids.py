@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffusion_align.evaluation import evaluation_table, generate, pairs_picture, read_pictures, save_pictures
+from diffusion_align.evaluation import Drawing, evaluation_table, generate, pairs_picture, read_pictures, save_pictures
 from diffusion_align.models import TextToImage
 from diffusion_align.system.progress import progress_bar
 
@@ -29,12 +29,9 @@ def base_pictures(
     resolution: int | None,
 ) -> Tensor:  # fmt: skip
     """Draw and keep the base's pictures [N,3,H,W]; call it while the policy still is the base. Kept ones are read."""
-    table = evaluation_table(model.schedule, steps)
+    drawing = Drawing(evaluation_table(model.schedule, steps), guidance, seed, BATCH, resolution=resolution)
     with progress_bar(total=len(prompts), desc="sample grid of the base", unit="picture") as bar:
-        for _ in save_pictures(
-            model, prompts, folder, seed=seed, table=table, guidance=guidance, batch_size=BATCH, resolution=resolution,
-            drawn=bar.update,
-        ):  # fmt: skip
+        for _ in save_pictures(model, prompts, folder, drawing, progress=bar.update):
             pass  # each step of the iteration has written some
     return torch.cat([pictures for _, pictures in read_pictures(folder, len(prompts))])
 
@@ -44,13 +41,9 @@ def write_grid(
     resolution: int | None,
 ) -> None:  # fmt: skip
     """Draw the same prompts with the present weights and write both side by side; a full disk costs only the grid."""
-    table = evaluation_table(model.schedule, steps)
+    drawing = Drawing(evaluation_table(model.schedule, steps), guidance, seed, BATCH, resolution=resolution)
     with progress_bar(total=len(prompts), desc=f"sample grid {path.stem}", unit="picture") as bar:
-        drawn = generate(
-            model, prompts, seed=seed, table=table, guidance=guidance, batch_size=BATCH, resolution=resolution,
-            drawn=bar.update,
-        )  # fmt: skip
-        now = torch.cat([pictures for _, pictures in drawn])
+        now = torch.cat([pictures for _, pictures in generate(model, prompts, drawing, progress=bar.update)])
     factor = max(1, SHEET_SIDE // now.shape[-1])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

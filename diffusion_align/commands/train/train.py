@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from diffusion_align.commands.model_facts import ModelFacts, read_model_facts
-from diffusion_align.commands.people import people
+from diffusion_align.commands.annotate.people import people
 from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.train.course import describe_course, settle_warmup
 from diffusion_align.commands.train.encode import encoded

@@ -101,11 +101,11 @@ def import_all() -> None:
     import torch
     import transformers  # noqa: F401
 
-    import diffusion_align.commands.annotate
+    import diffusion_align.commands.annotate.command
     import diffusion_align.commands.data.check
-    import diffusion_align.commands.evaluate
+    import diffusion_align.commands.evaluate.command
     import diffusion_align.commands.reward.score
-    import diffusion_align.commands.sample
+    import diffusion_align.commands.sample.command
     import diffusion_align.commands.train.train  # noqa: F401
 
     torch.set_num_threads(1)

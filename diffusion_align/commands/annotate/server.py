@@ -1,8 +1,8 @@
-"""The server behind the page: on this machine only, and for nobody who does not know the token in its address.
+"""The server behind the page: on this machine only, and only for those who know the token in its address.
 
-What it guards against, though it listens on 127.0.0.1 alone: other users of the machine and pages of other sites (the
-token), names of strangers that resolve to 127.0.0.1 (the Host header), captions that act (the policy), requests
-without end (limits on body and time). No part of an address is ever a path: pictures go by number.
+It listens on 127.0.0.1 alone, and still guards against other users of the machine and pages of other sites (by the
+token), foreign names that resolve to 127.0.0.1 (by the Host header), captions that act (by the policy) and endless
+requests (by limits on size and time). No address names a path: pictures have numbers.
 """
 
 from __future__ import annotations
@@ -13,21 +13,29 @@ import re
 import secrets
 import sys
 import threading
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler
 from socketserver import ThreadingTCPServer
 from typing import Any
 
-from diffusion_align.commands.annotate_page import POLICY, last_page, question_page
-from diffusion_align.commands.annotate_session import Session
-from diffusion_align.commands.annotate_tasks import Picture, picture_bytes
+from diffusion_align.commands.annotate.page import POLICY, last_page, question_page
+from diffusion_align.commands.annotate.questions import Picture, picture_bytes
+from diffusion_align.commands.annotate.session import Session
 
 BODY_LIMIT = 16_384  # bytes
 MAX_SECONDS = 1e6
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
 _ADDRESS = re.compile(r"/([\w-]{1,100})/(?:|(\d{1,9})|picture/(\d{1,9})|undo|stop)", re.ASCII)
 
 
 class _Refused(Exception):
-    """A request that gets this status and this sentence."""
+    """A request is answered with this status and this sentence."""
 
     def __init__(self, status: int, sentence: str):
         super().__init__(sentence)
@@ -35,10 +43,10 @@ class _Refused(Exception):
 
 
 class Server(ThreadingTCPServer):
-    """Serves one session; `address` is what to open, `stopped` is set by the page's button."""
+    """Serves one session at `address`; the page's button sets `stopped`."""
 
     daemon_threads = True
-    allow_reuse_address = os.name == "posix"  # elsewhere it would share the port with whoever has it
+    allow_reuse_address = os.name == "posix"  # elsewhere two servers would share one port
 
     def __init__(self, session: Session, pictures: list[Picture], port: int = 0):
         self.session, self.pictures = session, pictures
@@ -50,7 +58,7 @@ class Server(ThreadingTCPServer):
         self.address = f"http://127.0.0.1:{self.port}/{self.token}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that hung up is nobody's error; anything else is ours, and shown."""
+        """Show errors, except those of a browser that hung up."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
@@ -61,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Quiet: the terminal belongs to the command."""
+        """Log nothing: the terminal belongs to the command."""
 
     def do_GET(self) -> None:
         try:
@@ -73,22 +81,22 @@ class Handler(BaseHTTPRequestHandler):
         try:
             status, reply = 200, self._post(self._rest(), self._body())
         except _Refused as refused:
-            status, reply = refused.status, {"said": f"Not stored: {refused}."}
+            status, reply = refused.status, {"message": f"Not stored: {refused}."}
         self._reply(status, "application/json", json.dumps(reply).encode())
-        if reply.get("stopped"):  # after the reply, which the end of the process might cut off
+        if reply.get("stopped"):  # after the reply, so that the process does not end before it is sent
             self.server.stopped.set()
 
     def _rest(self) -> re.Match[str]:
-        """The address, once it is clear that it was meant for us and came from someone who knows the token."""
+        """The parsed address. Raises _Refused for another host, a wrong token or an unknown address."""
         hosts = self.headers.get_all("Host") or []
         if len(hosts) != 1 or hosts[0] not in self.server.hosts:
             raise _Refused(403, "this page is served to 127.0.0.1 only")
         token = self.path.removeprefix("/").partition("/")[0]
         if not secrets.compare_digest(token.encode(), self.server.token.encode()):
-            raise _Refused(403, "another session's address; open the one that the command printed")
+            raise _Refused(403, "this is another session's address; open the one that the command printed")
         match = _ADDRESS.fullmatch(self.path)
         if match is None:
-            raise _Refused(404, "there is nothing here")
+            raise _Refused(404, "no such page")
         return match
 
     def _body(self) -> dict[str, Any]:
@@ -112,8 +120,8 @@ class Handler(BaseHTTPRequestHandler):
             return self._picture(int(picture))
         if at is None:
             if not match.string.endswith("/"):
-                raise _Refused(404, "there is nothing here")
-            return self._reply(303, "text/plain", b"", Location=f"{base}{session.next_open() + 1}")
+                raise _Refused(404, "no such page")
+            return self._reply(303, "text/plain", b"", {"Location": f"{base}{session.next_open() + 1}"})
         count = len(session.questions)
         place = self._place(at, count + 1)
         if place == count:
@@ -129,29 +137,29 @@ class Handler(BaseHTTPRequestHandler):
 
     def _place(self, number: str, count: int) -> int:
         if not 1 <= int(number) <= count:
-            raise _Refused(404, "there is no such question")
+            raise _Refused(404, "no such question")
         return int(number) - 1
 
     def _picture(self, number: int) -> None:
         if number >= len(self.server.pictures):
-            raise _Refused(404, "there is no such picture")
+            raise _Refused(404, "no such picture")
         picture = self.server.pictures[number]
         try:
             data = picture_bytes(picture)
         except (OSError, ValueError) as error:
             raise _Refused(410, str(error)) from error
-        self._reply(200, picture.media_type, data, Cache_Control="private, max-age=3600")
+        self._reply(200, picture.media_type, data, {"Cache-Control": "private, max-age=3600"})
 
     def _post(self, match: re.Match[str], body: dict[str, Any]) -> dict[str, Any]:
         session, where = self.server.session, match.string.rpartition("/")[2]
         try:
             if where == "stop":
-                return {"stopped": True, "said": "Stored. The command ends; this page can be closed."}
+                return {"stopped": True, "message": "Stored. The command ends; this page can be closed."}
             if where == "undo":
                 at = session.undo()
-                return {"next": at + 1} if at is not None else {"said": "There is nothing to undo."}
+                return {"next": at + 1} if at is not None else {"message": "There is nothing to undo."}
             if match[2] is None:
-                raise _Refused(404, "there is nothing here")
+                raise _Refused(404, "no such page")
             at = self._place(match[2], len(session.questions))
             return {"next": session.answer(at, *_answer(body)) + 1}
         except ValueError as error:
@@ -159,19 +167,10 @@ class Handler(BaseHTTPRequestHandler):
         except OSError as error:
             raise _Refused(500, str(error)) from error
 
-    def _reply(self, status: int, kind: str, content: bytes, **headers: str) -> None:
+    def _reply(self, status: int, kind: str, content: bytes, headers: Mapping[str, str] = HEADERS) -> None:
         self.send_response(status)
-        secure = {
-            "Content_Type": kind,
-            "Content_Length": str(len(content)),
-            "Cache_Control": "no-store",
-            "Content_Security_Policy": POLICY,
-            "X_Content_Type_Options": "nosniff",
-            "Referrer_Policy": "no-referrer",
-            "Cross_Origin_Resource_Policy": "same-origin",
-        }
-        for name, value in (secure | headers).items():
-            self.send_header(name.replace("_", "-"), value)
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **HEADERS, **headers}.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
 
@@ -179,9 +178,9 @@ class Handler(BaseHTTPRequestHandler):
 def _answer(body: dict[str, Any]) -> tuple[str, list[int], float]:
     choice, picked, seconds = (body.get(name) for name in ("choice", "picked", "seconds"))
     if not (isinstance(choice, str) and isinstance(picked, list) and isinstance(seconds, int | float)):
-        raise ValueError("an answer has choice, picked and seconds")
+        raise ValueError("an answer needs choice, picked and seconds")
     if not all(type(place) is int for place in picked):
-        raise ValueError("picked are places from 0")
-    if not 0 <= seconds <= MAX_SECONDS:  # also true of nan
-        raise ValueError("seconds is no time")
+        raise ValueError("picked must be a list of places, from 0")
+    if not 0 <= seconds <= MAX_SECONDS:  # nan, too
+        raise ValueError(f"seconds must lie in 0 to {MAX_SECONDS:g}")
     return choice, picked, float(seconds)

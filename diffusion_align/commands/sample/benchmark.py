@@ -1,4 +1,4 @@
-"""`sample --layout`: pictures in the folders that scorers of benchmarks read, drawn on where a run was cut off."""
+"""`sample --layout`: folders that the scorers of benchmarks read; an interrupted command goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from diffusion_align.commands.tuned import run_config, trained_at, weights_digest
+from diffusion_align.commands.trained_weights import run_config, trained_at, weights_digest
 from diffusion_align.data.prompts import Prompt
+from diffusion_align.evaluation.benchmark_folders import DPG_COUNTS, TARGETS, Drawn, NotDrawn, arrange, read_drawn
 from diffusion_align.evaluation.generate import table_digest
-from diffusion_align.evaluation.layouts import TARGETS, Drawn, arrange, read_drawn
 from diffusion_align.evaluation.picture_folder import Batch, fill, read_png
 from diffusion_align.evaluation.report import versions
 from diffusion_align.options import Sample
 from diffusion_align.system.progress import progress_bar
 
 if TYPE_CHECKING:
-    from diffusion_align.commands.sample import Draw
+    from diffusion_align.commands.sample.drawing import Draw
     from diffusion_align.models import TextToImage
     from diffusion_align.samplers import StepTable
 
@@ -28,32 +26,19 @@ PICTURES = "pictures"
 
 def draw_folder(model: TextToImage, prompts: Sequence[Prompt], table: StepTable, draw: Draw, o: Sample) -> int:
     """Draw what is missing in GenEval's layout, and arrange it as `o.layout` says."""
-    out = Path(o.out)
-    folder = out if o.layout == "geneval" else out / PICTURES
-    k = o.num_images_per_prompt
+    folder = Path(o.out) if o.layout == "geneval" else Path(o.out) / PICTURES
+    per_prompt = o.num_images_per_prompt
+    total = len(prompts) * per_prompt
+    with progress_bar(desc="draw", unit="picture", total=total) as bar:
 
-    bar = progress_bar(desc="draw", unit="picture", total=len(prompts) * k)
+        def pictures(numbers: list[int]) -> Iterator[Batch]:
+            for place, picture in draw([divmod(number, per_prompt) for number in numbers], bar.update):
+                yield [place[0] * per_prompt + place[1]], picture[None]
 
-    def batches(numbers: list[int]) -> Iterator[Batch]:
-        part, pictures = [], []
-        for (prompt, image), picture in draw([divmod(number, k) for number in numbers], bar.update):
-            part.append(prompt * k + image)
-            pictures.append(picture)
-            if len(part) == o.batch_size:
-                yield part, torch.stack(pictures)
-                part, pictures = [], []
-        if part:
-            yield part, torch.stack(pictures)
-
-    drawn = fill(
-        folder, [prompt.text for prompt in prompts], batches, made_with(model, table, o),
-        per_prompt=k, extras=[prompt.extra for prompt in prompts],
-    )  # fmt: skip
-    new = 0
-    with bar:
-        for numbers in drawn:
-            new += len(numbers)
-    print(f"{len(prompts) * k} pictures of {len(prompts)} prompts in {folder}, {new} of them new")
+        texts, extras = [prompt.text for prompt in prompts], [prompt.extra for prompt in prompts]
+        facts = made_with(model, table, o)
+        new = sum(map(len, fill(folder, texts, pictures, facts, per_prompt=per_prompt, extras=extras)))
+    print(f"{total} pictures of {len(prompts)} prompts in {folder}, {new} of them new")
     return 0 if o.layout == "geneval" else hand_over(folder, o)
 
 
@@ -70,7 +55,7 @@ def side_of(o: Sample) -> int | None:
 
 
 def made_with(model: TextToImage, table: StepTable, o: Sample) -> dict[str, Any]:
-    """What decides the pictures: a folder made with anything else is not gone on with."""
+    """What decides the pictures; a folder made with anything else is refused."""
     return {
         "drawn_by": "sample",
         "model": model.fingerprint(),
@@ -87,24 +72,30 @@ def made_with(model: TextToImage, table: StepTable, o: Sample) -> dict[str, Any]
 
 
 def hand_over(folder: str | Path, o: Sample) -> int:
-    """Arrange pictures that are drawn as another benchmark's scorers read them."""
-    drawn = read_drawn(folder)
+    """Arrange pictures that are drawn as another benchmark's scorers read them.
+
+    Raises:
+        ValueError: the folder is not drawn to its end, or its pictures cannot be arranged so.
+    """
+    try:
+        drawn = read_drawn(folder)
+    except NotDrawn as error:
+        cure = "give a folder that evaluate or sample --layout geneval has drawn; the same command again completes it"
+        raise ValueError(f"{error}: {cure}") from error
+    if o.layout == "dpg" and drawn.per_prompt not in DPG_COUNTS:
+        wanted = "DPG-Bench takes 4 or 1, so draw with --num_images_per_prompt 4"
+        raise ValueError(f"{folder} has {drawn.per_prompt} pictures of each prompt: {wanted}")
     home = Path(o.out) / o.layout
-    with progress_bar(desc=o.layout, unit="file") as bar:
-        paths = []
-        for path in arrange(drawn, o.out, o.layout):
-            paths.append(path)
-            bar.update()
+    paths = list(progress_bar(arrange(drawn, o.out, o.layout), desc=o.layout, unit="file"))
     print(f"{len(paths)} files in {home}; for its scorer: {scorer(paths, drawn, home, o.layout)}")
     return 0
 
 
 def scorer(paths: Sequence[Path], drawn: Drawn, home: Path, layout: str) -> str:
-    """How the benchmark's own repository takes these files."""
+    """The arguments with which the benchmark's own scorer reads these files."""
     if layout == "compbench":
         folders = list(dict.fromkeys(str(path.parent.parent) for path in paths))
-        return f"--out_dir {shlex.quote(folders[0])}" + (
-            f", and {len(folders) - 1} other folders" if folders[1:] else ""
-        )
+        others = f", and {len(folders) - 1} other folders" if folders[1:] else ""
+        return f"--out_dir {shlex.quote(folders[0])}{others}"
     side = read_png(paths[0]).shape[-1] // (2 if drawn.per_prompt == 4 else 1)
     return f"PIC_NUM={drawn.per_prompt} bash dpg_bench/dist_eval.sh {shlex.quote(str(home))} {side}"

@@ -1,8 +1,8 @@
-"""The reward "people": whoever sits at this machine chooses between the pictures of each prompt while the run waits.
+"""The reward "people": a person at this machine chooses between the pictures of each prompt while the run waits.
 
-What `data annotate` does with a folder of pictures is done with those that a round has just drawn. Every choice is on
-the disk at once, under the pictures' own digest: a run that is stopped and resumed draws the same pictures again, finds
-their choices, and asks for the rest only.
+It shows the pictures that a round has just drawn, as `data annotate` shows those of a folder. Every choice is on the
+disk at once, under the digest of the pictures: a resumed run draws the same pictures again, finds their choices, and
+asks only for the rest.
 """
 
 from __future__ import annotations
@@ -13,20 +13,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from diffusion_align.commands.annotate import CHOICES, serve, start_session
-from diffusion_align.commands.annotate_record import key_of, read, standing
-from diffusion_align.commands.annotate_tasks import make_questions, read_pictures
+from diffusion_align.commands.annotate.choices import key_of, read, standing
+from diffusion_align.commands.annotate.command import CHOICES, serve, start_session
+from diffusion_align.commands.annotate.questions import make_questions, read_pictures
+from diffusion_align.commands.sample.folder import LISTING, listing
 from diffusion_align.data.disk import digest, write_bytes
 from diffusion_align.data.images import encode_png
 from diffusion_align.rewards import Reward
 
 
 def people(folder: Path, group: int, *, seed: int, port: int | None = None) -> Reward:
-    """Scores by choices in a page, below `folder`; every `group` pictures in a row are of one prompt.
+    """Scores from choices in a page, kept below `folder`; every `group` pictures in a row are of one prompt.
 
-    A picture's score is minus its place in the order: 0 for the best, and the same for all that were left as a tie. A
-    question that was skipped, or still open when Stop was pressed, is nan: nothing is learnt from it. Ctrl-C while the
-    page waits raises KeyboardInterrupt; choices made so far are kept.
+    A picture's score is minus its place in the order: 0 for the best; tied pictures share a place. A question that was
+    skipped, or still open when Stop was pressed, gives nan, and the run learns nothing from it. Ctrl-C while the page
+    waits raises KeyboardInterrupt; choices made so far are kept.
     """
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
@@ -34,19 +35,17 @@ def people(folder: Path, group: int, *, seed: int, port: int | None = None) -> R
         named = digest(json.dumps([prompts, *(digest(png) for png in content)]).encode())[:16]
         batch = folder / named
         batch.mkdir(parents=True, exist_ok=True)
-        entries = []
-        for i, (png, prompt) in enumerate(zip(content, prompts, strict=True)):
-            file = f"{i // group:04d}-{i % group:02d}.png"
-            write_bytes(batch / file, png)
-            entries.append({"file": file, "prompt": prompt, "prompt_number": i // group, "image": i % group})
-        write_bytes(batch / "samples.json", json.dumps({"pictures": entries, "seed": seed}).encode())
+        entries = listing(prompts[::group], group)
+        for entry, png in zip(entries, content, strict=True):
+            write_bytes(batch / entry["file"], png)
+        write_bytes(batch / LISTING, json.dumps({"pictures": entries, "seed": seed}).encode())
         return _answers(batch, group, seed, port).flatten()
 
     return score
 
 
 def _answers(batch: Path, group: int, seed: int, port: int | None) -> Tensor:
-    """[G,K] scores of a folder's pictures, asked for where they are not there yet."""
+    """[G,K] scores of a folder's pictures; asks for the choices that are missing."""
     pictures = read_pictures(batch)
     rows, _ = read(batch / CHOICES, pictures)
     session = start_session(batch, pictures, rows, mode="rank", seed=seed)

@@ -1,4 +1,4 @@
-"""A finished run as a model: its base, and what training made of it."""
+"""The model of a finished run: its base and its trained weights."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def run_config(run: str | Path) -> dict[str, Any]:
-    """The resolved configuration that a run folder keeps.
+    """The resolved configuration of a run folder.
 
     Raises:
-        FileNotFoundError: no such folder, or not that of a run.
+        FileNotFoundError: the folder has no config.yaml.
     """
     path = Path(run) / "config.yaml"
     if not path.is_file():
@@ -34,11 +34,11 @@ def base_of(
     """Name, revision and variant of the model that a run started from, or of `model` in its place.
 
     Raises:
-        FileNotFoundError: it was a folder and is not there; with the `cure`.
+        FileNotFoundError: the model is no longer there; the message ends with `cure`.
     """
     section = config.get("model") or {}
     base = {key: section.get(key) for key in ("pretrained_model_name_or_path", "revision", "variant")}
-    if model is not None:  # a revision is one of the repository that the run had
+    if model is not None:  # the revision belongs to the run's own repository
         return base | {"pretrained_model_name_or_path": present_model(model), "revision": None}
     name = base["pretrained_model_name_or_path"] = present_model(base["pretrained_model_name_or_path"] or "")
     here = name == "tiny" or (name != "" and Path(name).expanduser().exists())
@@ -48,12 +48,12 @@ def base_of(
 
 
 def trained_at(config: dict[str, Any]) -> int | None:
-    """The resolution that a run was trained at; None: the model's own."""
+    """The resolution that a run was trained at; None is the model's own."""
     return (config.get("data") or {}).get("resolution")
 
 
 def load_tuned(model: TextToImage, run: str | Path) -> None:
-    """Put a run's trained weights, a LoRA or a whole UNet, into the model of its base.
+    """Load a run's trained weights, a LoRA or a full UNet, into the model of its base.
 
     Raises:
         FileNotFoundError: the run has no trained weights (yet).
@@ -80,11 +80,11 @@ def trained_weights(run: str | Path) -> Path:
 
 
 def weights_digest(run: str | Path, file: str | None = None) -> str:
-    """A short name for a run's trained weights, or for one file of a folder, by content."""
+    """A digest of a run's trained weights, or of one file of a folder."""
     path = Path(run) / file if file else trained_weights(run)
     digest = hashlib.blake2b(digest_size=8)
-    for part in [path] if path.is_file() else sorted(path.rglob("*.safetensors")):
-        with part.open("rb") as stream:
+    for weights in [path] if path.is_file() else sorted(path.rglob("*.safetensors")):
+        with weights.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Who is measured: the result of a run, a checkpoint of one, or a model by itself."""
+"""What `evaluate` compares: the result of a run, a checkpoint of one, or a model by itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusion_align.commands.sources import present_model
-from diffusion_align.commands.tuned import base_of, load_tuned, run_config, trained_at, trained_weights, weights_digest
+from diffusion_align.commands.trained_weights import (
+    base_of,
+    load_tuned,
+    run_config,
+    trained_at,
+    trained_weights,
+    weights_digest,
+)
 from diffusion_align.models.hub import on_hub
 
 if TYPE_CHECKING:
@@ -20,8 +27,11 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True)
 class Contender:
-    """`base` is the model it stands on: name, revision, variant. `trained` is a folder of a run or of a checkpoint, or
-    None for the base itself; `config` the run's."""
+    """A model to draw with.
+
+    `base` has the name, revision and variant of the model that training started from. `trained` is the folder of a run
+    or a checkpoint, None for the base itself; `config` is the run's.
+    """
 
     name: str
     base: dict[str, Any]
@@ -33,14 +43,14 @@ class Contender:
         return self.trained is not None and self.trained.parent.name == CHECKPOINTS
 
     def weights(self) -> str:
-        """A short name for the trained weights, by content."""
+        """A digest of the trained weights; "base" without any."""
         if self.trained is None:
             return "base"
         return weights_digest(self.trained, "model.safetensors" if self.is_checkpoint else None)
 
     @property
     def resolution(self) -> int | None:
-        """What it was trained at; None: its model's own."""
+        """The resolution that it was trained at; None is the model's own."""
         return trained_at(self.config)
 
     def load(self, device: str | None) -> TextToImage:
@@ -61,27 +71,25 @@ class Contender:
 
 
 def contender(where: str, model: str | None = None) -> Contender:
-    """What a word on the command line means: a run folder, RUN/checkpoints/step-..., or a model's folder or hub id.
+    """What a command line names: a run folder, RUN/checkpoints/step-..., or a model's folder or hub id.
 
-    `model` takes the place of the one that a run's configuration names.
+    `model` replaces the model that a run's configuration names.
 
     Raises:
-        FileNotFoundError: a folder that is none of them, a run without trained weights, or one whose model is gone.
+        FileNotFoundError: no such run, checkpoint or model, a run without trained weights, or one whose model is gone.
     """
     path = Path(where).expanduser()
     run = path.parent.parent if path.parent.name == CHECKPOINTS else path
     if not path.exists() and (run != path or not (where == "tiny" or on_hub(where))):
         raise FileNotFoundError(f"{where}: no such run, checkpoint or model")
     if (path / "model_index.json").is_file() or not path.exists():
-        return Contender(path.name, {"pretrained_model_name_or_path": present_model(where), **_PLAIN})
+        base = {"pretrained_model_name_or_path": present_model(where), "revision": None, "variant": None}
+        return Contender(path.name, base)
     config = run_config(run)
     if run == path:
         trained_weights(path)
     name = run.resolve().name if run == path else f"{run.resolve().name} {path.name}"
     return Contender(name, base_of(run, config, model), path, config)
-
-
-_PLAIN = {"revision": None, "variant": None}
 
 
 def base_contender(of: Contender) -> Contender:

@@ -1,4 +1,4 @@
-"""One session of choosing: which question is open, and answers that are stored before they count."""
+"""One session of choosing: which questions are open, and answers, which are stored before they count."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from diffusion_align.commands.annotate_record import Row, append, key_of, standing
-from diffusion_align.commands.annotate_tasks import Key, Picture, Question, on_page
+from diffusion_align.commands.annotate.choices import Row, append, key_of, standing
+from diffusion_align.commands.annotate.questions import Key, Picture, Question, on_page
 
 
 @dataclass
 class Session:
-    """The questions of one start and the choices of all sessions, `rows`. Questions go by their place, from 0.
+    """The questions of this session and the choices of all sessions (`rows`). Questions are numbered from 0.
 
-    Each method is one step under one lock, so two tabs of a browser cannot come between each other.
+    Methods that write hold a lock, so two tabs of a browser cannot disturb each other.
     """
 
     file: Path  # choices.jsonl
@@ -36,11 +36,11 @@ class Session:
         return self.answers.get(self.questions[at].key)
 
     def decided(self) -> int:
-        """How many of this start's questions have an answer, skips among them."""
+        """How many of this session's questions have an answer; a skip is one."""
         return sum(question.key in self.answers for question in self.questions)
 
     def next_open(self, after: int = -1) -> int:
-        """The first open question after this one, else the first of all; len(questions) when none is left."""
+        """The first open question after this one, else the first open one of all; len(questions) when none is left."""
         count = len(self.questions)
         turn = [(after + 1 + i) % count for i in range(count)]
         return next((at for at in turn if self.questions[at].key not in self.answers), count)
@@ -48,12 +48,12 @@ class Session:
     def answer(self, at: int, choice: str, picked: list[int], seconds: float) -> int:
         """Store an answer and return the next open question.
 
-        `choice` is "pick", "tie" or "skip"; `picked` are places on the page, from 0: the best one, or in a ranking
-        those in order, after which the rest share the last place.
+        `choice` is "pick", "tie" or "skip". `picked` are places on the page, from 0: the best picture, or in a ranking
+        the first pictures in order; the rest share the last place.
 
         Raises:
-            ValueError: an answer that the question does not take.
-            OSError: it could not be stored, and so does not count.
+            ValueError: an answer that does not fit the question.
+            OSError: the answer could not be stored and does not count.
         """
         question = self.questions[at]
         shown = [picture.file for picture in self.shown(at)]
@@ -66,12 +66,12 @@ class Session:
         files = [shown[place] for place in picked]
         rest = [file for file in question.key[2] if file not in files]
         if choice == "pick" and question.mode == "best":
-            said: Row = {"choice": "winner", "winner": files[0]}
+            outcome: Row = {"choice": "winner", "winner": files[0]}
         elif choice == "pick":
-            said = {"choice": "ranking", "ranking": [[file] for file in files] + [rest] * bool(rest)}
+            outcome = {"choice": "ranking", "ranking": [[file] for file in files] + [rest] * bool(rest)}
         else:
-            said = {"choice": choice}
-        row = said | self._about(question) | {"shown": shown, "seconds": round(seconds, 3), "session": self.name}
+            outcome = {"choice": choice}
+        row = outcome | self._about(question) | {"shown": shown, "seconds": round(seconds, 3), "session": self.name}
         with self._lock:
             append(self.file, row)
             self.rows.append(row)
@@ -79,9 +79,9 @@ class Session:
             return self.next_open(at)
 
     def undo(self) -> int | None:
-        """Take back the last choice about one of this start's questions; returns the question, or None without any.
+        """Take back the last choice about one of this session's questions and return the question; None without any.
 
-        An earlier answer to the same question stands again.
+        An earlier answer to the same question counts again.
         """
         places = {question.key: at for at, question in enumerate(self.questions)}
         with self._lock:

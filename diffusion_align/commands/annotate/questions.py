@@ -1,4 +1,4 @@
-"""What there is to choose between: the pictures that `sample` wrote, and the questions that a mode makes of them."""
+"""The pictures that `sample` wrote, and the questions that a mode asks about them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_align import rng
+from diffusion_align.commands.sample.folder import LISTING
 from diffusion_align.data.bad_rows import DataError
 from diffusion_align.data.disk import digest
 from diffusion_align.data.images import ImageError, decode_image
@@ -23,8 +24,11 @@ Key = tuple[str, int, tuple[str, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One picture of samples.json. `index` is its place there, its only name on the page; `image` is its number among
-    those of its prompt; `digest` names its content when it was read."""
+    """One picture of samples.json.
+
+    `index` is its place there and its only name on the page; `image` is its number among the pictures of its prompt;
+    `digest` is that of its content when it was read.
+    """
 
     index: int
     file: str
@@ -41,7 +45,7 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Some pictures of one prompt, by image number: which is best, or ("rank") in which order."""
+    """Some pictures of one prompt, by image number: which is the best, or in mode "rank" in which order."""
 
     mode: str
     pictures: tuple[Picture, ...]
@@ -56,24 +60,24 @@ class Question:
 
     @property
     def key(self) -> Key:
-        """What makes it the same question in another session."""
+        """Equal for the same question in another session."""
         return self.mode, self.prompt_number, tuple(picture.file for picture in self.pictures)
 
     @property
     def digest(self) -> str:
-        """Of the prompt and the pictures' content: files drawn anew under old names make another question."""
+        """Digest of the prompt and the pictures' content: new pictures under old names make another question."""
         return digest(json.dumps([self.prompt, *(picture.digest for picture in self.pictures)]).encode())
 
 
 def read_pictures(folder: Path) -> list[Picture]:
-    """The pictures that a folder's samples.json lists, each decoded once to see that it is whole.
+    """The pictures that a folder's samples.json lists; each is decoded once, so none is broken.
 
     Raises:
-        DataError: in one line, what is missing or broken.
+        DataError: what is missing or broken.
     """
-    listing = folder / "samples.json"
+    listing = folder / LISTING
     if not listing.is_file():
-        what = "holds no samples.json" if folder.is_dir() else "no such folder"
+        what = f"holds no {LISTING}" if folder.is_dir() else "no such folder"
         raise DataError(f"{folder}: {what}; diffusion-align sample --num_images_per_prompt 2 --out FOLDER makes one")
     try:
         entries = json.loads(listing.read_bytes())["pictures"]
@@ -96,7 +100,7 @@ def read_pictures(folder: Path) -> list[Picture]:
 
 
 def _picture(folder: Path, index: int, entry: Any) -> Picture:
-    where = f"{folder / 'samples.json'}: picture {index}"
+    where = f"{folder / LISTING}: picture {index}"
     if not isinstance(entry, dict):
         raise DataError(f"{where} is {type(entry).__name__}, not an object; draw the pictures again")
     for name, kind in _ENTRY.items():
@@ -115,14 +119,14 @@ def _picture(folder: Path, index: int, entry: Any) -> Picture:
         raise DataError(f"{folder}: picture {file!r} {error}; draw it again") from error
     except DataError:
         raise
-    except (ValueError, OSError, RuntimeError) as error:  # absent, a null byte, a name too long, a loop of links
+    except (ValueError, OSError, RuntimeError) as error:  # missing, a null byte, a name too long, a loop of links
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{folder}: picture {file[:200]!r} cannot be read ({reason}); draw it again") from error
     return Picture(index, file, path, digest(data), prompt, entry["prompt_number"], entry["image"])
 
 
 def picture_bytes(picture: Picture) -> bytes:
-    """The file's content; DataError when it is no longer what it was at the start."""
+    """The file's content; DataError when it has changed since the start."""
     data = picture.path.read_bytes()
     if digest(data) != picture.digest:
         raise DataError(f"{picture.path}: has changed since the start; its choices would be about another picture")
@@ -140,9 +144,9 @@ def by_prompt(pictures: list[Picture]) -> dict[int, list[Picture]]:
 def make_questions(pictures: list[Picture], mode: str, seed: int) -> list[Question]:
     """The questions of a mode ("best", "rank" or "pairs") in the order in which they are asked.
 
-    To pick the better of two is one question whatever the mode. Pairs of a prompt come in an order drawn at the address
-    (seed, prompt's number), and every prompt has its first pair before any has its second, so that whoever stops early
-    has seen all prompts. Prompts with one picture are left out.
+    A choice between two pictures is the same question in every mode. The order of a prompt's pairs is drawn at the
+    address (seed, prompt's number). Every prompt has its first pair before any prompt has its second, so whoever stops
+    early has seen all prompts. Prompts with one picture are left out.
     """
     groups = [group for group in by_prompt(pictures).values() if len(group) > 1]
     if mode != "pairs":
@@ -159,7 +163,7 @@ def make_questions(pictures: list[Picture], mode: str, seed: int) -> list[Questi
 
 
 def on_page(question: Question, seed: int) -> list[Picture]:
-    """The pictures from left to right: a place drawn at the question's address says nothing about the picture."""
+    """The pictures from left to right, in an order drawn at the question's address."""
     numbers = [picture.image for picture in question.pictures]
     order = rng.permutation(len(numbers), seed, "annotate places", question.prompt_number, *numbers)
     return [question.pictures[i] for i in order.tolist()]

@@ -1,4 +1,4 @@
-"""The report of `evaluate`: which model is compared with which, and how it is told on a terminal."""
+"""The results of `evaluate`: every model against the base, as a report and as lines on a terminal."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_align.commands.contenders import Contender
-from diffusion_align.commands.judging import Judging, reference_features
+from diffusion_align.commands.evaluate.contenders import Contender
+from diffusion_align.commands.evaluate.judging import Judging, reference_features
 from diffusion_align.commands.prompt_lists import Prompt
 from diffusion_align.commands.prompt_lists import by_category as prompts_by_category
 from diffusion_align.evaluation import (
@@ -23,6 +23,7 @@ from diffusion_align.evaluation import (
     order_of_models,
     pairs_picture,
     read_picture,
+    summarise,
     write_report,
 )
 from diffusion_align.options import Evaluate
@@ -36,47 +37,46 @@ def report(
     o: Evaluate, out: Path, names: dict[str, Contender], prompts: Sequence[Prompt], texts: list[str], judging: Judging,
     measured: dict[tuple[str, str], Measured], folders: dict[tuple[str, str], Path], facts: dict[str, Any],
 ) -> int:  # fmt: skip
+    """Write the report and the contact sheet of the first model by the first sampler, and print a summary."""
     first, lead = next(name for name in names if name != "base"), o.sampler[0]
     base, tuned = measured["base", lead], measured[first, lead]
     distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     groups = torch.tensor([distinct[text] for text in texts])
     headline = "judge/all" if judging.judges else next(iter(judging.rewards), None)
-    per = o.num_images_per_prompt
-    kinds = {
-        category: [number * per + which for number in numbers for which in range(per)]
+    per_prompt = o.num_images_per_prompt
+    categories = {
+        category: [number * per_prompt + which for number in numbers for which in range(per_prompt)]
         for category, numbers in prompts_by_category(prompts).items()
     }
     resampling = {"seed": o.seed, "resamples": 10_000}
+    bases = [one for (name, _), one in measured.items() if name == "base"]
     models = [one for (name, _), one in measured.items() if name != "base"]
-    compared = comparisons([one for (name, _), one in measured.items() if name == "base"], models, groups, **resampling)
-    shares = (["judge/all"] if judging.judges else []) + list(judging.rewards)
+    compared = comparisons(bases, models, groups, **resampling)
+    scored = (["judge/all"] if judging.judges else []) + list(judging.rewards)
     further: dict[str, Any] = {
         "comparisons": compared,
         "order": order_of_models(compared, headline) if headline is not None else {},
-        "categories": by_category(base.scores, tuned.scores, shares, kinds, groups, **resampling),
+        "categories": by_category(base.scores, tuned.scores, scored, categories, groups, **resampling),
         "features": o.features if judging.features is not None else "none",
     }
     if (reference := reference_features(o, judging, prompts)) is not None:
         further["distances"] = distances_to(reference, list(measured.values()))
-    config, several = names[first].config, ", ".join(list(names)[1:])
 
     def pair(i: int) -> tuple[Tensor, Tensor]:
-        return read_picture(folders["base", lead], i, per), read_picture(folders[first, lead], i, per)
+        return read_picture(folders["base", lead], i, per_prompt), read_picture(folders[first, lead], i, per_prompt)
 
+    figures = summarise(texts, base.scores, tuned.scores, headline=headline, seed=o.seed, shown=o.pictures, model=first)
+    several = f"{', '.join(list(names)[1:])} against base"
     found = write_report(
-        out, texts, base.scores, tuned.scores,
-        headline=headline,
+        out,
+        figures | further,
+        title=several if len(names) > 2 else f"{names[first].name}: base and tuned",
         pictures=pair,
         rows=_metrics(Path(o.run[0]) / "metrics.jsonl"),
-        config=config,
+        config=names[first].config,
         facts={**facts, "samplers": ", ".join(o.sampler), "rewards": ", ".join(rewards_of(o)) or "none"},
-        further=further,
-        table=as_csv(texts, kinds, list(measured.values())),
-        title=f"{names[first].name}: base and tuned" if len(names) == 2 else f"{several} against base",
-        seed=o.seed,
-        shown=o.pictures,
-        model=first,
-    )  # fmt: skip
+        table=as_csv(texts, categories, list(measured.values())),
+    )
     chosen = [entry["index"] for entry in found["shown"]][:SHEET_PAIRS]
     _write_sheet(chosen, pair, texts, base.scores, tuned.scores, out / "pairs.png")
     print("\n".join(summary(found)))
@@ -85,7 +85,7 @@ def report(
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a run's metrics; a run that was made elsewhere may come without them."""
+    """Rows of a run's metrics.jsonl, which a run from elsewhere may lack."""
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -107,7 +107,7 @@ def _write_sheet(
 
 
 def summary(report: dict[str, Any]) -> list[str]:
-    """The report's headline and one line a metric, then one a further model or sampler, for a terminal."""
+    """The report's headline, a line for each metric, and a line for each further model or sampler."""
     means = f"{'base':>8} {'tuned':>8} {'change':>8}"
     head = f"{'metric':18} {'n':>5} {means}   {'95 % interval':18} {'better':>7} {'worse':>6}"
     lines = [report["headline"]["sentence"]]

@@ -1,4 +1,4 @@
-"""By what pictures are judged: the trained reward, held-out rewards, the embedded world's judge, and features."""
+"""What judges the pictures: the trained reward, held-out rewards, the embedded world's judge, and features."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion_align.commands.prompt_lists import Prompt, caption_of
 from diffusion_align.data.images import decode_image
-from diffusion_align.evaluation.score import Judge
+from diffusion_align.evaluation.scoring import Judge
 from diffusion_align.options import Evaluate, UsageError
 from diffusion_align.options.reward import check_reward
 from diffusion_align.options.sample import rewards_of
@@ -21,7 +21,7 @@ from diffusion_align.rewards import Reward, load_reward, to_uint8
 from diffusion_align.shapes import judge, render
 from diffusion_align.shapes.render import PIXELS
 
-REFERENCE_SEED = 7  # of the renderings that stand for real pictures
+REFERENCE_SEED = 7  # of the renderings that serve as real pictures
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 Features = Callable[[Tensor], Tensor]
 """`images [B,3,H,W] in [0, 1] -> [B,D]`."""
@@ -37,21 +37,22 @@ class Judging:
 
 
 def settle_reward(o: Evaluate, in_world: bool) -> Evaluate:
-    """The options with a reward: where nobody said which, the embedded one for captions that it knows, else none."""
+    """The options with reward "auto" replaced: the embedded one for captions that it knows, else none."""
     return dataclasses.replace(o, reward="tiny" if in_world else "none") if o.reward == "auto" else o
 
 
 def check_judging(o: Evaluate, in_world: bool) -> None:
-    """Refuse what cannot be scored; loads nothing.
+    """Check that everything can be scored; loads nothing.
 
     Raises:
-        UsageError: no such reward, the embedded one for strange prompts, or people.
+        UsageError: no such reward, the embedded one for other prompts than its own, people, or no reference pictures.
     """
     for name in rewards_of(o):
         check_reward(name)
         if name in ("tiny", "judge") and not in_world:
             raise UsageError(
-                f"the embedded {_word(name)} knows captions of the embedded world only; give --reward NAME or none"
+                f"the embedded {'reward' if name == 'tiny' else 'judge'} knows captions of the embedded world only; "
+                "give --reward NAME or none"
             )
         if name == "people":
             raise UsageError("people choose between a run's pictures in training; to compare models, data annotate")
@@ -59,12 +60,8 @@ def check_judging(o: Evaluate, in_world: bool) -> None:
         raise UsageError(f"score.reference_pictures: no .png, .jpg or .webp lies in {o.reference_pictures}")
 
 
-def _word(name: str) -> str:
-    return "reward" if name == "tiny" else "judge"
-
-
 def open_judging(o: Evaluate, in_world: bool, resolution: int) -> Judging:
-    """Load what `check_judging` let through. Without a reward and a judge pictures are only shown side by side."""
+    """Load the rewards, the judge and the features. Without any, pictures are only shown side by side."""
     names = {name: "reward" if name == o.reward else name.split("/")[-1] for name in rewards_of(o)}
     place = torch.device(o.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rewards = {word: load_reward(name, device=place, seed=o.seed) for name, word in names.items()}

@@ -13,12 +13,20 @@ import torch
 from torch import Tensor
 
 from diffusion_align.commands import threads
-from diffusion_align.commands.contenders import Contender, base_contender, contender
-from diffusion_align.commands.evaluate_report import report
-from diffusion_align.commands.judging import Judging, check_judging, open_judging, settle_reward
+from diffusion_align.commands.evaluate.contenders import Contender, base_contender, contender
+from diffusion_align.commands.evaluate.judging import Judging, check_judging, open_judging, settle_reward
+from diffusion_align.commands.evaluate.results import report
 from diffusion_align.commands.prompt_lists import Prompt, caption_of, evaluation_prompts
 from diffusion_align.commands.threads import Threads
-from diffusion_align.evaluation import Measured, missing_pictures, read_pictures, sampler_table, save_pictures, score
+from diffusion_align.evaluation import (
+    Drawing,
+    Measured,
+    missing_pictures,
+    read_pictures,
+    sampler_table,
+    save_pictures,
+    score,
+)
 from diffusion_align.evaluation.report import versions
 from diffusion_align.options import Evaluate
 from diffusion_align.options.names import shard_of
@@ -28,7 +36,7 @@ from diffusion_align.system.progress import progress_bar
 if TYPE_CHECKING:
     from diffusion_align.models import TextToImage
 
-# A new version of these may draw other pictures: old ones are then not gone on with.
+# A new version of these may draw other pictures, so it draws all of them into a new folder.
 DRAWN_BY = ("torch", "diffusers", "transformers", "peft")
 
 
@@ -42,18 +50,16 @@ def evaluate(options: Evaluate) -> int:
     o = settle_reward(o, in_world)
     check_evaluate(o)  # again: a held-out reward may be the one that is now settled
     check_judging(o, in_world)
-    if len(models) == 1:
-        names = {"base": base, "tuned": models[0]}
-    else:
-        names = {"base": base, **{_unused(model.name, i, models): model for i, model in enumerate(models)}}
-    out = Path(o.output_dir or _place(models))
+    names = ["tuned"] if len(models) == 1 else [_unused(model.name, i, models) for i, model in enumerate(models)]
+    named = {"base": base, **dict(zip(names, models, strict=True))}
+    out = Path(o.output_dir or _default_folder(models))
 
     resolution = _resolution(o, [*models, base])
     facts: dict[str, Any] = _facts(o, prompts) | ({"resolution": resolution} if resolution else {})
     workers = threads.settle(o.threads)
     folders: dict[tuple[str, str], Path] = {}
     side = 0
-    for name, who in names.items():
+    for name, who in named.items():
         model = who.load(o.device)
         side = resolution or model.resolution
         about = {"model": who.base["pretrained_model_name_or_path"], "fingerprint": model.fingerprint()}
@@ -62,50 +68,49 @@ def evaluate(options: Evaluate) -> int:
         facts.setdefault("models", {})[name] = about
         for solver in o.sampler:
             folder = folders[name, solver] = out / "evaluation" / f"{'base' if who is base else 'tuned'}-{key}" / solver
-            made = {"weights": about["weights"]}
-            _draw(model, prompts, folder, f"{name} {solver}", o, solver, made, workers, resolution)
+            _draw(model, prompts, (name, solver), folder, o, about["weights"], workers, resolution)
         del model
     count = len(prompts) * o.num_images_per_prompt
     left = sum(len(missing_pictures(folder, count, o.num_images_per_prompt)) for folder in folders.values())
     if left:
-        print(f"share {o.shard} is drawn; {left} pictures are left to other shares, of which the last one reports")
+        print(f"shard {o.shard} is drawn; the other shards draw {left} pictures, and the last one to end reports")
         return 0
 
     judging = open_judging(o, in_world, side)
     texts = [prompt.text for prompt in prompts for _ in range(o.num_images_per_prompt)]
     measured = {place: _measure(place, folder, texts, judging, o, workers) for place, folder in folders.items()}
-    return report(o, out, names, prompts, texts, judging, measured, folders, facts)
+    return report(o, out, named, prompts, texts, judging, measured, folders, facts)
 
 
 def _resolution(o: Evaluate, models: Sequence[Contender]) -> int | None:
-    """The side of all pictures: as asked for, else that of the runs; None: the model's own.
+    """The side of all pictures: --resolution, else that of the runs; None is the model's own.
 
     Raises:
-        ValueError: the runs were trained at different ones.
+        ValueError: the runs were trained at different resolutions.
     """
     sides = {model.resolution: model.name for model in models if model.trained is not None}
     if o.resolution is not None or not sides:
         return o.resolution
     if len(sides) > 1:
-        told = ", ".join(f"{name}: {side or 'its own'}" for side, name in sides.items())
-        raise ValueError(f"the runs were trained at different resolutions ({told}): choose one with --resolution")
+        each = ", ".join(f"{name}: {side or 'its own'}" for side, name in sides.items())
+        raise ValueError(f"the runs were trained at different resolutions ({each}): choose one with --resolution")
     return next(iter(sides))
 
 
-def _place(models: Sequence[Contender]) -> Path:
-    """A run alone has its report in its own folder; others have one under the names of all."""
+def _default_folder(models: Sequence[Contender]) -> Path:
+    """The run's own folder where one run is evaluated, else a folder named after all models."""
     if len(models) == 1 and models[0].trained is not None and not models[0].is_checkpoint:
         return models[0].trained
     return Path("evaluations") / re.sub(r"[^\w.-]+", "-", " ".join(model.name for model in models))[:80]
 
 
 def _unused(name: str, i: int, models: Sequence[Contender]) -> str:
-    """The name of a model in tables; two of one name, or one called base, get a number."""
+    """The name of a model in tables, with a number where another model has the name, or where it is "base"."""
     return name if name != "base" and sum(m.name == name for m in models) == 1 else f"{name} ({i + 1})"
 
 
 def _facts(o: Evaluate, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """What decides what is drawn, whichever model draws it."""
+    """What decides the pictures, whichever model draws them."""
     return {
         "prompts_from": o.prompts,
         "distinct_prompts": len({prompt.text for prompt in prompts}),
@@ -120,29 +125,29 @@ def _facts(o: Evaluate, prompts: Sequence[Prompt]) -> dict[str, Any]:
 
 
 def _key(facts: dict[str, Any]) -> str:
-    """Another seed, guidance, training or library gets another folder; the same goes on where it was cut off."""
+    """A folder's key: another seed, guidance, training or library gets another folder."""
     own = {name: value for name, value in facts.items() if name != "models"}
     return hashlib.blake2b(json.dumps(own, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
 def _draw(
-    model: TextToImage, prompts: Sequence[Prompt], folder: Path, title: str, o: Evaluate, solver: str,
-    facts: dict[str, Any], workers: Threads, resolution: int | None,
+    model: TextToImage, prompts: Sequence[Prompt], place: tuple[str, str], folder: Path, o: Evaluate, weights: str,
+    workers: Threads, resolution: int | None,
 ) -> None:  # fmt: skip
-    table = sampler_table(model.schedule, solver, o.steps)
+    """Draw the missing pictures of one model by one sampler; `place` names both."""
+    table = sampler_table(model.schedule, place[1], o.steps)
+    drawing = Drawing(table, o.guidance, o.seed, o.batch_size, o.num_images_per_prompt, resolution)
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(o.mixed_precision)
     shard = shard_of(o.shard)
     total = len(range(shard[0], len(prompts), shard[1])) * o.num_images_per_prompt
+    made = {"weights": weights, "solver": place[1], "timesteps": table.timesteps.tolist(), "versions": versions()}
     with (
         torch.autocast(model.device.type, dtype=half, enabled=half is not None),
-        progress_bar(total=total, desc=title, unit="picture") as bar,
+        progress_bar(total=total, desc=" ".join(place), unit="picture") as bar,
     ):
         drawn = save_pictures(
-            model, [prompt.text for prompt in prompts], folder,
-            seed=o.seed, table=table, guidance=o.guidance, batch_size=o.batch_size,
-            per_prompt=o.num_images_per_prompt, shard=shard,
-            facts={**facts, "solver": solver, "timesteps": table.timesteps.tolist(), "versions": versions()},
-            extras=[prompt.extra for prompt in prompts], resolution=resolution, drawn=bar.update,
+            model, [prompt.text for prompt in prompts], folder, drawing,
+            shard=shard, facts=made, extras=[prompt.extra for prompt in prompts], progress=bar.update,
         )  # fmt: skip
         for _ in drawn:
             workers.look()
@@ -151,8 +156,8 @@ def _draw(
 def _measure(
     place: tuple[str, str], folder: Path, texts: list[str], judging: Judging, o: Evaluate, workers: Threads
 ) -> Measured:
-    """Scores and features of one folder's pictures, which are read once."""
-    parts: list[Tensor] = []
+    """The scores and features of a folder's pictures, which are read once."""
+    embedded: list[Tensor] = []
     features = judging.features
 
     def pictures() -> Iterator[tuple[list[int], Tensor]]:
@@ -160,10 +165,10 @@ def _measure(
         with progress_bar(total=len(texts), desc=f"score {' '.join(place)}", unit="picture") as bar:
             for numbers, images in batches:
                 if features is not None:
-                    parts.append(features(images).float().cpu())
+                    embedded.append(features(images).float().cpu())
                 yield numbers, images
                 bar.update(len(numbers))
                 workers.look()
 
     scores = score(pictures(), texts, judging.rewards, judges=judging.judges)
-    return Measured(*place, scores, torch.cat(parts) if parts else None)
+    return Measured(*place, scores, torch.cat(embedded) if embedded else None)

@@ -1,4 +1,4 @@
-"""Pictures as other benchmarks' scorers read them: held against how those scorers take names and grids apart."""
+"""Folders for other benchmarks: names and grids are read back as the benchmarks' scorers read them."""
 
 import json
 import sys
@@ -9,7 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion_align.evaluation.layouts import Drawn, arrange, compbench_targets, dpg_targets, grid, read_drawn, unsafe
+from diffusion_align.evaluation.benchmark_folders import (
+    Drawn,
+    arrange,
+    compbench_targets,
+    dpg_targets,
+    grid,
+    read_drawn,
+    unsafe,
+)
 from diffusion_align.evaluation.picture_folder import fill, picture_path
 
 SIDE = 8
@@ -51,7 +59,7 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_dpg_benchs_scorer_finds_each_picture_of_each_prompt(tmp_path):
+def test_dpg_scorer_finds_every_picture(tmp_path):
     """Its script takes the id up to the first dot, and cuts left above, right above, left below, right below."""
     paths = arranged(drawn(tmp_path / "drawn", rows(item_id=IDS)), tmp_path / "out", "dpg")
     found = sorted(path.name for path in (tmp_path / "out" / "dpg").iterdir())
@@ -64,13 +72,13 @@ def test_dpg_benchs_scorer_finds_each_picture_of_each_prompt(tmp_path):
                 assert np.array_equal(cut, levels(picture(4 * place + which)))
 
 
-def test_one_picture_of_a_prompt_is_no_grid(tmp_path):
+def test_dpg_with_one_picture_of_a_prompt(tmp_path):
     arranged(drawn(tmp_path / "drawn", rows(item_id=IDS), per_prompt=1), tmp_path, "dpg")
     with Image.open(tmp_path / "dpg" / "9.png") as whole:
         assert np.array_equal(np.asarray(whole), levels(picture(2)))
 
 
-def test_compbenchs_scorers_read_prompt_and_order_out_of_the_names(tmp_path):
+def test_compbench_names_hold_prompt_and_order(tmp_path):
     """They sort samples/ by the number behind the last _, and take the prompt before the first; a category each."""
     kinds = ["color", "complex", "color", "complex"]
     arranged(drawn(tmp_path / "drawn", rows(category=kinds), per_prompt=3), tmp_path, "compbench")
@@ -105,7 +113,7 @@ def test_a_list_without_categories_has_one_folder(tmp_path):
         ("é" * 123, "makes a name of 257 bytes"),
     ],
 )
-def test_prompts_that_no_file_can_be_named_by_are_refused_and_nothing_is_written(tmp_path, prompt, fault):
+def test_prompts_unfit_for_file_names_are_refused(tmp_path, prompt, fault):
     source = drawn(tmp_path / "drawn", rows(prompt=["a cat", prompt]), per_prompt=1)
     with pytest.raises(ValueError, match=f"prompt 1 .*{fault}") as refused:
         arranged(source, tmp_path / "out", "compbench")
@@ -116,7 +124,7 @@ def test_prompts_that_no_file_can_be_named_by_are_refused_and_nothing_is_written
 @pytest.mark.parametrize(
     "prompt", ["x" * 244, "é" * 122, "The clock reads 11:44.", "...", 'a "b" | c > d * ?', "-rf ."]
 )
-def test_prompts_that_are_awkward_but_safe_keep_their_names(tmp_path, prompt):
+def test_odd_but_safe_prompts_keep_their_names(tmp_path, prompt):
     assert unsafe(prompt, f"{prompt}_000000.png") is None
     arranged(drawn(tmp_path / "drawn", rows(prompt=[prompt]), per_prompt=1), tmp_path, "compbench")
     assert [path.name.split("_")[0] for path in (tmp_path / "compbench" / "samples").iterdir()] == [prompt]
@@ -133,18 +141,18 @@ def test_prompts_that_are_awkward_but_safe_keep_their_names(tmp_path, prompt):
         (IDS, 3, "takes 4 pictures of a prompt, or 1, not 3"),
     ],
 )
-def test_what_dpg_benchs_scorer_could_not_tell_apart_is_refused(ids, per_prompt, said, tmp_path):
+def test_bad_item_ids_are_refused(ids, per_prompt, said, tmp_path):
     with pytest.raises(ValueError, match=said):
         dpg_targets(Drawn(tmp_path, {}, rows(item_id=ids), per_prompt))
 
 
-def test_a_category_is_no_path(tmp_path):
+def test_a_category_cannot_be_a_path(tmp_path):
     with pytest.raises(ValueError, match="category '../x' is not letters"):
         compbench_targets(Drawn(tmp_path, {}, rows(category=["../x"] * 4), 1))
 
 
 @pytest.mark.parametrize("layout", ["dpg", "compbench"])
-def test_cut_off_at_every_file_it_goes_on_to_the_same_folder(tmp_path, monkeypatch, layout):
+def test_resuming_after_a_kill_at_any_file_gives_the_same_folder(tmp_path, monkeypatch, layout):
     """Killed before each rename in turn; at no time does a scorer's folder hold anything but whole pictures."""
     source = drawn(tmp_path / "drawn", rows(item_id=IDS))
     arranged(source, tmp_path / "whole", layout)
@@ -176,7 +184,7 @@ def test_cut_off_at_every_file_it_goes_on_to_the_same_folder(tmp_path, monkeypat
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
 
 
-def test_a_picture_that_was_cut_short_is_written_again(tmp_path):
+def test_a_truncated_picture_is_written_again(tmp_path):
     source = drawn(tmp_path / "drawn", rows(item_id=IDS))
     arranged(source, tmp_path / "out", "dpg")
     whole, cut = contents(tmp_path / "out"), tmp_path / "out" / "dpg" / "9.png"
@@ -198,7 +206,7 @@ def test_a_folder_of_other_pictures_is_refused(tmp_path):
         arranged(shorter, tmp_path / "out", "dpg")
 
 
-def test_what_scorers_would_count_as_one_more_picture_is_refused_but_their_own_notes_stay(tmp_path):
+def test_stray_files_are_refused(tmp_path):
     source = drawn(tmp_path / "drawn", rows(item_id=IDS))
     arranged(source, tmp_path / "out", "dpg")
     (tmp_path / "out" / "dpg" / "dpg-bench_20261124_results.txt").write_text("notes of the scorer")
@@ -208,11 +216,11 @@ def test_what_scorers_would_count_as_one_more_picture_is_refused_but_their_own_n
         arranged(source, tmp_path / "out", "dpg")
 
 
-def test_a_folder_that_is_not_drawn_to_its_end_is_refused(tmp_path):
+def test_an_incomplete_source_is_refused(tmp_path):
     source = drawn(tmp_path / "drawn", rows(item_id=IDS))
     picture_path(source, 5, 4).unlink()
     picture_path(source, 9, 4).write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"2 of 16 pictures are missing or not whole, the first .*00001.*0001\.png"):
+    with pytest.raises(ValueError, match=r"2 of 16 pictures are missing or incomplete, the first .*00001.*0001\.png"):
         read_drawn(source)
     with pytest.raises(ValueError, match=r"has no pictures\.json"):
         read_drawn(tmp_path)
@@ -222,7 +230,7 @@ def test_a_folder_that_is_not_drawn_to_its_end_is_refused(tmp_path):
         read_drawn(source)
 
 
-def test_pictures_that_cannot_be_cut_apart_again_are_refused():
+def test_pictures_of_other_shapes_make_no_grid():
     with pytest.raises(ValueError, match="not squares of one size"):
         grid([torch.zeros(3, 4, 6)] * 4, "x.png")
     with pytest.raises(ValueError, match="not squares of one size"):

@@ -1,4 +1,4 @@
-"""`data annotate`: a person chooses between pictures in a page on this machine; out come files to train on."""
+"""`data annotate`: a person chooses between pictures in a page on this machine; the choices become training data."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
-from diffusion_align.commands.annotate_record import Row, comparisons, key_of, read, relevance, standing
-from diffusion_align.commands.annotate_server import Server
-from diffusion_align.commands.annotate_session import Session
-from diffusion_align.commands.annotate_tasks import Picture, by_prompt, make_questions, picture_bytes, read_pictures
+from diffusion_align.commands.annotate.choices import Row, comparisons, key_of, read, relevance, standing
+from diffusion_align.commands.annotate.questions import Picture, by_prompt, make_questions, picture_bytes, read_pictures
+from diffusion_align.commands.annotate.server import Server
+from diffusion_align.commands.annotate.session import Session
 from diffusion_align.commands.interrupt import Interruptible
 from diffusion_align.data import write_pairs_parquet
 from diffusion_align.data.bad_rows import DataError
@@ -23,14 +23,14 @@ CHOICES, PAIRS, RANKINGS = "choices.jsonl", "pairs.parquet", "rankings.jsonl"
 
 
 def annotate(options: Annotate) -> int:
-    """Serve the page until it is stopped, then export; or only export. See `Annotate` for what can be asked."""
+    """Serve the page until it is stopped, then export; or only export."""
     o = options
-    assert o.folder is not None  # the options' own check says so
+    assert o.folder is not None  # check_annotate requires it
     folder = Path(o.folder)
     pictures = read_pictures(folder)
     rows, torn = read(folder / CHOICES, pictures)
     if torn:
-        print(f"{folder / CHOICES}: {torn} torn lines (a write was cut off) are left out")
+        print(f"{folder / CHOICES}: {torn} unfinished lines (of an interrupted write) are left out")
     if not o.export:
         session = start_session(folder, pictures, rows, mode=o.mode, seed=o.seed)
         serve(session, pictures, o.port)
@@ -44,10 +44,10 @@ def annotate(options: Annotate) -> int:
 
 
 def start_session(folder: Path, pictures: list[Picture], rows: list[Row], *, mode: str, seed: int) -> Session:
-    """A session on a folder; its file of choices is opened once, so that a folder that takes none is refused now.
+    """A session on a folder whose file of choices can be written.
 
     Raises:
-        DataError: no prompt has two pictures, or nothing can be written.
+        DataError: no prompt has two pictures, or the file cannot be written.
     """
     questions = make_questions(pictures, mode, seed)
     if not questions:
@@ -68,7 +68,7 @@ def start_session(folder: Path, pictures: list[Picture], rows: list[Row], *, mod
 
 
 def serve(session: Session, pictures: list[Picture], port: int | None) -> bool:
-    """Print the address and serve until the page's button, Ctrl-C or SIGTERM; whether it was one of these two.
+    """Print the address and serve until the page's button, Ctrl-C or SIGTERM; True if a signal ended it.
 
     Raises:
         OSError: the port is taken.
@@ -90,16 +90,16 @@ def serve(session: Session, pictures: list[Picture], port: int | None) -> bool:
 
 
 def summary(folder: Path, rows: list[Row]) -> str:
-    """How many choices, ties and skips stand, and where."""
-    said = [row["choice"] for row in {key_of(row): row for row in rows}.values()]
-    ties, skips = said.count("tie"), said.count("skip")
-    return f"choices {len(said) - ties - skips}, ties {ties}, skips {skips} in {folder / CHOICES}"
+    """How many choices, ties and skips count, and in which file."""
+    choices = [row["choice"] for row in {key_of(row): row for row in rows}.values()]
+    ties, skips = choices.count("tie"), choices.count("skip")
+    return f"choices {len(choices) - ties - skips}, ties {ties}, skips {skips} in {folder / CHOICES}"
 
 
 def export(folder: Path, pictures: list[Picture], rows: list[Row]) -> str:
-    """Write pairs.parquet (Pick-a-Pic's layout) and rankings.jsonl from the choices that stand; says what was written.
+    """Write pairs.parquet (Pick-a-Pic's layout) and rankings.jsonl from the choices that count; returns what it wrote.
 
-    A file that held choices since taken back is written again, empty if need be: both say what choices.jsonl says.
+    Both files always follow choices.jsonl: where all choices were taken back, they are empty.
     """
     by_file = {picture.file: picture for picture in pictures}
     answers = {key_of(row): row for row in rows}
@@ -117,10 +117,10 @@ def export(folder: Path, pictures: list[Picture], rows: list[Row]) -> str:
     )
     lists = []
     for number, group in by_prompt(pictures).items():
-        shares = relevance(by_number.get(number, []))
-        if shares is not None:
-            files = [picture.file for picture in group if picture.file in shares]
-            lists.append({"prompt": group[0].prompt, "images": files, "relevance": [shares[file] for file in files]})
+        relevant = relevance(by_number.get(number, []))
+        if relevant is not None:
+            files = [picture.file for picture in group if picture.file in relevant]
+            lists.append({"prompt": group[0].prompt, "images": files, "relevance": [relevant[file] for file in files]})
     write_bytes(folder / RANKINGS, "".join(json.dumps(entry) + "\n" for entry in lists).encode())
     ties = sum(label == 0.5 for _, _, label in pairs)
     return f"; pairs {len(pairs)}, of them ties {ties}, in {folder / PAIRS}; lists {len(lists)} in {folder / RANKINGS}"

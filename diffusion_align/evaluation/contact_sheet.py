@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..rewards import to_uint8
-from .escape import LIMIT
-from .picture_folder import replace
+from .markup import LIMIT
+from .picture_folder import write_atomically
 
 MARGIN, ROW_GAP, GAP, LINE, FONT = 16, 28, 6, 17, 13  # pixels
 PAPER, INK, FAINT = (255, 255, 255), (34, 34, 34), (120, 120, 120)
@@ -25,7 +25,7 @@ def enlarge(picture: Tensor, factor: int) -> Image.Image:
 
 
 def wrap(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Lines no wider than `width` pixels; a word too long for one is broken, a very long text cut with an ellipsis."""
+    """Lines no wider than `width` pixels; a word too long for one is broken, a very long text ends in an ellipsis."""
     words = (text if len(text) <= LIMIT else text[: LIMIT - 1] + "…").replace("\x00", "␀").split()
     lines = [""]
     for word in words:
@@ -101,4 +101,4 @@ def pairs_picture(
         top += height + ROW_GAP
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
-    replace(Path(path), buffer.getvalue())
+    write_atomically(Path(path), buffer.getvalue())

@@ -1,4 +1,4 @@
-"""Scoring: every picture once, and results checked at the door with one clear line."""
+"""Scoring: every picture once; bad results are errors of one line."""
 
 import math
 
@@ -57,12 +57,12 @@ def test_bad_results_are_named_in_one_line(result, match):
     assert "\n" not in str(error.value)
 
 
-def test_a_judge_may_abstain_but_not_explode():
+def test_a_judge_may_return_nan_but_not_infinity():
     with pytest.raises(ValueError, match=r"^judge/all returned inf for the picture of prompt 0$"):
         score(batches(range(5)), PROMPTS, {}, judges={"judge": lambda i, p: {"all": torch.full((5,), math.inf)}})
 
 
-def test_missing_double_and_stray_pictures_are_refused():
+def test_missing_and_repeated_pictures_are_refused():
     with pytest.raises(ValueError, match="1 prompts have no picture or several; the first is number 3"):
         score(batches([0, 1, 2], [4]), PROMPTS, {"length": length})
     with pytest.raises(ValueError, match="the first is number 2"):
@@ -75,7 +75,7 @@ def test_missing_double_and_stray_pictures_are_refused():
         score([([0], IMAGES[:2])], PROMPTS, {"length": length})
 
 
-def test_attributes_that_come_and_go_and_ambiguous_names_are_refused():
+def test_changing_attributes_and_ambiguous_names_are_refused():
     def moody(images, prompts):
         return {"all": torch.ones(len(prompts)), **({"extra": torch.ones(1)} if len(prompts) == 1 else {})}
 

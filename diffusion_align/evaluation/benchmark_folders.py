@@ -1,10 +1,10 @@
-"""Pictures as the scorers of other benchmarks look for them, out of a folder in GenEval's layout.
+"""Folders of pictures for the scorers of other benchmarks, made from a folder in GenEval's layout.
 
     DPG-Bench         dpg/<item_id>.png: four pictures of a prompt as one, two by two, or the only one as it is
     T2I-CompBench     compbench/[<category>/]samples/<prompt>_<000000>.png, numbered through in each category
 
-Both scorers take every file of a folder, so those folders hold nothing else: what was arranged is written down beside
-them, and a picture lies elsewhere until it is whole.
+Both scorers take every file of a folder for a picture, so these folders hold nothing else: the manifest lies beside
+them, and an unfinished picture lies elsewhere.
 """
 
 from __future__ import annotations
@@ -20,21 +20,35 @@ import torch
 from torch import Tensor
 
 from ..data.images import encode_png
-from .picture_folder import MANIFEST, METADATA, claim, is_whole, missing_pictures, picture_path, read_picture, replace
+from .picture_folder import (
+    MANIFEST,
+    METADATA,
+    claim,
+    is_whole,
+    missing_pictures,
+    picture_path,
+    read_picture,
+    write_atomically,
+)
 
 NAME_BYTES = 255  # what file systems take for one name
+DPG_COUNTS = (1, 4)  # pictures of a prompt that DPG-Bench takes
 _SAFE = re.compile(r"[A-Za-z0-9_-]{1,200}")  # DPG-Bench's scorer ends the id at the first dot
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A folder in GenEval's layout: what its manifest says, and each prompt's metadata."""
+    """A complete folder in GenEval's layout: what its manifest says, and each prompt's metadata."""
 
     folder: Path
     facts: dict[str, Any]
     rows: list[dict[str, Any]]
     per_prompt: int
+
+
+class NotDrawn(ValueError):
+    """A folder that is not in GenEval's layout, or lacks pictures."""
 
 
 @dataclass(frozen=True)
@@ -46,25 +60,22 @@ class Target:
 
 
 def read_drawn(folder: str | Path) -> Drawn:
-    """What a folder holds; every picture that it should have is there.
+    """What a folder holds.
 
     Raises:
-        ValueError: not such a folder, or not drawn to its end.
+        NotDrawn: no folder in GenEval's layout, or one that lacks pictures.
+        ValueError: a prompt of its manifest differs from its metadata.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
-        raise ValueError(
-            f"{folder} has no {MANIFEST}: give a folder that evaluate or sample --layout geneval has drawn"
-        )
+        raise NotDrawn(f"{folder} has no {MANIFEST}")
     facts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     prompts, per_prompt = facts.pop("prompts"), facts.get("per_prompt", 1)
     missing = missing_pictures(folder, len(prompts) * per_prompt, per_prompt)
     if missing:
         first = picture_path(folder, missing[0], per_prompt)
-        raise ValueError(
-            f"{len(missing)} of {len(prompts) * per_prompt} pictures are missing or not whole, the first {first}: "
-            "run what drew them again, it goes on"
-        )
+        count = len(prompts) * per_prompt
+        raise NotDrawn(f"{len(missing)} of {count} pictures are missing or incomplete, the first {first}")
     return Drawn(folder, facts, [_row(folder, place, prompt) for place, prompt in enumerate(prompts)], per_prompt)
 
 
@@ -80,11 +91,11 @@ def dpg_targets(drawn: Drawn) -> list[Target]:
     """`<item_id>.png` for each prompt.
 
     Raises:
-        ValueError: neither 1 nor 4 pictures a prompt, or an id that is missing, double or no safe name.
+        ValueError: neither 1 nor 4 pictures of a prompt, or an id that is missing, used twice or not a safe name.
     """
     per_prompt = drawn.per_prompt
-    if per_prompt not in (1, 4):
-        raise ValueError(f"DPG-Bench takes 4 pictures of a prompt, or 1, not {per_prompt}: --num_images_per_prompt 4")
+    if per_prompt not in DPG_COUNTS:
+        raise ValueError(f"DPG-Bench takes 4 pictures of a prompt, or 1, not {per_prompt}")
     seen: dict[str, int] = {}
     for place, row in enumerate(drawn.rows):
         name = row.get("item_id")
@@ -106,10 +117,10 @@ def dpg_targets(drawn: Drawn) -> list[Target]:
 
 
 def compbench_targets(drawn: Drawn) -> list[Target]:
-    """`<prompt>_<000000>.png` for each picture, in a folder a category where the list has any.
+    """`<prompt>_<000000>.png` for each picture, in a folder for each category where the list has any.
 
     Raises:
-        ValueError: a prompt that its scorers could not read out of the name, or that cannot be in one.
+        ValueError: a prompt that cannot be in a file's name, or that the scorers could not read from one.
     """
     targets, numbered = [], {}
     for place, row in enumerate(drawn.rows):
@@ -123,7 +134,7 @@ def compbench_targets(drawn: Drawn) -> list[Target]:
             fault = unsafe(row["prompt"], name)
             if fault is not None:
                 raise ValueError(
-                    f"prompt {place} {fault}, and T2I-CompBench's scorers read the prompt out of the file's name: "
+                    f"prompt {place} {fault}, and T2I-CompBench's scorers read the prompt from the file's name: "
                     "leave it out of the list"
                 )
             targets.append(Target(Path(category) / "samples" / name, (place * drawn.per_prompt + which,)))
@@ -133,7 +144,7 @@ def compbench_targets(drawn: Drawn) -> list[Target]:
 def unsafe(prompt: str, name: str) -> str | None:
     """Why a prompt cannot be in the name of a file that T2I-CompBench's scorers read; None when it can."""
     if "_" in prompt:
-        return "has _, at which the name is cut"
+        return "has _, which ends the prompt in the name"
     if "/" in prompt or "\\" in prompt or _CONTROL.search(prompt):
         return "has a slash or a control character"
     try:
@@ -147,12 +158,12 @@ TARGETS = {"dpg": dpg_targets, "compbench": compbench_targets}
 
 
 def arrange(drawn: Drawn, out: str | Path, layout: str) -> Iterator[Path]:
-    """Write the files of a layout into `out`/`layout`, yielding each that is there; whole ones stay as they are.
+    """Write the files of a layout into `out`/`layout` and yield each path; complete files stay as they are.
 
-    `out`/`layout`.json says which pictures they are; a folder made of others is refused.
+    `out`/`layout`.json says which pictures they are; a folder made of other pictures is refused.
 
     Raises:
-        ValueError: as the layout's targets; other pictures in the folder, or a file that no prompt has.
+        ValueError: as the layout's targets; other pictures in the folder, or a file of no prompt.
     """
     targets, out = TARGETS[layout](drawn), Path(out)
     home, staging = out / layout, out / f".{layout}"
@@ -163,22 +174,19 @@ def arrange(drawn: Drawn, out: str | Path, layout: str) -> Iterator[Path]:
         path = home / target.path
         if not is_whole(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace(path, encode_png(_picture(drawn, target)), staging)
+            pictures = [read_picture(drawn.folder, number, drawn.per_prompt) for number in target.numbers]
+            write_atomically(path, encode_png(grid(pictures, path.name)), staging)
         yield path
-    for left in staging.iterdir():  # of a process that was killed
+    for left in staging.iterdir():  # by a process that was killed
         left.unlink()
     staging.rmdir()
-
-
-def _picture(drawn: Drawn, target: Target) -> Tensor:
-    return grid([read_picture(drawn.folder, number, drawn.per_prompt) for number in target.numbers], target.path.name)
 
 
 def grid(pictures: Sequence[Tensor], name: str) -> Tensor:
     """Four pictures [3,S,S] as one [3,2S,2S]: 0 1 above 2 3; one is itself.
 
     Raises:
-        ValueError: several that are not squares of one size, which a scorer would cut apart wrongly.
+        ValueError: several that are not squares of one size; a scorer would split them wrongly.
     """
     if len(pictures) == 1:
         return pictures[0]
@@ -190,7 +198,7 @@ def grid(pictures: Sequence[Tensor], name: str) -> Tensor:
 
 
 def _refuse_others(home: Path, targets: Sequence[Target]) -> None:
-    """The scorers would take a picture of no prompt for one more; what they write themselves, as text, may stay."""
+    """Refuse files of no prompt, which the scorers would count as pictures; the scorers' own .txt files may stay."""
     expected = {target.path for target in targets}
     found = (path.relative_to(home) for path in home.rglob("*") if path.is_file() and path.suffix != ".txt")
     other = next(iter(sorted(set(found) - expected)), None)

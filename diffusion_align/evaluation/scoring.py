@@ -1,4 +1,4 @@
-"""Numbers for pictures: rewards and judges over a stream of batches, checked at the door."""
+"""Scores of pictures: rewards and judges over a stream of batches, each result checked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..rewards import Reward, one_each
-from .generate import Batch
+from .picture_folder import Batch
 
 Judge = Callable[[Tensor, list[str]], Mapping[str, Tensor]]
 
@@ -44,8 +44,8 @@ def score(
         "judge/attribute".
 
     Raises:
-        ValueError: in one line, a result of the wrong shape or not finite, attributes that come and go, a picture
-            that is missing or given twice, or a name used twice.
+        ValueError: a result of the wrong shape or not finite, attributes that differ between batches, a picture that
+            is missing or given twice, or a name with a "/".
     """
     if any("/" in name for name in (*rewards, *(judges or {}))):
         raise ValueError('names of rewards and judges have no "/", which stands between a judge and its attribute')

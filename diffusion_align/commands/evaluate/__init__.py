@@ -1,0 +1,1 @@
+"""`evaluate`: pictures of several models for the same prompts and noise, compared in a report."""

@@ -1,0 +1,1 @@
+"""`sample`: pictures from a model, in a folder of their own or as benchmarks read them."""

@@ -1,0 +1,78 @@
+"""`sample`: pictures from prompts, and a JSON file that says how they were made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from diffusion_align.commands import threads
+from diffusion_align.commands.prompt_lists import listed_prompts
+from diffusion_align.commands.sample.benchmark import check_layout, draw_folder, hand_over, side_of
+from diffusion_align.commands.sample.drawing import Draw, draw
+from diffusion_align.commands.sample.folder import LISTING, claim, listing
+from diffusion_align.commands.sources import present_model
+from diffusion_align.commands.trained_weights import base_of, load_tuned, run_config, weights_digest
+from diffusion_align.data.images import encode_png
+from diffusion_align.data.prompts import Prompt
+from diffusion_align.evaluation.report import versions
+from diffusion_align.options import Sample
+from diffusion_align.samplers import step_table
+from diffusion_align.system.progress import progress_bar
+
+
+def sample(options: Sample) -> int:
+    """Draw and write pictures, or arrange pictures that an earlier command drew."""
+    o = options
+    if o.from_pictures is not None:
+        return hand_over(o.from_pictures, o)
+    prompts = [Prompt(text) for text in o.prompt]
+    prompts += listed_prompts(o.prompts_file)[: o.num_prompts] if o.prompts_file else []
+    check_layout(prompts, o)
+    base = base_of(o.run, run_config(o.run), o.pretrained_model_name_or_path) if o.run else {}
+    name = base.get("pretrained_model_name_or_path") or present_model(o.pretrained_model_name_or_path or "")
+    revision, variant = o.revision or base.get("revision"), o.variant or base.get("variant")
+
+    resolution = side_of(o)
+    order = o.order if o.solver == "dpmpp" else 1
+    about: dict[str, Any] = {
+        "pictures": listing([prompt.text for prompt in prompts], o.num_images_per_prompt),
+        "model": name,
+        "run": o.run,
+        "weights": weights_digest(o.run) if o.run else "base",
+        "seed": o.seed,
+        "guidance": o.guidance,
+        "negative_prompt": o.negative_prompt,
+        "sampler": {"solver": o.solver, "order": order, "steps": o.steps, "eta": o.eta, "spacing": o.spacing},
+        "mixed_precision": o.mixed_precision,
+    } | ({"resolution": resolution} if resolution else {})
+    if o.layout == "samples":
+        claim(Path(o.out), about, overwrite=o.overwrite)
+
+    from diffusion_align.models import load_pipeline  # takes seconds, so it follows all checks
+
+    threads.settle(o.threads)
+    model = load_pipeline(name, device=o.device, revision=revision, variant=variant)
+    if o.run:
+        load_tuned(model, o.run)
+    table = step_table(model.schedule, o.steps, solver=o.solver, order=order, eta=o.eta, spacing=o.spacing)
+
+    draw_places = partial(draw, model, [prompt.text for prompt in prompts], table, o, resolution)
+    if o.layout != "samples":
+        return draw_folder(model, prompts, table, draw_places, o)
+    write_pictures(about["pictures"], draw_places, Path(o.out))
+    about |= {"fingerprint": model.fingerprint(), "resolution": resolution or model.resolution, "versions": versions()}
+    (Path(o.out) / LISTING).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(about['pictures'])} pictures and {LISTING} in {Path(o.out)}")
+    return 0
+
+
+def write_pictures(files: Sequence[dict[str, Any]], draw_places: Draw, out: Path) -> None:
+    """Draw all pictures into one folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    with progress_bar(total=len(files), desc="draw", unit="picture") as bar:
+        drawn = draw_places([(entry["prompt_number"], entry["image"]) for entry in files], bar.update)
+        for entry, (_, picture) in zip(files, drawn, strict=True):
+            (out / entry["file"]).write_bytes(encode_png(picture))
