@@ -198,7 +198,7 @@ def test_an_index_may_only_name_files_beside_it(tmp_path):
     checked(folder)
     for name in ("../../outside.safetensors", "/etc/passwd", "a\\b", "..", "", 1):
         index.write_text(json.dumps({"weight_map": {"a": name}}))
-        with pytest.raises(ValueError, match="index.json names the file .* none beside it"):
+        with pytest.raises(ValueError, match="index.json names the file .* not in this folder"):
             checked(folder)
 
 

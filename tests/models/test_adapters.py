@@ -157,7 +157,7 @@ def test_truncated_and_absent_files(model, tmp_path):
     add_lora(model.unet, 4)
     path = save_lora(model.unet, tmp_path)
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="not a whole safetensors"):
+    with pytest.raises(ValueError, match="not a complete safetensors"):
         load_lora(model, tmp_path)
 
 

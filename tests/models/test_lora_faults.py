@@ -95,7 +95,7 @@ def test_ranks_and_strengths_of_each_layers_own_are_kept(both, tmp_path, same_st
     with heard() as messages:
         load_lora(model, write(tmp_path / "mixed.safetensors", tensors))
     assert_rounded(family.answer(model), family.answer(merged(family.fresh(), tensors)), depth=200)
-    assert "filled up with zeros to 4" in messages[0] and ("multiplied in" in messages[0]) != same_strength
+    assert "padded with zeros to 4" in messages[0] and ("multiplied in" in messages[0]) != same_strength
     save_lora(model.unet, tmp_path / "again")
     assert_rounded(
         load_theirs(family, tmp_path / "again" / "pytorch_lora_weights.safetensors"), family.answer(model), depth=200
@@ -175,9 +175,7 @@ def test_what_is_left_out_of_a_file_is_said_in_one_line(both, tmp_path, caplog):
         load_lora(model, path, allow_partial=True)
     assert torch.equal(family.answer(model), family.answer(tuned))
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line == (
-        f"{path}: gone on without: 1 tensors are for text encoders, which are not tuned here, the first is {TE}"
-    )
+    assert line == (f"{path}: left out: 1 tensors are for text encoders, which are not tuned here, the first is {TE}")
 
 
 def test_a_part_of_the_layers_is_loaded_only_where_that_is_allowed(both, tmp_path):
@@ -248,7 +246,7 @@ def test_two_names_of_one_tensor_are_refused(both, tmp_path):
     key = next(key for key in tensors if key.endswith("to_q.lora_down.weight"))
     again = key.replace("lora_down", "lora_A").replace("lora_unet_", "unet.")
     path = write(tmp_path / "twice.safetensors", tensors | {again: tensors[key].clone()})
-    with pytest.raises(ValueError, match="are the same layer's"):
+    with pytest.raises(ValueError, match="are of the same layer"):
         load_lora(both[0].fresh(), path)
 
 
