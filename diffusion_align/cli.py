@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from diffusion_align.options import VERBS, UsageError, build_parser, parse, preset_names, resolve, unknown
 from diffusion_align.options.paths import require_outputs
-from diffusion_align.system.consoles import steady
+from diffusion_align.system.consoles import tolerant_output
 from diffusion_align.system.printable import printable
 
 PROG = "diffusion-align"
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done, 1 the work failed, 2 the command line is wrong, 128 + n stopped by signal n (130: Ctrl-C).
     """
-    with steady() as output:
+    with tolerant_output() as output:
         code = _main(list(sys.argv[1:] if argv is None else argv))
         output.flush()
         if output.refused is None:
