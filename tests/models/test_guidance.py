@@ -7,7 +7,7 @@ from diffusion_align.models import set_attention
 from diffusion_align.models.guidance import guided
 
 
-def test_one_call_and_the_arithmetic():
+def test_guidance_is_one_call_and_matches_hand_arithmetic():
     calls = []
 
     def predict(x, t, text):
@@ -41,7 +41,7 @@ def test_xformers_where_it_cannot_run_says_so_in_one_line(model):
     assert "\n" not in str(error.value)
 
 
-def test_gradient_checkpointing_changes_no_number(model):
+def test_gradient_checkpointing_changes_no_gradient(model):
     x, t, text = torch.ones(1, 4, 8, 8), torch.tensor([5]), model.empty_text
     model.unet.requires_grad_(True)
     gradients, saved = [], []
