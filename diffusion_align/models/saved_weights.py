@@ -41,7 +41,7 @@ def save_lora(unet: UNet2DConditionModel, folder: str | os.PathLike[str]) -> Pat
     metadata = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
     with _staged(Path(folder) / LORA_FILE) as partial:
         StableDiffusionPipeline.save_lora_weights(
-            partial, unet_lora_layers=_lora_state(unet), unet_lora_adapter_metadata=metadata
+            partial, unet_lora_layers=dict(_lora_state(unet)), unet_lora_adapter_metadata=metadata
         )
         sort_header(partial / LORA_FILE)
         os.replace(partial / LORA_FILE, Path(folder) / LORA_FILE)

@@ -98,7 +98,7 @@ def resume(s: Setting, method: str) -> Facts:
 
     stopped = train(embedded(method, cut, s.device, "no", s.scale, steps=4), s.device, after=stop)
     if stopped.code != 128 + signal.SIGTERM:
-        raise RuntimeError(f"a signal ended the run with exit code {stopped.code}: {stopped.said[-200:]}")
+        raise RuntimeError(f"a signal ended the run with exit code {stopped.code}: {stopped.stderr[-200:]}")
     again = [*embedded(method, cut, s.device, "no", s.scale, steps=4), "--resume_from_checkpoint", "latest"]
     train(again, s.device).require()
     one, other = (_weights(run) for run in (whole, cut))

@@ -28,7 +28,7 @@ class Measured:
     step (0 if not counted)."""
 
     code: int
-    said: str
+    stderr: str
     rows: list[Row] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     peak: int = 0
@@ -37,7 +37,7 @@ class Measured:
     def require(self) -> Measured:
         """Itself; raises RuntimeError with the command's error line if it failed."""
         if self.code:
-            lines = [line for line in self.said.splitlines() if "error:" in line] or self.said.splitlines()[-1:]
+            lines = [line for line in self.stderr.splitlines() if "error:" in line] or self.stderr.splitlines()[-1:]
             raise RuntimeError(f"exit code {self.code}: {' '.join(lines)}")
         return self
 
@@ -73,14 +73,14 @@ def train(
 
         return write
 
-    said, real = io.StringIO(), record.recorder
+    stderr, real = io.StringIO(), record.recorder
     record.recorder = recorder
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said), counting:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr), counting:
             found.code = cli.main(list(argv))
     finally:
         record.recorder = real
-    found.said = said.getvalue()
+    found.stderr = stderr.getvalue()
     found.seconds = [b - a for a, b in zip(times[count:], times[count + 1 :], strict=False)]
     found.peak = peak(device)
     gc.collect()

@@ -67,8 +67,8 @@ def write_rankings(out: Path, prompts: list[str], pictures: Tensor, scores: Tens
     write_rankings_parquet(
         out,
         (
-            Ranking(str(number), prompt, tuple(map(picture_bytes, own)), tuple(phi), (tuple(said),))
-            for number, (prompt, own, phi, said) in enumerate(rows)
+            Ranking(str(number), prompt, tuple(map(picture_bytes, own)), tuple(phi), (tuple(marks),))
+            for number, (prompt, own, phi, marks) in enumerate(rows)
         ),
         rows_per_group=256,
     )
