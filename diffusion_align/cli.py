@@ -9,10 +9,14 @@ from collections.abc import Sequence
 
 from diffusion_align.options import VERBS, UsageError, build_parser, parse, preset_names, resolve, unknown
 from diffusion_align.options.paths import require_outputs
-from diffusion_align.system.consoles import steady
+from diffusion_align.system.consoles import tolerant_output
 from diffusion_align.system.printable import printable
 
 PROG = "diffusion-align"
+MEMORY_CURE = (
+    "the three cheapest ways on: --gradient_checkpointing; --mixed_precision bf16; fewer pictures at a time "
+    "(halve --train_batch_size and double --gradient_accumulation_steps; online: halve --sample_chunk, or --group_size)"
+)
 OTHER_VERBS = {
     "presets ls": "list the presets",
     "presets show": "print a preset, with the unit and the source of each number: presets show METHOD/NAME",
@@ -29,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done, 1 the work failed, 2 the command line is wrong, 128 + n stopped by signal n (130: Ctrl-C).
     """
-    with steady() as output:
+    with tolerant_output() as output:
         code = _main(list(sys.argv[1:] if argv is None else argv))
         output.flush()
         if output.refused is None:
@@ -59,12 +63,10 @@ def _main(argv: list[str]) -> int:
             raise
         # Errors that the floors below raise on purpose are plain ones, or classes of their own.
         ours = type(error).__module__.startswith("diffusion_align.")
-        if ours or isinstance(error, ValueError | OSError | ImportError | NotImplementedError):
+        if "out of memory" in str(error):  # of this process, or of another one that an error tells of
+            _complain(f"{_one_line(error)}; {MEMORY_CURE}")
+        elif ours or isinstance(error, ValueError | OSError | ImportError | NotImplementedError):
             _complain(_one_line(error))
-        elif type(error).__name__ == "OutOfMemoryError":
-            from diffusion_align.system.memory import CURE
-
-            _complain(f"{_one_line(error)}; {CURE}")
         else:
             _complain(f"unexpected {type(error).__name__}: {_one_line(error)} (--traceback shows where)")
         return 1

@@ -1,8 +1,7 @@
-"""What a run fetches by name: where it lies, how large it is, under which licence. Facts only, and nothing heavy.
+"""What a run fetches by name: address, size and licence of each. Facts only; importing it is cheap.
 
-A licence is what the address itself states; where it states none, that is said. A size is what the address states; one
-with "about" is computed from numbers of weights. Read off public pages, last in November 2026; nothing was fetched.
-Rewards have a table of their own, `rewards.catalogue`.
+Licences and sizes are what the addresses state; a size with "about" is computed from numbers of weights. They were read
+from public pages, last in November 2026; nothing was fetched. Rewards have their own table, `rewards.catalogue`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ class Origin:
     Attributes:
         files: names or patterns of what is fetched; empty for a model's folder.
         note: what else a reader should know.
-        make: the command that makes it, where nobody publishes it; `repo` is empty then.
+        make: the command that makes it if nobody publishes it; then `repo` is empty.
     """
 
     repo: str
@@ -86,11 +85,11 @@ class PromptList:
     """A list of prompts that is fetched.
 
     Attributes:
-        files: by category, which a list of one file has under ""; without a `key` the names are no categories.
-        prompts: how many there are, where that is known.
-        key: what its rows call the category.
-        once: its rows are preferences, many of one prompt: each prompt is taken once.
-        sha256: of its one file, which then comes from the address `repo` on the web, not from the hub.
+        files: {category: file}; a single file has the category "", and without a `key` the names are no categories.
+        prompts: their number, if known.
+        key: the rows' name for the category.
+        once: rows are preferences, with many rows to a prompt; each prompt is taken once.
+        sha256: of a single file on the web, below the URL `repo`; without it `repo` is on the hub.
     """
 
     repo: str
@@ -109,7 +108,7 @@ ATTRIBUTES = ("color", "shape", "texture", "spatial", "3d_spatial", "non_spatial
 
 
 def _validation(attribute: str) -> str:
-    # The data set's splits are named by what follows the first underscore of a configuration's name.
+    # The data set names its splits by what follows the first underscore of the configuration's name.
     name = f"{attribute}_val"
     return f"{name}/{name.split('_', 1)[1]}-00000-of-00001.parquet"
 
@@ -161,7 +160,7 @@ PROMPT_LISTS: Mapping[str, PromptList] = {**BENCHMARKS, **TRAINING_LISTS}
 
 @dataclass(frozen=True)
 class Shipped:
-    """A list of prompts in the package, under assets/."""
+    """A list of prompts that ships with the package, below assets/."""
 
     file: str
     licence: str

@@ -1,10 +1,10 @@
-"""What a busy neighbour costs: training steps alone, and beside programs that keep cores busy, by number of threads.
+"""Training speed alone and beside programs that keep cores busy, by number of threads.
 
     python scripts/bench_busy.py                       # 12 steps of `train dpo --preset tiny` a row, about two minutes
-    python scripts/bench_busy.py --demo                # the whole of `make demo`, alone and beside: some ten minutes
+    python scripts/bench_busy.py --demo                # all of `make demo`, both ways: about ten minutes
     python scripts/bench_busy.py --busy 2              # two busy programs, for a machine of four cores
 
-`auto` is what the command chooses by itself; the other rows set OMP_NUM_THREADS. Run it on a machine that is idle.
+`auto` is the command's own choice; the other rows set OMP_NUM_THREADS. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ print(json.dumps({"seconds": [b[0] - a[0] for a, b in zip(times, times[1:])], "t
 
 @contextmanager
 def neighbours(count: int) -> Iterator[None]:
-    """So many programs that keep a core busy each."""
+    """`count` programs that each keep a core busy."""
     running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -46,7 +46,7 @@ def neighbours(count: int) -> Iterator[None]:
 
 
 def run(argv: list[str], threads: int | None) -> str:
-    """The last line that a command prints, with so many threads, or as many as it chooses."""
+    """The last line that a command prints, with `threads` threads or its own choice."""
     env = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     if threads is not None:
         env["OMP_NUM_THREADS"] = str(threads)
@@ -55,7 +55,7 @@ def run(argv: list[str], threads: int | None) -> str:
 
 
 def step_seconds(threads: int | None, steps: int, folder: Path) -> tuple[float, int]:
-    """The median seconds of a training step, and the threads it had at the end."""
+    """The median seconds of a training step, and the number of threads at the end."""
     name = f"{threads}-{time.monotonic_ns()}"
     flags = f"train dpo --preset tiny --max_train_steps {steps + 1} --run_validation=false --checkpointing_steps 10000"
     places = ["--cache_dir", str(folder / "cache"), "--output_dir", str(folder / name)]

@@ -1,12 +1,13 @@
-"""How much of an online method's gradient is signal: at the embedded base, for the group-relative policy gradient.
+"""Signal and noise in an online method's gradient: the group-relative policy gradient at the embedded base model.
 
     python scripts/bench_gradient_noise.py                 # some minutes on two CPU cores
-    python scripts/bench_gradient_noise.py --batches 32    # a sharper answer
+    python scripts/bench_gradient_noise.py --batches 32    # a more precise answer
 
-For N independent batches with gradients g_i it prints |mean|^2 / |one batch's deviation|^2, the mean's square by the
-unbiased sum over i != j of <g_i, g_j>, for each step of the runs and for all together, and network evaluations a batch.
-One over it is how many batches an update needs before its direction is half signal; a negative number is one that
-cannot be told from 0. Runs with noise in all steps, and in one of six, as the presets `tiny` draw them.
+For N independent batches with gradients g_i it prints |mean|^2 / |one batch's deviation|^2 for each step and for all
+steps together, and network evaluations a batch. The mean's square is the unbiased sum over i != j of <g_i, g_j>. The
+inverse of the ratio is the number of batches that an update needs until half of its direction is signal; a negative
+ratio means that it cannot be distinguished from 0. Trajectories have noise in all steps, or in one of six as in the
+presets `tiny`.
 """
 
 from __future__ import annotations
@@ -73,10 +74,11 @@ def main(argv: list[str] | None = None) -> None:
         for i in range(0, len(captions), args.prompts):
             samples = [(0, j) for j in range(i, i + args.prompts)]
             prompts = captions[i : i + args.prompts]
+            prompted = Prompted(prompts, model.encode_text(prompts), samples)
             runs = draw_runs(
-                policy, None, table, model.encode_text(prompts), prompts, samples, score,
-                group=group, share_noise=share, shape=model.latent_shape(), seed=1,
-            )  # fmt: skip
+                policy, None, table, prompted, group=group, share_noise=share, shape=model.latent_shape(), seed=1
+            )
+            runs = scored(runs, score)
             rows.append(torch.stack([gradient(runs, k) for k in steps]))
         every = torch.stack(rows)  # [batches, steps, parameters]
         by_step = " ".join(f"{signal_share(every[:, i]):+.3f}" for i in range(len(steps)))

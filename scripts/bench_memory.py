@@ -1,12 +1,12 @@
-"""What the gradient of a whole run costs in memory: two passes (`path_gradient`) against plain autograd.
+"""Memory of the gradient of a whole trajectory: two passes (`path_gradient`) against plain autograd.
 
-    python scripts/bench_memory.py                             # the embedded model, or a toy if that is not built
+    python scripts/bench_memory.py                             # the embedded model, or a toy if it is not built
     python scripts/bench_memory.py --model toy --steps 5 50    # a small network of tanh layers
     python scripts/bench_memory.py --model path/to/folder --guidance 5
 
-Prints a table. Counted are the tensors that autograd keeps alive for its backward, at their peak, each storage once;
-weights, their gradients and the run itself are there in both ways and left out. Besides, `path_gradient` keeps one
-clean prediction per step.
+Prints a table of the peak size of tensors that autograd keeps for the backward pass, each storage counted once.
+Weights, their gradients and the trajectory are needed either way and are not counted, nor is the one clean prediction
+per step that `path_gradient` keeps.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from diffusion_align.schedule import Schedule
 
 
 class _Held:
-    """A tensor saved for backward; autograd drops this box when it has no more use for it."""
+    """A tensor saved for backward; autograd deletes this box when it no longer needs it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
 def peak_saved_bytes(work: Callable[[], object], besides: Iterable[Tensor] = ()) -> int:
-    """The most bytes that autograd held for backward at any time of `work()`, without the storages of `besides`."""
+    """The peak of bytes that autograd kept for backward during `work()`, without the storages of `besides`."""
     known = {tensor.untyped_storage().data_ptr() for tensor in besides}
     holders: Counter[int] = Counter()
     now = peak = 0
@@ -75,7 +75,7 @@ def _model(name: str, batch: int, guidance: float) -> tuple[nn.Module, Denoiser,
 
 
 def _loss(log_prob: Tensor) -> Tensor:
-    """Not linear, so that every step's gradient waits for all the others."""
+    """Not linear, so that every step's gradient depends on all the others."""
     return log_prob.sum(0).square().mean()
 
 

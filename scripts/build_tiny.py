@@ -1,10 +1,10 @@
-"""Rebuild the embedded world from nothing: autoencoder, denoiser, reward, preferences; an hour on two CPU cores.
+"""Rebuild the embedded world from scratch: autoencoder, denoiser, reward, preferences; an hour on two CPU cores.
 
     python scripts/build_tiny.py                    # writes assets/tiny, tiny_clip, tiny_pairs and tiny_rankings
     python scripts/build_tiny.py --out /tmp/assets  # elsewhere
 
-Cut off, it goes on where it was: each stage keeps its state under --work. What it made and how good it is stands in
-assets/tiny/build.json.
+If it is interrupted, the same command continues: each stage keeps its state under --work. assets/tiny/build.json says
+what was made and how good it is.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def build_pipeline(work: Path, out: Path, vae: AutoencoderKL, size: argparse.Nam
     tokenizer = build_tokenizer()
     unet, text_encoder = train_unet(work, tokenizer, captions, latents, seed=size.seed, steps=tuple(size.unet_steps))
     note(work, unet_steps=size.unet_steps)
-    # The scheduler that plain diffusers will use: the project's evaluation sampler.
+    # The scheduler for plain diffusers: this project's evaluation sampler.
     scheduler = DPMSolverMultistepScheduler(**SCHEDULE, steps_offset=1, timestep_spacing="trailing")
     pipeline = StableDiffusionPipeline(
         vae=vae,
@@ -68,9 +68,9 @@ def build_pipeline(work: Path, out: Path, vae: AutoencoderKL, size: argparse.Nam
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    unet.half()  # 2.7 million weights: half of the space, and the loaders widen them again
+    unet.half()  # half the space for 2.7 million weights; the loaders convert them back
     pipeline.save_pretrained(out)
-    # diffusers adds the folder on this machine that the VAE was loaded from.
+    # diffusers adds the local folder that the VAE was loaded from.
     config = out / "vae" / "config.json"
     known = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
     config.write_text(json.dumps(known, indent=2) + "\n")
@@ -93,18 +93,18 @@ def build_reward(work: Path, model: Path, out: Path, size: argparse.Namespace) -
 
 
 def build_pairs(work: Path, model: Path, reward: Path, out: Path, size: argparse.Namespace) -> None:
-    """Pairs, and rankings of all four pictures that each pair is the best and the worst of."""
+    """Rankings of four pictures, and pairs of the best and the worst of each."""
     rankings = out.with_name("tiny_rankings.parquet")
     if out.exists() and rankings.exists():
         return
-    # New prompts of the training split: the reward has not seen these pictures.
+    # New prompts of the training split, whose pictures the reward has not seen.
     prompts = sample_captions(size.pair_prompts, size.seed + 4, unique=True)
     own = own_pictures(work, "pair-pictures", model, prompts, 4, seed=size.seed + 1)
     scorer = clip_scorer(str(reward), device="cpu")
     repeated = [prompt for prompt in prompts for _ in range(4)]
     scores = scorer(own.flatten(0, 1).float() / 255, repeated).view(-1, 4)
     write_rankings(rankings, prompts, own, scores)
-    if out.exists():  # made before there were rankings
+    if out.exists():  # made by a version without rankings
         return
     marks = marks_of(own, prompts)
     best, worst, rows = scores.argmax(1), scores.argmin(1), torch.arange(len(prompts))
@@ -117,7 +117,7 @@ def build_pairs(work: Path, model: Path, reward: Path, out: Path, size: argparse
         judge_accuracy_of_winners=marks["all"][rows, best].mean().item(),
         judge_accuracy_of_losers=marks["all"][rows, worst].mean().item(),
     )
-    # Which side won is drawn, so that a reader which ignores the label cannot look right.
+    # The winner's side is drawn, so that a reader which ignores the label fails.
     winner_first = integers_batch(0, 2, size.seed, "side", range(len(prompts))).bool()
     sides = [torch.where(winner_first, a, b) for a, b in ((best, worst), (worst, best))]
     pictures = [[picture_bytes(picture) for picture in own[rows, side]] for side in sides]
@@ -126,7 +126,7 @@ def build_pairs(work: Path, model: Path, reward: Path, out: Path, size: argparse
 
 
 def measure(work: Path, model: Path, size: argparse.Namespace) -> None:
-    """The base model on held-out prompts: the room that alignment has."""
+    """The base model's accuracy on held-out prompts, which alignment can improve."""
     prompts = sample_captions(size.measure_prompts, size.seed + 5, split="held-out")
     own = own_pictures(work, "held-out-pictures", model, prompts, 1, seed=size.seed + 2)
     marks = marks_of(own, prompts)

@@ -3,7 +3,7 @@
     python scripts/demo.py             # or `make demo`
     python scripts/demo.py --seed 1    # another run of the same experiment
 
-The same two commands as a person would type: `train dpo --preset tiny` and `evaluate`.
+It runs the same two commands that a user would type: `train dpo --preset tiny` and `evaluate`.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Everything that only a GPU can show, in the order of its value, within a time limit; or all of it at tiny size.
+"""Checks that need a GPU, the most valuable first, within a time limit; or all of them at tiny size.
 
-    python scripts/gpu_check.py --minutes 9            # or `make gpu`; the same command again goes on where it ended
-    python scripts/gpu_check.py --smoke                # on a CPU, tiny models: whether the check itself works
+    python scripts/gpu_check.py --minutes 9            # or `make gpu`; the same command again continues
+    python scripts/gpu_check.py --smoke                # on a CPU with tiny models, to test the checks
     python scripts/gpu_check.py --only sd15-dpo --device cpu --resolution 256 --batch 1
 
-Writes OUT/gpu_check.json and OUT/gpu_check.md, anew after each check: versions and card, the peak of a matrix product,
-CPU/GPU parity and start checks of each method and precision on the embedded model, resume, memory that runs out, and a
-measured step of each method on the architectures of Stable Diffusion 1.5 and SDXL with random weights. Exit code 1: a
-check failed, see the table.
+Writes OUT/gpu_check.json and OUT/gpu_check.md after each check: versions and card, the peak of a matrix product,
+CPU/GPU parity and start checks of each method and precision on the embedded model, resumed runs, memory that runs out,
+and a measured step of each method on the architectures of Stable Diffusion 1.5 and SDXL with random weights. Exit
+code 1: a check failed, see the table.
 
-It needs no network. A machine that has torch alone also needs, as wheels: torchvision, diffusers, transformers,
-accelerate, peft, open_clip_torch, datasets, psutil, and what these need.
+It needs no network. A machine with torch only also needs the wheels of torchvision, diffusers, transformers,
+accelerate, peft, open_clip_torch, datasets and psutil, and their dependencies.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ONLINE = METHODS[2:]
 
 
 def checks(s: Setting, rate: Callable[[], float]) -> dict[str, tuple[float, Check]]:
-    """Name -> (minutes it may take on a GPU, check), the most valuable first."""
+    """{name: (most minutes on a GPU, check)}, the most valuable first."""
 
     def steps(family: str, *methods: str) -> dict[str, tuple[float, Check]]:
         minutes = 1.0 if family == "sd15" else 2.0
@@ -82,12 +82,12 @@ def setting(args: argparse.Namespace, work: Path) -> Setting:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Facts]:
-    """Run the checks that are not done yet and return all results by name."""
+    """Run the checks that are not done yet, and return all results by name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=9, help="begin no check that may end later")
+    parser.add_argument("--minutes", type=float, default=9, help="start no check that may end later")
     parser.add_argument("--smoke", action="store_true", help="tiny models, so that it runs on a CPU in minutes")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    parser.add_argument("--only", nargs="+", metavar="CHECK", help="these checks, done before or not")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    parser.add_argument("--only", nargs="+", metavar="CHECK", help="run only these, even if done before")
     parser.add_argument("--resolution", type=int, help="of the large models (default: 512 and 1024)")
     parser.add_argument("--batch", type=int, help="of the large models: pairs or pictures in the network at a time")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu-check"))
@@ -110,12 +110,12 @@ def main(argv: list[str] | None = None) -> dict[str, Facts]:
                 continue
             left = args.minutes - (time.monotonic() - begun) / 60
             if args.only is None and left < (0 if args.smoke else minutes):
-                print(f"{name}: no time left for it; the same command goes on here", flush=True)
+                print(f"{name}: no time left; the same command continues here", flush=True)
                 break
             started = time.monotonic()
             try:
                 done[name] = check()
-            except Exception as error:  # the next checks may still show something
+            except Exception as error:  # the next checks may still be useful
                 done[name] = {"error": " ".join(f"FAILED: {type(error).__name__}: {error}".split())[:500]}
             done[name]["took_s"] = took = time.monotonic() - started
             print(f"{name}: {done[name].get('error') or done[name]['result']} ({took:.0f} s)", flush=True)

@@ -1,10 +1,10 @@
-"""All methods on the same base, the same held-out prompts and one machine: a row per method and seed, and the table.
+"""All methods on the same base model, held-out prompts and machine: a row for each method and seed, and a table.
 
     python scripts/shootout.py                                  # everything; hours on two CPU cores
     python scripts/shootout.py --methods d3po prdp --seeds 0    # some rows
-    python scripts/shootout.py --table                          # the tables of the rows there are, and no more
+    python scripts/shootout.py --table                          # only print the tables of finished rows
 
-A row that is there is not run again, and a training that was cut off goes on, so it can be spread over many sittings.
+Finished rows are not run again, and interrupted training is resumed, so the work can be spread over many sessions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-# What is asked of each row beside its preset `tiny`.
+# The command of each row.
 ROWS = {
     "dpo": "train dpo --preset tiny",
     "rankdpo": "train rankdpo --preset tiny",
@@ -24,13 +24,13 @@ ROWS = {
     "spo": "train spo --preset tiny",
     "prdp": "train prdp --preset tiny",
     "ddpo": "train ddpo --preset tiny",
-    # The same noise levels for the window, in 10 steps of SDE-DPM-Solver++ and in 20 of the papers' sampler, which the
-    # fast one has to match.
+    # The same noise levels of the window, in 10 steps of SDE-DPM-Solver++ and in 20 of the papers' sampler, which the
+    # faster one must match.
     "d3po-dpmpp10": "train d3po --preset tiny --steps 10 --window_first 2 --window_last 5",
     "d3po-ddim20": "train d3po --preset tiny --solver ddim --steps 20 --window_first 4 --window_last 10",
     "prdp-dpmpp10": "train prdp --preset tiny --steps 10 --window_first 2 --window_last 5",
     "prdp-ddim20": "train prdp --preset tiny --solver ddim --steps 20 --window_first 4 --window_last 10",
-    # Controls, which must not gain.
+    # Controls, which must not improve.
     "d3po-random": "train d3po --preset tiny --reward random",
     "prdp-random": "train prdp --preset tiny --reward random",
 }
@@ -38,21 +38,12 @@ EVALUATION = "--steps 10 --guidance 1 --seed 0 --sampler dpmpp --features none -
 
 
 def run_row(name: str, seed: int, out: Path, num_prompts: int, more: list[str]) -> dict:
-    """Train and evaluate one row, and write what came of it."""
+    """Train and evaluate one row, and write the results."""
     from diffusion_align.cli import main as command
 
     run = out / f"{name}-{seed}"
-    train = [
-        *ROWS[name].split(),
-        "--seed",
-        str(seed),
-        "--output_dir",
-        str(run),
-        "--resume_from_checkpoint",
-        "auto",
-        *more,
-    ]
-    clock = run.with_suffix(".seconds")  # of all sittings; a killed one is not counted
+    train = f"{ROWS[name]} --seed {seed} --resume_from_checkpoint auto".split() + ["--output_dir", str(run), *more]
+    clock = run.with_suffix(".seconds")  # of all sessions; a killed one is not counted
     start = time.monotonic()
     try:
         if not list(run.glob("pytorch_lora_weights.safetensors")) and (code := command(train)):
@@ -84,7 +75,7 @@ def run_row(name: str, seed: int, out: Path, num_prompts: int, more: list[str]) 
 
 
 def diversity(run: Path, side: str) -> float:
-    """Mean distance, root mean square over pixels, of two pictures of one prompt; held-out prompts repeat."""
+    """Mean root-mean-square distance of two pictures of one prompt; held-out prompts repeat."""
     from diffusion_align.evaluation import read_picture
 
     folder = max((run / "evaluation").glob(f"{side}-*"), key=lambda path: path.stat().st_mtime) / "dpmpp"
@@ -100,15 +91,15 @@ def diversity(run: Path, side: str) -> float:
 
 
 def last_kl(run: Path) -> float | None:
-    """Nats of a run to the reference (of a step, for SPO), mean over the last five steps; None where none is logged."""
+    """KL from the reference in nats (for SPO, of a step), mean over the last five steps; None if it is not logged."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-5:]
     known = [row.get("kl", row.get("kl_w")) for row in rows]
     return None if None in known else sum(known) / len(known)
 
 
 def network_evaluations(argv: list[str]) -> int:
-    """Of the whole training, from its options: rollout, policy and reference, a forward pass each, with gradient or
-    without; those of SPO if every pair is kept."""
+    """Forward passes of the whole training, from its options: rollout, policy and reference, with or without gradient;
+    for SPO as if every pair were kept."""
     from diffusion_align.commands.train.train import about_run
     from diffusion_align.options import VERBS, parse, resolve
 
@@ -124,10 +115,10 @@ def network_evaluations(argv: list[str]) -> int:
 
 
 def table(out: Path) -> str:
-    """The rows there are, in the order of ROWS, as Markdown.
+    """The finished rows in the order of ROWS, as Markdown.
 
-    reward: the training reward's gain, also in deviations of the base's pictures. agrees: of the pictures whose verdict
-    by the judge changed, the share whose reward moved the same way. KL: nats of a run to the base, of a step for SPO.
+    reward: the gain of the training reward, also in deviations of the base's pictures. agrees: of the pictures whose
+    verdict by the judge changed, the fraction whose reward moved the same way. KL: in nats, see `last_kl`.
     """
     names = "method, seed, judge (base), tuned, difference, 95 % interval, reward, agrees, diversity, KL, evaluations"
     lines = ["| " + names.replace(", ", " | ") + " | minutes |", "|" + "---|" * 12]
@@ -155,7 +146,7 @@ def table(out: Path) -> str:
 
 
 def summary(out: Path) -> str:
-    """A row a method: its seeds side by side."""
+    """A row for each method, with its seeds side by side."""
     lines = ["| method | seeds | right before | right after | gain | intervals above 0 | minutes |", "|" + "---|" * 7]
     found = [json.loads(path.read_text()) for path in out.glob("*.json")]
     for name in ROWS:

@@ -27,7 +27,7 @@ from diffusion_align.evaluation import contact_sheet
 from diffusion_align.models import saved_weights
 from diffusion_align.rewards import RewardError, prefetch
 from diffusion_align.rewards.custom import python_reward
-from diffusion_align.system.consoles import steady
+from diffusion_align.system.consoles import tolerant_output
 from diffusion_align.system.progress import counted, progress_bar
 
 
@@ -49,7 +49,7 @@ def closed():
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
 def test_a_reader_that_leaves_does_not_end_the_work(monkeypatch, closed, name):
     monkeypatch.setattr(sys, name, closed)
-    with steady():
+    with tolerant_output():
         for _ in range(3):
             print("x" * 100_000, file=getattr(sys, name), flush=True)
     assert getattr(sys, name) is closed
@@ -89,7 +89,7 @@ class Gone(io.StringIO):
 def test_a_terminal_that_was_closed_does_not_end_the_work(monkeypatch, tmp_path):
     with (tmp_path / "terminal").open("wb") as file:
         monkeypatch.setattr(sys, "stderr", Gone(file.fileno()))
-        with steady():
+        with tolerant_output():
             print("step 1", file=sys.stderr)
         assert os.fstat(file.fileno()).st_rdev == os.stat(os.devnull).st_rdev
 
@@ -115,7 +115,7 @@ def test_a_service_without_outputs_runs_the_command(monkeypatch, missing):
 def test_every_character_reaches_every_console(monkeypatch, encoding):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
-    with steady():
+    with tolerant_output():
         print("−3.1 points, café, 漢字, \udcff")
     said = raw.getvalue().decode(encoding)
     assert said.startswith("−3.1" if encoding == "utf-8" else "\\u22123.1") and "\\udcff" in said
@@ -198,7 +198,7 @@ def test_a_bar_of_a_library_is_a_line_now_and_then_in_a_log_file(monkeypatch, no
     log, terminal = io.StringIO(), Terminal()
     for stream in (log, terminal):
         monkeypatch.setattr(sys, "stderr", stream)
-        with steady():
+        with tolerant_output():
             print("before", file=sys.stderr)
             for _ in tqdm(range(10), desc="Loading weights", mininterval=0.0, ascii=True):
                 now[0] += seconds

@@ -13,7 +13,7 @@ from diffusion_align.commands import footprint
 from diffusion_align.commands.model_facts import read_model_facts
 from diffusion_align.models import add_lora, load_pipeline
 from diffusion_align.models.hub import asset
-from diffusion_align.models.lora_rank import require_rank
+from diffusion_align.models.lora_rank import RankError, require_rank
 from diffusion_align.options import TrainD3po, TrainDpo, TrainRankdpo, TrainSpo
 
 MAKERS = {"small": make_tiny_folder, "sdxl": make_tiny_sdxl_folder, "embedded": lambda path: asset("tiny")}
@@ -144,8 +144,9 @@ def test_a_rank_above_a_layers_width_is_refused_before_the_model_is_loaded(tmp_p
 
 def test_add_lora_refuses_it_too(tmp_path):
     model = load_pipeline(make_tiny_folder(tmp_path / "model"), device="cpu")
-    with pytest.raises(ValueError, match="give --rank 32 at most"):
+    with pytest.raises(RankError, match="has rank 32 or less") as caught:
         add_lora(model.unet, 33)
+    assert caught.value.largest == 32
     assert not getattr(model.unet, "peft_config", None)  # nothing has been put in
     assert len(add_lora(model.unet, 32)) > 0
 

@@ -1,4 +1,4 @@
-"""The GPU check: its models are the true architectures, all of it runs at tiny size, and what fails is in the table."""
+"""The GPU check: its models have the real architectures, all checks run at tiny size, failures are in the table."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_peak_counts_two_operations_a_product(monkeypatch):
     assert matmul_peak("cpu", torch.float32, 8, repeats=3) == 2 * 8**3 * 3
 
 
-def test_everything_runs_at_tiny_size_and_is_not_done_twice(tmp_path, monkeypatch, capsys):
+def test_all_checks_run_at_tiny_size_and_only_once(tmp_path, monkeypatch, capsys):
     done = gpu_check.main(["--smoke", "--out", str(tmp_path)])
     assert not [facts["error"] for facts in done.values() if "error" in facts]
     for family in ("sd15", "sdxl"):
@@ -65,19 +65,19 @@ def test_a_failure_is_a_row_of_the_table_and_is_tried_again(tmp_path, monkeypatc
     assert gpu_check.main(["--smoke", "--out", str(tmp_path)])["versions"]["result"] == "mended"
 
 
-def test_no_check_begins_that_may_end_too_late(tmp_path, capsys):
+def test_no_check_starts_that_may_end_too_late(tmp_path, capsys):
     assert gpu_check.main(["--minutes", "0.05", "--device", "cpu", "--out", str(tmp_path)]) == {}
-    assert "the same command goes on here" in capsys.readouterr().out
+    assert "the same command continues here" in capsys.readouterr().out
     assert not (tmp_path / "gpu_check.json").exists()
 
 
-def test_a_check_that_there_is_not_is_refused(tmp_path, capsys):
+def test_an_unknown_check_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         gpu_check.main(["--only", "sd15-dop", "--out", str(tmp_path)])
     assert "there are versions, peak, parity-dpo" in capsys.readouterr().err
 
 
-def test_parity_notices_another_result(tmp_path, monkeypatch):
+def test_parity_notices_a_different_result(tmp_path, monkeypatch):
     rows = {"cpu": 0.7, "other": 0.7}
 
     class Run:

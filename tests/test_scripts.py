@@ -1,4 +1,4 @@
-"""The scripts and the commands behind them, run at toy size: what a run folder holds, resuming, what comes of it."""
+"""The scripts and the commands behind them at toy size: run folders, resuming, results."""
 
 import importlib.util
 import json
@@ -47,7 +47,7 @@ def script(name):
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate():
-    """accelerate keeps the first precision it was given for the whole process."""
+    """accelerate keeps its first precision for the whole process."""
     AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)
@@ -95,7 +95,7 @@ def test_a_run_folder_holds_what_it_promises(toys, finished):
         assert grid.width > 2 * 64
 
 
-def test_diffusers_loads_the_result_with_nothing_else_typed(toys, finished):
+def test_diffusers_loads_the_result_without_more_arguments(toys, finished):
     pipe = StableDiffusionPipeline.from_pretrained(toys / "model", safety_checker=None)
     x, t, text = torch.ones(1, 4, 16, 16), torch.tensor([500]), torch.ones(1, 16, 32)
     with torch.no_grad():
@@ -110,8 +110,8 @@ def weights_of(run):
     return (run / LORA).read_bytes()
 
 
-def test_an_interrupted_run_goes_on_as_if_it_never_stopped(toys, finished, monkeypatch, capsys):
-    """Ctrl-C inside step 3: the step is finished and saved, 130 with the line to type; then equal to the bit."""
+def test_an_interrupted_run_resumes_as_if_never_stopped(toys, finished, monkeypatch, capsys):
+    """Ctrl-C in step 3: the step is finished and saved, exit code 130, the command to type; then equal to the bit."""
     run, append = toys / "interrupted", record.append
 
     def ctrl_c(path, row):
@@ -133,7 +133,7 @@ def test_an_interrupted_run_goes_on_as_if_it_never_stopped(toys, finished, monke
     assert (run / "samples/step-00000006.png").read_bytes() == (finished / "samples/step-00000006.png").read_bytes()
 
 
-def test_an_average_is_exported_and_survives_an_interruption(toys, finished, tmp_path, monkeypatch):
+def test_averaged_weights_are_exported_and_survive_an_interruption(toys, finished, tmp_path, monkeypatch):
     ema = ("--use_ema", "--ema_decay", "0.9")
     assert train(toys, tmp_path / "whole", *ema) == 0
     AcceleratorState._reset_state(True)
@@ -154,7 +154,7 @@ def test_an_average_is_exported_and_survives_an_interruption(toys, finished, tmp
     assert rows[0] == rows[1] == rows[2]  # the average looks on; it does not steer
 
 
-def test_what_may_not_be_resumed(toys, finished, tmp_path, capsys):
+def test_other_settings_are_not_resumed(toys, finished, tmp_path, capsys):
     assert train(toys, finished) == 1
     assert "holds a run already (metrics.jsonl)" in capsys.readouterr().err
     assert train(toys, tmp_path / "new", "--resume_from_checkpoint", "latest") == 1
@@ -166,7 +166,7 @@ def test_what_may_not_be_resumed(toys, finished, tmp_path, capsys):
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-def test_pieces_of_a_batch_make_the_same_step(toys, finished, tmp_path):
+def test_micro_batches_make_the_same_step(toys, finished, tmp_path):
     """4 pairs at once, and 2 pairs twice: one effective batch; scale_lr multiplies by it."""
     rate = 1e-3 / 4
     more = ["--train_batch_size=2", "--gradient_accumulation_steps=2", f"--learning_rate={rate}", "--scale_lr"]
@@ -191,7 +191,7 @@ def test_losses_start_where_the_plan_says(toys, tmp_path, loss_type):
 
 
 def test_mapo_keeps_no_frozen_copy_and_logs_nothing_that_needs_one(toys, tmp_path, monkeypatch, capsys):
-    """In full mode, on 3 pairs whose captions are too long but for one: what a run says at its start."""
+    """In full mode, on 3 pairs of which 2 have too long captions: the messages at the start."""
 
     def refused(model, mode):
         raise AssertionError("a reference was made")
@@ -223,7 +223,7 @@ def test_an_effective_batch_that_does_not_fit_is_refused_before_anything_is_load
     assert not (tmp_path / "run").exists()
 
 
-def test_kto_on_single_pictures_runs_and_its_plan_says_what_it_does(toys, tmp_path, capsys):
+def test_kto_on_single_pictures_runs_and_its_plan_explains_it(toys, tmp_path, capsys):
     flags = ["--loss_type=kto", "--max_train_steps=3", "--gradient_accumulation_steps=2", "--liked_share=0.5"]
     assert train(toys, tmp_path / "run", *flags) == 0
     said = capsys.readouterr().out
@@ -254,7 +254,7 @@ def test_full_training_writes_a_unet(toys, tmp_path):
     assert len(list(out.glob("*.png"))) == 1
 
 
-def test_an_earlier_run_is_overwritten_on_demand_only(toys, tmp_path):
+def test_an_earlier_run_is_overwritten_only_on_request(toys, tmp_path):
     run = tmp_path / "run"
     assert train(toys, run, "--max_train_steps=2") == 0
     (run / "mine.txt").write_text("kept")
@@ -264,7 +264,7 @@ def test_an_earlier_run_is_overwritten_on_demand_only(toys, tmp_path):
     assert (run / "mine.txt").exists()
 
 
-def test_generate_is_addressed_and_tells_how(toys, finished, tmp_path):
+def test_generate_depends_on_seed_and_place_only_and_records_its_settings(toys, finished, tmp_path):
     """The same pictures whatever the batch size; the JSON names prompt, seed and sampler; no prompt in a file name."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a circle\n\n../../etc & <b>\n")
@@ -285,7 +285,7 @@ def test_generate_is_addressed_and_tells_how(toys, finished, tmp_path):
     assert len(pictures) == 4
 
 
-def test_evaluate_reports_base_against_tuned(toys, finished, capsys):
+def test_evaluate_compares_base_and_tuned(toys, finished, capsys):
     argv = [str(finished), "--num_prompts=6", "--steps=2", "--reward=none", "--pictures=3"]
     assert script("evaluate")(argv) == 0
     said = capsys.readouterr().out
@@ -296,7 +296,7 @@ def test_evaluate_reports_base_against_tuned(toys, finished, capsys):
     assert "<html" in (finished / "report.html").read_text() and (finished / "pairs.png").exists()
 
 
-def test_what_evaluate_and_generate_need(toys, tmp_path, capsys):
+def test_evaluate_and_generate_refuse_incomplete_folders(toys, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     cases = [
         ("evaluate", [str(tmp_path / "run")], "is not a run folder"),
@@ -311,7 +311,7 @@ def test_what_evaluate_and_generate_need(toys, tmp_path, capsys):
     assert "has no trained weights yet" in capsys.readouterr().err
 
 
-def test_dry_run_says_what_will_happen_and_is_a_config(toys, finished, tmp_path, capsys, monkeypatch):
+def test_dry_run_prints_the_plan_which_is_a_config(toys, finished, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     run = tmp_path / "run"
     assert train(toys, run, "--dry-run", "--scale_lr", "--gradient_accumulation_steps=3", "--num_train_epochs=7") == 0
@@ -334,8 +334,8 @@ def test_dry_run_says_what_will_happen_and_is_a_config(toys, finished, tmp_path,
         assert capsys.readouterr().out == said
 
 
-def test_every_number_arrives_where_it_works(toys, tmp_path, monkeypatch):
-    """No default on the way: each option with a value of its own, seen by the loop and the optimizer."""
+def test_every_option_reaches_the_loop_and_the_optimizer(toys, tmp_path, monkeypatch):
+    """Each option has a value of its own, which must reach the loop and the optimizer."""
     seen = {}
 
     def method(cache, networks, run, **settings):
@@ -403,7 +403,7 @@ def test_which_names_are_paths(name, local):
     assert (sources.pairs_on_disk(name) is not None) == local
 
 
-def test_addresses_that_moved(tmp_path, monkeypatch):
+def test_moved_repositories_are_found(tmp_path, monkeypatch):
     assert sources.present_pairs("yuvalkirstain/pickapic_v1") == "pickapic-anonymous/pickapic_v1"
     assert sources.present_model("runwayml/stable-diffusion-v1-5") == "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assert sources.present_model("owner/name") == "owner/name"
@@ -413,7 +413,7 @@ def test_addresses_that_moved(tmp_path, monkeypatch):
 
 
 def test_pairs_on_the_hub_without_a_network(toys, tmp_path, capsys):
-    """The tests run with HF_HUB_OFFLINE: one line, and the way on; a plan does not even try."""
+    """With HF_HUB_OFFLINE, as in all tests, one line says what to do; a dry run does not try the hub."""
     argv = ["--model", str(toys / "model"), "--dataset_name=nobody/nothing", "--output_dir", str(tmp_path / "run")]
     assert script("finetune_diffusion_dpo")(argv) == 1
     said = capsys.readouterr().err

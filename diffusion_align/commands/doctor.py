@@ -1,4 +1,4 @@
-"""`doctor`: what is installed, what fits together, what is missing, and what to do about it."""
+"""`doctor`: which packages are installed and work together, which are missing, and what to do about it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlib import metadata
 
 from diffusion_align.options import UsageError
 
-# Imported together in this order: a CPU build of torch beside the registry's torchvision fails here, before a run does.
+# Imported in this order: a CPU build of torch with the registry's torchvision fails here, before a run does.
 NEEDED = ("torch", "torchvision", "diffusers", "transformers", "peft", "open_clip", "safetensors", "PIL", "yaml")
 EXTRAS = {"xformers": "xformers", "bitsandbytes": "8bit"}
 DISTRIBUTIONS = {"open_clip": "open_clip_torch", "PIL": "Pillow", "yaml": "PyYAML"}
@@ -17,7 +17,7 @@ TORCHVISION_CURE = "reinstall torch and torchvision together: pip install --forc
 
 
 def doctor(argv: list[str]) -> int:
-    """Print one line a package and a device; 1 if anything that is needed does not work."""
+    """Print a line for each package and for the device; return 1 if a needed package does not work."""
     if argv:
         raise UsageError(f"doctor takes no argument, got {argv[0]}")
     print(f"python        {platform.python_version()} on {platform.system()} {platform.machine()}")
@@ -37,7 +37,7 @@ def doctor(argv: list[str]) -> int:
 
 
 def check(name: str) -> tuple[str, bool]:
-    """Version of an installed module, or what its import said."""
+    """(version, True) of an installed module, or (the error of its import, False)."""
     try:
         importlib.import_module(name)
         return metadata.version(DISTRIBUTIONS.get(name, name)), True

@@ -1,4 +1,4 @@
-"""`presets {ls,show,cp,check}`: named starting points, as commented YAML, and what of theirs is on this machine."""
+"""`presets {ls,show,cp,check}`: named starting points as commented YAML, and what they need on this machine."""
 
 from __future__ import annotations
 

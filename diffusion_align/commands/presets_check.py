@@ -1,4 +1,4 @@
-"""What a preset names, under which licence, and what of it is on this machine. The network is never asked."""
+"""What a preset needs, under which licences, and what of it is on this machine. The network is never used."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from diffusion_align.system.network import offline
 
 UNKNOWN = "not known here: look at its page"
 CLIP_L = "timm/vit_large_patch14_clip_224.openai"  # where open_clip has OpenAI's ViT-L-14
-_PARTS = re.compile(r"-(\d{5})-of-(\d{5})")
+_SHARDS = re.compile(r"-(\d{5})-of-(\d{5})")
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """One thing that a run needs. `here`: on this disk. `how`: what fetches or makes it, where it is not."""
+    """One thing that a run needs. `here`: it is on this disk; else `how` is the command that fetches or makes it."""
 
     what: str
     name: str
@@ -44,7 +44,7 @@ class Need:
 
 
 def needs_of(preset: str) -> list[Need]:
-    """What METHOD/NAME needs, in the order in which a run comes to it."""
+    """What METHOD/NAME needs, in the order in which a run uses it."""
     method, _, name = preset.partition("/")
     verb = VERBS[f"train {method}"]
     options: Any = resolve(verb.options, verb.words, preset=name).options
@@ -87,7 +87,7 @@ def _model(o: Any) -> Need:
     known = MODELS.get(name)
     licence = known.licence if known else UNKNOWN
     how = f"hf download {name}"
-    here = name == "tiny" or Path(name).expanduser().is_dir() or _whole_model(_snapshot(name, "models", o.revision))
+    here = name == "tiny" or Path(name).expanduser().is_dir() or _has_weights(_snapshot(name, "models", o.revision))
     return Need("model", name, here, licence, known.size if known else "", how)
 
 
@@ -102,7 +102,7 @@ def _data(name: str) -> Need:
             return Need("data", name, False, licence, how=f"hf download {name} --repo-type dataset")
         return Need("data", name, False, licence, how=how, by_itself=False)
     return Need(
-        "data", name, _all_parts(_snapshot(known.repo, "datasets"), known.files[0]), licence, known.size,
+        "data", name, _all_shards(_snapshot(known.repo, "datasets"), known.files[0]), licence, known.size,
         f"hf download {known.repo} --repo-type dataset --include '{known.files[0]}'",
     )  # fmt: skip
 
@@ -192,24 +192,24 @@ def _snapshot(repo: str, kind: str, revision: str | None = None) -> Path | None:
 
 
 def _has(snapshot: Path | None, files: list[str]) -> bool:
-    # A link whose blob was not fetched to its end leads nowhere.
+    # If a download did not finish, the link to its blob is broken.
     return snapshot is not None and all((snapshot / file).is_file() for file in files)
 
 
-def _all_parts(snapshot: Path | None, pattern: str) -> bool:
-    """Whether files of a pattern are there, and where their names say i of N, all N of them."""
+def _all_shards(snapshot: Path | None, pattern: str) -> bool:
+    """Whether files match the pattern and, if their names say i of N, all N of them exist."""
     found = [path for path in snapshot.rglob(pattern) if path.is_file()] if snapshot else []
-    numbers = [match.groups() for path in found if (match := _PARTS.search(path.name))]
+    numbers = [match.groups() for path in found if (match := _SHARDS.search(path.name))]
     return bool(found) and all(len(numbers) >= int(of) for _, of in numbers)
 
 
-def _whole_model(snapshot: Path | None) -> bool:
-    """Whether a pipeline's folder has the weights of each part that its index names."""
+def _has_weights(snapshot: Path | None) -> bool:
+    """Whether a pipeline's folder has the weights of each component that its index names."""
     if snapshot is None or not (snapshot / "model_index.json").is_file():
         return False
     index = json.loads((snapshot / "model_index.json").read_text(encoding="utf-8"))
-    parts = [part for part in ("unet", "vae", "text_encoder", "text_encoder_2") if part in index]
     return all(
-        any(path.is_file() for kind in ("*.safetensors", "*.bin") for path in (snapshot / part).glob(kind))
-        for part in parts
+        any(path.is_file() for kind in ("*.safetensors", "*.bin") for path in (snapshot / component).glob(kind))
+        for component in ("unet", "vae", "text_encoder", "text_encoder_2")
+        if component in index
     )

@@ -1,7 +1,4 @@
-"""Models as functions of tensors. Only this package imports diffusers.
-
-Names load lazily, because importing diffusers takes seconds.
-"""
+"""Models as functions of tensors. Only this package imports diffusers, which takes seconds: names load lazily."""
 
 from __future__ import annotations
 
@@ -14,29 +11,21 @@ if TYPE_CHECKING:
     from .pipeline import TextToImage
     from .saved_weights import load_lora, load_unet, save_lora, save_unet
 
-_ROOMS = {
+_MODULES = {
     "adapters": ("add_lora", "reference", "trainable"),
     "loading": ("load_pipeline", "set_attention"),
     "pipeline": ("TextToImage",),
     "saved_weights": ("load_lora", "load_unet", "save_lora", "save_unet"),
 }
-_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "TextToImage",
-    "add_lora",
-    "load_lora",
-    "load_pipeline",
-    "load_unet",
-    "reference",
-    "save_lora",
-    "save_unet",
-    "set_attention",
-    "trainable",
-]
+    "TextToImage", "add_lora", "load_lora", "load_pipeline", "load_unet", "reference", "save_lora", "save_unet",
+    "set_attention", "trainable",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOM_OF:
-        return getattr(import_module(f".{_ROOM_OF[name]}", __name__), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

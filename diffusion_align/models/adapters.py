@@ -1,4 +1,4 @@
-"""What is trained and what it is compared with: LoRA or all weights, and the frozen reference beside them."""
+"""What is trained (a LoRA, or all weights) and the frozen reference that it is compared with."""
 
 from __future__ import annotations
 
@@ -23,17 +23,8 @@ MODES = ("lora", "full")
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # The feed-forward and projection layers of attention blocks, and the convolutions of residual blocks.
-WIDE = (
-    *ATTENTION,
-    "proj_in",
-    "proj_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "conv1",
-    "conv2",
-    "conv_shortcut",
-    "time_emb_proj",
-)
+WIDE = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut",
+        "time_emb_proj")  # fmt: skip
 TARGETS = {"attention": ATTENTION, "wide": WIDE}
 
 
@@ -44,16 +35,15 @@ def add_lora(
     targets: Sequence[str] = ATTENTION,
     seed: int = 0,
 ) -> list[Parameter]:
-    """Freeze the network and add a LoRA (Hu et al. 2021, arXiv 2106.09685) that changes nothing yet; returns its
-    weights.
+    """Freeze the network, add a LoRA (Hu et al. 2021, arXiv 2106.09685), and return the LoRA's weights.
 
-    The down-projections are normal with deviation 1/rank, drawn at the address (seed, "lora", layer), the
-    up-projections 0.
-    The weights are float32 whatever the network's precision. `alpha` (by default the rank) scales the update by
-    alpha/rank.
+    The LoRA changes nothing yet: its up-projections are 0. Its down-projections are normal with deviation 1/rank,
+    drawn at the address (seed, "lora", layer). Both are float32 whatever the network's precision. The update is scaled
+    by alpha/rank; `alpha` is the rank by default.
 
     Raises:
-        ValueError: a rank below 1 or above the width of a layer, a LoRA is already there, or no layer has such a name.
+        ValueError: the rank is below 1 or above the width of a layer, the network has a LoRA, or no layer has such a
+            name.
     """
     if rank < 1:
         raise ValueError(f"the rank of a LoRA is at least 1, not {rank}")
@@ -79,16 +69,16 @@ def add_lora(
 
 
 def require_no_lora(unet: UNet2DConditionModel) -> None:
-    """Raise ValueError where a LoRA is there already: the network's layers are then under other names."""
+    """Raise ValueError if the network has a LoRA, because its layers then have other names."""
     if getattr(unet, "peft_config", None):
         raise ValueError("this network already has a LoRA: load the model again before adding another")
 
 
 def trainable(unet: UNet2DConditionModel, mode: str) -> list[Parameter]:
-    """The parameters that a mode trains, in the network's order: the LoRA's, or ("full") all, whose gradients are
-    switched on.
+    """The parameters that a mode trains, in the network's order: the LoRA's, or with "full" all of them.
 
-    Raises ValueError for an unknown mode, and for "full" in half precision, where small updates would be rounded away.
+    "full" switches their gradients on. Raises ValueError for an unknown mode, and for "full" in half precision, where
+    small updates would be rounded away.
     """
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}: expected one of {', '.join(MODES)}")
@@ -109,8 +99,8 @@ def trainable(unet: UNet2DConditionModel, mode: str) -> list[Parameter]:
 def reference(model: TextToImage, mode: str) -> Predict:
     """The frozen model as `(x, t, text) -> output` float32, without gradients.
 
-    With a LoRA it is the same network with the adapter switched off, so its precision path is the policy's and their
-    difference at the start is exactly 0, at the cost of no memory. With full training it is a frozen copy, taken now.
+    With a LoRA it is the same network with the adapter switched off: it costs no memory, rounds as the policy does, and
+    equals it exactly before training. With full training it is a frozen copy, taken now.
     """
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}: expected one of {', '.join(MODES)}")
@@ -132,8 +122,10 @@ def reference(model: TextToImage, mode: str) -> Predict:
 
 @contextmanager
 def _adapter_off(network: torch.nn.Module) -> Iterator[None]:
-    """By way of the layers, so that a wrapped network will do. peft switches their gradients off, and on again whether
-    they were on or not: a frozen LoRA must come out frozen."""
+    """Switch the adapter off layer by layer, which works for a wrapped network too.
+
+    peft switches the gradients off and then on again, even those that were off before; a frozen LoRA must stay frozen.
+    """
     flags = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     set_adapter_layers(network, enabled=False)
     try:

@@ -1,4 +1,4 @@
-"""Denoisers whose answers are known: Gaussian data, mixtures of Gaussians, and a small network to test gradients on."""
+"""Exact denoisers of Gaussian data and of mixtures of Gaussians, and a small network to test gradients on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..tensors import expand_to
 
 
 class Levels(Protocol):
-    """What is asked of a schedule: signal and noise level at the timesteps `t`."""
+    """What these denoisers need of a schedule: signal and noise level at the timesteps `t`."""
 
     def alpha(self, t: Tensor) -> Tensor: ...
     def sigma(self, t: Tensor) -> Tensor: ...
@@ -41,10 +41,9 @@ def gaussian_denoiser(schedule: Levels, mean: Tensor, std: Tensor) -> Denoiser:
 def gaussian_flow(
     x: Tensor, mean: Tensor, std: Tensor, alpha: Tensor, sigma: Tensor, next_alpha: Tensor, next_sigma: Tensor
 ) -> Tensor:
-    """Where the probability-flow ODE takes `x` [B,...] from (alpha, sigma) to the next levels, for data N(mean, diag
-    std^2).
+    """The state at the next levels when the probability-flow ODE starts from `x` [B,...] at (alpha, sigma).
 
-    The flow of a Gaussian keeps each coordinate's place in units of the marginal standard deviation.
+    Data are N(mean, diag std^2); the flow keeps each coordinate's place in units of the marginal standard deviation.
     """
     spread = (alpha**2 * std**2 + sigma**2).sqrt()
     next_spread = (next_alpha**2 * std**2 + next_sigma**2).sqrt()
@@ -58,11 +57,11 @@ def mixture_log_density(
 
     x [B,D]; alpha, sigma [B,1] or scalar; weights [M] sum to 1; means [M,D]; stds [M] > 0.
     """
-    return _part_logits(x, alpha, sigma, weights, means, stds).logsumexp(1)
+    return _component_logits(x, alpha, sigma, weights, means, stds).logsumexp(1)
 
 
-def _part_logits(x: Tensor, alpha: Tensor, sigma: Tensor, weights: Tensor, means: Tensor, stds: Tensor) -> Tensor:
-    """Log of weight times density of each part at x, [B,M]."""
+def _component_logits(x: Tensor, alpha: Tensor, sigma: Tensor, weights: Tensor, means: Tensor, stds: Tensor) -> Tensor:
+    """Log of weight times density of each component at x, [B,M]."""
     spread = (alpha**2 * stds**2 + sigma**2).sqrt()  # [B,M] or [M]
     standard = (x[:, None] - alpha[..., None] * means) / spread[..., None]
     normal = -standard.square().sum(-1) / 2 - x.shape[1] * (spread.log() + math.log(2 * math.pi) / 2)
@@ -70,14 +69,14 @@ def _part_logits(x: Tensor, alpha: Tensor, sigma: Tensor, weights: Tensor, means
 
 
 def mixture_clean(x: Tensor, alpha: Tensor, sigma: Tensor, weights: Tensor, means: Tensor, stds: Tensor) -> Tensor:
-    """E[x0 | x] [B,D] for a mixture: each part's own answer, weighted by how likely it made x.
+    """E[x0 | x] [B,D] for a mixture: each component's answer times its probability given x.
 
     Shapes as `mixture_log_density`.
     """
-    share = _part_logits(x, alpha, sigma, weights, means, stds).softmax(1)
+    probability = _component_logits(x, alpha, sigma, weights, means, stds).softmax(1)
     a, s = alpha[..., None], sigma[..., None]  # against [B,M,D]
     each = gaussian_clean(x[:, None], a, s, means, stds[:, None])
-    return (share[..., None] * each).sum(1)
+    return (probability[..., None] * each).sum(1)
 
 
 def mixture_denoiser(schedule: Levels, weights: Tensor, means: Tensor, stds: Tensor) -> Denoiser:
@@ -90,9 +89,9 @@ def mixture_denoiser(schedule: Levels, weights: Tensor, means: Tensor, stds: Ten
 
 
 class ToyDenoiser(nn.Module):
-    """A small trainable clean prediction on [B,...] with `dims` numbers per sample; smooth, without dropout.
+    """A small network that predicts the clean sample [B,...] of `dims` numbers; smooth, without dropout.
 
-    `condition` [B] adds a learned offset per class; class 0 plays the empty prompt. Weights come from `generator` only.
+    `condition` [B] adds a learned offset per class; class 0 stands for the empty prompt. `generator` draws all weights.
     """
 
     def __init__(

@@ -1,16 +1,18 @@
-"""All that an SDXL-format network is told of a prompt, as one tensor.
+"""What the network reads of a prompt, as one tensor: CLIP's hidden states and, for SDXL, an embedding and sizes.
 
-Beside hidden states, SDXL's UNet takes a pooled embedding and six numbers of size (Podell et al. 2023, arXiv
-2307.01952, section 2.2). They travel as two more rows of the text, because everything above handles text as one
-`[B,L,E]`: caches store it, caption dropout replaces it, loops repeat it, guidance stacks it. So a dropped caption drops
-its pooled embedding too, and none of them has to know which model it drives.
+Prompts are padded to the tokenizer's length, and truncated to it, as when these models were trained.
+
+SDXL's UNet also takes a pooled embedding and six numbers of size (Podell et al. 2023, arXiv 2307.01952, section 2.2).
+They are stored as two more rows of the text, because the floors above handle text as one `[B,L,E]`: caches store it,
+caption dropout replaces it, guidance stacks it. So a dropped caption drops its pooled embedding too, and no caller
+needs to know the kind of model.
 
     rows 0 .. L-3   hidden states of the two text encoders, side by side
     row  L-2        pooled embedding of the second encoder, then zeros
     row  L-1        original height, width; crop top, left; target height, width; in pixels; then zeros
 
-A last row of zeros stands for the size of the picture at hand, not cropped. Zero is nobody's size, and exact in every
-precision a cache may have. It is the usual case, and it leaves nobody to tell the encoder which resolution comes later.
+A last row of zeros, the usual case, stands for the size of the picture at hand, not cropped. So the encoder need not
+know the resolution. Zero is no picture's size, and is exact in every precision that a cache may have.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ SIZES = 6
 
 @dataclass(eq=False)
 class SecondEncoder:
-    """What SDXL has besides. With `zero_empty` guidance pushes away from zeros and not from an encoded empty prompt."""
+    """SDXL's second encoder. With `zero_empty`, guidance pushes away from zeros, not from an encoded empty prompt."""
 
     text_encoder: CLIPTextModelWithProjection
     tokenizer: CLIPTokenizer
@@ -41,15 +43,15 @@ class SecondEncoder:
 
 def last_states(tokenizer: CLIPTokenizer, encoder: CLIPTextModel, prompts: list[str], chunk: int) -> Tensor:
     """The last hidden states `[B,L,E]` float32, `chunk` prompts at a time: what Stable Diffusion 1.x/2.x reads."""
-    parts = [encoder(tokens).last_hidden_state.float() for tokens in _tokens(tokenizer, prompts, chunk, encoder)]
-    return torch.cat(parts)
+    chunks = _tokens(tokenizer, prompts, chunk, encoder)
+    return torch.cat([encoder(tokens).last_hidden_state.float() for tokens in chunks])
 
 
 def penultimate_states(
     tokenizer: CLIPTokenizer, encoder: CLIPTextModel, second: SecondEncoder, prompts: list[str], chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states before the last layer of both encoders, side by side `[B,L,E]`, and the second's projected
-    embedding `[B,P]`; float32. What SDXL reads (Podell et al. 2023, arXiv 2307.01952, section 2.1)."""
+    """What SDXL reads, float32: the hidden states before the last layer of both encoders, side by side `[B,L,E]`, and
+    the second encoder's projected embedding `[B,P]` (Podell et al. 2023, arXiv 2307.01952, section 2.1)."""
     hidden, pooled = [], []
     for first_tokens, second_tokens in zip(
         _tokens(tokenizer, prompts, chunk, encoder),
@@ -65,13 +67,13 @@ def penultimate_states(
 
 def _tokens(tokenizer: CLIPTokenizer, prompts: list[str], chunk: int, encoder: PreTrainedModel) -> list[Tensor]:
     tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    return [part.to(encoder.device) for part in tokens.split(chunk)]
+    return [rows.to(encoder.device) for rows in tokens.split(chunk)]
 
 
 def pack(hidden: Tensor, pooled: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
     """Hidden states [B,T,E], pooled embeddings [B,P] and the six sizes of all B prompts -> text [B,T+2,E].
 
-    Raises ValueError for sizes that are not two positive heights and widths around a crop, or rows too narrow for all.
+    Raises ValueError for sizes that are no sizes, and for hidden states that are narrower than the embedding.
     """
     width = hidden.shape[-1]
     if max(pooled.shape[-1], SIZES) > width:
@@ -96,9 +98,9 @@ def unpack(text: Tensor, pooled_width: int, height: int, width: int) -> tuple[Te
 
 
 def with_sizes_of(text: Tensor, negative: Tensor) -> Tensor:
-    """The negative [1 or B,L,E], for each text [B,L,E], with the text's sizes wherever it has none of its own.
+    """The negative [1 or B,L,E] for each text [B,L,E], with the text's sizes where the negative has none.
 
-    Guidance is to push away from another prompt, not from another size; diffusers' pipelines default to the same.
+    Guidance should push away from another prompt, not from another size; diffusers' pipelines default to the same.
     """
     negative = negative.to(text).expand_as(text)
     sizes = torch.where(_given(negative[:, -1]), negative[:, -1], text[:, -1])

@@ -1,4 +1,4 @@
-"""The JSON files of a pipeline's parts, checked before diffusers and transformers follow them."""
+"""Checks the JSON files of a pipeline's components before diffusers and transformers act on them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ MAX_TOKENS = 100_000
 
 
 def require_plain_files(folder: Path, classes: dict[str, str]) -> None:
-    """Check the configurations of a pipeline's parts, of which `classes` names each one's class.
+    """Check the JSON files of each component; `classes` names the class that each must have.
 
     Raises:
-        ValueError: in one line, the file, the key, and why it is refused.
+        ValueError: in one line, the file, the key, and what is wrong with it.
     """
-    for part, expected in classes.items():
-        for path in sorted((folder / part).glob("*.json")):
+    for component, expected in classes.items():
+        for path in sorted((folder / component).glob("*.json")):
             if path.name.endswith(".index.json"):
                 _require_names(path, read_json(path).get("weight_map"))
             elif path.name in ("config.json", "scheduler_config.json"):
@@ -35,14 +35,14 @@ def _require_config(path: Path, content: dict[str, Any], expected: str) -> None:
 
 
 def _require_names(path: Path, names: Any) -> None:
-    """An index says which file each weight is in, and the loaders go wherever it points."""
+    """An index says which file holds each weight, and the loaders would open any path."""
     for name in names.values() if isinstance(names, dict) else [names]:
         if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\\" in name:
-            raise ValueError(f"{path} names the file {name!r:.90}, which is none beside it: fetch the model again")
+            raise ValueError(f"{path} names the file {name!r:.90}, which is not in this folder: fetch the model again")
 
 
 def _require_tokenizer(path: Path, content: dict[str, Any]) -> None:
     require_no_code(path, content)
     length = content.get("model_max_length", 0)
     if not isinstance(length, int | float) or not 0 <= length <= MAX_TOKENS:
-        raise ValueError(f"{path}: model_max_length is {length!r:.40}, to which every prompt would be padded")
+        raise ValueError(f"{path}: model_max_length is {length!r:.40}, and every prompt would be padded to it")

@@ -17,8 +17,8 @@ Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 def guided(predict: Predict, x: Tensor, t: Tensor, text: Tensor, negative: Tensor, scale: float) -> Tensor:
     """`negative + scale (text - negative)` of the outputs, [B,...]; eq. 6 with w = scale - 1.
 
-    Both halves go through the network in one call, negative first. At scale 1 the negative half has no weight and is
-    not computed. `negative` is [B,L,E] or [1,L,E]. The same in every parametrisation, as all are linear in the output.
+    Both halves go through the network in one call, negative first; at scale 1 the negative one is not computed.
+    `negative` is [B,L,E] or [1,L,E]. The result is the same in every parametrisation, as all are linear in the output.
     """
     if scale == 1.0:
         return predict(x, t, text)
@@ -35,7 +35,7 @@ def guided_denoiser(
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
         output = guided(predict, x, t, text, negative, scale)
-        # Asked once, as t comes from the device.
+        # One look-up for both, as t comes from the device.
         alpha, sigma = schedule.levels(schedule.half_log_snr(t))
         return to_clean(output, x, alpha, sigma, prediction_type)
 

@@ -1,4 +1,4 @@
-"""Where a model's name leads: a folder, the embedded model, or a hub id; with the cure where it leads nowhere."""
+"""From a model's name to its folder: a path, the embedded model, or a hub id. Errors say what to do."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMPONENTS = {
     "text_encoder": "CLIPTextModel",
     "tokenizer": "CLIPTokenizer",
 }
-# A word that begins or ends so is a path. Nobody publishes models or pairs under these names.
+# A name that begins or ends so is a path: nobody publishes models or pairs under these names.
 OWN_FOLDERS = "runs run out output outputs results models model checkpoints data datasets samples evaluations".split()
 FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".yaml", ".json", ".jsonl", ".parquet", ".csv", ".tar")
 WEIGHT_FILES = ("*.safetensors", "*.bin")
@@ -44,10 +44,10 @@ def asset(name: str) -> Path:
 
 
 def on_hub(name: str) -> bool:
-    """Whether a name that is not here is an address on the hub, owner/name, and not the path of something missing.
+    """Whether a name that is no path on this disk is a hub id, owner/name, rather than a misspelt path.
 
-    A word that begins with a folder that is here, or that people call their own folders, is a path: a slip in it is
-    then told at once, without a question to the hub.
+    A name whose first part is a folder here, or is a common name of people's own folders, counts as a path, so that a
+    typing error is reported at once, without asking the hub.
     """
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) or name.endswith(FILES):
         return False
@@ -56,7 +56,7 @@ def on_hub(name: str) -> bool:
 
 
 def locate(name_or_path: str | os.PathLike[str], *, revision: str | None = None, variant: str | None = None) -> Path:
-    """A local folder in Stable Diffusion or SDXL format, downloaded from the hub if the name is a hub id.
+    """The folder of a model in Stable Diffusion or SDXL format, downloaded from the hub if the name is a hub id.
 
     Raises:
         FileNotFoundError: no such folder, no such repository, or the hub cannot be reached and nothing is cached.
@@ -68,8 +68,7 @@ def locate(name_or_path: str | os.PathLike[str], *, revision: str | None = None,
 
 
 def local_folder(name: str) -> Path | None:
-    """The folder that a name means on this disk, checked; None for a hub id, of which nothing is known here. Reads
-    small JSON files only. Raises as `locate`."""
+    """The folder on this disk that a name stands for, after `checked`; None for a hub id. Raises as `locate`."""
     if name == "tiny":
         return checked(asset("tiny"))
     folder = Path(name).expanduser()
@@ -89,7 +88,7 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
 
     try:
         return Path(StableDiffusionPipeline.download(name, revision=revision, variant=variant))
-    except Exception as error:  # the hub's client raises a dozen kinds; each means that the model is not to be had
+    except Exception as error:  # the hub's client raises a dozen kinds
         cure = "check the name, your connection and, for a gated model, `hf auth login`"
         if name in MOVED:
             cure = f"this repository has moved: use {MOVED[name]}"
@@ -103,7 +102,7 @@ def _download(name: str, revision: str | None, variant: str | None) -> Path:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """model_index.json: which class each part of a pipeline has, and settings. An SDXL format names text_encoder_2."""
+    """model_index.json: the class of each component, and settings. Only SDXL's format names text_encoder_2."""
     index_file = folder / "model_index.json"
     if not index_file.exists():
         raise FileNotFoundError(
@@ -116,58 +115,60 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def checked(folder: Path) -> Path:
-    """The folder itself, if its parts are those of Stable Diffusion 1.x/2.x, or of SDXL."""
+    """Return the folder if its components are those of Stable Diffusion 1.x/2.x or SDXL; else raise as `locate`.
+
+    Reads small JSON files only.
+    """
     index = read_index(folder)
     sdxl = "text_encoder_2" in index
-    classes = {part: _class_in(index, part) for part in COMPONENTS | SECOND_ENCODER}
+    classes = {name: _class_in(index, name) for name in COMPONENTS | SECOND_ENCODER}
     if sdxl and classes["unet"] and not classes["text_encoder"]:
         raise ValueError(
             f"{folder} has no first text encoder: an SDXL refiner, which is not supported; use the base model"
         )
-    family, parts = ("SDXL", COMPONENTS | SECOND_ENCODER) if sdxl else ("Stable Diffusion 1.x/2.x", COMPONENTS)
-    for part, expected in parts.items():
-        found = classes[part]
+    family, needed = ("SDXL", COMPONENTS | SECOND_ENCODER) if sdxl else ("Stable Diffusion 1.x/2.x", COMPONENTS)
+    for name, expected in needed.items():
+        found = classes[name]
         if found is None or found.removesuffix("Fast") != expected:
-            named = printable(str(found))[:90]
+            shown = printable(str(found))[:90]
             raise ValueError(
-                f"{folder / 'model_index.json'} names {named} as its {part}; {family} has a {expected} there"
+                f"{folder / 'model_index.json'} names {shown} as its {name}; {family} has a {expected} there"
             )
-        if not (folder / part).is_dir():
+        if not (folder / name).is_dir():
             raise FileNotFoundError(
-                f"{folder / part} is missing although model_index.json names it: fetch the model again"
+                f"{folder / name} is missing although model_index.json names it: fetch the model again"
             )
     if not (folder / "scheduler" / "scheduler_config.json").exists():
         raise FileNotFoundError(f"{folder / 'scheduler' / 'scheduler_config.json'} is missing: fetch the model again")
-    require_plain_files(folder, parts | {"scheduler": ""})
-    for words in (folder / part for part in parts if part.startswith("tokenizer")):
-        if not (words / "tokenizer.json").exists() and not all(
-            (words / file).exists() for file in ("vocab.json", "merges.txt")
-        ):
+    require_plain_files(folder, needed | {"scheduler": ""})
+    for place in (folder / name for name in needed if name.startswith("tokenizer")):
+        files = {path.name for path in place.iterdir()}
+        if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files:
             # transformers would make a tokenizer of two words out of an empty folder.
             raise FileNotFoundError(
-                f"{words} has neither tokenizer.json nor vocab.json and merges.txt: fetch the model again"
+                f"{place} has neither tokenizer.json nor vocab.json and merges.txt: fetch the model again"
             )
     return folder
 
 
-def _class_in(index: dict[str, Any], part: str) -> str | None:
-    """The class that model_index.json, [library, class], gives a part; None where it gives none."""
-    entry = index.get(part)
+def _class_in(index: dict[str, Any], component: str) -> str | None:
+    """The class in an entry [library, class] of model_index.json; None if there is no such entry."""
+    entry = index.get(component)
     name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
     return name if isinstance(name, str) else None
 
 
 def folder_digest(folder: Path) -> str:
-    """Identifies everything in a pipeline's folder that decides what it makes of a prompt or a picture."""
+    """A digest of every file in a pipeline's folder that determines its outputs."""
     digest, index = hashlib.sha256(), read_index(folder)
-    parts = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
+    components = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
     if "text_encoder_2" in index:
         digest.update(f"zeros {index.get('force_zeros_for_empty_prompt')}\n".encode())  # what the empty prompt is
-        parts += SECOND_ENCODER
-    for part in parts:
-        for path in sorted((folder / part).rglob("*")):
+        components += SECOND_ENCODER
+    for component in components:
+        for path in sorted((folder / component).rglob("*")):
             if path.is_file() and (path.suffix == ".json" or any(path.match(kind) for kind in WEIGHT_FILES)):
-                digest.update(f"{part}/{path.name} {path.stat().st_size}\n".encode())
+                digest.update(f"{component}/{path.name} {path.stat().st_size}\n".encode())
                 with path.open("rb") as file:  # all of it: a sample would miss a merge into a few layers
                     digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""From a name to a model in memory: whole, or told in one line what is missing."""
+"""Load a model by name, completely or not at all, and choose how its attention is computed."""
 
 from __future__ import annotations
 
@@ -29,25 +29,26 @@ def load_pipeline(
 ) -> TextToImage:
     """Load a Stable Diffusion 1.x, 2.x or XL format model: a folder, a hub id, or "tiny", the embedded one.
 
-    All parts come in `dtype` whatever precision they are stored in, in eval mode, without gradients; only an SDXL VAE
-    that overflows in float16 (`force_upcast`) stays in float32 then. `device` is CUDA if there is one, else the CPU.
+    All components come in `dtype` whatever precision they are stored in, in eval mode, without gradients. The one
+    exception: with float16, an SDXL VAE that overflows there (`force_upcast`) stays in float32. The default `device` is
+    CUDA if there is one, else the CPU.
 
     Raises:
-        FileNotFoundError: nothing there, or a part of it missing.
-        ValueError: not a text-to-image model of these formats, or a damaged part.
+        FileNotFoundError: no such model, or one of its components is missing.
+        ValueError: not a text-to-image model of these formats, or a component is damaged.
     """
     folder = locate(name_or_path, revision=revision, variant=variant)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     index = read_index(folder)
     sdxl = "text_encoder_2" in index
-    scheduler = _part(folder / "scheduler", lambda p: json.loads((p / "scheduler_config.json").read_text("utf-8")))
+    scheduler = _component(folder / "scheduler", lambda p: json.loads((p / "scheduler_config.json").read_text("utf-8")))
 
     def network(name: str, kind: Any, precision: torch.dtype = dtype) -> Any:
-        whole = _part(folder / name, partial(_whole, kind, precision, variant))
-        return whole.to(where).eval().requires_grad_(False)
+        loaded = _component(folder / name, partial(_network, kind, precision, variant))
+        return loaded.to(where).eval().requires_grad_(False)
 
     unet = network("unet", UNet2DConditionModel)
-    vae = network("vae", AutoencoderKL, _part(folder / "vae", partial(_vae_dtype, dtype)) if sdxl else dtype)
+    vae = network("vae", AutoencoderKL, _component(folder / "vae", partial(_vae_dtype, dtype)) if sdxl else dtype)
     taken, given = unet.config["in_channels"], vae.config["latent_channels"]
     if taken != given:
         raise ValueError(
@@ -57,14 +58,14 @@ def load_pipeline(
     second = None
     if sdxl:
         text_encoder = network("text_encoder_2", CLIPTextModelWithProjection)
-        tokenizer = _part(folder / "tokenizer_2", CLIPTokenizer.from_pretrained)
+        tokenizer = _component(folder / "tokenizer_2", CLIPTokenizer.from_pretrained)
         second = SecondEncoder(text_encoder, tokenizer, bool(index.get("force_zeros_for_empty_prompt", True)))
         _require_text_and_sizes(folder / "unet", unet.config, second.pooled_width)
     return TextToImage(
         unet=unet,
         vae=vae,
         text_encoder=network("text_encoder", CLIPTextModel),
-        tokenizer=_part(folder / "tokenizer", CLIPTokenizer.from_pretrained),
+        tokenizer=_component(folder / "tokenizer", CLIPTokenizer.from_pretrained),
         schedule=Schedule.from_config(scheduler),
         folder=folder,
         source=os.fspath(name_or_path),
@@ -75,39 +76,39 @@ def load_pipeline(
 
 
 def set_attention(unet: UNet2DConditionModel, *, xformers: bool = False, gradient_checkpointing: bool = False) -> None:
-    """Choose the attention kernel, and whether activations are recomputed in the backward pass (less memory, more
-    time).
+    """Choose the attention kernel (PyTorch's own, or xformers), and whether activations are recomputed in the backward
+    pass, which takes less memory and more time.
 
     Raises:
-        ValueError: xformers was asked for where it is not installed or where there is no CUDA device.
+        ValueError: xformers is not installed, or the network is not on a CUDA device.
     """
     if gradient_checkpointing:
-        unet.enable_gradient_checkpointing()  # works in eval mode too, which keeps any dropout asleep
+        unet.enable_gradient_checkpointing()  # works in eval mode too, where dropout is off
     else:
         unet.disable_gradient_checkpointing()
     if not xformers:
         return
     if importlib.util.find_spec("xformers") is None:
         raise ValueError(
-            "xformers is not installed: pip install 'diffusion_align[xformers]', or leave out "
-            "--enable_xformers_memory_efficient_attention (PyTorch's own attention is as fast)"
+            "xformers is not installed: pip install 'diffusion_align[xformers]', or use PyTorch's own attention, "
+            "which is as fast"
         )
     if unet.device.type != "cuda":
-        raise ValueError(
-            f"xformers has no kernel for {unet.device.type}: leave out --enable_xformers_memory_efficient_attention"
-        )
+        raise ValueError(f"xformers has no kernel for {unet.device.type}: use PyTorch's own attention")
     unet.enable_xformers_memory_efficient_attention()
 
 
 def _vae_dtype(dtype: torch.dtype, folder: Path) -> torch.dtype:
-    """Float32 where float16 overflows; bfloat16 has float32's range, and diffusers leaves it too. Known before loading,
-    for weights that have once been rounded to float16 do not come back."""
+    """Float32 where float16 would overflow; bfloat16 has float32's range, and diffusers keeps it too.
+
+    It must be known before loading, because rounding to float16 cannot be undone.
+    """
     upcast = json.loads((folder / "config.json").read_text("utf-8")).get("force_upcast", True)  # diffusers' default
     return torch.float32 if upcast and dtype == torch.float16 else dtype
 
 
 def _require_text_and_sizes(folder: Path, config: Any, pooled_width: int) -> None:
-    """Raises ValueError unless the network takes a pooled embedding and six sizes: a refiner takes five numbers."""
+    """Raise ValueError unless the network takes a pooled embedding and six sizes; a refiner takes five numbers."""
     kind, taken = config["addition_embed_type"], config["projection_class_embeddings_input_dim"]
     needed = pooled_width + SIZES * (config["addition_time_embed_dim"] or 0)
     if (kind, taken) != ("text_time", needed):
@@ -117,8 +118,8 @@ def _require_text_and_sizes(folder: Path, config: Any, pooled_width: int) -> Non
         )
 
 
-def _whole(kind: Any, dtype: torch.dtype, variant: str | None, folder: Path) -> Any:
-    """A network with all its weights from the file: the loaders fill gaps at random, or with nothing, and only warn."""
+def _network(kind: Any, dtype: torch.dtype, variant: str | None, folder: Path) -> Any:
+    """Load a network; raise ValueError if weights are missing, which diffusers would fill at random with a warning."""
     with torch.random.fork_rng(devices=[]):
         network, info = kind.from_pretrained(
             folder, torch_dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True
@@ -128,8 +129,8 @@ def _whole(kind: Any, dtype: torch.dtype, variant: str | None, folder: Path) -> 
     return network
 
 
-def _part(folder: Path, load: Any) -> Any:
-    """Load one component; whatever goes wrong is told in one line that names its folder."""
+def _component(folder: Path, load: Any) -> Any:
+    """Load one component; an error of any kind becomes one line that names its folder."""
     try:
         return load(folder)
     except FileNotFoundError as error:

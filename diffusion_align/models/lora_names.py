@@ -1,4 +1,4 @@
-"""What a tensor of a LoRA file is called, in the dialects of the programs that write them, and which layer it means.
+"""The names of a LoRA file's tensors, in the dialects of the programs that write them, and the layers they belong to.
 
     unet.down_blocks.0...to_q.lora.down.weight                    diffusers
     unet.down_blocks.0...attn1.processor.to_q_lora.down.weight    diffusers before 0.21
@@ -6,8 +6,8 @@
     lora_unet_down_blocks_0_..._to_q.lora_down.weight, .alpha     kohya
     lora_unet_input_blocks_1_1_..._to_q.lora_down.weight          kohya, on the network of the first release of SDXL
 
-A kohya name cannot be taken apart, for its `_` may have been a dot. So nothing is: the network's own layers are put
-under every name they can have, and a file's name is looked up.
+A kohya name cannot be split, because its `_` may have been a dot. So no name is: the network's own layers are listed
+under every name that they can have, and a file's name is looked up in that list.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _ENDINGS: tuple[tuple[str, Part, str], ...] = (
     (".lora_up.weight", "up", "kohya"),
     (".alpha", "alpha", "kohya"),
 )
-# What programs put before a layer's name; some diffusers files have nothing there.
+# What programs put before a layer's name; some diffusers files put nothing there.
 _PREFIX = re.compile(r"^(lora_unet_|unet\.|base_model\.model\.(unet\.)?|(model\.)?diffusion_model\.)?")
-# kohya's lora_te, lora_te1, lora_te2; diffusers' text_encoder and text_encoder_2; or the layers without a prefix, which
-# transformers kept under `text_model` up to 5.5 and no longer does.
+# kohya's lora_te, lora_te1, lora_te2; diffusers' text_encoder and text_encoder_2; or layers without a prefix, which
+# were below `text_model` in transformers up to 5.5.
 _TEXT = re.compile(
     r"^(base_model\.model\.)?(lora_te\d?_|text_encoder(_\d)?\.|te\d?\.|text_model[._]|text_projection|encoder[._]layers[._])"
 )
@@ -46,7 +46,7 @@ _TEXT = re.compile(
 
 @dataclass(frozen=True)
 class Name:
-    """`stem` is what the file calls the layer."""
+    """A key of a file; `stem` is what the file calls the layer."""
 
     stem: str
     part: Part
@@ -54,7 +54,7 @@ class Name:
 
 
 def read_name(key: str) -> Name | None:
-    """A key of a file taken apart; None for one that no plain LoRA has."""
+    """Split a key of a file; None for a key that no plain LoRA has."""
     for ending, part, dialect in _ENDINGS:
         if key.endswith(ending):
             return Name(key.removesuffix(ending), part, dialect)
@@ -62,18 +62,18 @@ def read_name(key: str) -> Name | None:
 
 
 def of_text_encoder(key: str) -> bool:
-    """Whether a key belongs to a text encoder rather than to the network that denoises."""
+    """Whether a key belongs to a text encoder, not to the UNet."""
     return _TEXT.match(key) is not None
 
 
 def flat(stem: str) -> str:
-    """A layer's name as every dialect would have it once its dots are underscores and what varies is dropped."""
+    """A layer's name with underscores for dots and without what differs between dialects."""
     name = _PREFIX.sub("", stem, count=1).replace(".processor.", ".").replace(".", "_")
     return name + "_0" if name.endswith("to_out") else name
 
 
 def layer_names(network: nn.Module) -> dict[str, str]:
-    """Each linear layer and convolution of a network under the names of all dialects, flat."""
+    """{flat name: layer} of each linear layer and convolution of a network, in all dialects."""
     layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     attentions = {match[2] for layer in layers if (match := _BLOCK.fullmatch(layer)) and match[1] == "up"
                   and match[3] == "attentions"}  # fmt: skip
@@ -84,7 +84,7 @@ def layer_names(network: nn.Module) -> dict[str, str]:
 
 
 def kind(layer: str) -> str:
-    """Which layer of its block it is: `attn1.to_q` of any block of any depth."""
+    """A layer's name within its block, such as `attn1.to_q`, whatever the block and its depth."""
     return re.split(r"(?:attentions|transformer_blocks|resnets|downsamplers|upsamplers)\.\d+\.", layer)[-1]
 
 
@@ -106,10 +106,10 @@ _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|
 
 
 def _first_release(layer: str, resnets: int, attentions: set[str]) -> str:
-    """The name of a layer where blocks are numbered through: Stability's own code, and so kohya's for SDXL.
+    """A layer's name in Stability's own code, and so in kohya's for SDXL, where all blocks are numbered in one series.
 
-    A down block is its `resnets` and a downsampler; an up block has one resnet more, whose number the upsampler shares.
-    `attentions` are the up blocks that have some.
+    A down block consists of its `resnets` and a downsampler; an up block has one resnet more, and the upsampler shares
+    its number. `attentions` are the up blocks that have attention layers.
     """
     if layer in _OUTSIDE:
         return _OUTSIDE[layer]

@@ -1,4 +1,4 @@
-"""The numbers in a LoRA file: whether they fit and are sound, and how strongly each layer of them is meant."""
+"""The tensors of a LoRA file: are shapes and values sound, and what are the rank and alpha of each layer?"""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ Keys = Mapping[str, Mapping[str, str]]
 
 @dataclass
 class Source:
-    """The file that is read, how strictly, and what is to be said about it."""
+    """The file that is read, whether it may be read in part, and the notes on repairs."""
 
     path: Path
     allow_partial: bool = False
     notes: list[str] = field(default_factory=list)
 
     def leave_out(self, keys: Iterable[str], problem: str) -> None:
-        """Refuse the file because of these keys, or, if it may be read in part, note that they are left out."""
+        """Raise ValueError because of these keys or, if the file may be read in part, note that they are left out."""
         if not (keys := sorted(keys)):
             return
         fault = f"{len(keys)} {problem}, the first is {shown(keys[0])}"
         if not self.allow_partial:
-            raise ValueError(f"{self.path}: {fault}; load_lora(..., allow_partial=True) goes on without")
-        self.notes.append(f"gone on without: {fault}")
+            raise ValueError(f"{self.path}: {fault}; load_lora(..., allow_partial=True) leaves them out")
+        self.notes.append(f"left out: {fault}")
 
 
 def shown(key: str) -> str:
@@ -39,39 +39,36 @@ def shown(key: str) -> str:
 
 
 def require_sound(source: Source, keys: Keys, pairs: Mapping[str, Pair], network: nn.Module, rank: int | None) -> None:
-    """Raise ValueError, naming the key, unless each pair has the layer's shape, one rank (`rank`, if the header tells
-    it) and finite values."""
+    """Raise ValueError, naming the key, unless each pair has the layer's shape, one rank (the header's, if it gives
+    one) and finite values."""
     cast: dict[torch.dtype, str] = {}
     for layer, (down, up) in pairs.items():
         weight = network.get_parameter(f"{layer}.weight")
         for part, tensor in (("down", down), ("up", up)):
             key = printable(keys[layer][part])
             if not tensor.dtype.is_floating_point:
-                raise ValueError(f"{source.path}: {key} holds {_short(tensor.dtype)}, no numbers that can be trained")
+                raise ValueError(f"{source.path}: {key} holds {_short(tensor.dtype)}, not floating-point numbers")
             if tensor.dtype != torch.float32:
                 cast.setdefault(tensor.dtype, key)
             its_rank = rank if rank is not None else (down.shape[0] if down.ndim else 0)
             inner, outer = list(weight.shape[1:]), [weight.shape[0]]
             due = [its_rank, *inner] if part == "down" else [*outer, its_rank, *[1] * (weight.ndim - 2)]
             if list(tensor.shape) != due or its_rank < 1:
-                raise ValueError(
-                    f"{source.path}: {key} is {list(tensor.shape)}, at rank {its_rank} this network's is {due}"
-                )
+                raise ValueError(f"{source.path}: {key} is {list(tensor.shape)}, not {due}, as rank {its_rank} needs")
             if not bool(tensor.float().isfinite().all()):
                 raise ValueError(f"{source.path}: {key} has values that are not finite")
     source.notes += [f"{_short(dtype)} cast to float32, such as {key}" for dtype, key in cast.items()]
 
 
-def alphas_of(source: Source, keys: Keys, tensors: Mapping[str, Tensor], told: float | None) -> dict[str, float]:
-    """Alpha of each layer: out of the header, else the file's own tensors, else the rank, which leaves the numbers as
-    they are."""
+def alphas_of(source: Source, keys: Keys, tensors: Mapping[str, Tensor], in_header: float | None) -> dict[str, float]:
+    """Alpha of each layer: from the header, else from the file's own tensors, else the rank (scale 1)."""
     with_one = {layer: parts["alpha"] for layer, parts in keys.items() if "alpha" in parts}
     found = {layer: _number(source, key, tensors[key]) for layer, key in with_one.items()}
-    if told is not None:
-        other = [key for layer, key in with_one.items() if found[layer] != told]
+    if in_header is not None:
+        other = [key for layer, key in with_one.items() if found[layer] != in_header]
         if other:
-            raise ValueError(f"{source.path}: its header tells alpha {told:g}, and {printable(other[0])} another")
-        return dict.fromkeys(keys, told)
+            raise ValueError(f"{source.path}: its header gives alpha {in_header:g}, and {printable(other[0])} another")
+        return dict.fromkeys(keys, in_header)
     without = [layer for layer in keys if layer not in with_one]
     if found and without:
         raise ValueError(
@@ -87,16 +84,16 @@ def alphas_of(source: Source, keys: Keys, tensors: Mapping[str, Tensor], told: f
 def one_rank(
     source: Source, keys: Keys, pairs: Mapping[str, Pair], alphas: Mapping[str, float]
 ) -> tuple[int, float, dict[str, Pair]]:
-    """(rank, alpha, pairs in float32) that do the same with one rank and one alpha for all layers.
+    """(rank, alpha, pairs in float32) of the same LoRA with one rank and one alpha for all layers.
 
-    A smaller rank is filled up with zeros, and where alpha / rank differs it goes into the up-projections.
+    Smaller ranks are padded with zeros; where alpha / rank differs, it is multiplied into the up-projections.
     """
     ranks = {layer: down.shape[0] for layer, (down, _) in pairs.items()}
     rank = max(ranks.values())
     small = [layer for layer in pairs if ranks[layer] < rank]
     if small:
         key = printable(keys[small[0]]["down"])
-        source.notes.append(f"{len(small)} layers of smaller rank filled up with zeros to {rank}, such as {key}")
+        source.notes.append(f"{len(small)} layers of smaller rank padded with zeros to {rank}, such as {key}")
     scales = {layer: alphas[layer] / ranks[layer] for layer in pairs}
     common = scales[min(scales)]
     if len(set(scales.values())) > 1:

@@ -1,7 +1,7 @@
 """A text-to-image model whose encoders, decoder and denoisers are plain functions, for every model family.
 
 Between floors pictures are float32 `[B,3,H,W]` in [0, 1], and latents are float32 and already times the VAE's scaling
-factor. Text is one tensor `[B,L,E]`; `conditioning` tells what else SDXL puts into it.
+factor. Text is one tensor `[B,L,E]`; `conditioning` describes what SDXL adds to it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from .token_limit import cut_captions
 
 @dataclass(eq=False)
 class TextToImage:
-    """A text-to-image model. `source` is where it came from; `dtype` the precision of its frozen weights.
+    """A text-to-image model: SDXL's format with a `second` encoder, else Stable Diffusion 1.x/2.x's.
 
-    With a `second` encoder it is of SDXL's format, else of Stable Diffusion 1.x/2.x's.
+    `source` is the name that it was loaded by, `dtype` the precision of its frozen weights.
     """
 
     unet: UNet2DConditionModel
@@ -60,7 +60,7 @@ class TextToImage:
         return 2 ** (len(_config(self.vae)["block_out_channels"]) - 1)
 
     def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
-        """(C,h,w) of the latents of square pictures. Raises ValueError for a size the VAE cannot halve often enough."""
+        """(C,h,w) of the latents of square pictures. Raises ValueError for a size that the VAE cannot reduce evenly."""
         pixels = self.resolution if resolution is None else resolution
         if pixels <= 0 or pixels % self._factor:
             raise ValueError(f"resolution {pixels} is not a positive multiple of {self._factor}, the VAE's reduction")
@@ -69,47 +69,47 @@ class TextToImage:
 
     @torch.no_grad()
     def encode_text(self, prompts: list[str], chunk: int = 64, *, sizes: Sequence[int] | None = None) -> Tensor:
-        """What the network reads of prompts, `[B,L,E]` float32.
+        """What the network reads of prompts, `[B,L,E]` float32: the text encoder's last hidden states, or for SDXL what
+        `conditioning` describes. An empty prompt is encoded like any other.
 
-        For Stable Diffusion the text encoder's last hidden states; for SDXL see `conditioning`. `sizes` are SDXL's
-        original height, width, crop top, left, target height, width; by default those of each picture at hand. An
-        empty prompt is encoded like any other.
+        `sizes` are SDXL's original height, width, crop top, left, target height, width; the default is each picture's
+        own size.
 
         Raises:
-            ValueError: sizes for a model that takes none, or that are no sizes.
+            ValueError: sizes for a model that takes none, or sizes that cannot be.
         """
         if not prompts:
             return self.encode_text([""])[:0]
         if self.second is None:
             if sizes is not None:
-                raise ValueError(f"{self.source} is not told the size of pictures: leave out sizes")
+                raise ValueError(f"{self.source} takes no size of pictures: leave out sizes")
             return last_states(self.tokenizer, self.text_encoder, prompts, chunk)
         hidden, pooled = penultimate_states(self.tokenizer, self.text_encoder, self.second, prompts, chunk)
         return pack(hidden, pooled, sizes)
 
     @cached_property
     def empty_text(self) -> Tensor:
-        """`[1,L,E]` float32: what guidance pushes away from where nothing is named, as in diffusers' pipelines.
+        """`[1,L,E]` float32: what guidance pushes away from without a negative prompt, as in diffusers' pipelines.
 
-        The encoding of the empty prompt; for SDXL, if its model_index.json says so, zeros in its place.
+        It is the encoding of the empty prompt, or zeros for an SDXL whose model_index.json says so.
         """
         encoded = self.encode_text([""])
         return torch.zeros_like(encoded) if self.second is not None and self.second.zero_empty else encoded
 
     def cut_captions(self, prompts: Sequence[str]) -> tuple[int, int]:
-        """How many prompts are longer than the text encoders read, and how many tokens that is: `captions`."""
+        """How many prompts exceed the text encoders' limit, and that limit in tokens."""
         return cut_captions([self.tokenizer, *([self.second.tokenizer] if self.second else [])], prompts)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, noise: Tensor | None = None, chunk: int = 16) -> Tensor:
         """Latents `[B,C,h,w]` float32 of pictures `[B,3,H,W]` in [0, 1].
 
-        `noise [B,C,h,w]` picks the sample of the VAE's posterior, so randomness stays with the caller; None takes its
+        `noise [B,C,h,w]` selects the sample of the VAE's posterior, so the caller controls randomness; None takes the
         mean.
 
         Raises:
             ValueError: pictures or noise of another shape, or pictures that are not in [0, 1] (bytes, or -1 .. 1).
-        OutOfMemory: one picture does not fit; until then the chunk is halved.
+            OutOfMemory: one picture does not fit; before that, the chunk is halved.
         """
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(f"pictures are floats [B,3,H,W], not {images.dtype} {list(images.shape)}")
@@ -142,8 +142,10 @@ class TextToImage:
         return (torch.cat(in_parts(decode, len(z), chunk, "decoding latents")[0]) / 2 + 0.5).clamp(0, 1)
 
     def _latent_scale(self) -> tuple[Any, Any]:
-        """(shift, scale): latents are (z - shift) scale of the VAE's z. Per channel where an SDXL VAE names means and
-        deviations, as in diffusers' pipeline, which asks no other family for them."""
+        """(shift, scale) where latents are (z - shift) scale of the VAE's z.
+
+        Per channel for an SDXL VAE that names means and deviations, which diffusers reads of no other family.
+        """
         config, scale = _config(self.vae), float(_config(self.vae)["scaling_factor"])
         means, stds = config.get("latents_mean"), config.get("latents_std")
         if self.second is None or means is None or stds is None:
@@ -152,16 +154,15 @@ class TextToImage:
         return per_channel[0], scale / per_channel[1]
 
     def _vae_precision(self) -> AbstractContextManager[Any]:
-        """SDXL's own VAE overflows in float16: its weights are then kept in float32 (`load_pipeline`), and autocast
-        must not undo that."""
+        """SDXL's own VAE overflows in float16, so `load_pipeline` keeps its weights in float32; autocast must not undo
+        that."""
         kind = self.device.type
         half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
         fragile = self.second is not None and _config(self.vae)["force_upcast"]
         return torch.autocast(kind, enabled=False) if half and fragile else nullcontext()
 
     def predict(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """The network's output `[B,C,h,w]`, float32, at states `x`, times `t [B]` and text `[B,L,E]`;
-        differentiable."""
+        """The network's output `[B,C,h,w]` float32 at states `x`, times `t [B]` and text `[B,L,E]`; differentiable."""
         x, t, text = x.to(self.device, self.dtype), t.to(self.device, torch.float32), text.to(self.device)
         if self.second is None:
             return self.unet(x, t, text.to(self.dtype), return_dict=False)[0].float()
@@ -172,11 +173,10 @@ class TextToImage:
         return self.unet(x, t, hidden.to(self.dtype), added_cond_kwargs=added, return_dict=False)[0].float()
 
     def denoiser(self, text: Tensor, guidance: float = 1.0, negative: Tensor | None = None) -> Denoiser:
-        """Bind a prompt: the clean prediction `(x [B,...], t [B]) -> x0 [B,...]` in float32, with classifier-free
-        guidance.
+        """The denoiser of a prompt, `(x [B,...], t [B]) -> x0 [B,...]` in float32, with classifier-free guidance.
 
-        `negative` is [B,L,E] or [1,L,E], by default the empty prompt; its sizes are the text's unless it names some. At
-        guidance 1 it is not computed.
+        `negative` is [B,L,E] or [1,L,E], by default the empty prompt; it takes the text's sizes unless it has its own.
+        At guidance 1 it is not computed.
         """
         text = text.to(self.device)
         without = self.empty_text if negative is None else negative
@@ -185,8 +185,7 @@ class TextToImage:
         return guided_denoiser(self.predict, text, without, guidance, self.schedule, self.prediction_type)
 
     def fingerprint(self) -> str:
-        """Identifies the weights the model was loaded from: the key of caches, and part of a run's identity on
-        resume."""
+        """A digest of the files that the model was loaded from, for the keys of caches and a run's identity."""
         return self._fingerprint
 
     @cached_property
@@ -195,5 +194,5 @@ class TextToImage:
 
 
 def _config(network: Any) -> Any:
-    """A network's settings; accelerate's and torch's wrappers for several devices have them under `module`."""
+    """A network's settings; the wrappers of accelerate and torch for several devices hold it as `module`."""
     return getattr(network, "module", network).config

@@ -1,6 +1,6 @@
-"""Trained weights on disk, in diffusers' formats; read whole or not at all.
+"""Saves and loads trained weights in diffusers' formats, completely or not at all.
 
-diffusers and peft leave out, or fill at random, what a file lacks, and only warn.
+diffusers and peft skip what a file lacks, or fill it at random, and only warn.
 """
 
 from __future__ import annotations
@@ -33,19 +33,15 @@ logger = logging.getLogger(__name__)
 
 
 def save_lora(unet: UNet2DConditionModel, folder: str | os.PathLike[str]) -> Path:
-    """Write `pytorch_lora_weights.safetensors` so that `pipe.load_lora_weights(folder)` needs nothing else typed.
+    """Write `pytorch_lora_weights.safetensors`, which `pipe.load_lora_weights(folder)` loads without more arguments.
 
-    Rank, alpha and targets go into the file's header: without them diffusers takes alpha for the rank on reload.
+    Rank, alpha and targets go into the file's header, as diffusers would otherwise take the rank for alpha.
     """
     config = unet.peft_config["default"]  # type: ignore[index]
-    metadata = {
-        "unet.r": config.r,
-        "unet.lora_alpha": config.lora_alpha,
-        "unet.target_modules": sorted(config.target_modules),
-    }
+    metadata = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
     with _staged(Path(folder) / LORA_FILE) as partial:
         StableDiffusionPipeline.save_lora_weights(
-            partial, unet_lora_layers=dict(_lora_state(unet)), unet_lora_adapter_metadata=_unprefixed(metadata)
+            partial, unet_lora_layers=dict(_lora_state(unet)), unet_lora_adapter_metadata=metadata
         )
         sort_header(partial / LORA_FILE)
         os.replace(partial / LORA_FILE, Path(folder) / LORA_FILE)
@@ -53,10 +49,10 @@ def save_lora(unet: UNet2DConditionModel, folder: str | os.PathLike[str]) -> Pat
 
 
 def sort_header(path: Path) -> None:
-    """Rewrite a file whose metadata safetensors wrote in an order that differs from process to process.
+    """Sort the metadata of a safetensors file, whose order differs from process to process, so that equal weights make
+    equal files.
 
-    Only `__metadata__` is sorted: it has the same bytes in another order, so nothing else moves. The file is replaced
-    whole or not at all.
+    `__metadata__` keeps its length, so nothing else moves. The file is replaced completely or not at all.
     """
     data = path.read_bytes()
     end = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
@@ -64,7 +60,7 @@ def sort_header(path: Path) -> None:
     if "__metadata__" in header:
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    # Eight-byte alignment of the tensors, as safetensors keeps it; spaces may follow the JSON.
+    # safetensors aligns tensors to eight bytes with spaces after the JSON.
     text += b" " * (-len(text) % _LENGTH)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -76,9 +72,9 @@ def sort_header(path: Path) -> None:
 
 @contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    """A folder beside `target` to write in, so that an older file there stays until the new one is whole."""
+    """A folder beside `target` to write in, so that an older file stays until the new one is complete."""
     partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an attempt that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # from an attempt that was killed
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -87,16 +83,16 @@ def _staged(target: Path) -> Iterator[Path]:
 
 
 def load_lora(model: TextToImage, folder: str | os.PathLike[str], *, allow_partial: bool = False) -> None:
-    """Add the LoRA of a run folder, or of a file in diffusers', peft's or kohya's names, to the model's network; all of
-    it or nothing.
+    """Add the LoRA of a run folder, or of a file in the names of diffusers, peft or kohya, to the model's network,
+    completely or not at all.
 
-    What was repaired (names, half precision, a missing alpha, a strength of each layer's own) is told in one warning.
-    With `allow_partial` a file may hold more or less than this network's layers, text encoders' for instance; the
-    warning then says what was left out.
+    One warning lists repairs (names, half precision, a missing alpha, strengths that differ between layers). With
+    `allow_partial` the file may hold more or less than this network's layers, for instance text encoders'; the warning
+    then lists what was left out.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a key is missing, unknown, of another shape or not finite, and the message names it; or the network
+        FileNotFoundError: no such file.
+        ValueError: a key, which the message names, is missing, unknown, of another shape or not finite; or the network
             has a LoRA already.
     """
     path = _lora_file(Path(folder))
@@ -114,7 +110,7 @@ def load_lora(model: TextToImage, folder: str | os.PathLike[str], *, allow_parti
 
 
 def _lora_file(place: Path) -> Path:
-    """The file itself, or that of a run, or of a folder that peft wrote."""
+    """The file itself, or the one in a run folder or in a folder that peft wrote."""
     if not place.exists():
         raise FileNotFoundError(f"{place} is not there: give the folder of a finished LoRA run, or a LoRA's file")
     found = [place / name for name in (LORA_FILE, PEFT_FILE) if (place / name).is_file()]
@@ -124,7 +120,7 @@ def _lora_file(place: Path) -> Path:
 
 
 def _peft_header(path: Path) -> dict[str, str]:
-    """What peft keeps in a file beside the weights, as diffusers keeps it in their header."""
+    """peft's adapter_config.json in the form of diffusers' header."""
     file = path.parent / "adapter_config.json"
     if path.name != PEFT_FILE or not file.is_file():
         return {}
@@ -135,7 +131,7 @@ def _peft_header(path: Path) -> dict[str, str]:
 def _lora_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     """The LoRA's own tensors (not copies) under diffusers' names, for every kind of layer.
 
-    diffusers' own converter renames attention layers only; a file of mixed names reloads in part, with a warning.
+    diffusers' own converter renames only attention layers, and a file of mixed names reloads incompletely.
     """
     state = get_peft_model_state_dict(unet)
     return {
@@ -143,13 +139,8 @@ def _lora_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
     }
 
 
-def _unprefixed(metadata: dict[str, object]) -> dict[str, object]:
-    return {key.removeprefix("unet."): value for key, value in metadata.items()}
-
-
 def save_unet(unet: UNet2DConditionModel, folder: str | os.PathLike[str]) -> Path:
-    """Write the whole network to `folder/unet`, loadable by `UNet2DConditionModel.from_pretrained(folder,
-    subfolder="unet")`."""
+    """Write all weights to `folder/unet`, for `UNet2DConditionModel.from_pretrained(folder, subfolder="unet")`."""
     path = Path(folder) / "unet"
     with _staged(path) as partial:
         unet.save_pretrained(partial / "new")
@@ -162,12 +153,12 @@ def save_unet(unet: UNet2DConditionModel, folder: str | os.PathLike[str]) -> Pat
 
 
 def load_unet(model: TextToImage, folder: str | os.PathLike[str]) -> None:
-    """Replace the network's weights by those in `folder/unet`, all of them or nothing, in the model's precision.
+    """Replace the network's weights by those in `folder/unet`, completely or not at all, in the model's precision.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: a key is missing, unknown, of another shape or not finite (the message names it), or the network is
-            another one than the model's.
+        FileNotFoundError: no such folder.
+        ValueError: a key, which the message names, is missing, unknown, of another shape or not finite; or the files
+            are of another network.
     """
     path = Path(folder) / "unet"
     files = sorted(path.glob("diffusion_pytorch_model*.safetensors"))
@@ -191,11 +182,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except Exception as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): copy it again") from error
+        raise ValueError(f"{path} is not a complete safetensors file ({error}): copy it again") from error
 
 
 def require_same_tensors(path: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raises ValueError, naming file and key, unless `found` has the names and shapes of `wanted` and finite values."""
+    """Raise ValueError, naming file and key, unless `found` has the names and shapes of `wanted` and finite values."""
     if missing := sorted(wanted.keys() - found.keys()):
         raise ValueError(f"{path}: {len(missing)} of {len(wanted)} tensors are missing, the first is {missing[0]}")
     if extra := sorted(found.keys() - wanted.keys()):

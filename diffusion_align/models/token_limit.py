@@ -1,4 +1,4 @@
-"""How many captions are longer than the text encoders read: what stands beyond is cut off, in training and sampling."""
+"""How many captions exceed the text encoders' token limit, beyond which training and sampling truncate them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
-# Captions whose tokens are in memory together.
-_CHUNK = 1024
+_CHUNK = 1024  # captions whose tokens are in memory together
 
 
 def tokenizers_in(folder: Path) -> list[CLIPTokenizer]:
@@ -21,12 +20,12 @@ def tokenizers_in(folder: Path) -> list[CLIPTokenizer]:
 
 
 def cut_captions(tokenizers: Sequence[CLIPTokenizer], captions: Iterable[str]) -> tuple[int, int]:
-    """How many captions some tokenizer cuts, and how many tokens it leaves, begin and end of text among them."""
+    """How many captions some tokenizer truncates, and the limit in tokens, with those for begin and end of text."""
     limit = min(tokenizer.model_max_length for tokenizer in tokenizers)
     cut, waiting = 0, iter(captions)
-    while part := list(islice(waiting, _CHUNK)):
+    while chunk := list(islice(waiting, _CHUNK)):
         lengths = [
-            [len(tokens) for tokens in tokenizer(part, truncation=False, verbose=False).input_ids]
+            [len(tokens) for tokens in tokenizer(chunk, truncation=False, verbose=False).input_ids]
             for tokenizer in tokenizers
         ]
         cut += sum(max(of_caption) > limit for of_caption in zip(*lengths, strict=True))

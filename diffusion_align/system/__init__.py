@@ -1,1 +1,1 @@
-"""The machine around a run: terminals, disks, memory, the network, and text and JSON of unknown origin."""
+"""The machine around a run: terminals, disks, memory, the network, and untrusted text and JSON."""

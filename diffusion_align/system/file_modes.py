@@ -1,4 +1,4 @@
-"""Files that others may read: safetensors makes its files for their owner's eyes only, whatever the umask says."""
+"""File modes by the umask: safetensors makes its files readable for their owner only."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 
 def readable(path: Path) -> None:
-    """Give a file the mode that `open` would have given it, by the umask of this process."""
-    probe = path.with_name(f".{path.name}.mode")  # to ask for the umask is to set it, for every thread
+    """Give a file the mode that the umask of this process would give a new file."""
+    probe = path.with_name(f".{path.name}.mode")  # os.umask can only be read by setting it, for all threads
     probe.touch()
     try:
         path.chmod(probe.stat().st_mode & 0o777)

@@ -1,4 +1,4 @@
-"""When the device's memory runs out: know it, and do the same work in smaller parts."""
+"""Recognises that the device's memory ran out, and repeats the same work in smaller chunks."""
 
 from __future__ import annotations
 
@@ -9,61 +9,52 @@ from typing import TypeVar
 
 import torch
 
-Part = TypeVar("Part")
-CURE = (
-    "the three cheapest ways on: --gradient_checkpointing; --mixed_precision bf16; fewer pictures at a time "
-    "(halve --train_batch_size and double --gradient_accumulation_steps; online: halve --sample_chunk, or --group_size)"
-)
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
 class OutOfMemory(RuntimeError):
-    """Memory ran out although the work could not be cut any smaller; the message names the cheapest cures."""
+    """Memory ran out, and the work cannot be split further; the message names the work."""
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: torch's own for GPUs, or its CPU allocator's."""
+    """Whether an error means that memory ran out: torch's own class for GPUs, or its CPU allocator's message."""
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 
 
 def free() -> None:
-    """Give back what a failed attempt held. Call it behind the `except`, not in it: there the error's traceback still
-    holds the tensors."""
+    """Free what a failed attempt held. Call it after the `except` block: within, the traceback still holds tensors."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def in_parts(work: Callable[[slice], Part], count: int, size: int, what: str) -> tuple[list[Part], int]:
-    """`work` on rows 0..count-1, `size` at a time, in order; where memory runs out, half as many from there on. The
-    size that was left comes second.
+def in_parts(work: Callable[[slice], T], count: int, size: int, what: str) -> tuple[list[T], int]:
+    """Results of `work` on rows 0..count-1 in order, `size` at a time, and the last size: halved when memory ran out.
 
     Raises:
-        OutOfMemory: one row alone does not fit; `what` names the work.
+        OutOfMemory: a single row does not fit; `what` names the work.
     """
-    done: list[Part] = []
+    done: list[T] = []
     start = 0
-    while start < count or not done:  # no rows are still a piece of work, of no rows
+    while start < count or not done:  # call once even if there are no rows
         try:
-            part = work(slice(start, min(start + size, count)))
+            done.append(work(slice(start, min(start + size, count))))
+            start += size
+            continue
         except RuntimeError as error:
             if not ran_out(error):
                 raise
-            part = None
-        if part is not None:
-            done.append(part)
-            start += size
-            continue
         free()
         size = halved(min(size, count - start), what)
     return done, size
 
 
 def halved(size: int, what: str) -> int:
-    """Half of a number of rows that did not fit, with a word about it; OutOfMemory for one row."""
+    """Half of a number of rows that did not fit, with a warning; raises OutOfMemory for one row."""
     if size <= 1:
-        raise OutOfMemory(f"{what}: out of memory with one at a time; {CURE}")
+        raise OutOfMemory(f"{what}: out of memory with one at a time")
     logger.warning("%s: out of memory with %d at a time; going on with %d", what, size, (size + 1) // 2)
     return (size + 1) // 2

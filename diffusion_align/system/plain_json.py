@@ -1,7 +1,7 @@
-"""JSON that came with a model, read as numbers and names: it may not ask for code, or for the machine's memory.
+"""Reads a model's JSON files and refuses those that ask for code or for absurd amounts of memory.
 
-The loaders of other libraries follow such a file a long way: to classes, kernels and files that it names, and to arrays
-as large as it says. So it is read here first, and what these models have no use for is refused.
+The loaders of other libraries import classes and kernels that such a file names, open its files, and allocate arrays of
+its sizes. So it is checked here first, and refused if it asks for what these models do not need.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MAX_BYTES = 16 << 20
 MAX_NUMBER = 10_000_000
 MAX_LAYERS = 200  # CLIP-bigG's image tower has 48
 MAX_ITEMS = 10_000
-# Each of these makes some loader run code that comes with the model.
+# Each of these makes a loader run code that comes with the model.
 _CODE = ("auto_map", "custom_pipeline", "custom_pipelines", "custom_generate", "trust_remote_code")
 _ATTENTION = (None, "eager", "sdpa")
 
@@ -25,7 +25,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a model.
 
     Raises:
-        ValueError: it is none, or over the limit; FileNotFoundError where it is not there.
+        FileNotFoundError: no such file. ValueError: it holds no object, or is larger than MAX_BYTES.
     """
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path} has over {MAX_BYTES:,} bytes, which no configuration has: fetch the model again")
@@ -39,7 +39,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def require_no_code(path: object, content: dict[str, Any]) -> None:
-    """Raise ValueError where a configuration names code that is to be run."""
+    """Raise ValueError if a configuration names code to run."""
     for key, value in _items(content):
         if key in _CODE and value not in (None, False, [], {}):
             raise ValueError(f"{path} sets {key}: it asks for code that comes with the model, which is never run here")
@@ -48,7 +48,7 @@ def require_no_code(path: object, content: dict[str, Any]) -> None:
 
 
 def require_modest(path: object, content: dict[str, Any]) -> None:
-    """Raise ValueError where a number or a list is larger than in any model that is known here."""
+    """Raise ValueError if a number or a list is larger than in any known model of these formats."""
     for key, value in _items(content):
         limit = MAX_LAYERS if "layers" in key else MAX_NUMBER
         if isinstance(value, int | float) and math.isfinite(value) and abs(value) > limit:
@@ -58,7 +58,7 @@ def require_modest(path: object, content: dict[str, Any]) -> None:
 
 
 def _items(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value inside a JSON value with its key; those of a list have the list's."""
+    """Every (key, value) inside a JSON value; the items of a list have the list's key."""
     yield key, value
     if isinstance(value, dict):
         for name, item in value.items():

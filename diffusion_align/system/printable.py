@@ -1,16 +1,16 @@
-"""Text from strangers on its way to a terminal or a log, where a control character would act instead of being read."""
+"""Untrusted text made safe for a terminal or a log, where control characters would take effect."""
 
 from __future__ import annotations
 
 import unicodedata
 
-# Controls, direction marks and the like, lone surrogates, line and paragraph ends, and what has no meaning yet.
-_ACTS = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp", "Cn"))
-_JOINER = "\u200d"  # builds emoji and whole scripts, and does nothing else
+# Controls, formats such as direction marks, lone surrogates, line and paragraph separators, unassigned characters.
+_ESCAPED = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp", "Cn"))
+_JOINER = "\u200d"  # harmless, and needed by emoji and whole scripts
 
 
 def printable(text: str) -> str:
-    """The text on one line, with every character that could move a cursor, turn or end a line written as its escape.
+    """The text on one line: characters that could move the cursor, or turn or end a line, become escapes.
 
     >>> printable("a cat\\x1b[2J\\n")
     'a cat\\\\x1b[2J\\\\n'
@@ -21,6 +21,6 @@ def printable(text: str) -> str:
 
 
 def _shown(character: str) -> str:
-    if character == _JOINER or unicodedata.category(character) not in _ACTS:
+    if character == _JOINER or unicodedata.category(character) not in _ESCAPED:
         return character
     return repr(character)[1:-1]

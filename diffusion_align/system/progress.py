@@ -1,7 +1,7 @@
-"""Progress bars: on a terminal as tqdm draws them, in a log file one plain line at a time.
+"""Progress bars: tqdm's own on a terminal, plain lines in a log file, where tqdm would write thousands of bars.
 
-A log file that is written like a terminal becomes a single line of thousands of bars. There, each bar writes its first
-line after two seconds, then one at most every half minute, and one when it ends; shorter work writes nothing.
+In a log file a bar writes its first line after two seconds, then one at most every half minute, and one when it ends;
+shorter work writes nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TextIO, TypeVar
 
 from tqdm import tqdm
 
-from diffusion_align.system.consoles import BETWEEN, SHORT
+from .consoles import BETWEEN, SHORT
 
 BAR = "{l_bar}{bar}| {done}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 LINE = "{desc}: {percentage:.0f} %, {done} of {total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
@@ -23,11 +23,11 @@ T = TypeVar("T")
 
 
 class _Bar(tqdm):  # pyright: ignore[reportMissingTypeArgument]
-    """A bar that may advance by parts of a unit; `done` in its format is how many, in tenths."""
+    """A bar that may advance by fractions of a unit; `done` in its format is the count, to a tenth."""
 
     @property
     def format_dict(self) -> Any:
-        n = round(self.n, 6)  # parts add up to a little more than the whole
+        n = round(self.n, 6)  # the sum of fractions may be off in its last bits
         return {**super().format_dict, "n": n, "done": f"{n:.1f}".removesuffix(".0")}
 
 
@@ -52,9 +52,9 @@ def progress_bar(
     items: Iterable[Any] | None = None, *, desc: str, unit: str, total: int | None = None, initial: int = 0,
     hidden: bool = False,
 ) -> tqdm[Any]:  # fmt: skip
-    """A bar on stderr, with the time that is left where `total` is known; iterate over it, or call `update`.
+    """A bar on stderr, with the remaining time if `total` is known; iterate over it, or call `update`.
 
-    `hidden`: show nothing, for the ranks other than the first.
+    `hidden` shows nothing, for ranks other than 0.
     """
     known = total is not None or hasattr(items, "__len__")
     if sys.stderr.isatty() or hidden:
@@ -62,7 +62,7 @@ def progress_bar(
             items, desc=desc, unit=unit, total=total, initial=initial, disable=hidden, dynamic_ncols=True,
             bar_format=BAR if known else None,
         )  # fmt: skip
-    # Smoothing would take the time before the first line for a slow step; a mean over all steps does not.
+    # Smoothing would mistake the time before the first line for a slow step; a mean over all steps does not.
     bar = _Bar(
         items, desc=desc, unit=unit, total=total, initial=initial, file=_Lines(sys.stderr), mininterval=BETWEEN,
         maxinterval=BETWEEN, miniters=1e-9, delay=SHORT, smoothing=0, ascii=True,
@@ -73,8 +73,7 @@ def progress_bar(
 
 
 def counted(function: Callable[P, T], done: Callable[[], object]) -> Callable[P, T]:
-    """The same function, which calls `done()` after each of its calls: slow work can show how far it is within a
-    batch."""
+    """The same function, but each call ends with `done()`, so that slow work can show its progress within a batch."""
 
     def call(*args: P.args, **named: P.kwargs) -> T:
         result = function(*args, **named)

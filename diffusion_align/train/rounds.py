@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffusion_align.system.memory import CURE, OutOfMemory, free, logger, ran_out
+from diffusion_align.system.memory import OutOfMemory, free, logger, ran_out
 from diffusion_align.train.batches import steps_of
 from diffusion_align.train.collect import draw_round
 from diffusion_align.train.method import Chunk, Columns, OnlineMethod, Round
@@ -147,7 +147,7 @@ def _learn(
         tried = None
         free()
         if stuck:
-            raise OutOfMemory(f"step {progress.step + 1}: out of memory with the pictures of one prompt; {CURE}")
+            raise OutOfMemory(f"step {progress.step + 1}: out of memory with the pictures of one prompt")
         logger.warning("step %d: out of memory; going on with chunks of half the size", progress.step + 1)
         progress = replace(progress, halvings=progress.halvings + 1)
 

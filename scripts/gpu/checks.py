@@ -1,4 +1,4 @@
-"""What the GPU check does, one function a check. Each returns a row of facts; a failure is raised as one line."""
+"""The GPU checks, one function each. A check returns a row of facts, or raises an error of one line."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from .random_models import make_model
 
 Facts = dict[str, Any]
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Relative differences that are allowed between the CPU in float32 and the device. Float32 sums in another order; bf16
-# and fp16 round each product to 8 and 11 bits. Online methods draw other pictures in another precision, so only the
-# loss before the first update, which no picture changes much, is compared there.
+# Largest relative difference between the CPU in float32 and the device. Float32 sums in another order; bf16 and fp16
+# round each product to 8 and 11 bits. Online methods draw other pictures in another precision, so only their loss
+# before the first update is compared, which depends little on the pictures.
 LOSS = {"no": 1e-3, "bf16": 2e-2, "fp16": 2e-2}
 GRADIENT = {"no": 2e-2, "bf16": 1e-1, "fp16": 5e-2}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how large: `models` are the sizes of `random_models` that stand for SD1.5 and SDXL, with resolution and
-    batch of each; `half` the precisions beside float32."""
+    """The device and the sizes: `models` are the names in `random_models` for SD1.5 and SDXL, with resolution and
+    batch; `half` are the precisions besides float32."""
 
     device: str
     work: Path
@@ -44,7 +44,7 @@ class Setting:
 
 
 def about(s: Setting) -> Facts:
-    """Versions, and the card."""
+    """Versions and the card."""
     facts: Facts = {"versions": versions(), "cuda": torch.version.cuda, "threads": torch.get_num_threads()}
     if s.cuda:
         card = torch.cuda.get_device_properties(s.device)
@@ -62,7 +62,7 @@ def matrix_peak(s: Setting) -> Facts:
 
 
 def parity(s: Setting, method: str) -> Facts:
-    """Two steps on the CPU in float32, and on the device in each precision: the start check passes, numbers agree."""
+    """Two steps on the CPU in float32 and on the device in each precision: the start check passes, numbers agree."""
 
     def rows(device: str, precision: str) -> list[Row]:
         run = fresh(s.work / f"parity-{method}-{device}-{precision}")
@@ -88,7 +88,7 @@ def _relative(found: float, wanted: float) -> float:
 
 
 def resume(s: Setting, method: str) -> Facts:
-    """Four steps, and the same stopped by a signal after two and resumed: weights and metrics are the same bits."""
+    """Four steps, and the same stopped by a signal after two and resumed: weights and metrics have the same bits."""
     whole, cut = (fresh(s.work / f"resume-{method}-{name}") for name in ("whole", "cut"))
     train(embedded(method, whole, s.device, "no", s.scale, steps=4), s.device).require()
 
@@ -98,7 +98,7 @@ def resume(s: Setting, method: str) -> Facts:
 
     stopped = train(embedded(method, cut, s.device, "no", s.scale, steps=4), s.device, after=stop)
     if stopped.code != 128 + signal.SIGTERM:
-        raise RuntimeError(f"a signal ended the run with exit code {stopped.code}: {stopped.said[-200:]}")
+        raise RuntimeError(f"a signal ended the run with exit code {stopped.code}: {stopped.stderr[-200:]}")
     again = [*embedded(method, cut, s.device, "no", s.scale, steps=4), "--resume_from_checkpoint", "latest"]
     train(again, s.device).require()
     one, other = (_weights(run) for run in (whole, cut))
@@ -117,7 +117,7 @@ def _weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def out_of_memory(s: Setting, method: str) -> Facts:
-    """Memory that runs out while learning: the run goes on with smaller pieces, and its numbers stay what they were."""
+    """Memory that runs out while learning: the run goes on with smaller micro-batches and the same numbers."""
     batch = 4 if s.smoke else 32
     words = embedded(method, fresh(s.work / f"memory-{method}-whole"), s.device, "no", s.scale, batch=batch)
     reset_peak(s.device)
@@ -132,7 +132,7 @@ def out_of_memory(s: Setting, method: str) -> Facts:
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
     else:
-        # Half the rows that learning asks about: two a pair, and online the one state of a prompt that runs share.
+        # Half the rows of a learning pass: two a pair, and online the one state of a prompt that trajectories share.
         with memory_for(batch if method == "dpo" else s.scale.prompts):
             cut = train(words, s.device).require()
     halvings = max(row.get("halvings", 0) for row in cut.rows)
@@ -156,7 +156,7 @@ def step(s: Setting, family: str, method: str, rate: float) -> Facts:
     precision = s.half[0] if s.cuda else "no"
     run = fresh(s.work / f"step-{family}-{method}")
     words = at_size(method, model, data, run, s.device, precision, resolution, batch, s.scale)
-    # On a CPU counting at this size takes 3 GB more than the step itself.
+    # On a CPU, counting operations at this size takes 3 GB more than the step.
     found = train(words, s.device, count=s.cuda or s.smoke).require()
     seconds = sum(found.seconds) / len(found.seconds)
     amount, unit = work_of(method, batch, s.scale)

@@ -13,8 +13,7 @@ METHODS = ("dpo", "rankdpo", "d3po", "spo", "prdp", "ddpo")
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a run is: pictures of a prompt (in rankings and online; SPO's children), prompts of a round, and steps
-    of a rollout."""
+    """The size of a run: pictures a prompt (in rankings and online; SPO's branches), prompts a round, rollout steps."""
 
     pictures: int = 4
     prompts: int = 2
@@ -65,7 +64,7 @@ def at_size(
 
 
 def work_of(method: str, batch: int, scale: Scale) -> tuple[float, str]:
-    """How much a step of `at_size` learns from, and its unit; SPO's depends on what it keeps."""
+    """The number of items that a step of `at_size` learns from, and their unit; SPO's depends on what it keeps."""
     name = method.removesuffix("-full")
     if name == "dpo":
         return batch, "pairs"
@@ -75,7 +74,7 @@ def work_of(method: str, batch: int, scale: Scale) -> tuple[float, str]:
 
 
 def make_data(folder: Path, resolution: int, pictures: int, count: int = 16) -> Path:
-    """Random pictures as pairs and as rankings of so many, and prompts."""
+    """Random pictures as pairs and as rankings, and prompts."""
     from diffusion_align.data import write_pairs_parquet
     from diffusion_align.data.images import encode_png
 

@@ -1,4 +1,4 @@
-"""One training command, run in this process and measured: rows, seconds a step, peak memory, operations."""
+"""Runs a training command in this process and measures it: rows, seconds a step, peak memory, operations."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ Row = dict[str, Any]
 
 @dataclass
 class Measured:
-    """What a command did. `seconds` of each timed step; `peak` bytes since the first of them; `flops` of the second
-    step, or 0 where nobody counted."""
+    """Results of a command: `seconds` of each timed step, `peak` bytes since the first of them, `flops` of the second
+    step (0 if not counted)."""
 
     code: int
-    said: str
+    stderr: str
     rows: list[Row] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     peak: int = 0
     flops: int = 0
 
     def require(self) -> Measured:
-        """The same, or RuntimeError with the command's own error line."""
+        """Itself; raises RuntimeError with the command's error line if it failed."""
         if self.code:
-            lines = [line for line in self.said.splitlines() if "error:" in line] or self.said.splitlines()[-1:]
+            lines = [line for line in self.stderr.splitlines() if "error:" in line] or self.stderr.splitlines()[-1:]
             raise RuntimeError(f"exit code {self.code}: {' '.join(lines)}")
         return self
 
@@ -45,8 +45,8 @@ class Measured:
 def train(
     argv: Sequence[str], device: str, *, count: bool = False, after: Callable[[Row], None] = lambda row: None
 ) -> Measured:
-    """Run `train ...`, whatever its exit code. With `count` the second step's operations are counted; it is not timed
-    then, as counting slows it. `after` hears each row of metrics."""
+    """Run `train ...`, whatever its exit code. `count` counts the operations of the second step, which is then not
+    timed, because counting slows it. `after` is called with each row of metrics."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(True)
@@ -67,20 +67,20 @@ def train(
             elif len(found.rows) == 2 and count:
                 counting.close()
                 found.flops = counter.get_total_flops()
-                reset_peak(device)  # counting holds on to more
+                reset_peak(device)  # counting keeps more
                 times[-1] = time.perf_counter()
             after(row)
 
         return write
 
-    said, real = io.StringIO(), record.recorder
+    stderr, real = io.StringIO(), record.recorder
     record.recorder = recorder
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said), counting:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr), counting:
             found.code = cli.main(list(argv))
     finally:
         record.recorder = real
-    found.said = said.getvalue()
+    found.stderr = stderr.getvalue()
     found.seconds = [b - a for a, b in zip(times[count:], times[count + 1 :], strict=False)]
     found.peak = peak(device)
     gc.collect()
@@ -104,7 +104,7 @@ def reset_peak(device: str) -> None:
 
 
 def peak(device: str) -> int:
-    """Bytes at the peak since `reset_peak`; 0 where the system does not tell."""
+    """Peak bytes since `reset_peak`; 0 if the system does not report them."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     try:
@@ -131,8 +131,8 @@ def matmul_peak(device: str, dtype: torch.dtype, side: int, repeats: int) -> flo
 
 @contextlib.contextmanager
 def memory_for(rows: int) -> Iterator[None]:
-    """A network that runs out of memory, in the allocator's own words, when it is given more than so many rows: for
-    machines whose memory cannot be limited."""
+    """Make the network raise the allocator's out-of-memory error for more than `rows` rows, as memory itself cannot be
+    limited everywhere."""
     from diffusion_align.models import TextToImage
 
     real = TextToImage.predict
@@ -150,7 +150,7 @@ def memory_for(rows: int) -> Iterator[None]:
 
 
 def fresh(folder: Path) -> Path:
-    """An empty place for a run."""
+    """Delete the folder of an earlier run."""
     shutil.rmtree(folder, ignore_errors=True)
     return folder
 

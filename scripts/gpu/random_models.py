@@ -1,8 +1,8 @@
-"""Model folders with the true architectures of Stable Diffusion 1.5 and SDXL and random weights, made on the spot.
+"""Makes model folders with the architectures of Stable Diffusion 1.5 and SDXL and random weights.
 
-Speed and memory depend on the architecture only, so such a folder measures what the real one would cost, without a
-download. The tokenizer is CLIP's own: its merges come with open_clip. The `small-` sizes have the same classes and a
-few thousand times fewer weights.
+Speed and memory depend only on the architecture, so such a folder costs what the real one would, without a download.
+The tokenizer is CLIP's own: open_clip ships its merges. The `small-` sizes have the same classes and a few thousand
+times fewer weights.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[dict[str, int], ...
     "small-sd15": (SMALL_SD15, SMALL_VAE, (SMALL_CLIP,)),
     "small-sdxl": (SMALL_SDXL, SMALL_VAE, (SMALL_CLIP, SMALL_G)),
 }
-"""Name -> the UNet's configuration, the VAE's, and those of the text encoders: two make it SDXL."""
+"""{name: configurations of UNet, VAE and text encoders}; SDXL has two text encoders."""
 
 
 def make_model(size: str, folder: Path, device: str = "cpu", seed: int = 0) -> Path:
-    """Write a random pipeline of one of `SIZES` as float16 files and return its folder; `device` draws the numbers."""
+    """Write a random pipeline of one of `SIZES` as float16 files; return its folder. `device` draws the weights."""
     unet_config, vae_config, clips = SIZES[size]
     sdxl = len(clips) > 1
     tokenizers = [clip_tokenizer()]
@@ -72,7 +72,7 @@ def make_model(size: str, folder: Path, device: str = "cpu", seed: int = 0) -> P
     cuda = [torch.device(device)] if device.startswith("cuda") else []
     with torch.random.fork_rng(devices=cuda), torch.device(device):
         torch.manual_seed(seed)
-        # Half precision at once, a part at a time: the whole model never stands in float32 beside its copy.
+        # Convert one component at a time, so that the whole model is never in memory in both precisions.
         parts: dict[str, Any] = {"unet": UNet(**unet_config).half().cpu()}
         scale = 0.13025 if sdxl else 0.18215
         parts["vae"] = AutoencoderKL(**vae_config, sample_size=512, scaling_factor=scale).half().cpu()
@@ -111,8 +111,8 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 
 def _byte_letters() -> list[str]:
-    """A printable letter for each byte, in the order of CLIP's vocabulary: printable bytes as themselves come first,
-    the others after them as the letters from 256 on."""
+    """A printable letter for each byte, in the order of CLIP's vocabulary: first the printable bytes as themselves,
+    then the others as the letters from 256 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = len(set(range(256)) - set(printable))
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(others)]

@@ -1,1 +1,1 @@
-"""Stages of scripts/build_tiny.py: each builds one part of the embedded world from nothing, on a CPU."""
+"""Stages of scripts/build_tiny.py: each builds one part of the embedded world from scratch, on a CPU."""

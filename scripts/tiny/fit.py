@@ -1,4 +1,4 @@
-"""The one training loop of the build: warm-up and cosine decay, clipping, averaged weights, resumable at any step."""
+"""The build's training loop: warm-up and cosine decay, clipping, averaged weights; resumable at any step."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _save(path: Path, step: int, parameters: dict, averaged: dict, optimizer: to
         tensors |= {f"optimizer/{slot}/{key}": value for slot, value in optimizer.state[p].items()}
     staged = path.with_suffix(".tmp")
     save_file({key: t.clone().contiguous() for key, t in tensors.items()}, staged)
-    staged.replace(path)  # a kill leaves the old state or the new one, never half of one
+    staged.replace(path)  # a kill leaves the old state or the new one
 
 
 def _load(path: Path, parameters: dict, averaged: dict, optimizer: torch.optim.AdamW) -> int:

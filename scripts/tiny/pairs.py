@@ -1,4 +1,4 @@
-"""Pictures of the base model itself, what the judge says of them, and their bytes for tables of pairs and rankings."""
+"""The base model's own pictures, the judge's marks for them, and their bytes for tables of pairs and rankings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from diffusion_align.rng import normal_batch
 from diffusion_align.samplers import sample, step_table
 from diffusion_align.shapes import ATTRIBUTES, judge
 
-STEPS, GUIDANCE = 10, 1.0  # without guidance, so that what a model learnt of the prompt shows
+STEPS, GUIDANCE = 10, 1.0  # without guidance, so that pictures show what the model learnt of the prompt
 SHARD = 64  # prompts sampled between two saves
 
 
@@ -46,7 +46,7 @@ def own_pictures(folder: Path, name: str, base: Path, prompts: list[str], k: int
 
 
 def marks_of(pictures: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-    """The judge's marks `[P,K]` per attribute, and "share": the share of attributes that hold."""
+    """The judge's marks `[P,K]` per attribute, and "share": the fraction of attributes that are right."""
     p, k = pictures.shape[:2]
     verdict = judge(pictures.flatten(0, 1).float() / 255, [prompt for prompt in prompts for _ in range(k)])
     single = torch.stack([verdict[name] for name in ATTRIBUTES if name != "all"])
@@ -54,21 +54,21 @@ def marks_of(pictures: Tensor, prompts: list[str]) -> dict[str, Tensor]:
 
 
 def picture_bytes(picture: Tensor) -> bytes:
-    """A `[3,64,64]` uint8 picture as a small WebP file; the loss is far below what the judge notices."""
+    """A `[3,64,64]` uint8 picture as a small WebP file; its compression is far below what the judge notices."""
     buffer = io.BytesIO()
     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, "WEBP", quality=92, method=6)
     return buffer.getvalue()
 
 
 def write_rankings(out: Path, prompts: list[str], pictures: Tensor, scores: Tensor) -> None:
-    """All K pictures `[P,K,3,64,64]` of each prompt, ranked by one scorer `[P,K]`: relevance is its share of wins."""
+    """All K pictures `[P,K,3,64,64]` of each prompt, ranked by one scorer `[P,K]`; relevance is the rate of wins."""
     relevance = win_counts(scores[None].double())
     rows = zip(prompts, pictures, relevance.tolist(), scores.tolist(), strict=True)
     write_rankings_parquet(
         out,
         (
-            Ranking(str(number), prompt, tuple(map(picture_bytes, own)), tuple(phi), (tuple(said),))
-            for number, (prompt, own, phi, said) in enumerate(rows)
+            Ranking(str(number), prompt, tuple(map(picture_bytes, own)), tuple(phi), (tuple(marks),))
+            for number, (prompt, own, phi, marks) in enumerate(rows)
         ),
         rows_per_group=256,
     )

@@ -19,7 +19,7 @@ def to_tensor(pictures: list[Image.Image]) -> Tensor:
 
 
 def crowd(seed: int, things: int = 9) -> np.ndarray:
-    """`[64,64,3]` uint8 crowded with overlapping things of any colour.
+    """`[64,64,3]` uint8, full of overlapping things of any colour.
 
     Most of a captioned picture is background; an autoencoder sees far more edges and colours in these.
     """

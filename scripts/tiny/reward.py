@@ -1,8 +1,8 @@
-"""Stage 3: the reward, a small CLIP in open_clip's format: trained on captions and on (simulated) people's choices.
+"""Stage 3: the reward, a small CLIP in open_clip's format, trained on captions and on simulated choices of people.
 
 Half of every batch is contrastive: rendered pictures against the batch's captions and one caption with a single wrong
-word. The other half is preferences, as PickScore has them: two of the base model's own pictures for one prompt, the
-better chosen by the judge and flipped now and then. So the reward knows the model's pictures, and errs like its kin.
+word. The other half is preferences, as for PickScore: two of the base model's own pictures for one prompt, of which the
+judge chooses the better; a few choices are flipped. So the reward knows the model's pictures, and errs as real ones do.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .fit import fit
 from .unet import tokenize
 
 RENDERED, PAIRS = 48, 32  # per batch
-FLIPPED = 0.1  # share of choices that go against the judge
+FLIPPED = 0.1  # fraction of choices that contradict the judge
 TEMPERATURE = 1 / 20
 
 
@@ -42,7 +42,7 @@ def new_clip(seed: int, tokenizer: CLIPTokenizer) -> tuple[open_clip.CLIP, dict]
             "width": 64,
             "heads": 4,
             "layers": 3,
-            "hf_tokenizer_name": "local",  # any name: open_clip then reads the tokenizer from the folder itself
+            "hf_tokenizer_name": "local",  # any name: open_clip reads the tokenizer from the folder
         },
     }
     with torch.random.fork_rng():
@@ -88,7 +88,7 @@ def train_clip(
     steps: int,
 ) -> tuple[open_clip.CLIP, dict]:
     """`pictures [N,3,64,64]` uint8 show `captions`; `own [P,K,3,64,64]` uint8 are K samples for each of P `prompts`,
-    with the judge's `marks [P,K]` (the share of attributes that hold)."""
+    with the judge's `marks [P,K]` (the fraction of attributes that are right)."""
     model, config = new_clip(seed, tokenizer)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
     tokens, prompt_tokens = tokenize(tokenizer, captions), tokenize(tokenizer, prompts)

@@ -1,4 +1,4 @@
-"""A CLIP tokenizer whose vocabulary is the caption grammar's words, with the byte alphabet below for any other text."""
+"""A CLIP tokenizer with the words of the caption grammar, and the byte alphabet for any other text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import CLIPTokenizer
 
 from diffusion_align.shapes.caption import BACKGROUNDS, COLOURS, COUNT_WORDS, RELATIONS, SHAPES, SIZES
 
-MAX_LENGTH = 24  # the longest caption has 16 tokens with its two ends
+MAX_LENGTH = 24  # the longest caption has 16 tokens with begin and end
 
 
 def build_tokenizer() -> CLIPTokenizer:
@@ -17,7 +17,7 @@ def build_tokenizer() -> CLIPTokenizer:
     plurals = [f"{shape}{'es' if shape == 'cross' else 's'}" for shape in SHAPES]
     relations = " ".join(RELATIONS).split()
     words = [*SIZES, *COLOURS, *SHAPES, *plurals, *relations, *BACKGROUNDS, *COUNT_WORDS.values(), "on", "background"]
-    # Byte-pair merges are learnt, not written down: hand-made ones interfere ("gr" of green breaks "background").
+    # Byte-pair merges are learnt, because hand-made ones interfere ("gr" of green breaks "background").
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -17,14 +17,14 @@ from .fit import fit
 
 BATCH = 32
 WIDTH = 64
-MAX_WEIGHT = 30.0  # of the second phase, over the plain error; 1 / alpha^2 would go to 213
+MAX_WEIGHT = 30.0  # of the second phase, relative to the plain error; 1 / alpha^2 would reach 213
 EMPTY_SHARE = 0.1  # captions replaced by "" so that classifier-free guidance works
 # Stable Diffusion 1.5's noise schedule.
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
 
 def new_unet(seed: int) -> UNet2DConditionModel:
-    """Attention only at 8x8 and 4x4: at 16x16 it would make the network four times slower on a CPU."""
+    """Attention at 8x8 and 4x4 only; at 16x16 it would make the network four times slower on a CPU."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(

@@ -46,7 +46,7 @@ def train_vae(folder: Path, *, seed: int, steps: int, pictures: int) -> Autoenco
         posterior = vae.encode(x).latent_dist
         z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=rng)
         y = vae.decode(z).sample
-        # Squared error finds the colours; absolute error sharpens edges, but alone it settles for the background.
+        # Squared error learns the colours; absolute error sharpens edges, but alone it learns only the background.
         sharpness = min(1.0, step / 500)
         return F.mse_loss(y, x) + sharpness * F.l1_loss(y, x) + KL_WEIGHT * posterior.kl().mean() / z[0].numel()
 
@@ -57,7 +57,7 @@ def train_vae(folder: Path, *, seed: int, steps: int, pictures: int) -> Autoenco
 
 
 def polish_decoder(vae: AutoencoderKL, folder: Path, *, seed: int, steps: int, pictures: int) -> None:
-    """Sharpen the decoder alone, on captioned pictures: latents stay what they are."""
+    """Sharpen the decoder only, on captioned pictures; latents do not change."""
     data = rendered(sample_captions(pictures, seed + 10), seed + 10)
 
     def loss_at(step: int) -> Tensor:
@@ -66,7 +66,7 @@ def polish_decoder(vae: AutoencoderKL, folder: Path, *, seed: int, steps: int, p
         x = data[rows].float() / 127.5 - 1
         with torch.no_grad():
             z = vae.encode(x).latent_dist.mean
-        # A latent off by a little, as the denoiser's are, must still decode to sharp corners.
+        # Slightly wrong latents, as the denoiser makes them, must still decode to sharp corners.
         z = z + 0.03 / vae.config.scaling_factor * torch.randn(z.shape, generator=rng)
         return F.l1_loss(vae.decode(z).sample, x)
 
@@ -83,7 +83,7 @@ def encode(vae: AutoencoderKL, pictures: Tensor, chunk: int = 64) -> Tensor:
 
 @torch.no_grad()
 def reconstruction_accuracy(vae: AutoencoderKL, seed: int, n: int) -> dict[str, float]:
-    """What the judge says of reconstructed held-out pictures, per attribute."""
+    """The judge's accuracy on reconstructed held-out pictures, per attribute."""
     captions = sample_captions(n, seed, split="held-out")
     latents = encode(vae, rendered(captions, seed + 1))
     pictures = torch.cat([vae.decode(part).sample for part in latents.split(64)]) / 2 + 0.5

@@ -1,4 +1,4 @@
-"""LoRA and full training: nothing changes at the start, strength survives the file, and half a file is refused."""
+"""LoRA and full training: nothing changes at the start, alpha survives the file, an incomplete file is refused."""
 
 import json
 import warnings
@@ -42,7 +42,7 @@ def disturb(parameters, scale=0.05):
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("mode", ["lora", "full"])
-def test_policy_is_its_reference_exactly_until_it_moves(model, item, mode, half):
+def test_policy_equals_reference_exactly_before_training(model, item, mode, half):
     parameters = add_lora(model.unet, 4, 8.0) if mode == "lora" else trainable(model.unet, "full")
     frozen = reference(model, mode)
     before = frozen(*item)
@@ -56,7 +56,7 @@ def test_policy_is_its_reference_exactly_until_it_moves(model, item, mode, half)
     assert not torch.allclose(model.predict(*item), before, atol=1e-3)
 
 
-def test_only_the_lora_gets_gradients_and_at_first_only_its_upper_half(model, item):
+def test_only_the_lora_gets_gradients_and_first_only_its_up_projections(model, item):
     parameters = add_lora(model.unet, 4)
     model.predict(*item).square().sum().backward()
     named = {name: p for name, p in model.unet.named_parameters() if p.requires_grad}
@@ -66,7 +66,7 @@ def test_only_the_lora_gets_gradients_and_at_first_only_its_upper_half(model, it
     assert all(bool(p.grad.any()) for name, p in named.items() if "lora_B" in name)
 
 
-def test_first_weights_are_addressed_and_gaussian(tiny_folder):
+def test_initial_weights_depend_on_seed_and_layer_and_are_gaussian(tiny_folder):
     models = [load_pipeline(tiny_folder, device="cpu") for _ in range(3)]
     first, same, other = (add_lora(g.unet, 8, seed=seed) for g, seed in zip(models, (3, 3, 4), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
@@ -91,14 +91,14 @@ def test_plain_diffusers_reloads_the_same_function(model, item, tiny_folder, tmp
     assert_rounded(plain.unet(x, t, text).sample, expected, depth=200)
 
 
-def test_masters_are_float32_on_a_half_precision_network(tiny_folder):
+def test_lora_weights_are_float32_on_a_half_precision_network(tiny_folder):
     model = load_pipeline(tiny_folder, device="cpu", dtype=torch.bfloat16)
     assert {p.dtype for p in add_lora(model.unet, 4)} == {torch.float32}
     with pytest.raises(ValueError, match="needs float32"):
         trainable(load_pipeline(tiny_folder, device="cpu", dtype=torch.bfloat16).unet, "full")
 
 
-def test_bad_requests(model):
+def test_wrong_arguments_are_refused(model):
     with pytest.raises(ValueError, match="at least 1"):
         add_lora(model.unet, 0)
     with pytest.raises(ValueError, match="no layer"):
@@ -138,7 +138,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_damaged_lora_is_refused_whole(model, item, tiny_folder, tmp_path, fault):
+def test_a_damaged_lora_changes_nothing(model, item, tiny_folder, tmp_path, fault):
     disturb(add_lora(model.unet, 4))
     spoil(save_lora(model.unet, tmp_path), FAULTS[fault])
     fresh = load_pipeline(tiny_folder, device="cpu")
@@ -151,17 +151,17 @@ def test_a_damaged_lora_is_refused_whole(model, item, tiny_folder, tmp_path, fau
     assert torch.equal(fresh.predict(*item), before)
 
 
-def test_truncated_and_absent_files(model, tmp_path):
+def test_truncated_and_missing_files_are_refused(model, tmp_path):
     with pytest.raises(FileNotFoundError, match="not there"):
         load_lora(model, tmp_path)
     add_lora(model.unet, 4)
     path = save_lora(model.unet, tmp_path)
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="not a whole safetensors"):
+    with pytest.raises(ValueError, match="not a complete safetensors"):
         load_lora(model, tmp_path)
 
 
-def test_the_header_holds_the_strength(model, tmp_path):
+def test_the_header_holds_rank_and_alpha(model, tmp_path):
     add_lora(model.unet, 4, 16.0)
     with safe_open(save_lora(model.unet, tmp_path), "pt") as file:
         header = json.loads(file.metadata()["lora_adapter_metadata"])
@@ -197,7 +197,7 @@ def test_full_weights_round_trip_and_wrong_networks_are_refused(model, item, tin
         load_unet(fresh, tmp_path)
 
 
-def test_warnings_stay_ours(model, tmp_path):
+def test_loading_and_saving_warn_of_nothing(model, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         add_lora(model.unet, 2)
@@ -241,7 +241,7 @@ def test_the_reference_changes_no_gradient_and_no_flag(model, item):
     assert not any(p.requires_grad for p in model.unet.parameters())
 
 
-def test_the_reference_sees_through_a_wrapper(model, item):
+def test_the_reference_works_on_a_wrapped_network(model, item):
     class Wrapper(torch.nn.Module):
         def __init__(self, module):
             super().__init__()
@@ -257,7 +257,7 @@ def test_the_reference_sees_through_a_wrapper(model, item):
 
 
 @pytest.mark.parametrize("key, value", [("use_rslora", True), ("use_dora", True), ("rank_pattern", {"to_q": 2})])
-def test_a_header_that_means_another_kind_of_lora_is_refused(model, tiny_folder, tmp_path, key, value):
+def test_a_header_of_another_kind_of_lora_is_refused(model, tiny_folder, tmp_path, key, value):
     add_lora(model.unet, 4)
     path = save_lora(model.unet, tmp_path)
     with safe_open(path, "pt") as file:
@@ -268,7 +268,7 @@ def test_a_header_that_means_another_kind_of_lora_is_refused(model, tiny_folder,
 
 
 @pytest.mark.parametrize("fault", ["one missing", "nan", "shape"])
-def test_damaged_full_weights_are_refused_whole(model, item, tmp_path, fault):
+def test_damaged_full_weights_change_nothing(model, item, tmp_path, fault):
     path = save_unet(model.unet, tmp_path) / "diffusion_pytorch_model.safetensors"
     before = model.predict(*item)
     spoil(path, FAULTS[fault])
@@ -289,7 +289,7 @@ def test_another_network_is_refused(model, tmp_path):
 
 
 def test_equal_weights_make_equal_files(model, tmp_path):
-    """safetensors writes a header's metadata in an order drawn anew each time; of 12 files half would differ."""
+    """safetensors writes a header's metadata in a random order; half of the 12 files would differ."""
     add_lora(model.unet, 4, 8.0)
     files = [save_lora(model.unet, tmp_path / str(i)) for i in range(12)]
     assert len({file.read_bytes() for file in files}) == 1

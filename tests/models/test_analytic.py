@@ -82,7 +82,7 @@ def test_mixture_clean_is_tweedies_formula(angle):
     assert torch.allclose(clean, (x + s**2 * score) / a, atol=1e-10)
 
 
-def test_denoisers_take_each_samples_own_time():
+def test_denoisers_use_a_time_for_each_sample():
     x, t = noise(3, 2), torch.tensor([10, 500, 999])
     for denoiser in (
         gaussian_denoiser(SCHEDULE, scalar(0.5), scalar(2.0)),
@@ -103,7 +103,7 @@ def test_gaussian_denoiser_takes_pictures():
     assert torch.allclose(denoise(x, torch.full((2,), 100)), mean.expand(2, 3, 4, 4), atol=1e-14)
 
 
-def test_toy_denoiser_is_made_by_its_generator_alone():
+def test_toy_denoiser_depends_only_on_its_generator():
     first, same, other = (ToyDenoiser(4, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
     x, t = noise(5, 2, 2, dtype=torch.float32), torch.full((5,), 300.0)
     assert first(x, t).shape == x.shape

@@ -10,7 +10,7 @@ POOLED = torch.tensor([[-1.0, -2.0, -3.0, -4.0], [-5.0, -6.0, -7.0, -8.0]], dtyp
 SIZES = (1200, 1000, 30, 40, 1024, 768)
 
 
-def test_rows_by_hand():
+def test_packed_rows_match_hand_arithmetic():
     text = pack(HIDDEN, POOLED, SIZES)
     assert text.dtype == torch.float64 and torch.equal(text[:, :3], HIDDEN)
     assert text[1, 3:].tolist() == [[-5, -6, -7, -8, 0, 0, 0], [1200, 1000, 30, 40, 1024, 768, 0]]
@@ -19,14 +19,14 @@ def test_rows_by_hand():
     assert sizes.dtype == torch.float32 and sizes.tolist() == [list(SIZES)] * 2
 
 
-def test_a_text_without_sizes_has_those_of_its_picture():
+def test_a_text_without_sizes_gets_those_of_its_picture():
     mixed = torch.cat([pack(HIDDEN[:1], POOLED[:1]), pack(HIDDEN[1:], POOLED[1:], SIZES)]).to(torch.bfloat16)
     sizes = unpack(mixed, 4, 1000, 1336)[2]
     assert sizes[0].tolist() == [1000, 1336, 0, 0, 1000, 1336]  # exact, though the text is in bfloat16
     assert sizes[1].tolist() == [1200, 1000, 30, 40, 1024, 768]
 
 
-def test_gradients_reach_what_was_packed():
+def test_gradients_reach_the_packed_tensors():
     hidden, pooled = HIDDEN.clone().requires_grad_(), POOLED.clone().requires_grad_()
     back = unpack(pack(hidden, pooled), 4, 8, 8)
     (back[0].sum() * 2 + back[1].sum() * 3).backward()
@@ -46,7 +46,7 @@ def test_a_negative_keeps_its_own_sizes_and_takes_only_missing_ones():
 @pytest.mark.parametrize(
     "sizes", [(), (8, 8), (8, 8, 0, 0, 8), (0, 8, 0, 0, 8, 8), (8, 8, 0, 0, 8, 0), (8, 8, -1, 0, 8, 8)]
 )
-def test_what_is_no_size_is_refused(sizes):
+def test_wrong_sizes_are_refused(sizes):
     with pytest.raises(ValueError, match="original height, width"):
         pack(HIDDEN, POOLED, sizes)
 

@@ -1,4 +1,4 @@
-"""LoRA files of other programs, and faulty ones: loaded as they are meant and said so, or refused by the faulty key."""
+"""LoRA files of other programs, and faulty ones: loaded as meant, with a message, or refused by the key at fault."""
 
 import logging
 
@@ -7,9 +7,9 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from helpers_machine import assert_rounded
 from peft import LoraConfig, PeftModel, get_peft_model
-from stress.lora.doors import make_run, pictures_of_64, resumed, through
-from stress.lora.families import families, heard, verdict
+from stress.lora.families import families, logged, verdict
 from stress.lora.faults import ALPHA, FORMATS, RANK, read, without_alpha, write
+from stress.lora.loaders import by_command, make_run, pictures_of_64, resumed
 from stress.loras import cases
 
 from diffusion_align.models import load_lora, load_pipeline, save_lora
@@ -56,13 +56,13 @@ def test_a_file_is_the_same_function_here_and_in_diffusers(both, tmp_path, which
     assert_rounded(family.answer(model), theirs, depth=200)
 
 
-def test_a_folder_of_pefts_own_loads_with_its_strength(both, tmp_path):
+def test_a_folder_written_by_peft_loads_with_its_alpha(both, tmp_path):
     family = both[0]
     config = LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "conv1"], init_lora_weights=False)
     with torch.random.fork_rng():
         get_peft_model(family.fresh().unet, config).save_pretrained(tmp_path)
     model, theirs = family.fresh(), family.fresh()
-    with heard() as messages:
+    with logged() as messages:
         load_lora(model, tmp_path)
     with torch.random.fork_rng():
         theirs.unet = PeftModel.from_pretrained(theirs.unet, tmp_path)
@@ -83,7 +83,7 @@ def merged(model, tensors):
 
 
 @pytest.mark.parametrize("same_strength", [True, False])
-def test_ranks_and_strengths_of_each_layers_own_are_kept(both, tmp_path, same_strength):
+def test_ranks_and_strengths_that_differ_between_layers_are_kept(both, tmp_path, same_strength):
     family = both[0]
     tensors, _ = read(FORMATS["kohya"][0](family.tuned(2, ALPHA).unet, tmp_path))
     for key in [key for key in tensors if "resnets" in key and key.endswith("lora_down.weight")]:
@@ -92,10 +92,10 @@ def test_ranks_and_strengths_of_each_layers_own_are_kept(both, tmp_path, same_st
         tensors[stem + ".lora_up.weight"] = tensors[stem + ".lora_up.weight"][:, :3]
         tensors[stem + ".alpha"] = torch.tensor(6.0 if same_strength else 1.5)
     model = family.fresh()
-    with heard() as messages:
+    with logged() as messages:
         load_lora(model, write(tmp_path / "mixed.safetensors", tensors))
     assert_rounded(family.answer(model), family.answer(merged(family.fresh(), tensors)), depth=200)
-    assert "filled up with zeros to 4" in messages[0] and ("multiplied in" in messages[0]) != same_strength
+    assert "padded with zeros to 4" in messages[0] and ("multiplied in" in messages[0]) != same_strength
     save_lora(model.unet, tmp_path / "again")
     assert_rounded(
         load_theirs(family, tmp_path / "again" / "pytorch_lora_weights.safetensors"), family.answer(model), depth=200
@@ -138,7 +138,7 @@ def test_the_blocks_of_sdxl_have_the_numbers_of_its_first_release():
     assert set(names.values()) == set(layers) and len({flat(layer) for layer in layers}) == len(layers) > 700
 
 
-def test_an_upsampler_comes_after_the_attention_where_there_is_one():
+def test_an_upsampler_is_numbered_after_the_attention_if_there_is_one():
     with torch.device("meta"):
         names = layer_names(UNet2DConditionModel())  # whose blocks are those of Stable Diffusion 1.5
     assert names["output_blocks_2_1_conv"] == "up_blocks.0.upsamplers.0.conv"
@@ -158,11 +158,11 @@ def test_an_upsampler_comes_after_the_attention_where_there_is_one():
         ("down_blocks.0.attentions.0.proj_in.lora.up.weight", False),
     ],
 )
-def test_text_encoders_are_known_by_their_names(key, text):
+def test_keys_of_text_encoders_are_recognised(key, text):
     assert of_text_encoder(key) == text
 
 
-def test_what_is_left_out_of_a_file_is_said_in_one_line(both, tmp_path, caplog):
+def test_one_line_tells_what_is_left_out_of_a_file(both, tmp_path, caplog):
     family = both[0]
     tuned = family.tuned(3, ALPHA)
     path = save_lora(tuned.unet, tmp_path)
@@ -175,12 +175,10 @@ def test_what_is_left_out_of_a_file_is_said_in_one_line(both, tmp_path, caplog):
         load_lora(model, path, allow_partial=True)
     assert torch.equal(family.answer(model), family.answer(tuned))
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line == (
-        f"{path}: gone on without: 1 tensors are for text encoders, which are not tuned here, the first is {TE}"
-    )
+    assert line == (f"{path}: left out: 1 tensors are for text encoders, which are not tuned here, the first is {TE}")
 
 
-def test_a_part_of_the_layers_is_loaded_only_where_that_is_allowed(both, tmp_path):
+def test_some_layers_only_are_loaded_only_if_allowed(both, tmp_path):
     family = both[0]
     tensors, header = read(FORMATS["kohya"][0](family.tuned(4, ALPHA).unet, tmp_path))
     middle = {key: value for key, value in tensors.items() if "mid_block" in key}
@@ -193,12 +191,12 @@ def test_a_part_of_the_layers_is_loaded_only_where_that_is_allowed(both, tmp_pat
     assert_rounded(family.answer(model), due, depth=200)
 
 
-def test_a_missing_alpha_is_taken_for_the_rank_as_others_do(both, tmp_path):
+def test_a_missing_alpha_defaults_to_the_rank(both, tmp_path):
     family = both[0]
     path = FORMATS["kohya"][0](family.tuned(5, RANK).unet, tmp_path)
     without_alpha(path)
     model = family.fresh()
-    with heard() as messages:
+    with logged() as messages:
         load_lora(model, path)
     assert_rounded(family.answer(model), load_theirs(family, path), depth=200)
     assert "alpha is missing, so taken to be the rank" in messages[0]
@@ -207,7 +205,7 @@ def test_a_missing_alpha_is_taken_for_the_rank_as_others_do(both, tmp_path):
 @pytest.mark.parametrize(
     "alpha, words", [(0.0, "other than 0"), (float("nan"), "other than 0"), (None, "have no alpha and others have one")]
 )
-def test_an_alpha_that_means_nothing_is_refused(both, tmp_path, alpha, words):
+def test_an_invalid_alpha_is_refused(both, tmp_path, alpha, words):
     tensors, _ = read(FORMATS["kohya"][0](both[0].tuned(6, ALPHA).unet, tmp_path))
     key = next(key for key in tensors if key.endswith(".alpha"))
     del tensors[key]
@@ -218,7 +216,7 @@ def test_an_alpha_that_means_nothing_is_refused(both, tmp_path, alpha, words):
 
 
 @pytest.mark.parametrize("strength", ["NaN", "0"])
-def test_a_header_whose_strength_means_nothing_is_refused(both, tmp_path, strength):
+def test_an_invalid_alpha_in_the_header_is_refused(both, tmp_path, strength):
     tensors, header = read(save_lora(both[0].tuned(7, ALPHA).unet, tmp_path))
     key = "lora_adapter_metadata"
     header[key] = header[key].replace('"unet.lora_alpha": 8.0', f'"unet.lora_alpha": {strength}')
@@ -226,7 +224,7 @@ def test_a_header_whose_strength_means_nothing_is_refused(both, tmp_path, streng
         load_lora(both[0].fresh(), write(tmp_path / "file.safetensors", tensors, header))
 
 
-def test_a_name_cannot_act_on_the_terminal(both, tmp_path):
+def test_control_characters_in_a_name_are_escaped(both, tmp_path):
     tensors, header = read(save_lora(both[0].tuned(8, ALPHA).unet, tmp_path))
     path = write(tmp_path / "file.safetensors", tensors | {"unet.\x1b[2J\n.lora.up.weight": torch.zeros(2, 2)}, header)
     with pytest.raises(ValueError) as error:
@@ -234,7 +232,7 @@ def test_a_name_cannot_act_on_the_terminal(both, tmp_path):
     assert str(error.value).isprintable()
 
 
-def test_a_second_lora_is_refused_as_such(both, tmp_path):
+def test_a_second_lora_is_refused(both, tmp_path):
     tuned = both[0].tuned(8, ALPHA)
     path = save_lora(tuned.unet, tmp_path)
     before = both[0].answer(tuned)
@@ -248,11 +246,11 @@ def test_two_names_of_one_tensor_are_refused(both, tmp_path):
     key = next(key for key in tensors if key.endswith("to_q.lora_down.weight"))
     again = key.replace("lora_down", "lora_A").replace("lora_unet_", "unet.")
     path = write(tmp_path / "twice.safetensors", tensors | {again: tensors[key].clone()})
-    with pytest.raises(ValueError, match="are the same layer's"):
+    with pytest.raises(ValueError, match="are of the same layer"):
         load_lora(both[0].fresh(), path)
 
 
-def test_the_judge_of_the_stress_is_not_blind(both, tmp_path):
+def test_the_verdict_of_the_stress_program_tells_right_from_wrong(both, tmp_path):
     family = both[0]
     path = save_lora(family.tuned(10, ALPHA).unet, tmp_path)
     other = family.answer(family.tuned(11, ALPHA))
@@ -263,7 +261,7 @@ def test_the_judge_of_the_stress_is_not_blind(both, tmp_path):
 def test_the_command_refuses_or_repairs_a_runs_lora(tmp_path):
     model = pictures_of_64(families(tmp_path)[0].folder)
     some = ("none", "float16", "NaN", "half of the keys missing", "empty file")
-    assert dict(through("sample", model, tmp_path, some)) == dict.fromkeys(some, True)
+    assert dict(by_command("sample", model, tmp_path, some)) == dict.fromkeys(some, True)
     assert load_pipeline(model, device="cpu") and make_run(model, tmp_path / "run").exists()
 
 
@@ -272,12 +270,12 @@ def test_no_faulty_weights_are_resumed(both, tmp_path):
     assert len(found) == 30 and all(found.values()), [what for what, right in found.items() if not right]
 
 
-def test_half_precision_is_cast_and_said(both, tmp_path):
+def test_half_precision_is_cast_with_a_message(both, tmp_path):
     family = both[0]
     tensors, header = read(save_lora(family.tuned(12, ALPHA).unet, tmp_path))
     path = write(tmp_path / "half.safetensors", {key: value.bfloat16() for key, value in tensors.items()}, header)
     model = family.fresh()
-    with heard() as messages:
+    with logged() as messages:
         load_lora(model, path)
     assert "bfloat16 cast to float32, such as unet." in messages[0]
     rows = dict(model.unet.named_parameters())

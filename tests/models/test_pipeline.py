@@ -1,4 +1,4 @@
-"""The model against plain diffusers, part by part and whole."""
+"""The model against plain diffusers, each component and the whole."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def test_pictures_and_latents_are_diffusers_own(model, plain):
 @pytest.mark.parametrize("folder", ["tiny_folder", "tiny_v_folder"])
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp"])
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
-def test_a_whole_run_is_the_plain_pipelines(request, folder, solver, guidance):
+def test_a_whole_trajectory_equals_the_plain_pipelines(request, folder, solver, guidance):
     folder = request.getfixturevalue(folder)
     model, pipe = load_pipeline(folder, device="cpu"), StableDiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -66,7 +66,7 @@ def test_a_whole_run_is_the_plain_pipelines(request, folder, solver, guidance):
     torch.testing.assert_close(ours, theirs.detach(), rtol=1e-3, atol=1e-3)
 
 
-def test_predict_is_differentiable_float32_and_blind_to_batch_mates(model):
+def test_predict_is_differentiable_float32_and_independent_of_the_batch(model):
     x, t, text = draw(2, 4, 8, 8), torch.tensor([3, 900]), model.encode_text(PROMPTS)
     x.requires_grad_()
     output = model.predict(x, t, text)
@@ -96,13 +96,13 @@ def test_half_precision_files_load_as_float32(tiny_folder, tmp_path):
         assert not part.training and not any(p.requires_grad for p in part.parameters())
 
 
-def test_sizes(model):
+def test_latent_shapes_and_wrong_resolutions(model):
     assert model.resolution == 32 and model.latent_shape() == (4, 8, 8) and model.latent_shape(64) == (4, 16, 16)
     with pytest.raises(ValueError, match="multiple of 4"):
         model.latent_shape(30)
 
 
-def test_fingerprint_names_the_weights(tiny_folder, tiny_v_folder, tmp_path):
+def test_fingerprint_depends_on_the_weights(tiny_folder, tiny_v_folder, tmp_path):
     first = load_pipeline(tiny_folder, device="cpu").fingerprint()
     shutil.copytree(tiny_folder, tmp_path / "copy")
     assert load_pipeline(tmp_path / "copy", device="cpu").fingerprint() == first
@@ -119,7 +119,7 @@ def one_line(error, *words):
     assert "\n" not in text and all(word in text for word in words), text
 
 
-def test_what_is_no_model_is_told_in_one_line(tiny_folder, tmp_path):
+def test_folders_that_are_no_model_are_refused_in_one_line(tiny_folder, tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         load_pipeline(tmp_path / "nowhere" / "at" / "all")
     one_line(error, "no model at", "diffusers format")
@@ -162,7 +162,7 @@ def test_a_local_folder_opens_no_connection(tiny_folder, monkeypatch):
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
-def test_weights_with_a_gap_are_refused(tiny_folder, tmp_path, part):
+def test_missing_weights_are_refused(tiny_folder, tmp_path, part):
     shutil.copytree(tiny_folder, tmp_path / "gap")
     (path,) = (tmp_path / "gap" / part).glob("*.safetensors")
     tensors = load_file(path)
@@ -211,11 +211,11 @@ def test_pictures_and_noise_of_the_wrong_kind_are_refused(model):
         model.encode_images(image, torch.zeros(1, 4, 8, 8))  # would broadcast: the same noise for every picture
 
 
-def test_no_prompts_no_text(model):
+def test_no_prompts_give_no_text(model):
     assert model.encode_text([]).shape == (0, 16, 32)
 
 
-def test_a_single_file_is_no_folder(tmp_path):
+def test_a_single_file_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="single file"):
         load_pipeline(tmp_path / "model.safetensors")

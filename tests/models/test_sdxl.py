@@ -1,4 +1,4 @@
-"""The model on SDXL's format against plain diffusers: text, sizes, whole runs, the VAE, weights, refusals."""
+"""The model on SDXL's format against plain diffusers: text, sizes, whole trajectories, the VAE, weights, refusals."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def plain_pipeline(folder):
 
 
 def parts(text):
-    """Hidden states, pooled embeddings and sizes of packed text, cut by hand."""
+    """Hidden states, pooled embeddings and sizes of packed text, split by hand."""
     return text[:, :TOKENS], text[:, TOKENS, :POOLED], text[:, TOKENS + 1, :6]
 
 
@@ -112,8 +112,8 @@ def assert_same(ours, theirs):
 @pytest.mark.parametrize("folder", FOLDERS)
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp"])
 @pytest.mark.parametrize("guidance, side", [(1.0, 8), (5.0, 8), (5.0, 12)])
-def test_a_whole_run_is_the_plain_pipelines(request, folder, solver, guidance, side):
-    """At another side than the model's own as well: the network is told the size of the picture that is made."""
+def test_a_whole_trajectory_equals_the_plain_pipelines(request, folder, solver, guidance, side):
+    """Also at another resolution than the model's own, because the network gets the size of the picture."""
     folder = request.getfixturevalue(folder)
     model, pipe, x = (
         load_pipeline(folder, device="cpu"),
@@ -123,7 +123,7 @@ def test_a_whole_run_is_the_plain_pipelines(request, folder, solver, guidance, s
     assert_same(our_run(model, x, solver, guidance=guidance), their_run(pipe, x, guidance_scale=guidance))
 
 
-def test_a_run_with_sizes_and_a_negative_prompt_is_the_plain_pipelines(sdxl, sdxl_folder):
+def test_sizes_and_a_negative_prompt_give_the_plain_pipelines_trajectory(sdxl, sdxl_folder):
     pipe, x = with_scheduler(plain_pipeline(sdxl_folder), "dpmpp"), draw(2, 4, 8, 8)
     told = {"original_size": SIZES[:2], "crops_coords_top_left": SIZES[2:4], "target_size": SIZES[4:]}
     ours = our_run(sdxl, x, "dpmpp", guidance=5.0, sizes=SIZES)
@@ -142,7 +142,7 @@ def test_a_run_with_sizes_and_a_negative_prompt_is_the_plain_pipelines(sdxl, sdx
         assert_same(ours[i : i + 1], theirs)
 
 
-def test_every_part_of_the_text_reaches_the_network(sdxl, item):
+def test_every_row_of_the_text_reaches_the_network(sdxl, item):
     x, t, text = item
     before = sdxl.predict(x, t, text).detach()
     for row, column in [(0, 0), (TOKENS - 1, 63), (TOKENS, 0), (TOKENS, POOLED - 1)]:
@@ -247,7 +247,7 @@ def test_other_vaes_take_the_precision_that_was_asked_for(sdxl_folder, tiny_fold
     assert load_pipeline(tiny_folder, device="cpu", dtype=torch.float16).vae.dtype == torch.float16
 
 
-def test_half_precision_weights_keep_sizes_whole(sdxl_folder, monkeypatch):
+def test_half_precision_weights_do_not_round_sizes(sdxl_folder, monkeypatch):
     half, x = load_pipeline(sdxl_folder, device="cpu", dtype=torch.bfloat16), draw(1, 4, 25, 27)
     seen, forward = [], half.unet.forward
     monkeypatch.setattr(half.unet, "forward", lambda *a, **k: seen.append(k["added_cond_kwargs"]) or forward(*a, **k))
@@ -259,7 +259,7 @@ def test_half_precision_weights_keep_sizes_whole(sdxl_folder, monkeypatch):
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("mode", ["lora", "full"])
-def test_policy_is_its_reference_exactly_until_it_moves(sdxl, item, mode, half):
+def test_policy_equals_reference_exactly_before_training(sdxl, item, mode, half):
     parameters = add_lora(sdxl.unet, 4, 8.0) if mode == "lora" else trainable(sdxl.unet, "full")
     frozen = reference(sdxl, mode)
     before = frozen(*item)
@@ -334,7 +334,7 @@ def broken(sdxl_folder, tmp_path):
 
 
 @pytest.mark.parametrize("key", ["text_projection.weight", "text_model.encoder.layers.1.mlp.fc1.bias"])
-def test_a_weight_missing_from_the_second_encoder_is_told(broken, key):
+def test_a_weight_missing_from_the_second_encoder_is_refused(broken, key):
     path = broken / "text_encoder_2" / "model.safetensors"
     tensors = load_file(path)
     (name,) = (name for name in tensors if name.endswith(key))
@@ -342,7 +342,7 @@ def test_a_weight_missing_from_the_second_encoder_is_told(broken, key):
     refused(broken, ValueError, str(broken / "text_encoder_2"), "1 weights are missing", key)
 
 
-def test_missing_parts_are_told(broken):
+def test_missing_components_are_refused(broken):
     (broken / "tokenizer_2" / "tokenizer.json").unlink()
     refused(broken, FileNotFoundError, str(broken / "tokenizer_2"), "merges.txt")
     shutil.rmtree(broken / "tokenizer_2")
@@ -353,7 +353,7 @@ def test_missing_parts_are_told(broken):
     refused(broken, ValueError, "names None as its tokenizer_2", "SDXL has a CLIPTokenizer")
 
 
-def test_relatives_of_sdxl_are_told(broken, sdxl):
+def test_relatives_of_sdxl_are_refused(broken, sdxl):
     change_config(broken, "unet", addition_time_embed_dim=4)
     refused(broken, ValueError, str(broken / "unet"), "96 numbers", "72", "not supported")
     index = json.loads((broken / "model_index.json").read_text())

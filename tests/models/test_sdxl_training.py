@@ -1,4 +1,4 @@
-"""What loops do with an SDXL-format model without knowing it: cache, dropped captions, a run, a command."""
+"""Caches, caption dropout, loops and the command with an SDXL-format model, which they do not know of."""
 
 import importlib.util
 import math
@@ -33,7 +33,7 @@ def pairs_file(tmp_path_factory):
 
 @pytest.fixture
 def calls(sdxl, monkeypatch):
-    """What the UNet is given beside states and times, call by call."""
+    """The UNet's inputs besides states and times, for each call."""
     seen, forward = [], sdxl.unet.forward
 
     def spy(x, t, hidden, added_cond_kwargs, return_dict):
@@ -45,7 +45,7 @@ def calls(sdxl, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_dropped_caption_drops_all_of_it_but_the_size(sdxl, calls, pairs_file, tmp_path, dtype):
+def test_a_dropped_caption_keeps_only_its_size(sdxl, calls, pairs_file, tmp_path, dtype):
     pairs, _ = read_pairs(pairs_file)
     cache = build_cache(sdxl, pairs, tmp_path, EncodingSettings(SIDE, dtype=dtype), progress=False)
     latents, text = cache.batch(range(8))
@@ -65,7 +65,7 @@ def test_a_dropped_caption_drops_all_of_it_but_the_size(sdxl, calls, pairs_file,
     assert torch.equal(seen["text_embeds"][~dropped], kept[:, TOKENS, :POOLED])
 
 
-def test_gradients_of_a_guided_run_in_two_passes_are_autograds(sdxl):
+def test_gradients_of_a_guided_trajectory_in_two_passes_equal_autograds(sdxl):
     parameters = add_lora(sdxl.unet, 2)
     with torch.no_grad():
         for i, parameter in enumerate(parameters):

@@ -1,1 +1,1 @@
-"""Programs that count in full what docs/reliability.md promises (`make stress`), and what they share with the tests."""
+"""Programs that measure what docs/reliability.md promises (`make stress` runs them), and helpers that tests use too."""

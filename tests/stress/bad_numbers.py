@@ -1,12 +1,13 @@
-"""Puts numbers that are not finite, and memory that runs out, into training loops at random steps.
+"""Training steps with numbers that are not finite, or in which memory runs out.
 
     python tests/stress/bad_numbers.py [--steps 100]
 
-T12  nan or inf in a loss, a gradient, a latent or a reward: exactly those steps are skipped and counted, no weight is
-     ever anything but finite, and the count outlives a stop; a reward that fails costs its picture, not the step
-T13  gradients of 50 standard deviations are skipped where that is asked for, only those, and so they are after a stop
-T14  memory runs out in forward, backward, drawing or scoring: the same samples, and losses within 1e-5
-The networks are toys (those of the tests); the loops are those that the commands run.
+- nan or inf in a loss, a gradient, a latent or a reward: exactly those steps are skipped and counted, the weights stay
+  finite, and a resumed run keeps the count; a reward that fails costs its picture, not the step
+- gradient norms of 50 standard deviations: with --skip_spikes exactly those are skipped, also after a resumption
+- memory that runs out in forward, backward, drawing or scoring: the same samples, and losses within 1e-5
+
+The networks are the tests' toys; the loops are those of the commands.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ AT_ONCE = 50  # steps of a run
 
 
 def bad_steps(chance: random.Random, count: int, steps: int = AT_ONCE) -> set[int]:
-    """Steps to be spoilt, never 4 in a row: 5 end a run."""
+    """Random steps to be spoilt, never 4 in a row, because 5 end a run."""
     found: set[int] = set()
     while len(found) < count:
         step = chance.randint(1, steps)
@@ -45,7 +46,7 @@ def bad_steps(chance: random.Random, count: int, steps: int = AT_ONCE) -> set[in
 
 
 class Spoilt:
-    """A network whose answer, or whose gradient, is made `value` while `when()` holds; one number of it suffices."""
+    """A network whose first row of output, or of its gradient, is `value` while `when()` is true."""
 
     def __init__(self, network: Any, when: Callable[[], bool], value: float, back: bool = False):
         self.network, self.when, self.value, self.back = network, when, value, back
@@ -67,7 +68,7 @@ def all_finite(parameters: Any, optimizer: torch.optim.Optimizer) -> bool:
 
 
 def outcome(records: Iterator[StepRecord], spoilt: set[int], finite: Callable[[], bool], what: str) -> list[str]:
-    """Walk a run; what is not as it should be."""
+    """Consume a run's records; return what is wrong."""
     wrong = []
     for record in records:
         if record.updated == (record.step in spoilt):
@@ -80,7 +81,7 @@ def outcome(records: Iterator[StepRecord], spoilt: set[int], finite: Callable[[]
 
 
 def offline(kind: str, spoilt: set[int], value: float) -> list[str]:
-    """A DPO run with one loss, gradient or latent spoilt at these steps; stopped and resumed in its middle."""
+    """A DPO run with a loss, gradient or latent spoilt at these steps; stopped and resumed half-way."""
     run = make_run(cache=MemoryPairs(20), max_steps=AT_ONCE, total=AT_ONCE)
     at = [0]
 
@@ -115,25 +116,25 @@ def offline(kind: str, spoilt: set[int], value: float) -> list[str]:
 
 
 def online(name: str, kind: str, spoilt: set[int], value: float) -> list[str]:
-    """Rounds of one step, in which a policy's answer while drawing or learning is spoilt, or a reward."""
+    """Rounds of one step, in which a reward, or the policy's output while drawing or learning, is spoilt."""
     at = [0]
 
     def now() -> bool:
         return at[0] + 1 in spoilt
 
     def reward(latents: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-        values = darkness(latents, prompts).nan_to_num(0.0, 0.0, 0.0)  # as that of a picture, which is always finite
+        values = darkness(latents, prompts).nan_to_num(0.0, 0.0, 0.0)  # pictures are always finite
         return values.index_fill(0, torch.tensor([0]), value) if kind == "reward" and now() else values
 
     toy: Any = Toy(reward=reward, share=False)
     toy.optimizer.param_groups[0]["lr"] = 1e-3
 
-    def while_it(learns: bool) -> bool:
+    def while_learning(learns: bool) -> bool:
         return now() and torch.is_grad_enabled() == learns
 
     toy.policy_calls.network = Spoilt(
-        Spoilt(toy.network, lambda: kind == "latent" and while_it(False), value),
-        lambda: kind in ("loss", "gradient") and while_it(True),
+        Spoilt(toy.network, lambda: kind == "latent" and while_learning(False), value),
+        lambda: kind in ("loss", "gradient") and while_learning(True),
         value,
         back=kind == "gradient",
     )
@@ -143,13 +144,13 @@ def online(name: str, kind: str, spoilt: set[int], value: float) -> list[str]:
             yield record
             at[0] = record.step
 
-    # A child of SPO that is not finite costs itself, as no pair is made of it; elsewhere it is in the graph of others.
+    # SPO makes no pair of a branch that is not finite; with other methods it is in the graph of the others.
     skipped = set() if kind == "reward" or (name, kind) == ("spo", "latent") else spoilt
     return outcome(stepping(), skipped, lambda: all_finite(toy.parameters, toy.optimizer), f"{name}, {kind}, {value}")
 
 
 def spikes(spoilt: set[int]) -> list[str]:
-    """Gradients 50 deviations too large, once the guard knows what is usual; a stop does not make it forget."""
+    """Gradients 50 deviations too large, after enough steps to know the usual norm; a resumed run remembers it."""
     spoilt = {step for step in spoilt if step > 20}
     run, at = make_run(cache=MemoryPairs(20), max_steps=AT_ONCE, total=AT_ONCE, warmup=0), [0]
     norms: list[float] = []
@@ -172,7 +173,7 @@ def spikes(spoilt: set[int]) -> list[str]:
 
 
 def short_offline(way: str, rows: int, after: int, seed: int) -> list[str]:
-    """A DPO run whose memory holds `rows` rows from a call on, beside one that has enough."""
+    """A DPO run whose memory holds only `rows` rows from a certain call on, compared with one that has enough."""
     whole, cut = (make_run(cache=MemoryPairs(20), batch_size=8, max_steps=12, warmup=0, seed=seed) for _ in range(2))
     changes: dict[str, Any] = {}
     if way == "forward":
@@ -185,7 +186,7 @@ def short_offline(way: str, rows: int, after: int, seed: int) -> list[str]:
 
 
 def short_online(name: str, place: str, seed: int) -> list[str]:
-    """Rounds of four prompts where the pictures of two fit."""
+    """Rounds of four prompts, where memory holds the pictures of two."""
     whole, cut = Toy(double=True, seed=seed), Toy(double=True, seed=seed)
     short_of_memory(cut, name, place)
     enough, short = (list(toy.rounds(toy.method(name), prompts_per_chunk=4, max_steps=4)) for toy in (whole, cut))
@@ -193,7 +194,7 @@ def short_online(name: str, place: str, seed: int) -> list[str]:
 
 
 def compared(whole: list[StepRecord], cut: list[StepRecord], what: str) -> list[str]:
-    """What of a run that ran out of memory is not that of the other; or that it did not run out."""
+    """Differences between a run that ran out of memory and one that did not; or that it did not run out."""
     wrong = [] if cut[-1].progress.halvings else [f"{what}: memory did not run out"]
     for a, b in zip(whole, cut, strict=True):
         if a.progress.samples != b.progress.samples:
@@ -203,8 +204,8 @@ def compared(whole: list[StepRecord], cut: list[StepRecord], what: str) -> list[
     return wrong
 
 
-def report(target: str, wrong: list[str], said: str) -> int:
-    print(f"{target}  {said}: {len(wrong)} wrong", flush=True)
+def report(wrong: list[str], said: str) -> int:
+    print(f"{said}: {len(wrong)} wrong", flush=True)
     for text in wrong[:10]:
         print(f"    {text}")
     return len(wrong)
@@ -219,20 +220,20 @@ def main(argv: list[str] | None = None) -> int:
     each, rounds = min(10, args.steps), -(-args.steps // 10)
     for kind in ("loss", "gradient", "latent"):
         wrong = [text for i in range(rounds) for text in offline(kind, bad_steps(chance, each), BAD[i % 3])]
-        failures += report("T12", wrong, f"dpo, {rounds * each} steps with a {kind} that is not finite")
+        failures += report(wrong, f"dpo, {rounds * each} steps with a {kind} that is not finite")
     for name, kind in itertools.product(args.methods, ("loss", "gradient", "latent", "reward")):
         some = max(1, rounds // 4)
         wrong = [text for i in range(some) for text in online(name, kind, bad_steps(chance, each), BAD[i % 3])]
-        failures += report("T12", wrong, f"{name}, {some * each} steps with a {kind} that is not finite")
+        failures += report(wrong, f"{name}, {some * each} steps with a {kind} that is not finite")
     wrong = [text for _ in range(rounds) for text in spikes(bad_steps(chance, each))]
-    failures += report("T13", wrong, f"{rounds} runs with spikes")
+    failures += report(wrong, f"{rounds} runs with spikes")
     for way in ("forward", "backward", "reference"):
         wrong = [text for i in range(rounds) for text in short_offline(way, 2 + 2 * (i % 4), chance.randrange(8), i)]
-        failures += report("T14", wrong, f"dpo, {rounds} runs in which memory runs out ({way})")
+        failures += report(wrong, f"dpo, {rounds} runs in which memory runs out ({way})")
     for name, place in itertools.product(args.methods, ("drawing", "scoring", "learning")):
         some = max(1, rounds // 4)
         wrong = [text for i in range(some) for text in short_online(name, place, i)]
-        failures += report("T14", wrong, f"{name}, {some} runs in which memory runs out while {place}")
+        failures += report(wrong, f"{name}, {some} runs in which memory runs out while {place}")
     return int(failures > 0)
 
 

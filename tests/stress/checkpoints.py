@@ -1,9 +1,9 @@
-"""Kills, errors, full disks and damage against checkpoints, in full counts; returns nonzero if any got through.
+"""Kills, errors, full disks and damaged files, tried on checkpoints; exits with 1 if any is not handled.
 
     python tests/stress/checkpoints.py [--kills 200] [--parameters 10000000] [--baseline]
 
-Every line says how many cases there were and how many went wrong. --baseline adds accelerate's checkpoints under the
-same kills, which is no test of ours. Full disks are tried only where the user may mount a small one.
+Each line counts the cases and those that went wrong. --baseline also kills accelerate's save_state, to compare.
+Full disks are tried only if the user may mount a small one.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def kill(folder: Path, count: int, parameters: int) -> int:
 
 
 def fault(folder: Path) -> int:
-    """Deaths and errors at every file operation."""
+    """Kill a save, or make it fail, at every file operation."""
     bad = 0
     for way in WAYS:
         begun = time.monotonic()
@@ -62,7 +62,7 @@ def fill(folder: Path, points: int) -> int:
         begun = time.monotonic()
         disk = full_disks(folder / f"disk {checked}", points, 1_000_000, checked)
         if disk is None:
-            print("full disks: left out, for this user may not mount one")
+            print("full disks: left out, because this user may not mount one")
             continue
         say(f"full disks, room {'looked at' if checked else 'not looked at'} before", disk, begun)
         bad += disk["wrong"] + disk["broken"]
@@ -70,7 +70,7 @@ def fill(folder: Path, points: int) -> int:
 
 
 def damage(folder: Path, bits: int, lengths: int) -> int:
-    """Bits and cuts of every file of a checkpoint."""
+    """Flip bits in every file of a checkpoint, and truncate it."""
     bad, path = 0, two_checkpoints(folder, 100_000)
     for file in sorted(path.iterdir()):
         large = file.suffix == ".safetensors"
@@ -84,7 +84,7 @@ def damage(folder: Path, bits: int, lengths: int) -> int:
             bad += found["damages"] - found["refused"]
     data = (path / "model.safetensors").read_bytes()
     say("the same bits and safetensors alone", silently_loaded(flips(data, bits)), time.monotonic())
-    # A small file of tensors at every length there is.
+    # A small file of tensors, truncated to every length.
     file = two_checkpoints(folder / "small", 100) / "model.safetensors"
     begun = time.monotonic()
     found = refused(file, cuts(file.read_bytes()))
@@ -96,12 +96,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--parameters", type=int, default=10_000_000, help="weights of the model that is killed")
-    parser.add_argument("--points", type=int, default=24, help="of how full a disk can be")
+    parser.add_argument("--points", type=int, default=24, help="fill levels of a disk")
     parser.add_argument("--bits", type=int, default=500, help="flipped in each file, one at a time")
-    parser.add_argument("--lengths", type=int, default=582, help="that a large file is cut to; a small one to all")
+    parser.add_argument("--lengths", type=int, default=582, help="of a truncated large file; small ones get all")
     parser.add_argument("--baseline", action="store_true", help="also 60 kills of accelerate's save_state")
     args = parser.parse_args(argv)
-    logging.getLogger("diffusion_align").addHandler(logging.NullHandler())  # its warnings are counted where they matter
+    logging.getLogger("diffusion_align").addHandler(logging.NullHandler())  # keep its warnings off stderr
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bad = fault(folder) + fill(folder, args.points) + damage(folder / "damage", args.bits, args.lengths)

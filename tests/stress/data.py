@@ -1,12 +1,12 @@
-"""Feeds the data readers rows that are broken in every way we could think of, and asks for each what became of it.
+"""Feeds the data readers rows that are broken in every way we could think of, and checks what became of each.
 
     python tests/stress/data.py [--rows 10000]
 
-Five layouts, pictures in 30 kinds (whole, cut, garbled, of odd modes and sizes, none at all), labels, prompts and
-lines that are wrong. Whoever makes a row knows what should become of it: used, a tie, reported, or, where random bytes
-were changed, used or reported. Then the rows go through `data check` and, as a training would, through the cache of
-encodings. Printed: how many rows became what, how many differ from what was expected, seconds, and the peak of memory
-beside that of as many clean rows, each in a process of its own.
+Five layouts; 30 kinds of pictures (intact, truncated, garbled, of odd modes and sizes, missing); wrong labels, prompts
+and lines. The expected outcome of each row is known: used, a tie, reported, or, if random bytes were changed, used or
+reported. The rows go through `data check` and through the cache of encodings, as in training. Printed are the outcomes,
+the rows that differ from the expectation, seconds, and peak memory next to that of as many clean rows, each in a
+separate process.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from stress.dataset.rows import BAD, TIE, USED, Rows, archive, json_lines, parqu
 
 
 class MeanColour:
-    """Encoders that cost nothing: a picture's latent is its mean colour."""
+    """A cheap encoder: a picture's latent is its mean colour."""
 
     empty_text = torch.zeros(1, 1, 2)
 
@@ -51,13 +51,13 @@ class MeanColour:
 
 
 def run(rows_wanted: int, clean: bool, seed: int = 0) -> dict[str, Any]:
-    """Make, read and judge rows; counts by outcome, rows that went astray, seconds and MiB of memory."""
+    """Make rows, read them and compare: counts by outcome, unexpected outcomes, seconds and MiB of memory."""
     found: Counter[str] = Counter()
     astray: list[str] = []
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        share = rows_wanted // 5
+        each = rows_wanted // 5
         makers = (
             (parquet, ()),
             (votes, ()),
@@ -70,7 +70,7 @@ def run(rows_wanted: int, clean: bool, seed: int = 0) -> dict[str, Any]:
             home = folder / str(number)
             if make is not json_lines:
                 home.mkdir()
-            path = make(home, rows, share, *more)  # pyright: ignore[reportCallIssue]
+            path = make(home, rows, each, *more)  # pyright: ignore[reportCallIssue]
             outcomes: dict[str, str] = {}
             for row, _ in checked_rows(recognise(path)):
                 where = row.row if isinstance(row, BadRow) else row.id
@@ -93,7 +93,7 @@ def run(rows_wanted: int, clean: bool, seed: int = 0) -> dict[str, Any]:
 
 
 def train_on(path: Path, outcomes: dict[str, str], home: Path) -> list[str]:
-    """What a training would make of the same rows: as `data check` said, or else the row."""
+    """Rows that training would treat otherwise than `data check` did."""
     rankings, counts = read_rankings(path, max_bad_fraction=1)
     cache = build_cache(
         MeanColour(),
@@ -106,7 +106,7 @@ def train_on(path: Path, outcomes: dict[str, str], home: Path) -> list[str]:
     )
     kept = {rankings[place].id for place in cache.kept}
     listed = {json.loads(line)["row"] for line in (cache.folder / "bad_rows.jsonl").read_text().splitlines()}
-    # A tie is dropped before its pictures are looked at, so a training does not report a broken one.
+    # Training drops a tie before it reads the pictures, so it does not report a broken one.
     wrong = kept ^ {row for row, outcome in outcomes.items() if outcome == USED}
     lost = {row for row, outcome in outcomes.items() if outcome == BAD} - listed
     ties = len(lost) + sum(outcome == TIE for outcome in outcomes.values()) - counts.ties

@@ -1,8 +1,8 @@
-"""The same training on 1, 2 and 4 processes, on toys: what is drawn, what is learnt, and what is not finite on one.
+"""The same training of toys on 1, 2 and 4 processes.
 
-T18  every draw and every sample is the same; 2 processes are accumulation 2 to the bit, 4 within 1e-5
-T12  a nan or inf on one of two processes: exactly the steps it is put into are skipped, on both, and counted
-T14  memory that runs out on one of two processes: both halve, with the same samples and loss
+- every draw and every sample is the same; 2 processes equal accumulation 2 to the bit, 4 within 1e-5
+- a nan or inf on one of two processes: exactly those steps are skipped, and counted, on both
+- memory that runs out on one of two processes: both halve their micro-batches, with the same samples and loss
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from diffusion_align.train.run import Progress
 from diffusion_align.train.update import NonFiniteError
 from stress.jobs import Tally, launch, timed
 
-RATES = {"prdp": 1e-7}  # with more, PRDP on this toy diverges, and what differs in the last bit with it
+RATES = {"prdp": 1e-7}  # with a higher one PRDP on this toy diverges, and so do differences in the last bit
 BATCH, SETUPS = 8, ((1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1))  # processes, accumulation
 Result = dict[str, Any]
 
 
-def together(count: int, work: Callable[[int], Result], folder: Path) -> list[Result]:
-    """What `work(rank)` returns on each of so many processes."""
+def on_processes(count: int, work: Callable[[int], Result], folder: Path) -> list[Result]:
+    """The results of `work(rank)` on `count` processes."""
 
     def told(rank: int) -> int:
         (folder / f"result-{rank}.json").write_text(json.dumps(work(rank)))
@@ -91,9 +91,9 @@ def steps_of(name: str, accumulation: int, steps: int, **more: Any) -> tuple[Any
 
 
 def trained(name: str, accumulation: int, steps: int, double: bool, _: int) -> Result:
-    """Losses, weights and the addresses of all draws of a toy run, online if the name is of such a method.
+    """Losses, weights and the addresses of all draws of a toy run.
 
-    Online the gradient's norm stands for the loss, which is a rounding error around 0 for policy gradients.
+    Online the gradient norm replaces the loss, which for policy gradients is a rounding error around 0.
     """
     drawn, real = Counter(), rng.generator
 
@@ -117,7 +117,7 @@ def trained(name: str, accumulation: int, steps: int, double: bool, _: int) -> R
 
 
 def apart(a: Result, b: Result) -> tuple[float, float]:
-    """The largest difference of a loss, relative to the run's largest one, and that of a weight."""
+    """The largest difference of a loss, relative to the largest loss, and the largest difference of a weight."""
     scale = max(map(abs, a["losses"]))
     losses = max(abs(x - y) for x, y in zip(a["losses"], b["losses"], strict=True)) / scale
     weights = max(
@@ -127,11 +127,14 @@ def apart(a: Result, b: Result) -> tuple[float, float]:
 
 
 def equal(folder: Path, name: str, steps: int, tally: Tally, double: bool = False) -> None:
-    """T18 for one method. What an online policy draws depends on what it has learnt, so a difference in the last bit
-    grows from round to round: there float64 is held to 1e-9 and float32 to 1e-3."""
+    """The number of processes changes nothing, for one method.
+
+    What an online policy draws depends on what it has learnt, so a difference in the last bit grows from round to
+    round: the limit is 1e-9 in float64 and 1e-3 in float32.
+    """
     online = name in METHODS
     setups = [(1, 1), (2, 1), (4, 1)] if online else SETUPS
-    found = {s: together(s[0], partial(trained, name, s[1], steps, double), folder) for s in setups}
+    found = {s: on_processes(s[0], partial(trained, name, s[1], steps, double), folder) for s in setups}
     wanted, limit = found[(1, 1)][0], (1e-9 if double else 1e-3) if online else 1e-5
     for setup, ranks in found.items():
         problems = []
@@ -143,16 +146,16 @@ def equal(folder: Path, name: str, steps: int, tally: Tally, double: bool = Fals
         losses, weights = apart(wanted, ranks[0])
         problems += [f"figures differ by {losses:.1e}"] if losses > limit else []
         what = f"{name}{' float64' if double else ''}, {setup[0]} processes x accumulation {setup[1]}"
-        print(f"  T18 {what}: {'gradient norm' if online else 'loss'} {losses:.1e} relative, weights {weights:.1e}")
-        tally.check("T18", [f"{what}: {problem}" for problem in problems])
+        print(f"  {what}: {'gradient norm' if online else 'loss'} {losses:.1e} relative, weights {weights:.1e}")
+        tally.check("equal numbers", [f"{what}: {problem}" for problem in problems])
     if not online:
         same = found[(2, 1)][0]["weights"] == found[(1, 2)][0]["weights"]
         same = same and found[(2, 1)][0]["losses"] == found[(1, 2)][0]["losses"]
-        tally.check("T18 bits", [] if same else [f"{name}: 2 processes are not accumulation 2"])
+        tally.check("equal bits", [] if same else [f"{name}: 2 processes are not accumulation 2"])
 
 
 def poisoned(kind: str, value: float, at: dict[int, int], folder: Path, steps: int, rank: int) -> Result:
-    """A run of DPO in which `at` {step: rank} names where one number is not finite; stopped and resumed half-way."""
+    """A run of DPO, stopped and resumed half-way; `at` {step: rank} names where a number is not finite."""
     skipped, finite, now = [], True, [0]
 
     def here() -> bool:
@@ -193,20 +196,20 @@ def poisoned(kind: str, value: float, at: dict[int, int], folder: Path, steps: i
 
 
 def not_finite(folder: Path, faults: int, chance: random.Random, tally: Tally, steps: int = 40) -> None:
-    """T12: `faults` of them, ten to a run."""
+    """Numbers that are not finite: `faults` of them, ten in a run."""
     for number in range(faults // 10):
         kind, value = ("loss", "latent", "gradient")[number % 3], (float("nan"), float("inf"))[number // 3 % 2]
         at = {step: chance.randrange(2) for step in chance.sample(range(1, steps + 1), 10)}
         where = folder / f"poison-{number}"
-        ranks = together(2, partial(poisoned, kind, value, at, where, steps), where)
+        ranks = on_processes(2, partial(poisoned, kind, value, at, where, steps), where)
         for rank in ranks:
             good = rank["finite"] and rank["skipped"] == sorted(at) and rank["count"] == len(at)
             problems = [] if good and rank["weights"] == ranks[0]["weights"] else [f"{at} gave {rank['skipped']}"]
-            tally.check(f"T12 {kind}", [f"{value}: {problem}" for problem in problems])
+            tally.check(f"not finite: {kind}", [f"{value}: {problem}" for problem in problems])
 
 
 def poisoned_rounds(kind: str, name: str, faulty: int, steps: int, rank: int) -> Result:
-    """Online: a nan from process 1 in a reward or a gradient of one step."""
+    """An online run with a nan from process 1 in a reward or a gradient of one step."""
     now = [0]
 
     def here() -> bool:
@@ -233,7 +236,7 @@ def not_finite_online(folder: Path, chance: random.Random, tally: Tally, steps: 
     for name in METHODS:
         for kind in ("reward", "gradient"):
             faulty = chance.randint(2, steps)
-            ranks = together(2, partial(poisoned_rounds, kind, name, faulty, steps), folder)
+            ranks = on_processes(2, partial(poisoned_rounds, kind, name, faulty, steps), folder)
             wanted = [faulty] if kind == "gradient" else []  # a picture without a reward is left out, the step is taken
             problems = [f"{rank['skipped']} skipped" for rank in ranks if rank["skipped"] != wanted]
             problems += (
@@ -241,11 +244,11 @@ def not_finite_online(folder: Path, chance: random.Random, tally: Tally, steps: 
             )
             if kind == "reward" and not ranks[0]["items"][faulty - 1] < max(ranks[0]["items"]):
                 problems.append("the picture without a reward still counts")
-            tally.check(f"T12 online {kind}", [f"{name}, step {faulty}: {problem}" for problem in problems])
+            tally.check(f"not finite: online {kind}", [f"{name}, step {faulty}: {problem}" for problem in problems])
 
 
 def in_a_row(folder: Path, tally: Tally) -> None:
-    """K steps in a row end both processes at the same step."""
+    """Three bad steps in a row end both processes at the same step."""
 
     def work(rank: int) -> Result:
         run, _ = steps_of("dpo", 1, 20)
@@ -261,13 +264,13 @@ def in_a_row(folder: Path, tally: Tally) -> None:
             return {"seen": seen, "said": str(error)}
         return {"seen": seen, "said": "nothing"}
 
-    ranks = together(2, work, folder)
+    ranks = on_processes(2, work, folder)
     good = all(r["seen"] == list(range(1, 10)) and r["said"].startswith("steps 7 to 9 each") for r in ranks)
-    tally.check("T12 in a row", [] if good else [str(ranks)])
+    tally.check("not finite: in a row", [] if good else [str(ranks)])
 
 
 def short_of_memory(folder: Path, tally: Tally) -> None:
-    """T14: rows that do not fit on process 1 alone."""
+    """Memory that runs out on process 1 only."""
 
     def limit(network: Any, rows: int, rank: int) -> Any:
         def call(x: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -293,8 +296,8 @@ def short_of_memory(folder: Path, tally: Tally) -> None:
     for name in ("dpo", *METHODS):
         rows = {"dpo": 4, "spo": 6}.get(name, 4)
         work = offline if name == "dpo" else partial(online, name)
-        free = together(2, partial(work, 10**6), folder)
-        tight = together(2, partial(work, rows), folder)
+        free = on_processes(2, partial(work, 10**6), folder)
+        tight = on_processes(2, partial(work, rows), folder)
         losses, _ = apart(free[0], tight[0])
         problems = [] if losses <= 1e-5 else [f"losses differ by {losses:.1e}"]
         problems += (
@@ -303,11 +306,11 @@ def short_of_memory(folder: Path, tally: Tally) -> None:
             else [f"{[r['halvings'] for r in tight]}"]
         )
         problems += [] if tight[0]["weights"] == tight[1]["weights"] else ["the processes end with different weights"]
-        tally.check("T14", [f"{name}: {problem}" for problem in problems])
+        tally.check("out of memory", [f"{name}: {problem}" for problem in problems])
 
 
 def shards(folder: Path, tally: Tally) -> None:
-    """Pictures for an evaluation by 1, 2 and 4 processes: none missing or double, and the same bits."""
+    """Pictures of an evaluation by 1, 2 and 4 processes: none missing or double, and equal to 1/255."""
     model = load_pipeline(str(folder / "model"))
     prompts, table = [f"prompt {i}" for i in range(12)], step_table(model.schedule, 3)
     seen: dict[int, dict[str, bytes]] = {}
@@ -326,7 +329,7 @@ def shards(folder: Path, tally: Tally) -> None:
         furthest = generate_difference(folder / "shards-1", place) if seen[count] != seen[1] else 0.0
         problems += [] if furthest <= 1 / 255 + 1e-9 else [f"a pixel differs by {furthest}"]
         print(f"  shards {count}: {len(drawn)} pictures, furthest pixel {furthest * 255:.0f}/255")
-        tally.check("T18 shards", problems)
+        tally.check("equal pictures", problems)
 
 
 def generate_difference(a: Path, b: Path) -> float:
@@ -334,27 +337,27 @@ def generate_difference(a: Path, b: Path) -> float:
     return max(float((x[1] - y[1]).abs().max()) for x, y in pairs)
 
 
-def listen(run: Path, hear: Callable[[str, str], None]) -> None:
-    """Tell of every path below `run` that this process opens for writing, makes, moves or removes from now on."""
+def watch_writes(run: Path, report: Callable[[str, str], None]) -> None:
+    """Report every path below `run` that this process opens for writing, makes, moves or removes from now on."""
     import safetensors.torch
 
-    def told(event: str, path: Any) -> None:
+    def check(event: str, path: Any) -> None:
         if isinstance(path, str | bytes | os.PathLike) and Path(os.fsdecode(path)).is_relative_to(run):
-            hear(event, str(Path(os.fsdecode(path)).relative_to(run)))
+            report(event, str(Path(os.fsdecode(path)).relative_to(run)))
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         if event == "open" and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            told(event, args[0])
+            check(event, args[0])
         elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"):
-            told(event, args[0])
+            check(event, args[0])
         elif event == "os.rename":
-            told(event, args[0])
-            told(event, args[1])
+            check(event, args[0])
+            check(event, args[1])
 
-    real = safetensors.torch.save_file  # its own language opens the file: no event
+    real = safetensors.torch.save_file  # opens its file in Rust, without an event
 
     def save_file(tensors: Any, filename: Any, *more: Any, **named: Any) -> None:
-        told("save_file", filename)
+        check("save_file", filename)
         real(tensors, filename, *more, **named)
 
     safetensors.torch.save_file = save_file
@@ -363,18 +366,18 @@ def listen(run: Path, hear: Callable[[str, str], None]) -> None:
 
 def run(folder: Path, steps: int, faults: int, tally: Tally) -> None:
     chance = random.Random(1)
-    with timed("T18"):
+    with timed("equal numbers"):
         for name in ("dpo", "rankdpo", *METHODS) if steps else ():
             equal(folder / "equal", name, steps, tally)
         for name in METHODS if steps else ():
             equal(folder / "equal", name, steps, tally, double=True)
         if steps:
             shards(folder, tally)
-    with timed("T12"):
+    with timed("not finite"):
         not_finite(folder, faults, chance, tally)
         if faults:
             not_finite_online(folder / "online", chance, tally)
             in_a_row(folder / "row", tally)
-    with timed("T14"):
+    with timed("out of memory"):
         if faults:
             short_of_memory(folder / "memory", tally)

@@ -1,12 +1,13 @@
-"""Reads files that nobody vouches for: damaged tables, pictures that unfold, archives, and files that carry programs.
+"""Reads untrusted files: damaged tables, decompression bombs, archives, and files that carry programs.
 
     python tests/stress/files.py [--places 200] [--only parquet bombs corpus archives]
 
-A table of pairs is cut or has a bit flipped, at so many places each with and without checksums of its pages: every row
-is as it was, or reported, or the file is refused in one line that names it. Pictures that are small and would be dear
-are refused within 50 ms and 20 MiB. Files that carry programs are given to the commands that a user would give them to:
-no canary appears, and each is refused in one line or does no harm. Archives and metadata are those of
-tests/data/test_hostile.py.
+- tables: a parquet file of pairs, with and without page checksums, is truncated or has a bit flipped at many places;
+  each row is unchanged or reported, or the file is refused in one line that names it
+- bombs: pictures that are small files but expensive to decode are refused within 50 ms and 20 MiB
+- programs: files that carry code are given to the commands that read such files; no code runs, and each file is
+  refused in one line or does no harm
+- archives and metadata: tests/data/test_hostile.py
 """
 
 import argparse
@@ -39,13 +40,13 @@ from stress.hostile import (
 )
 from stress.hostile.bombs import BOMBS, bomb, bomb_fault
 
-PARTS = ("parquet", "bombs", "corpus", "archives")
+CHECKS = ("parquet", "bombs", "corpus", "archives")
 ROWS, GROUP = 60, 20
-CORPUS_MIB = 400.0  # of the commands that go on to load the embedded model
+CORPUS_MIB = 400.0  # enough for the commands that go on to load the embedded model
 
 
 def pairs(path: Path, checksums: bool) -> bytes:
-    """A file of pairs in three row groups, each picture another one."""
+    """A parquet file of pairs in three row groups; no two pictures are alike."""
 
     def shade(row: int) -> bytes:
         buffer = io.BytesIO()
@@ -60,8 +61,8 @@ def pairs(path: Path, checksums: bool) -> bytes:
     return path.read_bytes()
 
 
-def read_whole(path: Path) -> list[tuple]:
-    """Every row with its pixels; a row that is reported is its reason alone."""
+def read_all(path: Path) -> list[tuple]:
+    """Every row with its pixels, or only the reason if it is reported."""
     found = []
     for row in read_rows(recognise(path)):
         if isinstance(row, BadRow):
@@ -75,14 +76,14 @@ def read_whole(path: Path) -> list[tuple]:
 
 
 def damaged_tables(places: int, checksums: bool, seed: int = 0) -> tuple[Counter[str], list[str]]:
-    """What became of a table damaged at so many places, half of them cuts; and what should not have."""
+    """Outcomes of damage at many places, half of it truncation; and the outcomes that are wrong."""
     draw, outcomes, wrong = random.Random(seed), Counter(), []
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "pairs.parquet"
-        whole = pairs(path, checksums)
-        expected = read_whole(path)
+        intact = pairs(path, checksums)
+        expected = read_all(path)
         for number in range(places):
-            data, place = bytearray(whole), draw.randrange(len(whole))
+            data, place = bytearray(intact), draw.randrange(len(intact))
             if number % 2:
                 del data[place:]
             else:
@@ -97,24 +98,24 @@ def damaged_tables(places: int, checksums: bool, seed: int = 0) -> tuple[Counter
 
 def _outcome(path: Path, expected: list[tuple]) -> str:
     try:
-        found = read_whole(path)
+        found = read_all(path)
     except DataError as error:
         return "refused" if path.name in str(error) and str(error).isprintable() else f"unclear: {error}"
-    except Exception as error:  # whatever else comes up is what this looks for
+    except Exception as error:  # any other exception is a bug
         return f"{type(error).__name__}: {error}"
     if found == expected:
         return "as before"
     if len(found) != len(expected):
         return "rows lost"
     changed = [row for row, before in zip(found, expected, strict=True) if row != before and len(row) > 1]
-    return "changed without a word" if changed else "rows reported"
+    return "changed silently" if changed else "rows reported"
 
 
 def corpus(names: list[str]) -> list[cases.Outcome]:
-    """Every case in its own folder and process."""
+    """Run every case in its own folder and process."""
     cases.import_all()
     if not cases.traps_work():
-        raise RuntimeError("the traps do not work here, so that nothing would be shown")
+        raise RuntimeError("the traps do not work here, so the result would mean nothing")
     with tempfile.TemporaryDirectory() as home:
         return [cases.run_case(name, Path(home) / str(number)) for number, name in enumerate(names)]
 
@@ -131,21 +132,21 @@ def archives() -> tuple[int, int]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--places", type=int, default=200, help="places at which a table is damaged")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--only", nargs="+", choices=CHECKS, default=CHECKS)
     args = parser.parse_args(argv)
     checks = {"parquet": lambda: report_tables(args.places), "bombs": report_bombs, "corpus": report_corpus,
               "archives": report_archives}  # fmt: skip
-    return int(sum(checks[part]() for part in args.only) > 0)
+    return int(sum(checks[name]() for name in args.only) > 0)
 
 
 def report_tables(places: int) -> int:
-    """Without checksums a change inside a text cannot be seen; it is counted and does not fail."""
+    """Without checksums a change inside a text cannot be noticed, so it is counted but no failure."""
     failed = 0
     for checksums in (True, False):
         outcomes, wrong = damaged_tables(places, checksums)
         said = ", ".join(f"{count} {what}" for what, count in sorted(outcomes.items()))
         print(f"parquet with{'' if checksums else 'out'} checksums, {places} places: {said}")
-        silent = [line for line in wrong if not checksums and line.endswith("changed without a word")]
+        silent = [line for line in wrong if not checksums and line.endswith("changed silently")]
         failed += len(wrong) - len(silent)
         for line in wrong:
             print(f"       {line}")

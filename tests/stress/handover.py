@@ -1,11 +1,11 @@
-"""Handing pictures to other benchmarks' scorers, killed at random: nothing missing, nothing double, nothing half.
+"""Kills processes that arrange pictures for other benchmarks' scorers; no picture may be missing, double or broken.
 
     python tests/stress/handover.py                  # 1,065 grids and 2,400 named pictures, 100 kills each
     python tests/stress/handover.py --prompts 20 --kills 3
 
-A process that arranges a folder is killed (SIGKILL) at random moments and started again. After every kill each file in
-the scorer's folder is a whole picture; at the end the files are those of a run that nobody killed, byte for byte, and a
-scorer's reading of their names gives every prompt, as often as it was drawn.
+The process is killed (SIGKILL) at random moments and started again. After every kill, each file in the scorer's folder
+is an intact picture; at the end the files equal those of an undisturbed process, byte for byte, and their names, read
+as the scorer reads them, give every prompt as often as it was drawn.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def draw_source(folder: Path, layout: str, count: int) -> Path:
 
 
 def arrange_in_child(source: Path, out: Path, layout: str) -> int:
-    """Start arranging in a process of its own; the child never returns."""
+    """Start arranging in a fork; the child never returns."""
     child = os.fork()
     if child:
         return child
@@ -77,9 +77,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def killed_at(child: int, home: Path, files: int, seconds: float) -> bool:
-    """Kill a child once it has made so many files and a little longer; False when it came to its end before.
+    """Kill a child some seconds after it has made `files` files; False if it ended before.
 
-    Counted in files and not in seconds from its start: how fast a child comes to a file is the machine's affair.
+    The moment is counted in files because the time to reach one depends on the machine.
     """
     while sum(path.is_file() for path in home.rglob("*")) < files:
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
@@ -91,7 +91,7 @@ def killed_at(child: int, home: Path, files: int, seconds: float) -> bool:
 
 
 def killed(work: Path, layout: str, count: int, kills: int, seed: int) -> tuple[int, int, int, int]:
-    """(kills that hit a run, files looked at after them, files not whole, files wrong at the end)."""
+    """(kills that hit a running child, files inspected after them, broken files, files wrong at the end)."""
     source = draw_source(work / "drawn", layout, count)
     start = time.perf_counter()
     os.waitpid(arrange_in_child(source, work / "whole", layout), 0)
@@ -104,7 +104,7 @@ def killed(work: Path, layout: str, count: int, kills: int, seed: int) -> tuple[
         files = [path for path in home.rglob("*") if path.is_file()]
         seen += len(files)
         broken += sum(not is_whole(path) for path in files)
-        if moments.random() < 0.2:  # else the folder is soon full and kills hit nothing
+        if moments.random() < 0.2:  # otherwise the folder is soon complete and kills come too late
             shutil.rmtree(out, ignore_errors=True)
     os.waitpid(arrange_in_child(source, out, layout), 0)
     end = contents(out)

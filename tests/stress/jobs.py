@@ -1,7 +1,6 @@
-"""Jobs of several processes for the scripts that hurt them: forked after import, joined by gloo, watched by a launcher.
+"""Jobs of several processes, forked after import, joined by gloo and watched by a launcher; `Fault` makes one fail.
 
-The launcher does what torchrun does: when one process ends badly the others get SIGTERM and, after a while, SIGKILL.
-Each process runs the real command, and a fault is put into one of them by `Fault`.
+The launcher does what torchrun does: when one process fails, the others get SIGTERM and, after a while, SIGKILL.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ from diffusion_align.train.checkpoints import store as checkpoint
 from diffusion_align.train.processes import watch
 from stress.runs import train
 
-# Seconds: for a job before it counts as hung, from SIGTERM to SIGKILL, and between two looks. The first two bound what
-# never ends, on a machine as busy as it likes; how long jobs take is for the scripts to print.
+# Seconds until a job counts as hung, from SIGTERM to SIGKILL, and between two polls. The first two only bound jobs that
+# never end, however busy the machine; the stress programs print how long jobs take.
 LIMIT, GRACE, POLL = 600.0, 60.0, 0.1
 
 
 @dataclass
 class Ended:
-    """A job that has ended: exit codes (-9: killed), what each process said, seconds, and seconds since the fault."""
+    """A job that has ended: exit codes (-9: killed), the output of each process, and seconds."""
 
     codes: list[int]
     said: list[str]
@@ -51,7 +50,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong in one process: `kind` at the first `doing` of `step` or later."""
+    """What goes wrong in one process: `kind`, when it first does `doing` in `step` or later."""
 
     kind: str = "none"
     rank: int = 0
@@ -66,15 +65,17 @@ def launch(
     meanwhile: Callable[[list[int]], None] | None = None,
     patience: float = 0.0,
 ) -> Ended:
-    """Run `work(rank)`, which returns an exit code, in forked processes; `meanwhile` gets their ids once they run.
-    `patience`: seconds from a bad end to the others' SIGTERM."""
+    """Run `work(rank)`, which returns an exit code, in forked processes; `meanwhile` is called with their ids.
+
+    `patience`: seconds from a failure to the others' SIGTERM.
+    """
     port, begun = free_port(), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     children = [_fork(rank, count, port, work, folder / f"rank-{rank}.txt") for rank in range(count)]
     if meanwhile is not None:
         meanwhile(children)
     codes: dict[int, int] = {}
-    told = bad = float("inf")
+    terminated = failed = float("inf")  # when
     hung = False
     while len(codes) < count:
         for rank, child in enumerate(children):
@@ -84,13 +85,13 @@ def launch(
                     codes[rank] = os.waitstatus_to_exitcode(status)
         now = time.monotonic()
         if any(codes.values()):
-            bad = min(bad, now)
-        if now - bad >= patience and told > now:
-            told = now
+            failed = min(failed, now)
+        if now - failed >= patience and terminated > now:
+            terminated = now
             _signal(children, codes, signal.SIGTERM)
         if now - begun > LIMIT:
             hung = True
-        if hung or now - told > GRACE:
+        if hung or now - terminated > GRACE:
             _signal(children, codes, signal.SIGKILL)
         time.sleep(POLL)
     said = [(folder / f"rank-{rank}.txt").read_text(errors="replace") for rank in range(count)]
@@ -109,7 +110,7 @@ def _fork(rank: int, count: int, port: int, work: Callable[[int], int], log: Pat
         return child
     code = 1
     try:
-        sys.stdout = sys.stderr = log.open("w")  # and what writes to their numbers
+        sys.stdout = sys.stderr = log.open("w")  # and, below, what writes to the file descriptors
         os.dup2(sys.stderr.fileno(), 1)
         os.dup2(sys.stderr.fileno(), 2)
         join_ranks(rank, count, port)
@@ -123,7 +124,7 @@ def _fork(rank: int, count: int, port: int, work: Callable[[int], int], log: Pat
 
 
 def command(argv: list[str], fault: Fault | None = None) -> Callable[[int], int]:
-    """The work of a process: this command line, with a fault in one of them."""
+    """What each process runs: this command line, with a fault in one of them."""
 
     def work(rank: int) -> int:
         if fault is not None and rank == fault.rank:
@@ -136,12 +137,12 @@ def command(argv: list[str], fault: Fault | None = None) -> Callable[[int], int]
 
 
 def step_now() -> int:
-    """The step that this process has noted last."""
+    """The last step in this process's note."""
     return 0 if watch._watch is None else watch._watch.note.step
 
 
 def _at(fault: Fault, action: Callable[[], None]) -> None:
-    """`action` where this process begins what the fault names, in its step."""
+    """Call `action` when this process begins what the fault names, in its step or later."""
 
     def doing(what: str, step: int | None = None) -> None:
         watch.doing(what, step)
@@ -162,7 +163,7 @@ def _raise_in_loss(fault: Fault) -> None:
 
 
 def reward_by(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Let this process's reward pass through `change`."""
+    """Apply `change` to this process's rewards."""
     real = OnlineSetup.picture_score
 
     def changed(self: OnlineSetup) -> Any:
@@ -226,7 +227,7 @@ FAULTS: dict[str, Callable[[Fault], None]] = {
 
 @dataclass
 class Tally:
-    """Counts of what was tried and lines of what went wrong, for the scripts to print."""
+    """Counts of what was tried, and a line for each thing that went wrong."""
 
     tried: dict[str, int] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)

@@ -1,12 +1,11 @@
-"""A long run of `train dpo` and of `train d3po`: what it holds and what a step costs must not grow with its length.
+"""Long runs of `train dpo` and `train d3po`: neither what a run holds nor what a step costs may grow with its length.
 
     python tests/stress/long.py [--steps 1000] [--model tiny]
 
-Each runs through the command in a process of its own, with checkpoints, sample grids, the collapse alarm and
-metrics.jsonl. At one tenth of the steps and at the end, after collecting garbage and giving freed memory back: resident
-memory, file descriptors, threads and Python objects. Over the second tenth and the last: processor time a step and
-bytes read and written a step, which are what a report that reads the whole record anew would raise. A machine without
-/proc, and a C library without malloc_trim, cannot measure this.
+Each is the real command in a separate process, with checkpoints, sample grids, the collapse alarm and metrics.jsonl.
+Resident memory, file descriptors, threads and Python objects are compared between one tenth of the steps and the end,
+after a garbage collection and malloc_trim. Processor time and bytes read and written a step are compared between the
+second tenth and the last; they would grow if a step read the whole record again. It needs /proc and malloc_trim.
 """
 
 import argparse
@@ -30,7 +29,7 @@ from diffusion_align.train import record
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 METHODS = ("dpo", "d3po")
-# The most that may come of the first ones. Processor time depends on who else is there, bytes on nobody.
+# The largest growth allowed. Processor time depends on what else the machine does, bytes do not.
 MEMORY, SECONDS, BYTES, OBJECTS = 1.01, 2.0, 1.05, 40
 
 
@@ -48,7 +47,7 @@ class Mark:
 
 
 def mark(step: int) -> Mark:
-    seconds, moved = time.process_time(), _moved()  # before the collection, which is none of the run's business
+    seconds, moved = time.process_time(), _moved()  # before the collection, which is not part of the run
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -69,7 +68,7 @@ def _moved() -> int:
 
 
 def arguments(method: str, steps: int, model: str, folder: Path) -> list[str]:
-    """The command; it saves and draws often enough to have done so before the first mark."""
+    """The command line; it saves and draws often enough to have done both before the first mark."""
     every = max(1, steps // 20)
     (folder / "prompts.txt").write_text("\n".join(sample_captions(6, 0, unique=True)))
     common = f"""train {method} --model {model} --output_dir {folder / "run"} --device cpu --learning_rate 1e-5
@@ -85,7 +84,7 @@ def arguments(method: str, steps: int, model: str, folder: Path) -> list[str]:
 
 
 def marks(command: list[str], wanted: list[int]) -> list[Mark]:
-    """Run the command in this process and mark it after each step of `wanted`."""
+    """Run the command in this process, and take a mark after each of the `wanted` steps."""
     found: list[Mark] = []
     append: Callable[..., None] = record.append
 
@@ -104,8 +103,8 @@ def marks(command: list[str], wanted: list[int]) -> list[Mark]:
     return found
 
 
-def alone(method: str, steps: int, model: str) -> list[Mark]:
-    """`marks` in a process of its own: what an earlier run left would pass for the first one's."""
+def in_new_process(method: str, steps: int, model: str) -> list[Mark]:
+    """`marks` in a new process, so that nothing of an earlier run is counted."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--one", method, "--folder", folder]
         command += ["--steps", str(steps), "--model", model]
@@ -117,7 +116,7 @@ def alone(method: str, steps: int, model: str) -> list[Mark]:
 
 @dataclass(frozen=True)
 class Growth:
-    """What became of the first mark's figures by the last; costs are of the last tenth over the second."""
+    """From the first mark to the last: ratio of memory and differences; costs are of the last tenth over the second."""
 
     memory: float
     files: int
@@ -139,7 +138,7 @@ class Growth:
 
 def growth(found: list[Mark]) -> Growth:
     first, second, before, last = found
-    steps = (second.step - first.step) / (last.step - before.step)  # a window more or less does not count
+    steps = (second.step - first.step) / (last.step - before.step)  # the windows may differ by a step
     return Growth(
         last.memory / first.memory,
         last.files - first.files,
@@ -159,8 +158,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--one", choices=METHODS, help="one run in this process, its marks as JSON")
-    parser.add_argument("--folder", type=Path, help="where that one writes")
+    parser.add_argument("--one", choices=METHODS, help="run this one here and print its marks as JSON")
+    parser.add_argument("--folder", type=Path, help="where --one writes")
     args = parser.parse_args(argv)
     if args.one:
         found = marks(arguments(args.one, args.steps, args.model, args.folder), four(args.steps))
@@ -169,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     bad = 0
     for method in METHODS:
         begun = time.monotonic()
-        found = alone(method, args.steps, args.model)
+        found = in_new_process(method, args.steps, args.model)
         grown, first, last = growth(found), found[0], found[-1]
         print(
             f"train {method}, step {first.step} to {last.step}: memory {first.memory / 2**20:.1f} to "

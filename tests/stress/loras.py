@@ -1,9 +1,9 @@
-"""Every fault of a LoRA file, in every format, for both families of models; returns nonzero if one went unnoticed.
+"""Every fault of a LoRA file, in every format, for two families of models; exits with 1 if one goes unnoticed.
 
     python tests/stress/loras.py [--seeds 1] [--baseline]
 
-A file may be refused, by its key and with the network as it was, or be loaded as what it was meant to be, with a
-message wherever something had to be repaired. --baseline puts the same files into diffusers' own loader.
+A file must be refused by the key at fault, with the network unchanged, or be loaded as it was meant, with a message if
+anything was repaired. --baseline gives the same files to diffusers' own loader.
 """
 
 import argparse
@@ -21,9 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of `s
 import torch
 
 from diffusion_align.models import TextToImage
-from stress.lora.doors import VERBS, by_diffusers, pictures_of_64, resumed, through
 from stress.lora.families import Family, families, verdict
 from stress.lora.faults import ALPHA, DAMAGES, FORMATS, RANK, damaged, in_half, read, without_alpha
+from stress.lora.loaders import VERBS, by_command, by_diffusers, pictures_of_64, resumed
 
 Case = tuple[str, str, str]
 
@@ -31,7 +31,7 @@ Case = tuple[str, str, str]
 def cases(
     family: Family, other: Family, folder: Path, seed: int, only: Collection[str] = tuple(FORMATS)
 ) -> Iterator[tuple[Case, set[str]]]:
-    """((format, fault, verdict), the verdicts that are right) of a family's files."""
+    """((format, fault, verdict), correct verdicts) of a family's files."""
     for name in only:
         if name != "kohya for SDXL" or family.name == "SDXL":
             yield from of_format(name, family, other, folder / family.name / name, seed)
@@ -48,7 +48,7 @@ def of_format(name: str, family: Family, other: Family, folder: Path, seed: int)
     def judged(
         what: str, path: Path, right: str, due: torch.Tensor | None = None, **options: Any
     ) -> tuple[Case, set[str]]:
-        # Where no key is left, the file is to be named.
+        # If no key is left, the error must name the file.
         unread = what in ("all keys missing", "empty file")
         names = {str(path)} if unread else layers | set(read(path)[0])
         return (name, what, verdict(family, path, due, names, **options)), {right}
@@ -79,7 +79,7 @@ def of_format(name: str, family: Family, other: Family, folder: Path, seed: int)
 
 
 def _rounded(family: Family, tuned: TextToImage) -> torch.Tensor:
-    """What is meant by a file in half precision: the numbers as they were rounded."""
+    """The output that a file in half precision stands for: that of the rounded weights."""
     model = copy.copy(tuned)
     model.unet = copy.deepcopy(tuned.unet)
     for key, parameter in model.unet.named_parameters():
@@ -89,7 +89,7 @@ def _rounded(family: Family, tuned: TextToImage) -> torch.Tensor:
 
 
 def files(folder: Path, seeds: int, say: Callable[[str], None] = print) -> int:
-    """All formats, faults and families; how many went wrong."""
+    """All formats, faults and families; returns how many went wrong."""
     bad, both = 0, families(folder)
     for seed in range(seeds):
         for family, other in (both, both[::-1]):
@@ -105,10 +105,10 @@ def files(folder: Path, seeds: int, say: Callable[[str], None] = print) -> int:
     return bad
 
 
-def doors(folder: Path, say: Callable[[str], None] = print) -> int:
-    """Run folders and checkpoints with the same faults; how many went wrong."""
+def other_loaders(folder: Path, say: Callable[[str], None] = print) -> int:
+    """The same faults in run folders and checkpoints; returns how many went wrong."""
     bad, model = 0, pictures_of_64(families(folder)[0].folder)
-    ways = {f"{verb} RUN": through(verb, model, folder) for verb in VERBS}
+    ways = {f"{verb} RUN": by_command(verb, model, folder) for verb in VERBS}
     for way, found in {**ways, "resuming": resumed(model, folder / "resumed")}.items():
         begun, right = time.monotonic(), 0
         for what, well in found:
@@ -116,7 +116,7 @@ def doors(folder: Path, say: Callable[[str], None] = print) -> int:
             if not well:
                 bad += 1
                 say(f"WRONG {way}, {what}")
-        say(f"{way}: {right} refused or repaired, and said; {time.monotonic() - begun:.0f} s")
+        say(f"{way}: {right} refused or repaired, with a message; {time.monotonic() - begun:.0f} s")
     return bad
 
 
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--baseline", action="store_true", help="also what diffusers' own loader makes of them")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
-        bad = files(Path(name) / "files", args.seeds) + doors(Path(name) / "doors")
+        bad = files(Path(name) / "files", args.seeds) + other_loaders(Path(name) / "others")
         if args.baseline:
             model = families(Path(name) / "baseline")[0].folder
             print(f"diffusers, files that cannot be right: {dict(by_diffusers(model, Path(name) / 'theirs'))}")

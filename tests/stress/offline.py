@@ -1,10 +1,10 @@
-"""Every local command with a dead network: attempts to connect, and the time to the first step of training.
+"""Local commands without a network: attempts to connect, and the time to the first step of training.
 
     python tests/stress/offline.py [--repeats 3] [--strace]
 
-Twice: with HF_HUB_OFFLINE=1, and with a proxy that nobody answers. In each case one process imports every module and
-runs the commands on the embedded model, with every way to a socket guarded: an attempt is counted and refused. The
-times are those of processes without the guard's case first. --strace also counts what compiled code tries.
+Each is tried with HF_HUB_OFFLINE=1, and with a proxy that nobody answers. One process imports every module and runs the
+commands on the embedded model; Python's sockets are guarded, so an attempt to connect is counted and refused. --strace
+also counts those of compiled code. Times to the first step are compared with those of an unguarded process.
 """
 
 import argparse
@@ -36,7 +36,7 @@ SLACK = 5.0  # seconds that the first step may come later
 
 
 def guard(attempts: list[str]) -> None:
-    """Count and refuse every attempt of this process to reach anything but a socket in the file system."""
+    """Count and refuse every attempt of this process to connect, except to Unix sockets."""
 
     def refuse(what: str, error: Callable[..., OSError]) -> Callable[..., Any]:
         def refused(*args: Any, **options: Any) -> Any:
@@ -60,7 +60,7 @@ def guard(attempts: list[str]) -> None:
 
 
 def commands(folder: Path) -> dict[str, list[str]]:
-    """What is run, on the embedded model and rewards, small."""
+    """Small runs of the commands on the embedded model and rewards."""
     run, small = folder / "run", ["--steps", "2", "--device", "cpu"]
     train = """--max_train_steps 1 --learning_rate 1e-4 --device cpu --validation_sampling_steps 1
         --validation_prompt circle --model tiny""".split()
@@ -79,7 +79,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
 
 
 def import_all() -> int:
-    """Import every module of the package; how many."""
+    """Import every module of the package; return how many there are."""
     import diffusion_align
 
     names = [found.name for found in pkgutil.walk_packages(diffusion_align.__path__, "diffusion_align.")]
@@ -102,7 +102,7 @@ def make_pairs(folder: Path) -> None:
 
 
 def child(folder: Path, guarded: bool, only: str | None) -> dict[str, Any]:
-    """In a process of its own: run the commands, and tell statuses, attempts, and when the first step was written."""
+    """Run the commands in this process; return exit codes, attempts, and the seconds to the first row of metrics."""
     begun, attempts = time.monotonic(), []
     if guarded:
         guard(attempts)
@@ -127,10 +127,10 @@ def child(folder: Path, guarded: bool, only: str | None) -> dict[str, Any]:
 def in_process(
     folder: Path, environment: dict[str, str], *, guarded: bool = True, only: str | None = None, strace: bool = False
 ) -> dict[str, Any]:
-    """`child` in a process with this environment, and nothing else that speaks of the network."""
+    """`child` in a new process with this environment and no other settings of the network."""
     folder.mkdir(parents=True)
     keep = {key: value for key, value in os.environ.items() if "proxy" not in key.lower() and not key.startswith("HF_")}
-    keep["HF_HOME"] = str(folder / "hub")  # an empty cache: what lies in this machine's own is no help
+    keep["HF_HOME"] = str(folder / "hub")  # an empty cache, so that this machine's own does not help
     out, trace = folder / "told.json", folder / "trace"
     argv = [sys.executable, __file__, "--child", str(out), *(["--guarded"] if guarded else [])]
     argv += ["--only", only] if only else []
@@ -146,7 +146,7 @@ def in_process(
 
 
 def check(folder: Path, repeats: int, strace: bool) -> int:
-    """Attempts and times of each environment; how many went wrong."""
+    """Print attempts and times of each environment; return how many went wrong."""
     bad = 0
     for number, (name, environment) in enumerate(ENVIRONMENTS.items()):
         told = in_process(folder / f"all {number}", environment, strace=strace)

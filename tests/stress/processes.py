@@ -1,12 +1,13 @@
 """Jobs of 2 and 4 processes in which one dies, fails, stalls, sees other data, or gets a signal.
 
-    python tests/stress/processes.py [--jobs 100] [--signals 40] [--torchrun 4] [--smoke]
+    python tests/stress/processes.py [--jobs 100] [--signals 40] [--torchrun 4]
 
-T15  each job ends within 60 s with rank and cause named, or goes on where it should; its last checkpoint loads, and a
-     run that goes on from it ends, bit for bit, as one that was never hurt
-T8   signals to one process or all, at random moments: all exit with 128 + n at the same step, and the same end
-T17  what processes beside the first write in the run folder: their own notes and parts of a round
-T18, T12, T14: `equal.py`
+- faults: each job ends within 60 s and names rank and cause, or goes on where it should; its last checkpoint loads,
+  and a run resumed from it ends, bit for bit, as one without a fault
+- signals to one process or all, at random moments: all exit with 128 + n at the same step, and the resumed run ends
+  with the same bits
+- rank 1 writes nothing in the run folder but its own notes and its own data of a round
+- the checks of `equal.py`
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from stress.jobs import LIMIT, Ended, Fault, Tally, command, launch, timed
 from stress.runs import STEPS, differences, end_of, flags, make_world, stop_at, train
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-PROMPT = 60.0  # seconds within which a job is to end, on a machine that does nothing else
-PATIENCE = 60.0  # seconds that a process which has been told to stop is left to do so
-# kind, what the process is doing, methods; and what is said of rank {r}, or None where the job is to go on.
+QUICK = 60.0  # seconds within which a job must end, on a machine that does nothing else
+PATIENCE = 60.0  # seconds that a process has to stop after a signal
+# kind, what the process is doing, methods; and the message about rank {r}, or None if the job must go on.
 CASES: tuple[tuple[str, str, tuple[str, ...], str | None], ...] = (
     ("kill", "learning", ("dpo", "d3po", "prdp", "spo", "rankdpo"), r"rank {r} at step \d+ \(learning\) is gone"),
     ("kill", "drawing", ("d3po", "spo"), r"rank {r} at step \d+ \(drawing\) is gone"),
@@ -53,15 +54,15 @@ CASES: tuple[tuple[str, str, tuple[str, ...], str | None], ...] = (
 
 
 def job(world: Path, method: str, run: Path, count: int) -> list[str]:
-    """A command line whose steps are the same whatever the number of processes, 1, 2 or 4."""
+    """A command line whose steps are the same on 1, 2 and 4 processes."""
     more = ["--process_timeout=300", "--checkpointing_steps=2"]
     if method in ("dpo", "rankdpo"):
         return flags(world, method, run, *more, f"--train_batch_size={4 // count}", "--gradient_accumulation_steps=1")
     return flags(world, method, run, *more, f"--prompts_per_step={max(2, count)}")
 
 
-def whole(world: Path, method: str, count: int) -> Path:
-    """The folder of a job of so many processes that nothing befalls; it is made once."""
+def undisturbed(world: Path, method: str, count: int) -> Path:
+    """The folder of a job of `count` processes without a fault, which is made once."""
     run = world / f"whole-{method}-{count}"
     if not run.exists():
         ended = launch(count, command(job(world, method, run, count)), world / "log")
@@ -70,16 +71,16 @@ def whole(world: Path, method: str, count: int) -> Path:
     return run
 
 
-def goes_on(world: Path, run: Path, method: str, count: int) -> list[str]:
-    """Resume a job to its end; what of that is not as if it had never been stopped."""
+def resumed_differs(world: Path, run: Path, method: str, count: int) -> list[str]:
+    """Resume a job to its end; return what differs from the undisturbed job."""
     ended = launch(count, command([*job(world, method, run, count), "--resume=auto"]), world / "log")
     if any(ended.codes):
         return [f"the resumed job ends with {ended.codes}: {ended.text[-500:]}"]
-    return [f"{what} differs" for what in differences(run, end_of(whole(world, method, count)))]
+    return [f"{what} differs" for what in differences(run, end_of(undisturbed(world, method, count)))]
 
 
 def told(ended: Ended) -> str:
-    """What a person sees: all that the processes said, and the launcher's line for each."""
+    """What a user sees: the output of all processes, and the launcher's line for each."""
     lines = [
         f"rank {rank}: exit code {code}\n{said}"
         for rank, (code, said) in enumerate(zip(ended.codes, ended.said, strict=True))
@@ -88,7 +89,7 @@ def told(ended: Ended) -> str:
 
 
 def hurt(world: Path, number: int, chance: random.Random, tally: Tally, compare: bool) -> None:
-    """One job of T15, of the next kind, method and number of processes."""
+    """One job with the next kind of fault, method and number of processes."""
     kind, doing, methods, said = CASES[number % len(CASES)]
     method, count = methods[number // len(CASES) % len(methods)], (2, 2, 4)[number % 3]
     rank = 0 if kind == "disk" else chance.randrange(count)
@@ -96,7 +97,7 @@ def hurt(world: Path, number: int, chance: random.Random, tally: Tally, compare:
         rank = max(rank, 1) if doing == "encoding" else rank
     fault = Fault(kind, rank, chance.randint(3, 9), doing)
     run = world / f"hurt-{number}"
-    # Only who waits for one that never comes must run out of time.
+    # Only a stall needs a short timeout, as the others wait for it.
     limit = ["--process_timeout=10"] if kind == "stall" else []
     ended = launch(count, command([*job(world, method, run, count), *limit], fault), world / "log")
     problems = ["it hung"] if ended.hung else []
@@ -109,15 +110,15 @@ def hurt(world: Path, number: int, chance: random.Random, tally: Tally, compare:
         )
     problems += checkpoints(run)
     if compare and kind != "ties" and not problems:
-        problems += goes_on(world, run, method, count)
+        problems += resumed_differs(world, run, method, count)
     tally.check(
-        f"T15 {kind} ({doing})", [f"{method}, {count} processes, {fault}: {p}" for p in problems], ended.seconds
+        f"fault: {kind} ({doing})", [f"{method}, {count} processes, {fault}: {p}" for p in problems], ended.seconds
     )
     shutil.rmtree(run, ignore_errors=True)
 
 
 def checkpoints(run: Path) -> list[str]:
-    """What is wrong with the newest checkpoint, if there is one."""
+    """What is wrong with the newest checkpoint, if any."""
     try:
         checkpoint.latest_good(run / "checkpoints")
     except checkpoint.CheckpointError as error:
@@ -126,7 +127,7 @@ def checkpoints(run: Path) -> list[str]:
 
 
 def no_part(world: Path, method: str, tally: Tally, compare: bool = True) -> None:
-    """Stopped in the middle of a round whose part one process cannot write: the checkpoint before is gone on from."""
+    """Stop in the middle of a round whose data rank 1 cannot write; the job resumes from the checkpoint before."""
     run = world / "part"
 
     def work(rank: int) -> int:
@@ -140,13 +141,13 @@ def no_part(world: Path, method: str, tally: Tally, compare: bool = True) -> Non
     ended = launch(2, work, world / "log", patience=PATIENCE)
     problems = [] if ended.codes == [143, 143] else [f"exit codes {ended.codes}"]
     problems += [] if "step 6 could not be saved" in ended.text else [f"it says {ended.text[-400:]}"]
-    problems += [*checkpoints(run), *(goes_on(world, run, method, 2) if compare else [])]
-    tally.check("T15 part of a round", problems, ended.seconds)
+    problems += [*checkpoints(run), *(resumed_differs(world, run, method, 2) if compare else [])]
+    tally.check("fault: data of a round", problems, ended.seconds)
     shutil.rmtree(run, ignore_errors=True)
 
 
 def signalled(world: Path, number: int, chance: random.Random, tally: Tally) -> None:
-    """One job of T8: a signal to one process or all of them, at a random moment of training."""
+    """One job with a signal to one process or to all, at a random moment of training."""
     method, sent = ("d3po", "dpo", "prdp", "rankdpo", "spo")[number % 5], SIGNALS[number % 3]
     run, to_all = world / f"signal-{number}", chance.random() < 0.5
     rank, delay = chance.randrange(2), chance.uniform(0, 2.0)
@@ -169,17 +170,20 @@ def signalled(world: Path, number: int, chance: random.Random, tally: Tally) -> 
         else [f"step {last} was the last, saved is {found and found.step}"]
     )
     where = "after the last step" if done else "in a round" if state.get("in_round") else "between rounds or steps"
-    name = f"T8 {where}"
+    name = f"signal {where}"
     tally.check(
         name,
-        [f"{method} {sent.name} {'all' if to_all else rank}: {p}" for p in problems or goes_on(world, run, method, 2)],
+        [
+            f"{method} {sent.name} {'all' if to_all else rank}: {p}"
+            for p in problems or resumed_differs(world, run, method, 2)
+        ],
         ended.seconds,
     )
     shutil.rmtree(run, ignore_errors=True)
 
 
 def has_ended(child: int) -> bool:
-    """Whether a child has come to its end; who waits for it still gets its exit code."""
+    """Whether a child has ended; a later wait still gets its exit code."""
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
@@ -190,7 +194,7 @@ def rows(run: Path) -> int:
 
 
 def writers(world: Path, method: str, tally: Tally) -> None:
-    """T17: everything that process 1 opens for writing, makes, moves or removes in the run folder."""
+    """Everything that rank 1 opens for writing, makes, moves or removes in the run folder."""
     run, log = world / "writers", world / "written.txt"
 
     def work(rank: int) -> int:
@@ -198,7 +202,7 @@ def writers(world: Path, method: str, tally: Tally) -> None:
         if rank == 0:
             return train(argv, stop_at(6))[0]
         with log.open("w") as file:
-            equal.listen(run, lambda event, path: print(event, path, file=file, flush=True))
+            equal.watch_writes(run, lambda event, path: print(event, path, file=file, flush=True))
             return train(argv)[0]
 
     launch(2, work, world / "log", patience=PATIENCE)
@@ -211,13 +215,13 @@ def writers(world: Path, method: str, tally: Tally) -> None:
         or method != "dpo"
         and not any(".part-" in path for _, path in lines)
     ):
-        problems.append("nothing of its own was seen either")
-    tally.check("T17 writers", problems)
+        problems.append("not even its own files were seen")
+    tally.check("writers", problems)
     shutil.rmtree(run, ignore_errors=True)
 
 
 def torchrun(world: Path, kind: str, tally: Tally) -> None:
-    """A job through torchrun; `kind` says what befalls which of its processes."""
+    """A job started by torchrun; `kind` says what happens to which of its processes."""
     run, begun = world / f"torchrun-{kind}", time.monotonic()
     script = Path(__file__).resolve().parents[2] / "scripts" / "finetune.py"
     words = [
@@ -255,29 +259,29 @@ def torchrun(world: Path, kind: str, tally: Tally) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=100, help="of T15")
+    parser.add_argument("--jobs", type=int, default=100, help="with a fault")
     parser.add_argument("--compare", type=int, default=3, help="one in so many of them is resumed to its end")
-    parser.add_argument("--signals", type=int, default=40, help="of T8")
+    parser.add_argument("--signals", type=int, default=40, help="jobs with a signal")
     parser.add_argument("--torchrun", type=int, default=4, help="real launches")
-    parser.add_argument("--steps", type=int, default=50, help="of T18")
-    parser.add_argument("--faults", type=int, default=100, help="of T12")
+    parser.add_argument("--steps", type=int, default=50, help="of the runs on 1, 2 and 4 processes")
+    parser.add_argument("--faults", type=int, default=100, help="numbers that are not finite")
     parser.add_argument("--seed", type=int, default=0)
     o = parser.parse_args(argv)
     torch.set_num_threads(1)
     chance, tally, begun = random.Random(o.seed), Tally(), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         world = make_world(Path(folder))
-        with timed("T15"):
+        with timed("faults"):
             for number in range(o.jobs):
                 hurt(world, number, chance, tally, number % o.compare == 0)
                 if number % 20 == 19:
                     print(f"  {number + 1} jobs, {len(tally.wrong)} wrong", flush=True)
             for method in ("d3po", "spo") if o.jobs else ():
                 no_part(world, method, tally)
-        with timed("T8"):
+        with timed("signals"):
             for number in range(o.signals):
                 signalled(world, number, chance, tally)
-        with timed("T17"):
+        with timed("writers"):
             for method in ("dpo", "d3po") if o.jobs else ():
                 writers(world, method, tally)
         for kind in ("kill", "signal", "stall", "launcher")[: o.torchrun]:
@@ -285,8 +289,8 @@ def main(argv: list[str] | None = None) -> int:
         equal.run(Path(folder), o.steps, o.faults, tally)
     for name, count in sorted(tally.tried.items()):
         print(f"{name}: {count}")
-    if tally.slowest > PROMPT:
-        tally.wrong.append(f"the slowest job took {tally.slowest:.0f} s, more than {PROMPT:.0f}")
+    if tally.slowest > QUICK:
+        tally.wrong.append(f"the slowest job took {tally.slowest:.0f} s, more than {QUICK:.0f}")
     print("\n".join(f"WRONG {line}" for line in tally.wrong))
     count, slowest, took = sum(tally.tried.values()), tally.slowest, time.monotonic() - begun
     print(f"{count} checks, {len(tally.wrong)} wrong; the slowest job {slowest:.0f} s; {took:.0f} s in all")

@@ -1,14 +1,14 @@
-"""Stops training runs everywhere, takes them up again, and compares every bit with the run that was never stopped.
+"""Stops training runs at every step, resumes them, and compares every bit with the run that was never stopped.
 
     python tests/stress/resume.py [--smoke]
 
-T1  each method x LoRA or full x steps in 1 or 4 pieces x with or without an average of the weights: stopped by a signal
-    after each step of 12, in the middle of epochs and of rounds, and resumed
-T2  three stops within one epoch
-T3  resumed with another number of loader workers, and with the pieces of a step cut otherwise refused or equal
-T8  SIGTERM, SIGINT and SIGUSR1 at random moments of a process of its own: exit code 128 + n, a checkpoint no older than
-    one step, and the same end
-Identity: what must not change between a checkpoint and its resumption is refused with both values.
+- each method x LoRA or full x 1 or 4 micro-batches a step x with or without an average of the weights: stopped by a
+  signal after each of 11 steps, in the middle of epochs and of rounds, and resumed
+- three stops within one epoch
+- resumed with another number of loader workers
+- SIGTERM, SIGINT and SIGUSR1 at random moments, in a separate process: exit code 128 + n, a checkpoint no older than
+  one step, and the same end
+- changes that a resumed run must refuse, naming both values
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from stress.runs import METHODS, STEPS, differences, end_of, flags, make_world, 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SETUPS = tuple(itertools.product(METHODS, ("lora", "full"), (1, 4), (False, True)))
-# What may not change, and what the refusal says of it.
+# What may not change, and the words of the refusal.
 CHANGES = {
     "--seed=1": "seed was 0 and is now 1",
     "--rank=8": "rank was 4 and is now 8",
@@ -50,7 +50,7 @@ CHANGES = {
 
 
 def resumed(world: Path, run: Path, setup: tuple[str, str, int, bool], stops: list[int], *more: str) -> list[str]:
-    """Run with these stops, and once more to the end; what went wrong on the way."""
+    """Run with these stops, then to the end; return what went wrong on the way."""
     method, mode, pieces, ema = setup
     argv = flags(world, method, run, mode=mode, pieces=pieces, ema=ema)
     for number, stop in enumerate([*stops, None]):
@@ -61,8 +61,8 @@ def resumed(world: Path, run: Path, setup: tuple[str, str, int, bool], stops: li
     return []
 
 
-def whole_run(world: Path, setup: tuple[str, str, int, bool]) -> Path:
-    """The folder of a run that is never stopped; it is made once."""
+def uninterrupted(world: Path, setup: tuple[str, str, int, bool]) -> Path:
+    """The folder of the uninterrupted run, which is made once."""
     run = world / ("whole-" + "-".join(map(str, setup)))
     if run.exists():
         return run
@@ -76,10 +76,10 @@ def whole_run(world: Path, setup: tuple[str, str, int, bool]) -> Path:
 def check_setup(
     task: tuple[Path, tuple[str, str, int, bool], list[list[int]], tuple[str, ...]],
 ) -> tuple[int, list[str]]:
-    """Resumes of one setup, one for each list of stops; how many, and what differs."""
+    """Resume runs of one setup, one for each list of stops; return how many, and what differs."""
     world, setup, all_stops, more = task
     torch.set_num_threads(1)
-    whole = end_of(whole_run(world, setup))
+    whole = end_of(uninterrupted(world, setup))
     wrong = []
     for stops in all_stops:
         run = world / ("cut-" + "-".join(map(str, setup)))
@@ -91,7 +91,7 @@ def check_setup(
 
 
 def refusals(world: Path, method: str) -> tuple[int, list[str]]:
-    """Changes that a checkpoint refuses; how many were tried, and which went through or were not named."""
+    """Resume with each change; return how many there are, and which were accepted or not named."""
     torch.set_num_threads(1)
     run = world / f"identity-{method}"
     train(flags(world, method, run), stop_at(2))
@@ -104,7 +104,7 @@ def refusals(world: Path, method: str) -> tuple[int, list[str]]:
 
 
 def signals(world: Path, count: int, seed: int = 0) -> tuple[Counter[str], list[str], list[float]]:
-    """Real signals to a process of its own, at random moments; outcomes, what is wrong, seconds from signal to exit."""
+    """Send a process signals at random moments; return outcomes, what is wrong, and seconds from signal to exit."""
     chance, wrong, waits = random.Random(seed), [], []
     outcomes: Counter[str] = Counter()
     for number in range(count):
@@ -115,7 +115,7 @@ def signals(world: Path, count: int, seed: int = 0) -> tuple[Counter[str], list[
         if child == 0:
             torch.set_num_threads(1)
             os._exit(train(argv)[0])
-        # From the moment that it trains: before, there is nothing to save, and a signal ends it as it ends anything.
+        # Wait until it trains: before, there is nothing to save, and a signal ends any process.
         while not (run / "metrics.jsonl").exists():
             if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
                 break
@@ -160,25 +160,25 @@ def main(argv: list[str] | None = None) -> int:
             train(flags(world, method, world / f"warm-{method}"))  # so that the cache is there for all
         began = time.perf_counter()
 
-        def report(target: str, done: list[tuple[int, list[str]]], said: str) -> None:
+        def report(done: list[tuple[int, list[str]]], said: str) -> None:
             wrong = [text for _, texts in done for text in texts]
             failures.extend(wrong)
             total = sum(count for count, _ in done)
-            print(f"{target}  {total} {said}, {len(wrong)} wrong; {time.perf_counter() - began:.0f} s", flush=True)
+            print(f"{total} {said}, {len(wrong)} wrong; {time.perf_counter() - began:.0f} s", flush=True)
             for text in wrong[:20]:
                 print(f"    {text}")
 
-        report("T1", list(pool.map(check_setup, [(world, setup, stops, ()) for setup in setups])), "resumes")
+        report(list(pool.map(check_setup, [(world, setup, stops, ()) for setup in setups])), "resumes")
         thrice = [(world, (setup[0], "lora", 1, True), [[1, 2, 5]], ()) for setup in setups[:: 2 if args.smoke else 8]]
-        report("T2", list(pool.map(check_setup, thrice)), "runs stopped three times in one epoch")
+        report(list(pool.map(check_setup, thrice)), "runs stopped three times in one epoch")
         workers = [(world, (m, "lora", 1, True), [[6]], ("--dataloader_num_workers=2",)) for m in ("dpo", "rankdpo")]
-        report("T3", list(pool.map(check_setup, workers)), "resumes with another number of loader workers")
+        report(list(pool.map(check_setup, workers)), "resumes with another number of loader workers")
         methods = ("dpo",) if args.smoke else METHODS
-        report("identity", list(pool.map(refusals, [world] * len(methods), methods)), "changes to be refused")
+        report(list(pool.map(refusals, [world] * len(methods), methods)), "changes to be refused")
         for setup in {(m, "lora", 1, ema) for m in METHODS for ema in (False, True)}:
-            whole_run(world, setup)
+            uninterrupted(world, setup)
         outcomes, wrong, waits = signals(world, 3 if args.smoke else args.signals)
-        report("T8", [(sum(outcomes.values()), wrong)], f"signals at random moments ({dict(outcomes)})")
+        report([(sum(outcomes.values()), wrong)], f"signals at random moments ({dict(outcomes)})")
         print(f"    from signal to exit: median {sorted(waits)[len(waits) // 2]:.2f} s, longest {max(waits):.2f} s")
     return int(bool(failures))
 

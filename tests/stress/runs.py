@@ -1,7 +1,7 @@
-"""Short training runs of every method on a random model in Stable Diffusion's format, for the scripts that stop them.
+"""Short training runs of every method on a random model in Stable Diffusion's format.
 
-A run goes through the real command in this process: folder, session, signals, checkpoints and export are those of a
-user. What it ends with is all of its last checkpoint and every byte of metrics.jsonl.
+A run is the real command in this process, with its folder, signals, checkpoints and export. Two runs are equal if all
+of their last checkpoints and every byte of metrics.jsonl are.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from diffusion_align.train.checkpoints import store as checkpoint
 
 METHODS = ("dpo", "rankdpo", "d3po", "spo", "prdp")
 STEPS = 12
-EARLY = -999  # stands for "was killed before anything could be saved" among the exit codes
 
 
 def make_world(folder: Path, pairs: int = 10) -> Path:
@@ -57,9 +56,9 @@ def make_world(folder: Path, pairs: int = 10) -> Path:
 def flags(
     world: Path, method: str, run: Path, *more: str, mode: str = "lora", pieces: int = 1, ema: bool = False
 ) -> list[str]:
-    """A run of 12 steps. `pieces` is how many a step is cut into: accumulation, or chunks of a round.
+    """The command line of a run of 12 steps, each of `pieces` micro-batches or, online, chunks.
 
-    Online methods take 4 steps a round: two of its prompts at a time, twice.
+    Online methods take 4 steps a round: two passes over its four prompts, two at a time.
     """
     words = f"""train {method} --model {world / "model"} --output_dir {run} --device cpu --mode {mode}
         --max_train_steps {STEPS} --checkpointing_steps 1000 --learning_rate 1e-3 --lr_scheduler cosine
@@ -79,7 +78,7 @@ def flags(
 
 
 def train(argv: list[str], after: Callable[[dict[str, Any]], None] | None = None) -> tuple[int, str]:
-    """Run a command; `after` hears each row when it is written. Returns the exit code and what stood on stderr."""
+    """Run a command, calling `after` with each row once it is written; return the exit code and stderr."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(True)
@@ -100,7 +99,7 @@ def train(argv: list[str], after: Callable[[dict[str, Any]], None] | None = None
 
 
 def stop_at(step: int, number: int = signal.SIGTERM) -> Callable[[dict[str, Any]], None]:
-    """Send this process a signal when the row of a step is out."""
+    """Send this process a signal once the row of a step is written."""
 
     def after(row: dict[str, Any]) -> None:
         if row["step"] == step:
@@ -110,22 +109,22 @@ def stop_at(step: int, number: int = signal.SIGTERM) -> Callable[[dict[str, Any]
 
 
 def end_of(run: Path) -> tuple[checkpoint.Checkpoint, bytes]:
-    """A run's last checkpoint, and its metrics."""
+    """A run's last checkpoint, and the bytes of its metrics."""
     found = checkpoint.latest_good(run / "checkpoints")
     assert found is not None, f"{run} has no checkpoint"
     return found, (run / "metrics.jsonl").read_bytes()
 
 
-def differences(run: Path, whole: tuple[checkpoint.Checkpoint, bytes]) -> Iterator[str]:
-    """What of a run's end is not, bit for bit, that of the uninterrupted one."""
-    (found, rows), (wanted, all_rows) = end_of(run), whole
+def differences(run: Path, uninterrupted: tuple[checkpoint.Checkpoint, bytes]) -> Iterator[str]:
+    """What at a run's end differs, in any bit, from the uninterrupted run."""
+    (found, rows), (wanted, all_rows) = end_of(run), uninterrupted
     if found.step != wanted.step:
         yield f"step {found.step}, not {wanted.step}"
     if rows != all_rows:
         yield "metrics.jsonl"
-    for part in found.state.keys() | wanted.state.keys():
-        if found.state.get(part) != wanted.state.get(part):
-            yield f"state.json: {part}"
+    for key in found.state.keys() | wanted.state.keys():
+        if found.state.get(key) != wanted.state.get(key):
+            yield f"state.json: {key}"
     for group in found.tensors.keys() | wanted.tensors.keys():
         here, there = found.tensors.get(group, {}), wanted.tensors.get(group, {})
         for name in here.keys() | there.keys():

@@ -1,4 +1,4 @@
-"""A run that lasts holds no more than one that has just begun; tests/stress/long.py looks at a thousand steps."""
+"""A long run holds no more than a short one; tests/stress/long.py measures a thousand steps."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def model(tmp_path_factory):
 
 @pytest.mark.parametrize("method", long.METHODS)
 def test_sixty_steps_hold_no_more_than_six(method, model, tmp_path, capfd):
-    """Processor time is left to the long run: over six steps it says nothing."""
+    """Processor time is not checked, because over six steps it means nothing."""
     command = arguments(method, STEPS, model, tmp_path)
     found = growth(marks(command, four(STEPS)))
     print(found)
@@ -37,8 +37,8 @@ def test_sixty_steps_hold_no_more_than_six(method, model, tmp_path, capfd):
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
 
 
-def test_what_grows_is_seen():
-    """A file of metrics that each step reads anew, a list that keeps each row, a file that stays open, a thread."""
+def test_growth_of_any_kind_is_noticed():
+    """Metrics that each step reads again, a list that keeps each row, a file that stays open, a thread."""
     even = [Mark(step, 10**9, 10, 3, 10**5, 0.1 * step, 1000 * step) for step in four(1000)]
     assert growth(even) == Growth(1.0, 0, 0, 0, pytest.approx(1.0), 1.0) and growth(even).is_bounded()
     reads_all = [replace(mark, moved=10 * mark.step**2) for mark in even]

@@ -6,6 +6,7 @@ from helpers_memory import FullOnTheWayBack, Limited, full, short_of_memory
 from helpers_online import METHODS, PROMPTS, Toy, darkness
 from helpers_train import MemoryPairs, make_run
 
+from diffusion_align import cli
 from diffusion_align.system import memory
 from diffusion_align.system.memory import OutOfMemory, in_parts
 
@@ -24,10 +25,15 @@ def test_parts_are_halved_and_stay_so():
     assert in_parts(work, 0, 8, "work")[0] == [[]]
 
 
-def test_what_does_not_fit_alone_is_named_with_three_cures(caplog):
-    with pytest.raises(OutOfMemory, match="decoding: out of memory with one at a time") as caught:
+def test_what_does_not_fit_alone_is_named_with_three_cures(caplog, capsys, monkeypatch):
+    with pytest.raises(OutOfMemory, match="decoding: out of memory with one at a time"):
         in_parts(full, 4, 4, "decoding")
-    assert all(cure in str(caught.value) for cure in ("gradient_checkpointing", "bf16", "sample_chunk"))
+    monkeypatch.setattr(cli, "_run", lambda argv: full() if argv else in_parts(full, 1, 1, "decoding"))
+    for argv in ([], ["sample"]):  # our error and torch's own
+        assert cli.main(argv) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "out of memory" in line and "the three cheapest ways on" in line
+        assert all(cure in line for cure in ("gradient_checkpointing", "bf16", "sample_chunk"))
     assert "decoding: out of memory with 4 at a time; going on with 2" in caplog.text
 
 
@@ -86,7 +92,7 @@ def test_a_run_that_was_cut_resumes_cut():
 def test_offline_training_ends_where_one_pair_does_not_fit():
     run = make_run()
     before = run.weights()
-    with pytest.raises(OutOfMemory, match="step 1: out of memory with one at a time; the three cheapest"):
+    with pytest.raises(OutOfMemory, match="step 1: out of memory with one at a time"):
         next(run.steps(predict_policy=Limited(run.network, 1)))
     assert all(torch.equal(before[name], weight) for name, weight in run.weights().items())
 
@@ -123,5 +129,5 @@ def test_a_round_that_does_not_fit_in_ones_ends_the_run(tied):
         return full() if torch.is_grad_enabled() else network(x, t, text)
 
     toy.policy_calls.network = limited
-    with pytest.raises(OutOfMemory, match="step 1: out of memory with the pictures of one prompt; the three cheapest"):
+    with pytest.raises(OutOfMemory, match="step 1: out of memory with the pictures of one prompt"):
         next(toy.rounds(toy.method("d3po")))

@@ -1,5 +1,4 @@
-"""Jobs of several processes when one of them fails: who is named, what is saved. The full counts are in
-tests/stress/processes.py, whose functions these tests call once or twice."""
+"""Jobs of several processes when one fails: who is named, what is saved; tests/stress/processes.py has full counts."""
 
 import os
 import random
@@ -30,7 +29,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def alone(tmp_path):
-    """A watch as of process 0 of 3; 1 and 2 have notes of their own, which nobody holds."""
+    """The watch of process 0 of 3; 1 and 2 have notes, but no process holds their locks."""
     watch.start(tmp_path, 0, 3)
     yield tmp_path
     watch.stop()
@@ -42,7 +41,7 @@ SLOW = "; if it is only slow, raise --process_timeout"
 @pytest.mark.parametrize(
     ("others", "said"),
     [
-        # Who failed comes before who is gone, and that before who stands still; who was left waiting is no cause.
+        # First a failed process, then one that is gone, then a stalled one; a waiting process is never the cause.
         ([Note(1, 4, "s", 69, error="no"), Note(2, 4, "s", 90, gone=True)], "rank 1 at step 4 (s) failed: no"),
         (
             [Note(1, 4, "s", 60), Note(2, 5, "saving", 69, gone=True)],
@@ -67,11 +66,11 @@ SLOW = "; if it is only slow, raise --process_timeout"
         ),
     ],
 )
-def test_the_one_at_fault_is_named_with_place_and_time(others, said):
+def test_the_process_at_fault_is_named_with_step_and_time(others, said):
     assert blame(others, now=100) == said
 
 
-def test_a_note_whose_process_is_gone_is_known_by_its_lock(tmp_path):
+def test_the_lock_of_a_note_tells_that_its_process_is_gone(tmp_path):
     told, tell = os.pipe()
     before = time.time()
     child = os.fork()
@@ -92,7 +91,7 @@ def test_a_note_whose_process_is_gone_is_known_by_its_lock(tmp_path):
     assert note.gone and note.guilty
 
 
-def test_errors_get_a_rank_only_where_there_are_several(alone):
+def test_errors_name_the_rank_only_with_several_processes(alone):
     watch.doing("scoring", 4)
     with (
         pytest.raises(ProcessFailed, match=r"^rank 0 at step 4 \(scoring\): ZeroDivisionError: division by zero"),
@@ -109,7 +108,7 @@ def test_errors_get_a_rank_only_where_there_are_several(alone):
         print(1 / 0)
 
 
-def test_an_error_of_talking_is_laid_at_another_door(alone):
+def test_a_communication_error_names_the_process_at_fault(alone):
     (alone / "rank-1").write_text('{"rank": 1, "step": 3, "doing": "drawing", "time": 0, "error": "bad data"}')
     with pytest.raises(ProcessLost, match=r"rank 1 at step 3 \(drawing\) failed: bad data"), watch.named():
         raise RuntimeError("[gloo/transport/tcp/pair.cc:545] Connection reset by peer")
@@ -117,7 +116,7 @@ def test_an_error_of_talking_is_laid_at_another_door(alone):
     assert note.lost
 
 
-def test_any_error_text_fits_a_note(alone):
+def test_a_long_error_is_cut_to_fit_a_note(alone):
     with pytest.raises(ProcessFailed), watch.named():
         raise ValueError("\x01\U0001f3d6" * 5000)
     (note,) = read_notes(alone, [0])
@@ -125,7 +124,7 @@ def test_any_error_text_fits_a_note(alone):
 
 
 def test_a_note_costs_one_write_of_a_page_in_memory(alone, monkeypatch):
-    """300 notes are 300 writes into the file that is open already; nothing is opened, moved, locked or synced."""
+    """300 notes are 300 writes to an open file; nothing is opened, moved, locked or synced."""
     calls, writes = [], []
 
     def called(frame, event, function):
@@ -148,7 +147,7 @@ def test_a_note_costs_one_write_of_a_page_in_memory(alone, monkeypatch):
 
 
 def test_the_time_limit_reaches_the_process_group(tmp_path):
-    """600 s too, which accelerate takes for its own default and would drop."""
+    """Also 600 s, which accelerate would ignore as its own default."""
 
     def work(rank):
         from diffusion_align.commands.train.job import join
@@ -163,7 +162,7 @@ def test_the_time_limit_reaches_the_process_group(tmp_path):
     assert ended.codes == [0, 0], ended.text
 
 
-def test_processes_that_found_other_checkpoints_do_not_start(tmp_path):
+def test_processes_that_found_different_checkpoints_do_not_start(tmp_path):
     def work(rank):
         from accelerate import Accelerator
 
@@ -188,16 +187,16 @@ def ending(act):
 
 
 @pytest.mark.parametrize("number", [0, 3])
-def test_a_job_that_is_hurt_ends_and_names_the_rank(world, number, monkeypatch):
-    """Killed while learning, and a reward that fails: as the cases are numbered."""
-    # The others wait for the word of the one at fault, which comes; two seconds of it are enough on a quiet machine.
+def test_a_job_with_a_fault_ends_and_names_the_rank(world, number, monkeypatch):
+    """The cases of these numbers: killed while learning, and a reward that fails."""
+    # The others wait for the note of the process at fault, which two seconds suffice for only on a quiet machine.
     monkeypatch.setattr(watch, "_SETTLING", HANG)
     tally = Tally()
     processes.hurt(world, number, random.Random(number), tally, compare=False)
     assert tally.wrong == []
 
 
-def test_a_process_that_stands_still_is_named_by_those_who_wait(tmp_path):
+def test_a_stalled_process_is_named_by_the_others(tmp_path):
     """Although its note is the newest. They wait 2 s, which the command does not allow, and only from when it stands
     still: before that no process may run out of time, however slow it is."""
     dreams = tmp_path / "dreams"
@@ -233,13 +232,13 @@ def test_a_process_that_stands_still_is_named_by_those_who_wait(tmp_path):
     assert ended.codes == [1, 9, 1] and not ended.hung
 
 
-def test_a_part_that_cannot_be_written_is_told_and_the_round_is_drawn_again(world):
+def test_round_data_that_cannot_be_written_are_reported_and_drawn_again(world):
     tally = Tally()
     processes.no_part(world, "d3po", tally, compare=False)
     assert tally.wrong == []
 
 
-def test_a_full_disk_on_the_main_process_holds_nobody_up(world, tmp_path):
+def test_a_full_disk_on_rank_0_stops_no_process(world, tmp_path):
     argv = flags(world, "dpo", tmp_path / "run", "--train_batch_size=2", "--checkpointing_steps=2")
     ended = launch(2, command(argv, Fault("disk", 0, 2)), tmp_path)
     assert ended.codes == [0, 0], ended.text
@@ -248,26 +247,26 @@ def test_a_full_disk_on_the_main_process_holds_nobody_up(world, tmp_path):
     assert not (tmp_path / "run" / ".ranks" / "rank-1").exists()
 
 
-def test_only_the_first_process_writes_what_is_shared(world):
+def test_only_rank_0_writes_shared_files(world):
     tally = Tally()
     processes.writers(world, "d3po", tally)
     assert tally.wrong == []
 
 
-def test_a_signal_to_any_process_stops_all_at_one_step(world):
+def test_a_signal_to_any_process_stops_all_at_the_same_step(world):
     tally = Tally()
     processes.signalled(world, 0, random.Random(0), tally)
     assert tally.wrong == []
 
 
-def test_one_bad_number_is_one_skip_on_both(tmp_path):
+def test_one_bad_number_skips_the_step_on_both(tmp_path):
     tally = Tally()
     equal.not_finite(tmp_path, 10, random.Random(0), tally)
     equal.in_a_row(tmp_path / "row", tally)
     assert tally.wrong == [] and sum(tally.tried.values()) == 3
 
 
-def test_two_processes_are_accumulation_two_to_the_bit(tmp_path):
+def test_two_processes_equal_accumulation_2_to_the_bit(tmp_path):
     tally = Tally()
     equal.equal(tmp_path, "dpo", 3, tally)
     assert tally.wrong == []

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from diffusion_align.commands.model_facts import ModelFacts, read_model_facts
 from diffusion_align.commands.annotate.people import people
+from diffusion_align.commands.model_facts import ModelFacts, read_model_facts
 from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.train.course import describe_course, settle_warmup
 from diffusion_align.commands.train.encode import encoded

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch.distributed
 
-from diffusion_align.system.memory import CURE
 from diffusion_align.train.processes.notes import LENGTH, Note, blame, note_path, read_notes, whence
 
 # Of RuntimeErrors that come of talking to another process; gloo has no class of its own for them.
@@ -141,7 +140,7 @@ def _text(error: Exception) -> str:
     """One line; with the kind of an error that nobody meant."""
     text = " ".join(str(error).split())
     if isinstance(error, torch.OutOfMemoryError):
-        return f"{text}; {CURE}"
+        return text
     meant = type(error).__module__.startswith("diffusion_align.") or isinstance(error, ValueError | OSError)
     return text if text and meant else f"{type(error).__name__}: {text} (--traceback shows where)"
 

@@ -1,4 +1,4 @@
-"""Checkpoints with flipped bits, cut files and lost ones: each must be refused by name; for `checkpoints.py`."""
+"""Flipped bits and truncated files in checkpoints: each must be refused by the file's name."""
 
 import logging
 import random
@@ -13,7 +13,7 @@ from stress.checkpoint.kills import base, content, is_content
 
 
 def flips(data: bytes, count: int, seed: int = 0) -> Iterator[bytes]:
-    """The data with one bit changed, at `count` different places (all of them, where there are fewer)."""
+    """The data with one bit flipped, at `count` different places, or at all if there are fewer."""
     for bit in random.Random(seed).sample(range(8 * len(data)), min(count, 8 * len(data))):
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
@@ -21,20 +21,20 @@ def flips(data: bytes, count: int, seed: int = 0) -> Iterator[bytes]:
 
 
 def cuts(data: bytes, count: int | None = None, seed: int = 0) -> Iterator[bytes]:
-    """The data cut to every length, or to `count` different ones."""
+    """The data truncated to every length, or to `count` different ones."""
     lengths = range(len(data))
     for length in lengths if count is None else random.Random(seed).sample(lengths, count):
         yield data[:length]
 
 
 def refused(path: Path, damages: Iterator[bytes]) -> Counter[str]:
-    """Put each damage in place of a file of the newest of two checkpoints, and read. How many were
+    """Replace a file of the newer of two checkpoints by each damaged version, and load. Counts:
 
-    refused: the file was named, and the checkpoint before it was loaded, whole.
-    unseen: the newest was loaded as if nothing were.
+    refused: a warning named the file, and the older checkpoint was loaded intact.
+    unseen: the newer one was loaded as if undamaged.
     """
     weights = base(1000)
-    data, said = path.read_bytes(), _Said()
+    data, said = path.read_bytes(), _Warnings()
     found: Counter[str] = Counter(damages=0, refused=0, unseen=0)
     said.logger.addHandler(said)
     try:
@@ -52,8 +52,8 @@ def refused(path: Path, damages: Iterator[bytes]) -> Counter[str]:
     return found
 
 
-class _Said(logging.Handler):
-    """Keeps what the package warns of instead of printing it."""
+class _Warnings(logging.Handler):
+    """Collects the package's warnings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,13 +65,13 @@ class _Said(logging.Handler):
 
 
 def two_checkpoints(folder: Path, parameters: int) -> Path:
-    """A small whole checkpoint, and the newer one that is to be damaged."""
+    """A small checkpoint, and a newer one to be damaged."""
     save(folder, 1, *content(1, base(1000)))
     return save(folder, 2, *content(2, base(parameters)))
 
 
 def silently_loaded(damages: Iterator[bytes]) -> Counter[str]:
-    """The same damages and safetensors alone: how many files it loads without a word."""
+    """How many of the damaged files safetensors alone loads."""
     found: Counter[str] = Counter(damages=0, unseen=0)
     for damage in damages:
         found["damages"] += 1

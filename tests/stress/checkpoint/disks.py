@@ -1,4 +1,4 @@
-"""Disks that are full, or nearly so, when a checkpoint is written; for `checkpoints.py`."""
+"""Saves of checkpoints on a disk that is full, or nearly so."""
 
 import os
 import resource
@@ -17,7 +17,7 @@ from stress.checkpoint.kills import base, content, ended, in_child, is_content
 
 
 def limited_files(folder: Path, points: int, parameters: int) -> Counter[str]:
-    """Saves of which no file may grow beyond a limit, from nothing up to just less than the largest."""
+    """Saves with a limit on the size of files, from 0 to just below the largest file."""
     weights = base(parameters)
     save(folder, 1, *content(1, weights))
     return _full(folder, points, weights, 4 * parameters, _limit)
@@ -32,8 +32,10 @@ def _limit(size: int) -> Iterator[None]:
 
 
 def full_disks(folder: Path, points: int, parameters: int, checked: bool) -> Counter[str] | None:
-    """Saves on a small disk, memory in fact, with less and less room; without the check of free space unless
-    `checked`. None where this user may not mount one."""
+    """Saves on a small disk (a tmpfs) with different amounts of free space, which is checked beforehand if `checked`.
+
+    None if this user may not mount one.
+    """
     weights = base(parameters)
     size = 12 * parameters
     folder.mkdir()
@@ -61,7 +63,7 @@ def full_disks(folder: Path, points: int, parameters: int, checked: bool) -> Cou
 def _full(
     folder: Path, points: int, weights: Tensor, size: int, short: Callable[[int], AbstractContextManager[None]]
 ) -> Counter[str]:
-    """One save for each of so many rooms between 0 and `size`; each must be reported and leave nothing."""
+    """One save for each of `points` amounts of space between 0 and `size`; each must be reported and leave nothing."""
     found: Counter[str] = Counter(points=0, reported=0, wrong=0, broken=0)
 
     def starved(room: int) -> int:
@@ -74,7 +76,7 @@ def _full(
                 reported = False
         if not reported or os.listdir(folder) != ["step-00000001"]:
             return 1
-        save(folder, 2, *content(2, weights))  # there is room again
+        save(folder, 2, *content(2, weights))  # there is space again
         return 0
 
     for point in range(points):

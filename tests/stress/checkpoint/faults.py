@@ -1,7 +1,6 @@
-"""Deaths and errors before each file operation of a save; for `checkpoints.py`.
+"""Kills and errors before each file operation of a save.
 
-Python reports its own file operations to an audit hook, whichever of its functions asks for them. So there is no list
-of functions here that a new way of writing could slip past.
+Python reports its file operations to an audit hook, whatever function they come from, so no function is overlooked.
 """
 
 import errno
@@ -16,7 +15,7 @@ from typing import Any
 import safetensors.torch
 
 from diffusion_align.train.checkpoints.store import CheckpointError, latest_good, save, write_part
-from stress.checkpoint.kills import base, content, ended, in_child, is_content, whole
+from stress.checkpoint.kills import base, content, ended, in_child, is_content, is_intact
 
 OPERATIONS = {
     "open", "os.chmod", "os.fsync", "os.listdir", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.scandir",
@@ -25,9 +24,9 @@ OPERATIONS = {
 CODES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EACCES)
 SMALL = base(1000)
 WAYS = ("next", "again", "parts")
-"""A save after that of step 1: of the next step, of the same step again, of the next with a part of another process."""
+"""A save after that of step 1: of the next step, of the same step again, of the next with another process's data."""
 
-_UNTOUCHED, _REPORTED, _SAVED = 0, 1, 2  # how a child says that its save ended
+_UNTOUCHED, _REPORTED, _SAVED = 0, 1, 2  # exit codes of a child: how its save ended
 
 
 def before_operations(act: Callable[[int], None]) -> None:
@@ -39,7 +38,7 @@ def before_operations(act: Callable[[int], None]) -> None:
             count[0] += 1
             act(count[0] - 1)
 
-    for module, name in ((os, "fsync"), (safetensors.torch, "save_file")):  # those which Python does not report
+    for module, name in ((os, "fsync"), (safetensors.torch, "save_file")):  # not reported by Python
         _announce(module, name)
     sys.addaudithook(hook)
 
@@ -62,9 +61,9 @@ def saving(folder: Path, way: str, step: int = 2) -> None:
 
 
 def deaths(folder: Path, way: str) -> Counter[str]:
-    """Die before every file operation of a save, until one comes through: what was found each time.
+    """Die before the first file operation of a save, then before the second, and so on until a save succeeds. Counts:
 
-    broken: no whole checkpoint. offered: things named like one that are not whole. left: what the next save left lying.
+    broken: no intact checkpoint. offered: broken files or folders named like one. left: files that the next save left.
     """
     found: Counter[str] = Counter(operations=0, broken=0, offered=0, left=0)
     code = 9
@@ -78,17 +77,17 @@ def deaths(folder: Path, way: str) -> Counter[str]:
 
         code = ended(in_child(dying))
         if code not in (0, 9):
-            raise RuntimeError(f"the save before whose operation {n} a process was to die ended with {code}")
-        _look(home, found)
+            raise RuntimeError(f"a process that was to die before operation {n} of a save ended with {code}")
+        _inspect(home, found)
         found["operations"] += code == 9
     return found
 
 
 def errors(folder: Path, way: str, code: int, lasting: bool, every: int = 1) -> Counter[str]:
-    """Fail every file operation of a save in turn, with or without all that follow, and then save once more.
+    """Make each file operation of a save fail in turn, with or without all that follow, and then save once more.
 
-    wrong: a save that ended otherwise than well or with CheckpointError, or said the one and did the other. `every`:
-    how many operations lie between two that are tried.
+    wrong: a save that neither succeeded nor raised CheckpointError, or whose result was not what it reported.
+    `every`: try only each operation number that is a multiple of this.
     """
     found: Counter[str] = Counter(operations=0, reported=0, wrong=0, broken=0, offered=0, left=0)
     ended_with = -1
@@ -102,7 +101,7 @@ def errors(folder: Path, way: str, code: int, lasting: bool, every: int = 1) -> 
         if ended_with == _SAVED and way != "again":
             latest = latest_good(home)
             found["wrong"] += latest is None or latest.step != 2
-        _look(home, found)
+        _inspect(home, found)
         found["operations"] += ended_with != _UNTOUCHED
     return found
 
@@ -125,11 +124,11 @@ def _failing(home: Path, way: str, n: int, code: int, lasting: bool) -> int:
     return _SAVED if broken[1] else _UNTOUCHED
 
 
-def _look(home: Path, found: Counter[str]) -> None:
-    """What a fault left: a whole checkpoint of step 1 or 2, and nothing that the next save does not clear away."""
+def _inspect(home: Path, found: Counter[str]) -> None:
+    """Count what a fault left; there must be an intact checkpoint, and the next save must remove everything else."""
     latest = latest_good(home)
     found["broken"] += latest is None or not is_content(latest, SMALL)
-    found["offered"] += sum(not whole(path) for path in home.glob("step-*"))
+    found["offered"] += sum(not is_intact(path) for path in home.glob("step-*"))
     save(home, 3, *content(3, SMALL), keep=1)
     found["left"] += os.listdir(home) != ["step-00000003"]
     shutil.rmtree(home)

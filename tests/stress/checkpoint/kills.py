@@ -1,7 +1,6 @@
-"""Real SIGKILLs in a process that saves checkpoints without a pause, ours or accelerate's; for `checkpoints.py`.
+"""SIGKILLs at random moments of a process that saves checkpoints continuously, ours or accelerate's.
 
-A checkpoint is a model and its two AdamW moments. Its numbers follow from its step, so whoever reads one knows what it
-must hold.
+A checkpoint is a model and its two AdamW moments. Its numbers follow from its step, so a reader knows its content.
 """
 
 import os
@@ -43,11 +42,11 @@ def is_content(loaded: Checkpoint, weights: Tensor) -> bool:
 
 
 def in_child(work: Callable[[], int | None]) -> int:
-    """Fork, run `work`, and return the child's id; the child ends with what `work` returns, and 70 if it raises."""
+    """Run `work` in a fork and return the child's id; its exit code is what `work` returns, or 70 if it raises."""
     child = os.fork()
     if child == 0:
         code = 70
-        torch.set_num_threads(1)  # the parent's pool of threads does not live on in a fork, and waiting for it hangs
+        torch.set_num_threads(1)  # a fork does not inherit the parent's threads, and would wait for them for ever
         try:
             code = work() or 0
         finally:
@@ -56,16 +55,16 @@ def in_child(work: Callable[[], int | None]) -> int:
 
 
 def ended(child: int) -> int:
-    """The exit code of a child, below 0 for a signal."""
+    """The exit code of a child, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def kills(folder: Path, count: int, parameters: int, seed: int = 0) -> Counter[str]:
-    """Kill a saving process `count` times at random moments of two saves, and look at what is there each time.
+    """Kill a saving process `count` times at random moments of two saves, and inspect the folder each time. Counts:
 
-    inside: kills that came in the middle of a save. unloadable: no checkpoint, or not what was saved. lost: the newest
-    is older than the last that was reported as saved. offered: things named like a checkpoint that are not whole. left:
-    what is there beside the checkpoints once another save came through.
+    inside: kills in the middle of a save. unloadable: no checkpoint, or not what was saved. lost: the newest is older
+    than the last one reported as saved. offered: broken files or folders named like a checkpoint. left: what is there
+    beside the checkpoints after another save.
     """
     weights, chance = base(parameters), random.Random(seed)
     found: Counter[str] = Counter(kills=0, inside=0, unloadable=0, lost=0, offered=0, left=0)
@@ -80,7 +79,7 @@ def kills(folder: Path, count: int, parameters: int, seed: int = 0) -> Counter[s
         last = killed(lambda report: keep_saving(reached + 1, report), chance)  # noqa: B023
         names = os.listdir(folder)
         found["inside"] += any(name.startswith(".") for name in names)
-        found["offered"] += sum(not whole(folder / name) for name in names if re.fullmatch(r"step-\d+", name))
+        found["offered"] += sum(not is_intact(folder / name) for name in names if re.fullmatch(r"step-\d+", name))
         reached = newest(folder, weights)
         found["unloadable"] += reached == 0
         found["lost"] += reached < last
@@ -93,7 +92,7 @@ def kills(folder: Path, count: int, parameters: int, seed: int = 0) -> Counter[s
 
 
 def newest(folder: Path, weights: Tensor) -> int:
-    """The step of the checkpoint that a run would go on from; 0 where none can be loaded or it holds anything else."""
+    """The step of the checkpoint that a run would resume from; 0 if none loads or its content is wrong."""
     try:
         latest = latest_good(folder)
     except CheckpointError:
@@ -101,7 +100,7 @@ def newest(folder: Path, weights: Tensor) -> int:
     return latest.step if latest is not None and is_content(latest, weights) else 0
 
 
-def whole(path: Path) -> bool:
+def is_intact(path: Path) -> bool:
     try:
         load(path)
     except CheckpointError:
@@ -110,7 +109,7 @@ def whole(path: Path) -> bool:
 
 
 def accelerate_kills(folder: Path, count: int, parameters: int, seed: int = 0) -> Counter[str]:
-    """The same with accelerate's save_state as diffusers' scripts use it: the oldest goes first, the newest counts."""
+    """The same with accelerate's save_state, as diffusers' scripts use it: remove the oldest first, load the newest."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
@@ -136,7 +135,7 @@ def accelerate_kills(folder: Path, count: int, parameters: int, seed: int = 0) -
     found: Counter[str] = Counter(kills=0, unloadable=0)
     accelerator.save_state(str(folder / "checkpoint-0"))
     if ended(in_child(resume)):
-        raise RuntimeError("accelerate cannot load what nobody disturbed: its counts would say nothing")
+        raise RuntimeError("accelerate cannot load an undisturbed checkpoint, so its counts would mean nothing")
     for number in range(count):
         killed(lambda report: keep_saving(1000 * number + 1, report), chance)  # noqa: B023
         found["kills"] += 1
@@ -147,12 +146,12 @@ def accelerate_kills(folder: Path, count: int, parameters: int, seed: int = 0) -
 
 
 def killed(work: Callable[[Callable[[int], None]], None], chance: random.Random) -> int:
-    """Run `work` in a child that reports the steps it has saved, kill it some time after the first, and return the
-    last step it reported."""
+    """Run `work` in a child that reports the steps it saves; kill it at a random moment after the first one. Returns
+    the last step that it reported."""
     ours, theirs = os.pipe()
 
     def report(step: int) -> None:
-        os.write(theirs, step.to_bytes(8, "big"))  # fails once nobody reads: the child does not outlive us
+        os.write(theirs, step.to_bytes(8, "big"))  # fails if the parent is gone, which ends the child
 
     def saving() -> None:
         os.close(ours)

@@ -1,4 +1,4 @@
-"""Pictures of every kind that a set may hold, good and bad, for `data.py`: bytes, and whether they can be used."""
+"""Pictures of every kind that a data set may hold: their bytes, and whether they are usable."""
 
 import io
 import random
@@ -35,7 +35,7 @@ def _animated(format: str) -> bytes:
 
 
 def _png_header(width: int, height: int) -> bytes:
-    """A PNG that promises many pixels and holds none."""
+    """A PNG whose header claims many pixels, without data for them."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -46,12 +46,12 @@ def _png_header(width: int, height: int) -> bytes:
     )
 
 
-_WHOLE = {"jpeg": _saved("RGB", "JPEG"), "png": _saved("RGB", "PNG"), "webp": _saved("RGB", "WEBP")}
-# 1 is the tag of orientation, 6 a quarter turn.
+_INTACT = {"jpeg": _saved("RGB", "JPEG"), "png": _saved("RGB", "PNG"), "webp": _saved("RGB", "WEBP")}
+# Tag 0x0112 is the orientation, 6 a quarter turn.
 _TURNED = Image.Exif()
 _TURNED[0x0112] = 6
 PICTURES: dict[str, tuple[bytes | None, bool]] = {
-    **{name: (data, True) for name, data in _WHOLE.items()},
+    **{name: (data, True) for name, data in _INTACT.items()},
     "gif": (_saved("P", "GIF"), True),
     "bmp": (_saved("RGB", "BMP"), True),
     "tiff": (_saved("RGB", "TIFF"), True),
@@ -67,7 +67,7 @@ PICTURES: dict[str, tuple[bytes | None, bool]] = {
     "animated gif": (_animated("GIF"), True),
     "animated webp": (_animated("WEBP"), True),
     "animated png": (_animated("PNG"), True),
-    **{f"cut {name}": (data[: len(data) // 2], False) for name, data in _WHOLE.items()},
+    **{f"cut {name}": (data[: len(data) // 2], False) for name, data in _INTACT.items()},
     "1 x 500": (_saved("RGB", "PNG", (1, 500)), False),
     "floats": (_saved("F", "TIFF"), False),
     "bomb": (_png_header(30_000, 30_000), False),
@@ -80,8 +80,8 @@ PICTURES: dict[str, tuple[bytes | None, bool]] = {
 
 
 def garbled(draw: random.Random) -> bytes:
-    """A whole picture with some bytes changed, or a piece cut out: it may still decode."""
-    data = bytearray(draw.choice(list(_WHOLE.values())))
+    """A good picture with some bytes changed or removed; it may still decode."""
+    data = bytearray(draw.choice(list(_INTACT.values())))
     for _ in range(draw.choice((1, 3, 20))):
         data[draw.randrange(len(data))] = draw.randrange(256)
     if draw.random() < 0.3:

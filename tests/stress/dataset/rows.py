@@ -1,4 +1,4 @@
-"""Sets of rows for `data.py`, clean or broken in many ways; each row with what should become of it."""
+"""Data sets of clean or broken rows, each with its expected outcome."""
 
 import io
 import json
@@ -45,18 +45,18 @@ LINES = [
 
 
 class Rows:
-    """Draws rows, clean ones or any, and remembers what should become of each."""
+    """Draws rows, clean ones only or all kinds, and records the expected outcome of each."""
 
     def __init__(self, clean: bool, seed: int):
         self.clean, self.draw = clean, random.Random(seed)
         self.expected: dict[str, set[str]] = {}
 
     def one(self, choices: list) -> tuple[Any, str]:
-        """A choice, the first one if clean; else the first half of the time, so that most rows have one fault."""
+        """A random choice, or the first, good one: always if clean, else mostly, so that most rows have one fault."""
         return choices[0] if self.clean or self.draw.random() < 0.6 else self.draw.choice(choices)
 
     def picture(self) -> tuple[bytes | None, str]:
-        """A picture and whether it can be used."""
+        """A picture, and the outcome that it deserves."""
         if self.clean or self.draw.random() < 0.6:
             return PICTURES[self.draw.choice(GOOD)][0], USED
         name = self.draw.choice([*PICTURES, "garbled"])
@@ -66,13 +66,13 @@ class Rows:
         return data, USED if good else BAD
 
     def expect(self, row: str, *outcomes: str) -> None:
-        """Write down what a row may become, from what each of its parts deserves."""
-        whole = TIE if TIE in outcomes else USED
-        self.expected[row] = {BAD} if BAD in outcomes else {whole, BAD} if EITHER in outcomes else {whole}
+        """Record the possible outcomes of a row, from the outcomes that its fields deserve."""
+        good = TIE if TIE in outcomes else USED
+        self.expected[row] = {BAD} if BAD in outcomes else {good, BAD} if EITHER in outcomes else {good}
 
 
 def parquet(folder: Path, rows: Rows, count: int) -> Path:
-    """Pick-a-Pic's columns, some prompts no UTF-8, some cells null."""
+    """Pick-a-Pic's columns; some prompts are not UTF-8, some cells are null."""
     prompts = [(text.encode(), outcome) for text, outcome in PROMPTS] + [(None, BAD), (b"\xff\xfe", BAD)]
     columns: dict[str, list] = {name: [] for name in ("caption", "jpg_0", "jpg_1", "label_0", "label_1")}
     for row in range(count):
@@ -80,7 +80,7 @@ def parquet(folder: Path, rows: Rows, count: int) -> Path:
         pictures = [rows.picture() for _ in range(2)]
         for name, value in zip(columns, (prompt, pictures[0][0], pictures[1][0], *labels), strict=True):
             columns[name].append(value)
-        # The second label is not looked at in a tie, and a tie's pictures are.
+        # A tie's second label is not read, but its pictures are.
         rows.expect(f"pick.parquet:{row}", said, told, *(good for _, good in pictures))
     caption = pa.array(columns.pop("caption"), pa.binary()).view(pa.string())
     path = folder / "pick.parquet"
@@ -89,7 +89,7 @@ def parquet(folder: Path, rows: Rows, count: int) -> Path:
 
 
 def names(folder: Path, rows: Rows, count: int) -> list[tuple[Any, str]]:
-    """Picture files in a folder, and names that lead to none."""
+    """Picture files in a folder, and names of files that do not exist."""
     files = []
     for number in range(count):
         data, good = rows.picture()
@@ -102,7 +102,7 @@ def names(folder: Path, rows: Rows, count: int) -> list[tuple[Any, str]]:
 
 
 def json_lines(folder: Path, rows: Rows, count: int, ranked: bool) -> Path:
-    """Pairs or rankings over files, some lines no JSON or of another form."""
+    """Pairs or rankings of picture files; some lines are not JSON, or of another form."""
     folder.mkdir()
     files, lines = names(folder, rows, max(1, count // 4)), []
     for row in range(1, count + 1):
@@ -119,13 +119,12 @@ def json_lines(folder: Path, rows: Rows, count: int, ranked: bool) -> Path:
             values, told = {"chosen": first, "rejected": second}, USED
         lines.append(json.dumps({"prompt": prompt} | values))
         rows.expect(where, said, told, good_0, good_1)
-    # What the file is, is seen by its first rows.
     (folder / "set.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "set.jsonl"
 
 
 def archive(folder: Path, rows: Rows, count: int) -> Path:
-    """Pick-a-Pic's archives, some samples short of a member."""
+    """Pick-a-Pic's tar archives; some samples lack a member."""
     texts = [
         ("1", "0", USED),
         ("0", "1", USED),

@@ -1,4 +1,4 @@
-"""Pictures that are small and would be dear: for `files.py`. Each must be refused, at once and in little memory."""
+"""Small files of pictures that are expensive to decode; each must be refused quickly and in little memory."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from PIL import Image
 from diffusion_align.data.images import FORMATS, ImageError, decode_image
 
 _MIB = 1 << 20
-MS, MIB = 50.0, 20.0  # in which each must be refused
+MS, MIB = 50.0, 20.0  # the limits within which each must be refused
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -27,13 +27,13 @@ def png(width: int, height: int, before: bytes = b"", pixels: bytes = zlib.compr
 
 
 def zeros(mib: int, last: int = 0) -> bytes:
-    """So many packed zeros; packed a piece at a time."""
+    """Compressed zeros: `mib` MiB and `last` bytes, compressed block by block."""
     packer = zlib.compressobj()
     return b"".join(packer.compress(bytes(_MIB)) for _ in range(mib)) + packer.compress(bytes(last)) + packer.flush()
 
 
 def texts(count: int, kind: bytes, between: bytes) -> bytes:
-    """PNG texts that each unfold to just under Pillow's limit for one."""
+    """PNG texts that each decompress to just below Pillow's limit."""
     packed = zeros(0, _MIB - 1)
     return b"".join(chunk(kind, b"k%d" % i + between + packed) for i in range(count))
 
@@ -61,7 +61,7 @@ def bmp(width: int, height: int) -> bytes:
 
 
 def tiff(side: int, tile: int = 0) -> bytes:
-    """A grey picture in one packed strip, or in one packed tile whose size is its own."""
+    """A grey picture in one compressed strip, or in one compressed tile of another size."""
     data = zeros(0, 100_000)[:100].ljust(100, b"\0")
     tags = {256: side, 257: side, 258: 8, 259: 8, 262: 1, 277: 1}
     tags |= {322: tile, 323: tile, 324: 8, 325: 100} if tile else {273: 8, 278: side, 279: 100}
@@ -70,7 +70,7 @@ def tiff(side: int, tile: int = 0) -> bytes:
 
 
 def jpeg(side: int) -> bytes:
-    """A small JPEG whose header says another size."""
+    """A small JPEG whose header claims another size."""
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16)).save(buffer, "JPEG")
     data = bytearray(buffer.getvalue())
@@ -80,7 +80,7 @@ def jpeg(side: int) -> bytes:
 
 
 def progressive(side: int, scans: int) -> bytes:
-    """A grey JPEG in many scans of about 8 bytes a million pixels; each costs the decoder a walk over all of them."""
+    """A grey JPEG of many scans; each takes about 8 bytes a million pixels, and the decoder a pass over all of them."""
 
     def segment(mark: int, data: bytes) -> bytes:
         return b"\xff" + bytes([mark]) + struct.pack(">H", len(data) + 2) + data
@@ -123,7 +123,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 
 
 def bomb(name: str) -> tuple[str, float, float]:
-    """What `decode_image` said of a bomb, in how many ms and MiB; in a fork, whose peak of memory is its own."""
+    """The error of `decode_image`, ms and MiB for a bomb; in a fork, to measure its peak of memory."""
     data = BOMBS[name]()
     reader, writer = os.pipe()
     if os.fork() == 0:

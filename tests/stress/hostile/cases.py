@@ -1,8 +1,7 @@
-"""Files made to do harm, and the commands that a user would give them to; for `files.py`.
+"""Hostile files, and the commands that a user would give them to.
 
-A case writes its files into a folder and returns the command line. What it tries to run would leave a canary behind.
-Each case runs in a process of its own, forked once everything is imported, so that one that hangs or eats memory is
-seen and ended.
+A case writes its files into a folder and returns the command line. If its code ran, it would create a canary file. Each
+case runs in a fork, so that one that hangs or takes too much memory is noticed and killed.
 """
 
 import contextlib
@@ -24,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @dataclass(frozen=True)
 class Trap:
-    """What hostile files carry: each form of it leaves the canary."""
+    """Code for hostile files, in several forms; each would create the canary."""
 
     canary: Path
 
@@ -34,7 +33,7 @@ class Trap:
 
     @property
     def python(self) -> str:
-        """A module's text; it runs when it is imported."""
+        """The text of a module that acts when imported."""
         return f"open({str(self.canary)!r}, 'w').close()\n"
 
     def __reduce__(self):
@@ -42,10 +41,10 @@ class Trap:
 
 
 class Evaluated(Trap):
-    """The same by `eval`."""
+    """The same through `eval`."""
 
     def __reduce__(self):
-        return eval, (f"__import__('os').system({self.command!r})",)  # only ever written, never called here
+        return eval, (f"__import__('os').system({self.command!r})",)  # pickled only, never called here
 
 
 Case = Callable[[Path, Trap], list[str]]
@@ -53,13 +52,13 @@ CASES: dict[str, Case] = {}
 
 
 def case(make: Case) -> Case:
-    """Enter a case under its function's name."""
+    """Register a case under its function's name."""
     CASES[make.__name__.replace("_", " ")] = make
     return make
 
 
 def write(path: Path, data: bytes | str | object) -> Path:
-    """Write bytes, text, or anything else as JSON; in place of a file that may be a link to the original."""
+    """Write bytes, text, or anything else as JSON; replaces a file or link, never what a link points to."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     text = data if isinstance(data, bytes | str) else json.dumps(data)
@@ -69,7 +68,7 @@ def write(path: Path, data: bytes | str | object) -> Path:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`code` is the command's; None where the process died or was ended. `errors` are its lines of error."""
+    """`code` is the command's, None if the process died or was killed; `errors` are its error lines."""
 
     name: str
     ran: bool
@@ -79,7 +78,7 @@ class Outcome:
     grown_mib: float
 
     def fault(self, mib: float) -> str | None:
-        """What is wrong with it, or None: nothing ran, and one line said no, or the command did its own work."""
+        """What is wrong; None if no code ran and the command gave one error line, or did its own work."""
         if self.ran:
             return "THE CANARY IS THERE"
         if self.code is None:
@@ -94,8 +93,8 @@ class Outcome:
 
 
 def import_all() -> None:
-    """What the commands import, once and before the forks."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when the hub's client is imported
+    """Import what the commands need, once before the forks."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's client reads it when it is imported
     import diffusers  # noqa: F401
     import open_clip  # noqa: F401
     import torch
@@ -133,7 +132,7 @@ def _in_child(argv: list[str], home: Path, report: Path) -> None:
     from diffusion_align.cli import main
 
     os.chdir(home)
-    # Where a loader keeps programs that it has fetched.
+    # Where loaders keep code that they have fetched.
     os.environ["HF_MODULES_CACHE"] = str(home / "modules")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     out = io.StringIO()
@@ -145,7 +144,7 @@ def _in_child(argv: list[str], home: Path, report: Path) -> None:
 
 
 def _wait(child: int) -> int:
-    """The child's status; it is ended after the limit."""
+    """The child's status; it is killed after the limit."""
     until = time.monotonic() + LIMIT_S
     while time.monotonic() < until:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -157,7 +156,7 @@ def _wait(child: int) -> int:
 
 
 def traps_work() -> bool:
-    """Whether the canary appears when a pickle is read as an unwary program would: else the rest shows nothing."""
+    """Whether loading the pickles would create the canaries; otherwise the cases would show nothing."""
     with tempfile.TemporaryDirectory() as name:
         found = []
         for kind in (Trap, Evaluated):

@@ -1,4 +1,4 @@
-"""Hostile folders of reward models, as `reward score` takes them; see `cases.py`."""
+"""Hostile folders of reward models, for `reward score`."""
 
 import json
 import shutil
@@ -12,12 +12,12 @@ from stress.hostile.weights import VOCABULARY, saved, score
 
 
 def clip_folder(home: Path) -> Path:
-    """The embedded reward, to be changed."""
+    """A copy of the embedded reward."""
     return Path(shutil.copytree(ROOT / "assets" / "tiny_clip", home / "clip"))
 
 
 def with_program(folder: Path, trap: Trap) -> None:
-    """A tokenizer that is a program beside it."""
+    """A tokenizer whose class is code in the folder."""
     write(folder / "evil.py", trap.python + "from transformers import CLIPTokenizer\nclass Evil(CLIPTokenizer): pass\n")
     named = {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
     write(folder / "tokenizer_config.json", {"model_max_length": 24, **named})
@@ -67,7 +67,7 @@ def a_tokenizer_with_a_program_beside_image_reward(home, trap):
 
 
 def step_aware(home: Path, trap: Trap) -> Path:
-    """A preference model of SPO whose folder brings its tokenizer along as a program."""
+    """A preference model of SPO whose tokenizer is code in its folder."""
     folder = save_step_aware(start_step_aware("tiny", device="cpu"), home / "spm")
     content = json.loads((folder / "open_clip_config.json").read_text())
     content["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"trust_remote_code": True}

@@ -1,4 +1,4 @@
-"""Hostile data, pictures, prompts, annotations and reports, as `data` and `evaluate` take them; see `cases.py`."""
+"""Hostile data, pictures, prompts, annotations and reports, for `data` and `evaluate`."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Hostile models, as `sample` takes them; see `cases.py`."""
+"""Hostile models, for `sample`."""
 
 import json
 import os
@@ -17,12 +17,12 @@ def sample(home: Path, *more: str) -> list[str]:
 
 
 def model(home: Path) -> Path:
-    """The embedded model as links, to be changed by `write`."""
+    """The embedded model as links, which `write` replaces."""
     return Path(shutil.copytree(ROOT / "assets" / "tiny", home / "model", copy_function=os.link))
 
 
 def with_json(home: Path, name: str, **changes: object) -> list[str]:
-    """The command on a model of which one JSON file says something else."""
+    """The command for a model with changed values in one JSON file."""
     file = model(home) / name
     content = json.loads(file.read_text()) if file.exists() else {}
     write(file, content | changes)

@@ -1,4 +1,4 @@
-"""Hostile adapters, configurations and checkpoints, as `sample` and `train` take them; see `cases.py`."""
+"""Hostile adapters, configurations and checkpoints, for `sample` and `train`."""
 
 import hashlib
 import json
@@ -94,7 +94,7 @@ def a_preset_by_a_path(home, trap):
 
 @case
 def a_configuration_that_names_a_reward_in_python(home, trap):
-    """Its text asks for a program beside it, which only the user's own command line may."""
+    """It names a Python file as the reward, which only the command line may."""
     write(home / "mine.py", trap.python + "def f(images, prompts):\n    return [0.0] * len(prompts)\n")
     text = (
         f"verb: train ddpo\nmodel:\n  pretrained_model_name_or_path: tiny\nreward:\n  reward: python:{home}/mine.py:f\n"
@@ -106,7 +106,7 @@ def a_configuration_that_names_a_reward_in_python(home, trap):
 
 
 def checkpoint(home: Path) -> Path:
-    """A whole checkpoint, to be changed."""
+    """An intact checkpoint, to be changed."""
     run(home)
     return room.save(home / "run/checkpoints", 1, {"model": {"a": torch.zeros(2)}}, {"identity": {}, "progress": {}})
 
@@ -118,7 +118,7 @@ def resumed(home: Path, place: Path) -> list[str]:
 
 
 def resealed(place: Path, change) -> None:
-    """Change a manifest's body and seal it again: whoever wrote a checkpoint can do that."""
+    """Change a manifest's body and update its digest, as anyone who writes a checkpoint can."""
     manifest = json.loads((place / "manifest.json").read_text())
     change(manifest["body"])
     digest = hashlib.sha256(json.dumps(manifest["body"], sort_keys=True).encode()).hexdigest()

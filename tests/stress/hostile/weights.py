@@ -1,4 +1,4 @@
-"""Hostile weights of rewards, as `reward score` takes them; see `cases.py`."""
+"""Hostile weights of rewards, for `reward score`."""
 
 import io
 import pickle

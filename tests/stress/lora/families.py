@@ -1,4 +1,4 @@
-"""Two families of tiny models that LoRA files are put into, and the verdict on a file, for `loras.py`."""
+"""Tiny models of two families, and the verdict on loading a LoRA file into them."""
 
 import copy
 import logging
@@ -20,7 +20,7 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Family:
-    """A tiny model, what it is asked, and what it answers by itself."""
+    """A tiny model, an input, and the model's output for it without a LoRA."""
 
     name: str
     folder: Path
@@ -45,7 +45,7 @@ class Family:
 
 
 def families(folder: Path) -> list[Family]:
-    """The random tiny models of the tests, a Stable Diffusion and an SDXL."""
+    """The tests' random tiny models, a Stable Diffusion and an SDXL."""
     from helpers_sdxl import make_tiny_sdxl_folder
     from helpers_tiny import make_tiny_folder
 
@@ -62,8 +62,8 @@ def family(name: str, folder: Path) -> Family:
 
 
 @contextmanager
-def heard() -> Iterator[list[str]]:
-    """The messages that loading a LoRA gives."""
+def logged() -> Iterator[list[str]]:
+    """Collects the messages of loading a LoRA."""
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -78,10 +78,10 @@ def heard() -> Iterator[list[str]]:
 
 
 def verdict(family: Family, path: Path, due: torch.Tensor | None, names: set[str], **options: Any) -> str:
-    """What became of a file: "refused" or "repaired" with a message that names one of `names`, "loaded" without one,
-    "unnamed", "wrong" (another function than `due`), or "changed" (refused, but the network is not as it was)."""
+    """What became of a file: "refused" or "repaired" with a message that names one of `names`, "loaded" without a
+    message, "unnamed", "wrong" (not the output `due`), or "changed" (refused, but the network was changed)."""
     model = family.fresh()
-    with heard() as messages:
+    with logged() as messages:
         try:
             load_lora(model, path, **options)
         except (ValueError, FileNotFoundError) as error:

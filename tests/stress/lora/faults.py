@@ -1,6 +1,6 @@
-"""LoRA files as the world writes them, and everything that happens to them, for `loras.py` and the tests.
+"""LoRA files in the formats of many programs, and faults of such files.
 
-A format writes the LoRA of a network as some program would; a fault changes the tensors and the header of such a file.
+A format writes the LoRA of a network as some program would; a fault changes tensors or header of the file.
 """
 
 import json
@@ -41,14 +41,14 @@ def _renamed(unet: Any, folder: Path, name: Callable[[str], str], keep_header: b
 
 
 def _old_diffusers(unet: Any, folder: Path) -> Path:
-    """The names before 0.21, for attention alone: `attn1.processor.to_out_lora`."""
+    """The names before 0.21, for attention only: `attn1.processor.to_out_lora`."""
     return _renamed(
         unet, folder, lambda key: re.sub(r"\.(to_(?:q|k|v|out))(?:\.0)?\.lora\.", r".processor.\1_lora.", key)
     )
 
 
 def _peft(unet: Any, folder: Path) -> Path:
-    """What `PeftModel.save_pretrained` writes: weights without a strength, and a configuration beside them."""
+    """What `PeftModel.save_pretrained` writes: weights without alpha, and a configuration file."""
     config = unet.peft_config["default"]
     tensors = {f"base_model.model.{key}": value for key, value in get_peft_model_state_dict(unet).items()}
     path = write(folder / "adapter_model.safetensors", tensors)
@@ -59,7 +59,7 @@ def _peft(unet: Any, folder: Path) -> Path:
 
 
 def _kohya(unet: Any, folder: Path) -> Path:
-    """By diffusers' own converter; the alphas that it writes are the ranks, whatever they were."""
+    """By diffusers' own converter, which always writes the rank as alpha; replaced here by the real one."""
     state = {f"unet.{key}": value for key, value in get_peft_model_state_dict(unet).items()}
     alpha = torch.tensor(float(unet.peft_config["default"].lora_alpha))
     tensors = convert_state_dict_to_kohya(state)
@@ -68,8 +68,9 @@ def _kohya(unet: Any, folder: Path) -> Path:
 
 
 def _kohya_sdxl(unet: Any, folder: Path) -> Path:
-    """The same on Stability's own network, whose blocks are numbered through. For the tiny SDXL, by hand: down block 0
-    is inputs 1 (a resnet) and 2 (downsampler), block 1 is input 3; each up block has two resnets."""
+    """The same in the names of Stability's own network, which numbers all blocks in one series. Written by hand for the
+    tiny SDXL: down block 0 is inputs 1 (a resnet) and 2 (downsampler), block 1 is input 3; up blocks have two resnets.
+    """
     tensors, header = read(_kohya(unet, folder))
     inner = (("_conv1.", "_in_layers_2."), ("_conv2.", "_out_layers_3."), ("_time_emb_proj.", "_emb_layers_1."),
              ("_conv_shortcut.", "_skip_connection."))  # fmt: skip
@@ -89,7 +90,7 @@ def _kohya_sdxl(unet: Any, folder: Path) -> Path:
     return write(folder / "kohya.safetensors", {named(key): value for key, value in tensors.items()}, header)
 
 
-# Of each: who writes it, whether alpha is told, whether its names are repaired, which layers it can hold.
+# Of each: the writer, whether the file gives alpha, whether its names need repair, the layers that it can hold.
 FORMATS: dict[str, tuple[Callable[[Any, Path], Path], bool, bool, str]] = {
     "diffusers": (lambda unet, folder: save_lora(unet, folder), True, False, "wide"),
     "diffusers, no header": (lambda unet, folder: _renamed(unet, folder, str), False, False, "wide"),
@@ -143,7 +144,7 @@ def _text(*names: str) -> Callable[[Tensors], None]:
     return add
 
 
-# Each damages the tensors so that they can only be refused.
+# Each damages the tensors so that the file must be refused.
 DAMAGES: dict[str, Callable[[Tensors], None]] = {
     "wrong prefix": _prefixed,
     "one half of a layer missing": lambda t: _drop(t, [_first(t)]),
@@ -166,7 +167,7 @@ DAMAGES: dict[str, Callable[[Tensors], None]] = {
 
 
 def without_alpha(path: Path) -> None:
-    """Take away all that tells the strength: header, alphas, and peft's configuration."""
+    """Remove everything that gives alpha: header, alpha tensors, and peft's configuration."""
     tensors, header = read(path)
     header.pop(METADATA, None)
     write(path, {key: value for key, value in tensors.items() if not key.endswith(".alpha")}, header)
@@ -174,7 +175,7 @@ def without_alpha(path: Path) -> None:
 
 
 def in_half(path: Path) -> None:
-    """As most files are shared: float16."""
+    """Convert to float16, as in most shared files."""
     tensors, header = read(path)
     write(path, {key: value.half() for key, value in tensors.items()}, header)
 

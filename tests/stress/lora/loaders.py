@@ -1,4 +1,4 @@
-"""The other ways by which a LoRA comes in, for `loras.py`: a run's folder, a checkpoint, diffusers' own loader."""
+"""Faulty LoRAs in a run's folder, in a checkpoint, and in diffusers' own loader."""
 
 import contextlib
 import io
@@ -35,27 +35,27 @@ def _lora(model: Path) -> Any:
 
 
 def make_run(model: Path, run: Path) -> Path:
-    """What `sample` and `evaluate` need of a run: which base, and the trained weights."""
+    """A minimal run folder for `sample` and `evaluate`: the base model's name and the trained weights."""
     path = save_lora(_lora(model), run)
     (run / "config.yaml").write_text(f"model:\n  pretrained_model_name_or_path: {model}\n")
     return path
 
 
-def _said(argv: list[str]) -> tuple[int, str]:
-    """Exit status of the command, and what it wrote to the error stream and the log."""
-    heard = io.StringIO()
-    handler = logging.StreamHandler(heard)
+def _output_of(argv: list[str]) -> tuple[int, str]:
+    """The command's exit code, and its stderr and log."""
+    output = io.StringIO()
+    handler = logging.StreamHandler(output)
     logging.getLogger("diffusion_align").addHandler(handler)
     try:
-        with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(io.StringIO()):
-            return cli.main(argv), heard.getvalue()
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(io.StringIO()):
+            return cli.main(argv), output.getvalue()
     finally:
         logging.getLogger("diffusion_align").removeHandler(handler)
 
 
-def through(verb: str, model: Path, folder: Path, only: Collection[str] = ()) -> Iterator[tuple[str, bool]]:
-    """(fault, whether the command did what is right) of a run's folder: one line that names the file, and status 1; or,
-    for what is repaired, its pictures and a line that says so."""
+def by_command(verb: str, model: Path, folder: Path, only: Collection[str] = ()) -> Iterator[tuple[str, bool]]:
+    """(fault, whether the command is correct) for faults of a run's LoRA. Correct is exit code 1 with one line that
+    names the file or, if the file can be repaired, pictures and a line that says so."""
     words = {"sample": "--out", "evaluate": "--output_dir"}
     faults: dict[str, Callable[[Path], None]] = {
         **{what: lambda path, damage=damage: damaged(path, damage) for what, damage in DAMAGES.items()},
@@ -71,7 +71,7 @@ def through(verb: str, model: Path, folder: Path, only: Collection[str] = ()) ->
         path = make_run(model, run)
         fault(path)
         place = [*VERBS[verb], str(run)] if verb == "sample" else [str(run), *VERBS[verb]]
-        code, said = _said([verb, *place, words[verb], str(out), "--device", "cpu"])
+        code, said = _output_of([verb, *place, words[verb], str(out), "--device", "cpu"])
         drawn = bool(list(out.rglob("*.png")))
         if what in ("none", "float16", "alpha missing"):
             yield what, code == 0 and drawn and (str(path) in said) == (what != "none")
@@ -85,8 +85,8 @@ def _emptied(path: Path) -> None:
 
 
 def resumed(model: Path, folder: Path) -> Iterator[tuple[str, bool]]:
-    """(fault, whether it was refused with nothing changed) of a checkpoint's weights; first as they are found, then
-    with sizes and digests made to fit, as if the run had written them so."""
+    """(fault, whether it was refused and changed nothing) for faults of a checkpoint's weights: first with the old
+    digests, then with sizes and digests made to fit, as if the run had written them so."""
     unet = _lora(model)
     parameters = {key: value for key, value in unet.named_parameters() if value.requires_grad}
     optimizer = torch.optim.AdamW(list(parameters.values()))
@@ -95,7 +95,7 @@ def resumed(model: Path, folder: Path) -> Iterator[tuple[str, bool]]:
     for fits in (False, True):
         for what, fault in faults.items():
             if fits and what in ("NaN", "infinite"):
-                continue  # whoever writes the digests anew may write any numbers
+                continue  # with new digests any numbers are allowed
             path = checkpoint.save(folder / f"{what} {fits}", 3, tensors, state)
             weights, _ = read(path / "model.safetensors")
             fault(weights)
@@ -119,7 +119,7 @@ def _halve(tensors: Tensors) -> None:
 
 
 def by_diffusers(model: Path, folder: Path) -> Counter[str]:
-    """What diffusers' own loader makes of the damaged files of SD in its own and kohya's names: raised, or loaded."""
+    """How many damaged files in the names of diffusers and kohya diffusers' own loader refuses and loads."""
     from diffusers import StableDiffusionPipeline
 
     found: Counter[str] = Counter()
@@ -127,7 +127,7 @@ def by_diffusers(model: Path, folder: Path) -> Counter[str]:
     for name in ("diffusers", "kohya"):
         for what, damage in DAMAGES.items():
             if what.startswith("text encoder"):
-                continue  # which diffusers does tune
+                continue  # which diffusers supports
             path = FORMATS[name][0](unet, folder / name / what)
             damaged(path, damage)
             pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
@@ -140,7 +140,7 @@ def by_diffusers(model: Path, folder: Path) -> Counter[str]:
 
 
 def pictures_of_64(model: Path) -> Path:
-    """The tiny model with pictures of 64 pixels, the least that `evaluate` shows."""
+    """Make the tiny model's pictures 64 pixels wide, the minimum of `evaluate`."""
     path = model / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": 16}))
     return model
