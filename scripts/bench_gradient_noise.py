@@ -21,7 +21,7 @@ from torch import Tensor
 from diffusion_align.commands.train.items import TINY_SEED
 from diffusion_align.methods.ddpo import learn_policy_gradient
 from diffusion_align.methods.shared.rollouts import reward_of_latents
-from diffusion_align.methods.shared.runs import Runs, binder, draw_runs
+from diffusion_align.methods.shared.runs import Prompted, Runs, binder, draw_runs, scored
 from diffusion_align.models import add_lora, load_pipeline
 from diffusion_align.models.adapters import TARGETS
 from diffusion_align.rewards import load_reward

@@ -3,8 +3,7 @@
 from importlib import import_module
 
 from diffusion_align.commands.train.train import about_run
-from diffusion_align.methods import spo
-from diffusion_align.methods.shared import rollout_plan
+from diffusion_align.methods.shared import branch_plan, rollout_plan
 from diffusion_align.options import VERBS, TrainSpo
 
 
@@ -21,7 +20,7 @@ def planned_tables(options):
 def rounds_of(options, processes, tables):
     """Rounds and steps of an online method."""
     if isinstance(options, TrainSpo):
-        return spo.plan_rounds(options, processes, tables)
+        return branch_plan.plan_rounds(options, processes, tables)
     return rollout_plan.plan_prompts(options, processes, options.group_size)
 
 

@@ -24,7 +24,8 @@ from helpers_machine import HANG
 from PIL import Image
 
 from diffusion_align import cli
-from diffusion_align.commands.annotate import command, session
+from diffusion_align.commands.annotate import asking as session
+from diffusion_align.commands.annotate import command
 from diffusion_align.commands.annotate.choices import append, comparisons, read, relevance, standing
 from diffusion_align.commands.annotate.questions import make_questions, on_page, read_pictures
 from diffusion_align.commands.annotate.server import BODY_LIMIT, Server

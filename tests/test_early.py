@@ -101,7 +101,7 @@ def test_the_device_asked_for_reaches_accelerate(word, told, monkeypatch):
             self.device, self.process_index, self.num_processes = torch.device(word or "cpu"), 0, 1
 
     monkeypatch.setattr(job, "Accelerator", Stub)
-    monkeypatch.setattr(job, "meet", lambda accelerator: None)
+    monkeypatch.setattr(job, "barrier", lambda accelerator: None)
     monkeypatch.setattr(job.watch, "start", lambda *args: None)
     monkeypatch.delenv("ACCELERATE_TORCH_DEVICE", raising=False)
     job.join(TrainDpo(device=word))

@@ -7,7 +7,7 @@ table together. No model is loaded; what is assumed is Stable Diffusion's schedu
 import pytest
 from helpers_plan import evaluations, planned_tables, rounds_of
 
-from diffusion_align.methods.spo import compared
+from diffusion_align.methods.shared.branch_plan import compared
 from diffusion_align.options import VERBS, resolve
 
 

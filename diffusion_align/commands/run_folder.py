@@ -11,7 +11,7 @@ from diffusion_align.options.paths import settled_reward
 from diffusion_align.options.place import CHECKPOINTS, CONFIG, LATEST, METRICS, step_named
 from diffusion_align.train import record
 from diffusion_align.train.checkpoints import store as checkpoint
-from diffusion_align.train.checkpoints.folder import found as checkpoints_in
+from diffusion_align.train.checkpoints.directory import found as checkpoints_in
 from diffusion_align.train.checkpoints.store import Checkpoint
 
 SAMPLES = "samples"

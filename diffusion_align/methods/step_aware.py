@@ -29,7 +29,7 @@ from diffusion_align.rewards.spec import read_spec
 from diffusion_align.rewards.step_aware_load import step_aware_scorer
 from diffusion_align.rewards.step_aware_model import StepAware, save_step_aware, start_step_aware
 from diffusion_align.train.processes import watch
-from diffusion_align.train.processes.agree import meet
+from diffusion_align.train.processes.agree import barrier
 from diffusion_align.train.run import Run, StepRecord
 from diffusion_align.train.steps import run_steps
 
@@ -127,10 +127,10 @@ def labels_of(pairs: Sequence[Pair], o: TrainSpm, opened: Opened) -> Tensor:
     watch.doing("relabelling")
     folder, main = Path(o.cache_dir or o.output_dir) / "labels", accelerator.is_main_process
     if not main:
-        meet(accelerator)  # rank 0 scores, the others read its file
+        barrier(accelerator)  # rank 0 scores, the others read its file
     scores = scores_of_pairs(o.relabel, pairs, folder, partial(opened.reward, read_spec(o.relabel)), progress=main)
     if main:
-        meet(accelerator)
+        barrier(accelerator)
     labels = labels_of_scores(scores, o.tie_margin)
     accelerator.print(describe_labels(o.relabel, own, labels, o.tie_margin))
     return labels

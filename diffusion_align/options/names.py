@@ -1,10 +1,18 @@
-"""What a person typed: the nearest names where there is none such, and the few texts with a form of their own."""
+"""What a person typed: the nearest names where there is none such, and the few texts with a form of their own.
+
+What `--device` may be is known here, without torch; whether it is there, `commands.early` knows.
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections.abc import Iterable
+
+DEVICE = "cpu, cuda, cuda:N or mps (default: the best there is)"
+_WORD = re.compile(r"cpu|mps|cuda(:\d+)?")
+# What people call them elsewhere. AMD's build of torch calls its GPUs cuda too.
+_MEANT = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "hip": "cuda", "amd": "cuda", "metal": "mps", "apple": "mps"}
 
 
 class UsageError(ValueError):
@@ -33,3 +41,17 @@ def shard_of(text: str | None) -> tuple[int, int]:
     if found is None or int(found[1]) >= int(found[2]):
         raise UsageError(f"machine.shard must be K/N with K from 0 to N - 1, such as 0/4, not {text!r}")
     return int(found[1]), int(found[2])
+
+
+def device_fault(word: str) -> str | None:
+    """What is wrong with a device's name, as the end of a sentence; None for a good one."""
+    if _WORD.fullmatch(word):
+        return None
+    name, colon, number = word.lower().partition(":")
+    name = _MEANT.get(name, name)
+    if name.isdigit() and not colon:
+        name, colon, number = "cuda", ":", name
+    number = number if name == "cuda" else ""
+    meant = f"{name}{colon if number else ''}{number}"
+    hint = f"; did you mean {meant}?" if _WORD.fullmatch(meant) else ""
+    return f"must be cpu, cuda, cuda:N or mps, not {word!r}{hint}"

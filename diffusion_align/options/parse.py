@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .brought import brought
-from .convert import FALSE, TRUE
 from .files import unknown_key
 from .names import UsageError, nearest, unknown
+from .resolve import FALSE, TRUE
 from .schema import Option, by_any_name, options_of
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")

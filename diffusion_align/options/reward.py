@@ -8,8 +8,7 @@ from functools import cached_property
 
 from diffusion_align.rewards.spec import RewardSpec, UnknownReward, read_spec
 
-from .device import DEVICE, device_fault
-from .names import UsageError
+from .names import DEVICE, UsageError, device_fault
 from .schema import option
 
 REWARD = "a name of `diffusion-align reward ls`, one of its forms, or several: 0.5:pickscore,0.5:hpsv2.1"

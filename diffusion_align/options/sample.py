@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .device import DEVICE, device_fault
-from .names import UsageError, shard_of
+from .names import DEVICE, UsageError, device_fault, shard_of
 from .schema import option
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Generic, Protocol
 
 from diffusion_align import rng
 from diffusion_align.train.method import Chunk, OnlineMethod, Round
-from diffusion_align.train.processes.agree import each
+from diffusion_align.train.processes.agree import values_by_rank
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -46,7 +46,7 @@ def steps_of(
     pick = method.pick
     if pick is None:
         raise ValueError("this method learns from whole prompts: give prompts_per_step in place of items_per_step")
-    counts = each(where, sum(method.items(chunk) for chunks in round.chunks for chunk in chunks))
+    counts = values_by_rank(where, sum(method.items(chunk) for chunks in round.chunks for chunk in chunks))
     total, before = sum(counts), sum(counts[: where.process_index])
     count = max(1, -(-total // items_per_step))
     seed, used = address

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from diffusion_align.rewards import prefetch
 from diffusion_align.system.memory import in_parts
 from diffusion_align.train.method import Chunk, OnlineMethod, Round, Sample
-from diffusion_align.train.processes.agree import anywhere, most
+from diffusion_align.train.processes.agree import max_over_ranks, on_any_rank
 from diffusion_align.train.processes.watch import doing
 from diffusion_align.train.run import Progress, Run
 
@@ -35,13 +35,13 @@ def draw_round(
         doing("scoring")
         chunks[number] += [method.score(chunk) for chunk in drawn] if method.score else drawn
         smallest = min(smallest, size)
-        if anywhere(accelerator, run.asked())[0]:
+        if on_any_rank(accelerator, run.asked())[0]:
             return None
         doing("drawing")
     halvings = progress.halvings
     while _size(prompts_per_chunk, halvings) > smallest:
         halvings += 1
-    (halvings,) = most(accelerator, halvings)
+    (halvings,) = max_over_ranks(accelerator, halvings)
     return Round(chunks, halvings), replace(progress, halvings=halvings)
 
 

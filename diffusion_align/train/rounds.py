@@ -20,7 +20,7 @@ from diffusion_align.system.memory import OutOfMemory, free, logger, ran_out
 from diffusion_align.train.batches import steps_of
 from diffusion_align.train.collect import draw_round
 from diffusion_align.train.method import Chunk, Columns, OnlineMethod, Round
-from diffusion_align.train.processes.agree import anywhere, total
+from diffusion_align.train.processes.agree import on_any_rank, sum_over_ranks
 from diffusion_align.train.processes.watch import doing
 from diffusion_align.train.recut import recut
 from diffusion_align.train.run import Progress, Run, StepRecord
@@ -96,7 +96,7 @@ def run_rounds(method: OnlineMethod[Chunk], run: Run, sizes: RoundSizes) -> Iter
             exact = sizes.items_per_step is not None and progress.step + 1 >= run.max_steps
             last = number + 1 == sizes.passes * count or exact
             consumed = sizes.prompts_per_round if last else 0
-            items = total(accelerator, sum(method.items(chunk) for chunk in chunks_of(round, number)))
+            items = sum_over_ranks(accelerator, sum(method.items(chunk) for chunk in chunks_of(round, number)))
             # Gradients are averaged over the ranks, so each must count its items as their number's fraction.
             factor = accelerator.num_processes / max(items, 1) * (progress.loss_scale or 1.0)
             parts, progress, round = _learn(method, run, round, partial(chunks_of, number=number), factor, progress)
@@ -140,7 +140,7 @@ def _learn(
         run.optimizer.zero_grad(set_to_none=True)
         tried = _try_chunks(method, run, round, chunks_of, factor, progress)
         smaller = [chunk for chunk in _step_chunks(method, round, chunks_of, progress) if len(chunk.cut(2)) > 1]
-        failed, stuck = anywhere(run.accelerator, tried is None, tried is None and not smaller)
+        failed, stuck = on_any_rank(run.accelerator, tried is None, tried is None and not smaller)
         if not failed:
             assert tried is not None  # no rank failed, so every part exists
             return tried[0], progress, tried[1]

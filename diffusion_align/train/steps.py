@@ -19,7 +19,7 @@ from torch import Tensor
 from diffusion_align import rng
 from diffusion_align.system.memory import free, halved, ran_out
 from diffusion_align.train.method import Columns, OfflineMethod, Sample, Survey
-from diffusion_align.train.processes.agree import anywhere
+from diffusion_align.train.processes.agree import on_any_rank
 from diffusion_align.train.processes.watch import doing
 from diffusion_align.train.run import Progress, Run, StepRecord
 from diffusion_align.train.update import require_finite, scaled_backward, update
@@ -68,7 +68,7 @@ def run_steps(method: OfflineMethod, run: Run, *, batch_size: int, accumulation:
             size = _size(whole, progress.halvings)
             ready = method.survey is None or size >= batch_size or _surveyed(method.survey, mine, progress, accelerator)
             parts = _try_step(method, samples, mine, progress) if ready else None
-            (failed,) = anywhere(accelerator, parts is None)
+            (failed,) = on_any_rank(accelerator, parts is None)
             if not failed:
                 break
             parts = None
@@ -110,7 +110,7 @@ def _try_step(
 def _surveyed(survey: Survey, mine: list[list[Sample]], progress: Progress, accelerator: Accelerator) -> bool:
     """Make the survey of a step; False, on every rank, if memory ran out on any."""
     measured = _columns_of(lambda some, _: survey.measure(some), mine, progress)
-    (failed,) = anywhere(accelerator, measured is None)
+    (failed,) = on_any_rank(accelerator, measured is None)
     if measured is not None and not failed:
         survey.receive(_gather(measured, accelerator))
     return not failed

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from diffusion_align.train.processes.agree import anywhere
+from diffusion_align.train.processes.agree import on_any_rank
 from diffusion_align.train.run import Progress, Run
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def update(losses: Tensor, run: Run, progress: Progress, consumed: int) -> Outco
     scale = progress.loss_scale
     norm = _mean_gradients(run.parameters, run.accelerator, 1 / scale if scale else 1.0)
     # Losses are gathered and gradients averaged, so all ranks find the same; that they act alike is not left to that.
-    loss_bad, norm_bad, jump = anywhere(
+    loss_bad, norm_bad, jump = on_any_rank(
         run.accelerator,
         not bool(torch.isfinite(losses).all()),
         not bool(torch.isfinite(norm)),

@@ -18,7 +18,7 @@ from diffusion_align.data.encoding import LISTS_AT_A_TIME
 from diffusion_align.data.pairs_and_rankings import Pair
 from diffusion_align.data.shards import Ranks
 from diffusion_align.train.processes import watch
-from diffusion_align.train.processes.agree import total
+from diffusion_align.train.processes.agree import sum_over_ranks
 
 
 class Meeting:
@@ -205,7 +205,7 @@ def test_two_processes_encode_together(tmp_path):
         accelerator = Accelerator(cpu=True)
         watch.start(tmp_path / ".ranks", rank, 2)
         cache = encode.encoded(options_of(tmp_path / "shared"), Model(), accelerator, pairs)
-        assert total(accelerator, len(cache) + rank) == 121
+        assert sum_over_ranks(accelerator, len(cache) + rank) == 121
         watch.stop()
         return 0
 

@@ -18,7 +18,16 @@ from diffusion_align import train
 HOME = Path(train.__file__).parent
 LOOPS = [("steps", "run_steps"), ("rounds", "run_rounds"), ("rounds", "_learn"), ("collect", "draw_round")]
 # Every process gets the same from these, as they end in a collective.
-AGREED = {"anywhere", "most", "each", "steps_of", "total", "_gather", "_surveyed", "update"}
+AGREED = {
+    "on_any_rank",
+    "max_over_ranks",
+    "values_by_rank",
+    "steps_of",
+    "sum_over_ranks",
+    "_gather",
+    "_surveyed",
+    "update",
+}
 TALKS = AGREED | {
     "draw_round",
     "_learn",
@@ -26,8 +35,8 @@ TALKS = AGREED | {
     "reduce",
     "wait_for_everyone",
     "gather_object",
-    "meet",
-    "alike",
+    "barrier",
+    "require_equal_ranks",
     "_fill_gradients",
 }
 # Settings, and numbers that every process computes alike from them; `blocks` are as many on each.
@@ -112,10 +121,10 @@ def test_the_loops_leave_and_talk_only_where_all_do(room, function):
 BAD = [
     # NeMo Automodel#2468: a process without labels went on to the next batch, and the others waited in the backward.
     ("steps", "run_steps", "columns = _gather", "if not mine[0]: continue"),
-    ("steps", "run_steps", "(failed,) = anywhere", "if parts is None: continue"),
+    ("steps", "run_steps", "(failed,) = on_any_rank", "if parts is None: continue"),
     ("steps", "run_steps", "columns = _gather", "if not torch.isfinite(parts[0]['loss']).all(): return"),
     ("steps", "run_steps", "outcome = update", "if len(parts) == 1: break"),
-    ("steps", "run_steps", "outcome = update", "if accelerator.process_index and anywhere(accelerator, True): pass"),
+    ("steps", "run_steps", "outcome = update", "if accelerator.process_index and on_any_rank(accelerator, True): pass"),
     ("steps", "run_steps", "outcome = update", "if run.accelerator.process_index: break"),
     ("rounds", "run_rounds", "items = total", "if not chunks: continue"),
     ("rounds", "run_rounds", "columns = _gather", "if not parts: break"),
@@ -124,7 +133,7 @@ BAD = [
     ("rounds", "_learn", "smaller =", "if not smaller: return [], progress"),
     ("rounds", "_learn", "smaller =", "try: free()\n@except RuntimeError: continue"),
     ("collect", "draw_round", "smallest =", "if run.asked(): return None"),
-    ("collect", "draw_round", "smallest =", "for chunk in drawn: anywhere(accelerator, True)"),
+    ("collect", "draw_round", "smallest =", "for chunk in drawn: on_any_rank(accelerator, True)"),
 ]
 
 

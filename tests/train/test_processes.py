@@ -166,12 +166,12 @@ def test_processes_that_found_different_checkpoints_do_not_start(tmp_path):
     def work(rank):
         from accelerate import Accelerator
 
-        from diffusion_align.train.processes.agree import alike
+        from diffusion_align.train.processes.agree import require_equal_ranks
 
         accelerator = Accelerator(cpu=True)
-        alike(accelerator, 5, "as they should")
+        require_equal_ranks(accelerator, 5, "as they should")
         with pytest.raises(ValueError, match="do not agree: 6 on one and 7 on another, as the step"):
-            alike(accelerator, 6 + rank, "as the step")
+            require_equal_ranks(accelerator, 6 + rank, "as the step")
         return 0
 
     ended = launch(2, work, tmp_path)

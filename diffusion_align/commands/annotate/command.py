@@ -9,10 +9,10 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
+from diffusion_align.commands.annotate.asking import Session
 from diffusion_align.commands.annotate.choices import Row, comparisons, key_of, read, relevance, standing
 from diffusion_align.commands.annotate.questions import Picture, by_prompt, make_questions, picture_bytes, read_pictures
 from diffusion_align.commands.annotate.server import Server
-from diffusion_align.commands.annotate.session import Session
 from diffusion_align.commands.interrupt import Interruptible
 from diffusion_align.data import write_pairs_parquet
 from diffusion_align.data.bad_rows import DataError

@@ -18,9 +18,9 @@ from http.server import BaseHTTPRequestHandler
 from socketserver import ThreadingTCPServer
 from typing import Any
 
+from diffusion_align.commands.annotate.asking import Session
 from diffusion_align.commands.annotate.page import POLICY, last_page, question_page
 from diffusion_align.commands.annotate.questions import Picture, picture_bytes
-from diffusion_align.commands.annotate.session import Session
 
 BODY_LIMIT = 16_384  # bytes
 MAX_SECONDS = 1e6

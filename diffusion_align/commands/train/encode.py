@@ -16,7 +16,7 @@ from diffusion_align.data.bad_rows import BadRow
 from diffusion_align.data.disk import NoRoom
 from diffusion_align.data.shards import NotFinite, Ranks
 from diffusion_align.train.processes import watch
-from diffusion_align.train.processes.agree import total
+from diffusion_align.train.processes.agree import sum_over_ranks
 
 if TYPE_CHECKING:
     from diffusion_align.models import TextToImage
@@ -42,7 +42,7 @@ def encoded(
     dtype = PRECISIONS[o.encode_precision]
     _ = model.empty_text  # the model keeps it, for pictures that are drawn in full precision
     settings = EncodingSettings(o.resolution or model.resolution, o.seed, precision=o.encode_precision)
-    ranks = Ranks(accelerator.process_index, accelerator.num_processes, partial(total, accelerator))
+    ranks = Ranks(accelerator.process_index, accelerator.num_processes, partial(sum_over_ranks, accelerator))
     try:
         with torch.autocast(model.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             return build_cache(

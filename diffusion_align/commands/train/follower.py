@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
 
 from tqdm import tqdm
 
 from diffusion_align.commands import run_folder
-from diffusion_align.commands.train.tracking import trackers_of
+from diffusion_align.commands.train.session import Session
+from diffusion_align.commands.train.tracking import finish_trackers, trackers_of
 from diffusion_align.options import TrainUnet
 from diffusion_align.system.progress import progress_bar
 from diffusion_align.train import record
-from diffusion_align.train.alarm import CollapseAlarm
-from diffusion_align.train.processes.agree import most
-from diffusion_align.train.run import StepRecord
-
-if TYPE_CHECKING:
-    from diffusion_align.commands.train.session import Session
+from diffusion_align.train.alarm import CollapseAlarm, CollapseError
+from diffusion_align.train.processes import watch
+from diffusion_align.train.processes.agree import max_over_ranks
+from diffusion_align.train.rounds import NothingToLearn
+from diffusion_align.train.run import Run, StepRecord
+from diffusion_align.train.update import NonFiniteError
 
 
 class Follower:
@@ -61,7 +61,56 @@ class Follower:
         """(the signal that stops the run, or 0; why it collapsed, or None), equal on every rank."""
         # Each rank has read metrics.jsonl for itself, and a network disk may have shown it another file.
         asked, collapsed = self.session.interrupt.asked, int(self.collapse is not None)
-        stop, alarmed = most(self.session.accelerator, asked, collapsed)
+        stop, alarmed = max_over_ranks(self.session.accelerator, asked, collapsed)
         regular = row.step % self.session.options.checkpointing_steps == 0
         self.due = self.due or bool(alarmed) or regular or row.step >= self.steps or row.ends
         return stop, (self.collapse or "as another process found") if alarmed else None
+
+
+def follow(
+    session: Session, records: Iterable[StepRecord], run: Run, shown: Sequence[str],
+    report: Callable[[int], None] | None = None,
+) -> int:  # fmt: skip
+    """Run a loop to its end: metrics, checkpoints, grids, and at last the trained weights.
+
+    Inside a round a checkpoint is as large as the round's data; one that is merely due waits for the round's end.
+
+    Args:
+        shown: metrics on the progress bar.
+        report: called on the main process once the weights are written, with the number of steps.
+
+    Raises:
+        Interrupted: after a signal, once a checkpoint is saved; it says the command that resumes the run.
+        CollapseError: the alarm was given and is to stop the run; a checkpoint is saved.
+        NonFiniteError, NothingToLearn: of the loop; a checkpoint of the weights before them is saved.
+    """
+    progress, steps = run.progress, run.max_steps
+    if progress.step:
+        session.accelerator.print(f"resumed at step {progress.step} of {steps}")
+    follower = Follower(session, steps, shown, progress.step)
+    last, saved = StepRecord(progress.step, 0, 0.0, {}, progress, round=run.round), progress.step
+    # Within the interrupt: the launcher's SIGTERM, once one process has failed, must not cut off what another says.
+    with follower.bar, session.interrupt, watch.named(NonFiniteError, NothingToLearn, CollapseError):
+        try:
+            for last in records:
+                follower.step(last)
+                stop, collapse = follower.decide(last)
+                if stop or (follower.due and last.round is None):
+                    kept = session.save(last)
+                    follower.due, saved = False, last.step if kept else saved
+                    if stop:
+                        session.stopped(last.step, stop, kept)
+                    if collapse is not None:
+                        also = ", and saved," if kept else ""
+                        raise CollapseError(f"stopped{also} at step {last.step}: {collapse}")
+                if session.grid_due(last.step) and last.step < steps:
+                    session.draw(last.step)
+        except (NonFiniteError, NothingToLearn):
+            if saved < last.step:
+                session.save(last)
+            raise
+        (stop,) = max_over_ranks(session.accelerator, session.interrupt.asked)
+        if stop and last.step < steps and not last.ends:  # the loop has ended early, while it drew
+            session.stopped(last.step, stop, session.save(last))
+    finish_trackers(session.accelerator)
+    return session.export(last.step, report)

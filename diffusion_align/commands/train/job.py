@@ -13,7 +13,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from diffusion_align.options import TrainCommon
 from diffusion_align.train.processes import watch
-from diffusion_align.train.processes.agree import meet
+from diffusion_align.train.processes.agree import barrier
 
 ACCELERATE_DEVICE = "ACCELERATE_TORCH_DEVICE"
 RANKS = ".ranks"  # in the run folder
@@ -32,7 +32,7 @@ def join(o: TrainCommon, project_dir: str | None = None) -> Accelerator:
     if o.device is not None and accelerator.device.type != o.device.partition(":")[0]:
         raise ValueError(f"--device {o.device} was asked for and accelerate took {accelerator.device}: leave it out")
     watch.start(Path(o.output_dir) / RANKS, accelerator.process_index, accelerator.num_processes)
-    meet(accelerator)
+    barrier(accelerator)
     return accelerator
 
 

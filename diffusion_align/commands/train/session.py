@@ -1,13 +1,13 @@
 """A training run around any method's loop: folder, devices, model, reference, checkpoints, sample grids, trackers.
 
-A verb's command reads its data, opens a session, builds its loop, and hands the loop's records to `follow`.
+`train.train` opens a session, and `follower.follow` runs the method's loop in it.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,26 +25,21 @@ from diffusion_align.commands.pasted import pasted
 from diffusion_align.commands.threads import Threads
 from diffusion_align.commands.train import grids
 from diffusion_align.commands.train.best import Best
-from diffusion_align.commands.train.follower import Follower
+from diffusion_align.commands.train.course import extend_rate
 from diffusion_align.commands.train.identity import Facts, facts_of, require_same_run
-from diffusion_align.commands.train.optimizer import extend_rate
-from diffusion_align.commands.train.tracking import finish_trackers
 from diffusion_align.commands.versions import versions, warn_of_versions
 from diffusion_align.methods.entry import Trained
 from diffusion_align.methods.shared.branches import Comparisons
 from diffusion_align.methods.shared.runs import Runs
 from diffusion_align.options import to_yaml
-from diffusion_align.train.alarm import CollapseError
 from diffusion_align.train.checkpoints import store as checkpoint
 from diffusion_align.train.checkpoints.round_data import round_name, round_of, write_round
 from diffusion_align.train.checkpoints.state import pack, restore
 from diffusion_align.train.checkpoints.store import Checkpoint, CheckpointError
 from diffusion_align.train.ema import Ema
 from diffusion_align.train.processes import watch
-from diffusion_align.train.processes.agree import alike, anywhere, meet, most
-from diffusion_align.train.rounds import NothingToLearn
+from diffusion_align.train.processes.agree import barrier, on_any_rank, require_equal_ranks
 from diffusion_align.train.run import Run, StepRecord, first_progress
-from diffusion_align.train.update import NonFiniteError
 
 if TYPE_CHECKING:
     from diffusion_align.models import TextToImage
@@ -114,7 +109,9 @@ class Session:
         self.facts = facts_of(o, number=len(prompts))
         self.optimizer, self.scheduler, self.identity = optimizer, scheduler, identity
         at = resumed.step if resumed else 0
-        alike(self.accelerator, at, "as the step to go on from: give all the same output_dir, on a disk they share")
+        require_equal_ranks(
+            self.accelerator, at, "as the step to go on from: give all the same output_dir, on a disk they share"
+        )
         if resumed is not None:
             extended = require_same_run(o, resumed, identity, self.facts, self.accelerator.num_processes)
         self.base = torch.empty(0)
@@ -135,7 +132,7 @@ class Session:
                 self.accelerator.print(extend_rate(o, scheduler, extended, identity["steps"], at))
             if progress.in_round:
                 round = round_of(resumed, self.accelerator.process_index, self.accelerator.num_processes, CHUNKS)
-        meet(self.accelerator)
+        barrier(self.accelerator)
         return Run(
             self.parameters, optimizer, scheduler, self.accelerator, o.seed, steps, progress,
             max_grad_norm=o.max_grad_norm, spike=o.skip_spikes, round=round, asked=self.asked,
@@ -147,54 +144,9 @@ class Session:
         sampler = {"steps": o.validation_sampling_steps, "guidance": o.validation_guidance}
         return {"seed": o.seed, "resolution": o.resolution, **sampler}
 
-    def follow(
-        self, records: Iterable[StepRecord], run: Run, shown: Sequence[str], report: Callable[[int], None] | None = None
-    ) -> int:
-        """Run the loop to its end: metrics, checkpoints, grids, and at last the trained weights.
-
-        `shown` are the metrics on the progress bar; `report` is called on the main process once the weights are
-        written. Inside a round a checkpoint is as large as the round's data; one that is merely due waits for the
-        round's end.
-
-        Raises:
-            Interrupted: after a signal, once a checkpoint is saved; it says the command that goes on.
-            CollapseError: the alarm was given and is to stop the run; a checkpoint is saved.
-            NonFiniteError, NothingToLearn: of the loop; a checkpoint of the weights before them is saved.
-        """
-        progress, steps = run.progress, run.max_steps
-        if progress.step:
-            self.accelerator.print(f"resumed at step {progress.step} of {steps}")
-        follower = Follower(self, steps, shown, progress.step)
-        last, saved = StepRecord(progress.step, 0, 0.0, {}, progress, round=run.round), progress.step
-        # Within the interrupt: the launcher's SIGTERM, once one process has failed, must not cut off what another says.
-        with follower.bar, self.interrupt, watch.named(NonFiniteError, NothingToLearn, CollapseError):
-            try:
-                for last in records:
-                    follower.step(last)
-                    stop, collapse = follower.decide(last)
-                    if stop or (follower.due and last.round is None):
-                        kept = self.save(last)
-                        follower.due, saved = False, last.step if kept else saved
-                        if stop:
-                            self.stopped(last.step, stop, kept)
-                        if collapse is not None:
-                            raise CollapseError(
-                                f"stopped{', and saved,' if kept else ''} at step {last.step}: {collapse}"
-                            )
-                    if self._draws and self.options.run_validation and self._grid_due(last.step) and last.step < steps:
-                        self.draw(last.step)
-            except (NonFiniteError, NothingToLearn):
-                if saved < last.step:
-                    self.save(last)
-                raise
-            (stop,) = most(self.accelerator, self.interrupt.asked)
-            if stop and last.step < steps and not last.ends:  # the loop has ended early, while it drew
-                self.stopped(last.step, stop, self.save(last))
-        finish_trackers(self.accelerator)
-        return self.export(last.step, report)
-
-    def _grid_due(self, step: int) -> bool:
-        return step % self.options.validation_steps == 0
+    def grid_due(self, step: int) -> bool:
+        """Whether a sample grid is to be drawn after this step."""
+        return bool(self._draws and self.options.run_validation and step % self.options.validation_steps == 0)
 
     def stopped(self, step: int, number: int, kept: bool) -> NoReturn:
         """End the run for signal `number`, when all is saved or cannot be."""
@@ -209,7 +161,7 @@ class Session:
         watch.doing("saving", row.step)
         accelerator, folder = self.accelerator, self.run / run_folder.CHECKPOINTS
         error = write_round(folder, accelerator.process_index, row.round) if row.round is not None else None
-        (failed,) = anywhere(accelerator, error is not None)
+        (failed,) = on_any_rank(accelerator, error is not None)
         if accelerator.is_main_process and not failed:
             tensors, state = pack(self.named, self.optimizer, self.scheduler, row.progress, self.ema)
             state |= {"identity": self.identity, "facts": self.facts, "processes": accelerator.num_processes}
@@ -227,7 +179,7 @@ class Session:
                 error = problem
         if error is not None:
             logger.warning("%s; the training goes on", error)
-        return not anywhere(accelerator, error is not None)[0]
+        return not on_any_rank(accelerator, error is not None)[0]
 
     def draw(self, step: int) -> None:
         """The sample grid of this step, beside the base's pictures; nothing where the run is to have none."""
@@ -238,7 +190,7 @@ class Session:
             with self.accelerator.autocast():
                 path = self.run / run_folder.SAMPLES / f"step-{step:08d}.png"
                 grids.write_grid(self.model, self.prompts, self.base, path, **self._look)
-        meet(self.accelerator)
+        barrier(self.accelerator)
 
     @watch.named()
     def export(self, steps: int, report: Callable[[int], None] | None) -> int:
@@ -259,6 +211,6 @@ class Session:
             self.draw(steps)
         if self.trained.pictures:
             self.accelerator.print(f"next: {pasted('evaluate', self.run)}")
-        meet(self.accelerator)
+        barrier(self.accelerator)
         watch.stop()
         return 0

@@ -9,12 +9,12 @@ from typing import Any
 from diffusion_align.commands.annotate.people import people
 from diffusion_align.commands.model_facts import ModelFacts, read_model_facts
 from diffusion_align.commands.sources import present_model
-from diffusion_align.commands.train.course import describe_course, settle_warmup
+from diffusion_align.commands.train.course import describe_course, make_optimizer, settle_warmup
 from diffusion_align.commands.train.encode import encoded
+from diffusion_align.commands.train.follower import follow
 from diffusion_align.commands.train.identity import identity_of
 from diffusion_align.commands.train.items import items_on_disk, read_items, source_name
 from diffusion_align.commands.train.opening import claim_early, open_session, require_ahead
-from diffusion_align.commands.train.optimizer import make_optimizer
 from diffusion_align.commands.train.session import Session
 from diffusion_align.methods.entry import About, Entry, Length, Opened
 from diffusion_align.methods.shared.noising import Networks
@@ -26,7 +26,7 @@ from diffusion_align.schedule import Schedule
 
 
 def train(entry: Entry[Any], options: Any) -> int:
-    """Run a method from its options to its trained weights; see `Session.follow` for interruptions."""
+    """Run a method from its options to its trained weights; see `follow` for interruptions."""
     o = options
     entry.require(o)
     resumed = claim_early(o)
@@ -59,7 +59,7 @@ def train(entry: Entry[Any], options: Any) -> int:
     identity = identity_of(o, started.identity | length.identity, learning_rate=rate, steps=length.steps)
     prompts = [item if isinstance(item, str) else item.prompt for item in read.items]
     run = session.start(optimizer, scheduler, identity, prompts, length.steps)
-    return session.follow(started.loop(run, length), run, entry.shown, started.report)
+    return follow(session, started.loop(run, length), run, entry.shown, started.report)
 
 
 def dry_run(entry: Entry[Any], options: Any) -> int:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..device import DEVICE, device_fault
-from ..names import UsageError
+from ..names import DEVICE, UsageError, device_fault
 from ..schema import option
-from .metrics import check_metric
+from .metric_names import check_metric
 
 CACHED = "pictures are encoded once, centre-cropped and unflipped, before training"
 NO_UPLOAD = "nothing is uploaded; the run folder is what to upload"

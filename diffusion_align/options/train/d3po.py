@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..schema import option
 from ..verb import Verb
-from .metrics import REWARD, SIDES
+from .metric_names import REWARD, SIDES
 from .online import UNITS, TrainOnline, check_online, notes_online
 
 METRICS = (*REWARD, *SIDES, "kl_w", "kl_l", "drift", "items")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..schema import option
 from ..verb import Verb
-from .metrics import RUNS
+from .metric_names import RUNS
 from .online import TrainOnline, check_online, notes_online
 
 METRICS = RUNS

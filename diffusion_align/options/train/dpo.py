@@ -11,7 +11,7 @@ from ..names import UsageError
 from ..schema import option
 from ..verb import Verb
 from .common import TrainOffline, check_data, check_train
-from .metrics import ALWAYS, PAIRS, quantiles_of
+from .metric_names import ALWAYS, PAIRS, quantiles_of
 
 # The constants that each loss was published with. Whoever asks for a loss and names none gets them.
 # diffusers' script, which offers the first three with one default; robust DPO has nothing of its own for diffusion.

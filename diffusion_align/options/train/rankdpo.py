@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..schema import option
 from ..verb import Verb
 from .common import TrainOffline, check_data, check_train
-from .metrics import PAIRS
+from .metric_names import PAIRS
 
 METRICS = (*PAIRS, "pair_weight")
 

@@ -13,7 +13,7 @@ from ..reward import check_reward
 from ..schema import option
 from ..verb import Verb
 from .common import GivenPictures, TrainCommon, check_data, check_train
-from .metrics import ALWAYS
+from .metric_names import ALWAYS
 
 METRICS = (*ALWAYS, "accuracy", "margin")
 

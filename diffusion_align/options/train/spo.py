@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..names import UsageError
 from ..schema import option
 from ..verb import Verb
-from .metrics import ALWAYS, SIDES
+from .metric_names import ALWAYS, SIDES
 from .online import UNITS, TrainOnline, check_online, noisy_steps, notes_online
 
 METRICS = (*ALWAYS, "dims", "score_mean", "kept", *SIDES, "kl", "gap", "items")

@@ -20,9 +20,9 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from diffusion_align.train.checkpoints.folder import clean, found, make, prune, put, require_space, staging, step_of
+from diffusion_align.train.checkpoints.directory import clean, found, make, prune, put, require_space, staging, step_of
 from diffusion_align.train.checkpoints.manifest import FORMAT, CheckpointError, checked_files, sync, write_manifest
-from diffusion_align.train.checkpoints.tensors import (
+from diffusion_align.train.checkpoints.tensor_files import (
     SUFFIX,
     bytes_of,
     part_name,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def most(accelerator: Accelerator, *values: int) -> tuple[int, ...]:
+def max_over_ranks(accelerator: Accelerator, *values: int) -> tuple[int, ...]:
     """The largest of each value over all processes, alike on each. With one process it costs nothing."""
     if accelerator.num_processes == 1:
         return values
@@ -27,7 +27,7 @@ def most(accelerator: Accelerator, *values: int) -> tuple[int, ...]:
         return tuple(every.amax(0).tolist())
 
 
-def each(accelerator: Accelerator, value: int) -> list[int]:
+def values_by_rank(accelerator: Accelerator, value: int) -> list[int]:
     """What each process has, in their order, alike on each."""
     if accelerator.num_processes == 1:
         return [value]
@@ -38,25 +38,25 @@ def each(accelerator: Accelerator, value: int) -> list[int]:
         return every.tolist()
 
 
-def anywhere(accelerator: Accelerator, *flags: bool) -> tuple[bool, ...]:
+def on_any_rank(accelerator: Accelerator, *flags: bool) -> tuple[bool, ...]:
     """Whether each is so on any process."""
-    return tuple(bool(value) for value in most(accelerator, *map(int, flags)))
+    return tuple(bool(value) for value in max_over_ranks(accelerator, *map(int, flags)))
 
 
-def alike(accelerator: Accelerator, value: int, what: str) -> None:
+def require_equal_ranks(accelerator: Accelerator, value: int, what: str) -> None:
     """Raise ValueError, on every process, unless all have the same value; `what` says of what, and the cure."""
-    low, high = most(accelerator, -value, value)
+    low, high = max_over_ranks(accelerator, -value, value)
     if -low != high:
         raise ValueError(f"the processes of this job do not agree: {-low} on one and {high} on another, {what}")
 
 
-def meet(accelerator: Accelerator) -> None:
+def barrier(accelerator: Accelerator) -> None:
     """Wait until all processes are here."""
     with waiting():
         accelerator.wait_for_everyone()
 
 
-def total(accelerator: Accelerator, value: int) -> int:
+def sum_over_ranks(accelerator: Accelerator, value: int) -> int:
     """The sum of a number over all processes, alike on each. With one process it costs nothing."""
     if accelerator.num_processes == 1:
         return value

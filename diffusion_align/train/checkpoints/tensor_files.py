@@ -8,7 +8,7 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
-from diffusion_align.train.checkpoints.folder import make, remove, require_space
+from diffusion_align.train.checkpoints.directory import make, remove, require_space
 from diffusion_align.train.checkpoints.manifest import CheckpointError, sync
 
 SUFFIX = ".safetensors"
