@@ -126,7 +126,7 @@ BAD = [
     ("steps", "run_steps", "outcome = update", "if len(parts) == 1: break"),
     ("steps", "run_steps", "outcome = update", "if accelerator.process_index and on_any_rank(accelerator, True): pass"),
     ("steps", "run_steps", "outcome = update", "if run.accelerator.process_index: break"),
-    ("rounds", "run_rounds", "items = total", "if not chunks: continue"),
+    ("rounds", "run_rounds", "items = sum_over_ranks", "if not chunks: continue"),
     ("rounds", "run_rounds", "columns = _gather", "if not parts: break"),
     ("rounds", "run_rounds", "if items:", "if method.items(chunks[0]): _gather(parts, accelerator)"),
     ("rounds", "run_rounds", "facts = _gather", "if not round.chunks[0]: continue"),
