@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .schedule import Schedule, shift_sigma
+from .vocabulary import FINALS, IN_TIME, SPACINGS
 
 # Sabour et al. 2024, Align Your Steps (arXiv 2404.14507): the ten steps tuned for each model, as network times.
 AYS = {
@@ -15,11 +16,7 @@ AYS = {
     "ays_sdxl": (999, 845, 730, 587, 443, 310, 193, 116, 53, 13),
 }
 KARRAS_RHO = 7.0
-IN_TIME = ("linspace", "leading", "trailing")
-IN_NOISE = ("karras", "lu", "exponential", *AYS)
 ON_FLOW = ("linspace", "trailing", "flow")
-SPACINGS = (*IN_TIME, *IN_NOISE, "flow")
-FINALS = ("zero", "sigma_min")
 
 
 class TimeGrid(NamedTuple):
@@ -63,8 +60,9 @@ def time_grid(
 
     Raises ValueError for an unknown name, a spacing that the schedule has not, or steps that do not fit.
     """
-    if spacing not in SPACINGS:
-        raise ValueError(f"spacing is one of {SPACINGS}, not {spacing!r}")
+    known = (*SPACINGS, "flow")
+    if spacing not in known:
+        raise ValueError(f"spacing is one of {known}, not {spacing!r}")
     if final not in FINALS:
         raise ValueError(f"final is one of {FINALS}, not {final!r}")
     n = schedule.num_timesteps

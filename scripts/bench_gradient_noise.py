@@ -23,10 +23,10 @@ from diffusion_align.methods.ddpo import learn_policy_gradient
 from diffusion_align.methods.shared.rollouts import reward_of_latents
 from diffusion_align.methods.shared.runs import Prompted, Runs, binder, draw_runs, scored
 from diffusion_align.models import add_lora, load_pipeline
-from diffusion_align.models.adapters import TARGETS
 from diffusion_align.rewards import load_reward
 from diffusion_align.samplers import StepTable, noise_window, step_table
 from diffusion_align.shapes import sample_captions
+from diffusion_align.vocabulary import LORA_TARGETS
 
 
 def signal_share(gradients: Tensor) -> float:
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     model = load_pipeline("tiny")
-    parameters = add_lora(model.unet, 16, targets=TARGETS["wide"])
+    parameters = add_lora(model.unet, 16, targets=LORA_TARGETS["wide"])
     calls = [0]
 
     def counted(x: Tensor, t: Tensor, text: Tensor) -> Tensor:

@@ -4,21 +4,20 @@ import pytest
 from helpers_sdxl import make_tiny_sdxl_folder
 from helpers_tiny import make_tiny_folder
 
-from diffusion_align.commands.model_facts import LORA_LAYERS, read_model_facts
+from diffusion_align.commands.model_facts import read_model_facts
 from diffusion_align.models import add_lora, load_pipeline
-from diffusion_align.models.adapters import TARGETS
+from diffusion_align.vocabulary import LORA_TARGETS
 
 
 @pytest.mark.parametrize("make", [make_tiny_folder, make_tiny_sdxl_folder])
-@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("targets", LORA_TARGETS)
 def test_the_number_of_trained_parameters(tmp_path, targets, make):
     folder = make(tmp_path / "model")
     facts = read_model_facts(str(folder))
     model = load_pipeline(folder, device="cpu")
     assert facts.full_parameters() == sum(p.numel() for p in model.unet.parameters())
-    assert {name: tuple(layers) for name, layers in LORA_LAYERS.items()} == TARGETS
     assert facts.lora_parameters(3, targets) == sum(
-        p.numel() for p in add_lora(model.unet, 3, targets=TARGETS[targets])
+        p.numel() for p in add_lora(model.unet, 3, targets=LORA_TARGETS[targets])
     )
 
 

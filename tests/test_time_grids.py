@@ -12,7 +12,8 @@ import torch
 from helpers_samplers import SD15
 
 from diffusion_align.schedule import Schedule
-from diffusion_align.time_grids import SPACINGS, time_grid
+from diffusion_align.time_grids import time_grid
+from diffusion_align.vocabulary import SPACINGS
 
 LINEAR = Schedule.from_config({})
 STABLE = Schedule.from_config(SD15)
@@ -147,7 +148,7 @@ def test_align_your_steps(spacing, key):
     np.testing.assert_allclose(double[1], math.sqrt(double[0] * double[2]), rtol=1e-9)
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("spacing", (*SPACINGS, "flow"))
 def test_levels_are_those_of_the_times(spacing):
     """What a denoiser reads off the schedule at the time it is told is the level that the state has."""
     schedule = FLOW3 if spacing == "flow" else STABLE

@@ -10,11 +10,12 @@ from importlib.util import find_spec
 from typing import Any
 
 from diffusion_align.commands.footprint import require_memory
-from diffusion_align.commands.model_facts import LORA_LAYERS, read_model_facts
+from diffusion_align.commands.model_facts import read_model_facts
 from diffusion_align.commands.sources import present_model
 from diffusion_align.models.hub import local_folder
 from diffusion_align.models.lora_rank import RankError, require_rank
 from diffusion_align.options import TrainCommon, TrainUnet, UsageError
+from diffusion_align.vocabulary import LORA_TARGETS
 
 XFORMERS = "--enable_xformers_memory_efficient_attention"
 
@@ -50,7 +51,7 @@ def require_model(o: Any) -> None:
     facts = read_model_facts(name)
     if isinstance(o, TrainUnet) and o.mode == "lora":
         try:
-            require_rank(facts.unet_shapes, o.rank, LORA_LAYERS[o.lora_targets])
+            require_rank(facts.unet_shapes, o.rank, LORA_TARGETS[o.lora_targets])
         except RankError as error:
             raise UsageError(f"adapter.rank: {error}: give --rank {error.largest} at most") from None
     require_memory(o, facts)

@@ -10,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_align.models.hub import asset
+from diffusion_align.vocabulary import LORA_TARGETS
 
-# models.adapters.TARGETS again: a plan is made without importing diffusers, and a test holds the two equal.
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-_REST = "proj_in proj_out ff.net.0.proj ff.net.2 conv1 conv2 conv_shortcut time_emb_proj".split()
-LORA_LAYERS = {"attention": _ATTENTION, "wide": (*_ATTENTION, *_REST)}
 # What is assumed of a model that is not on this disk. SDXL has Stable Diffusion's betas and latents at twice the side.
 STABLE_DIFFUSION, SDXL = "Stable Diffusion 1.5", "SDXL"
 RESOLUTION = {STABLE_DIFFUSION: 512, SDXL: 1024}
@@ -45,7 +42,7 @@ class ModelFacts:
 
     def lora_parameters(self, rank: int, targets: str) -> int:
         """rank x (in + out) for each layer that gets a LoRA; `in` of a convolution counts its kernel's places."""
-        ends = tuple(f".{layer}.weight" for layer in LORA_LAYERS[targets])
+        ends = tuple(f".{layer}.weight" for layer in LORA_TARGETS[targets])
         return sum(rank * (s[0] + math.prod(s[1:])) for name, s in self.unet_shapes.items() if name.endswith(ends))
 
 

@@ -14,25 +14,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.nn import Parameter
 
+from diffusion_align.vocabulary import LORA_TARGETS, MODES
+
 from ..rng import normal
 from .guidance import Predict
 from .lora_rank import require_rank
 from .pipeline import TextToImage
-
-MODES = ("lora", "full")
-
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-# The feed-forward and projection layers of attention blocks, and the convolutions of residual blocks.
-WIDE = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut",
-        "time_emb_proj")  # fmt: skip
-TARGETS = {"attention": ATTENTION, "wide": WIDE}
 
 
 def add_lora(
     unet: UNet2DConditionModel,
     rank: int,
     alpha: float | None = None,
-    targets: Sequence[str] = ATTENTION,
+    targets: Sequence[str] = LORA_TARGETS["attention"],
     seed: int = 0,
 ) -> list[Parameter]:
     """Freeze the network, add a LoRA (Hu et al. 2021, arXiv 2106.09685), and return the LoRA's weights.

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusion_align.vocabulary import BETA_CONVENTIONS
+
 from ..tensors import require_same_shape, widen
 from .checks import require_positive
-
-CONVENTIONS = ("salesforce", "diffusers", "sum")
 
 
 def diffusion_dpo_margin(err_w: Tensor, err_l: Tensor, ref_err_w: Tensor, ref_err_l: Tensor) -> Tensor:
@@ -46,8 +46,8 @@ def beta_per_squared_error(beta: float, dims: int, convention: str) -> float:
     require_positive(beta=beta)
     if dims < 1:
         raise ValueError(f"dims must be at least 1, got {dims}")
-    if convention not in CONVENTIONS:
-        raise ValueError(f"unknown convention {convention!r}: expected one of {', '.join(CONVENTIONS)}")
+    if convention not in BETA_CONVENTIONS:
+        raise ValueError(f"unknown convention {convention!r}: expected one of {', '.join(BETA_CONVENTIONS)}")
     return {"salesforce": beta / (2 * dims), "diffusers": beta / dims, "sum": beta}[convention]
 
 

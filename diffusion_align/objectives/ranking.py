@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from diffusion_align.vocabulary import DISCOUNTS, PAIR_NORMS
+
 from ..tensors import require_same_shape, widen
 from .preference import logistic
 
-DISCOUNTS = {"ln": torch.log, "log2": torch.log2}
-PAIR_NORMS = ("sum", "sum_weights", "num_pairs")
+LOGARITHMS = {"ln": torch.log, "log2": torch.log2}
 
 
 @torch.no_grad()
@@ -29,7 +30,7 @@ def gain_weights(relevance: Tensor, discount: str = "ln") -> Tensor:
     relevance = widen(relevance)
     order = relevance.argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(dim=1) + 1  # the inverse of a permutation is its argsort
-    keep = 1 / DISCOUNTS[discount](1 + rank.to(relevance))
+    keep = 1 / LOGARITHMS[discount](1 + rank.to(relevance))
     gain = relevance.exp2()  # the "- 1" of the gain cancels in the difference
     return (gain[:, :, None] - gain[:, None, :]).abs() * (keep[:, :, None] - keep[:, None, :]).abs()
 

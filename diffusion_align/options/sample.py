@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from diffusion_align.vocabulary import SOLVERS, SPACINGS
+
 from .names import DEVICE, UsageError, device_fault, shard_of
 from .schema import option
 
@@ -26,10 +28,10 @@ class Sample:
     steps: int = option(25, "sampler", "steps", aliases=("num_inference_steps",), at_least=1)
     guidance: float = option(7.5, "sampler", "classifier-free guidance; 1 is none", aliases=("guidance_scale",), at_least=0)
     seed: int = option(0, "sampler", "picture i of a prompt has the noise of (seed, prompt's number, i)", at_least=0)
-    solver: str = option("dpmpp", "sampler", "DPM-Solver++ or DDIM", choices=("dpmpp", "ddim"))
+    solver: str = option("dpmpp", "sampler", "DPM-Solver++ or DDIM", choices=SOLVERS)
     order: int = option(2, "sampler", "order of DPM-Solver++", at_least=1, at_most=3)
     eta: float = option(0.0, "sampler", "0: deterministic, 1: the stochastic solver", at_least=0)
-    spacing: str = option("trailing", "sampler", "where the steps lie", choices=("trailing", "leading", "linspace", "karras", "lu", "exponential", "ays"))
+    spacing: str = option("trailing", "sampler", "where the steps lie", choices=SPACINGS)
     resolution: int | None = option(None, "sampler", "side of the pictures in pixels (default: that of the run, else the model's own)", at_least=8)
 
     batch_size: int = option(8, "machine", "pictures at a time", at_least=1)
@@ -54,7 +56,7 @@ class Evaluate:
     num_prompts: int = option(500, "prompts", "use the first N prompts", at_least=2)
     num_images_per_prompt: int = option(1, "prompts", "pictures of each prompt; diversity needs two", at_least=1)
 
-    sampler: tuple[str, ...] = option(("dpmpp", "ddim"), "sampler", "dpmpp (DPM-Solver++ 2M), ddim, or both, because the sampler can reverse a ranking. The report starts with the first", choices=("dpmpp", "ddim"))
+    sampler: tuple[str, ...] = option(("dpmpp", "ddim"), "sampler", "dpmpp (DPM-Solver++ 2M), ddim, or both, because the sampler can reverse a ranking. The report starts with the first", choices=SOLVERS)
     steps: int = option(15, "sampler", "steps, trailing, for every model and sampler", aliases=("num_inference_steps",), at_least=1)
     guidance: float = option(4.0, "sampler", "classifier-free guidance; 1 is none", aliases=("guidance_scale",), at_least=0)
     seed: int = option(0, "sampler", "in every model prompt i starts from the noise of (seed, i)", at_least=0)

@@ -9,7 +9,7 @@ import torch
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import LambdaLR
 
-LR_SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts", "polynomial")
+from diffusion_align.vocabulary import LR_SCHEDULES
 
 
 def adamw(

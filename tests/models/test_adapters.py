@@ -21,9 +21,9 @@ from diffusion_align.models import (
     set_attention,
     trainable,
 )
-from diffusion_align.models.adapters import ATTENTION, WIDE
 from diffusion_align.models.saved_weights import sort_header
 from diffusion_align.rng import generator, normal
+from diffusion_align.vocabulary import LORA_TARGETS
 
 FILE = "pytorch_lora_weights.safetensors"
 
@@ -77,7 +77,7 @@ def test_initial_weights_depend_on_seed_and_layer_and_are_gaussian(tiny_folder):
 
 
 @pytest.mark.parametrize("alpha", [1.0, 4.0, 16.0])
-@pytest.mark.parametrize("targets", [ATTENTION, WIDE], ids=["attention", "wide"])
+@pytest.mark.parametrize("targets", [LORA_TARGETS["attention"], LORA_TARGETS["wide"]], ids=["attention", "wide"])
 def test_plain_diffusers_reloads_the_same_function(model, item, tiny_folder, tmp_path, alpha, targets):
     disturb(add_lora(model.unet, 4, alpha, targets))
     expected = model.predict(*item).detach()

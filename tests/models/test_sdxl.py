@@ -20,9 +20,9 @@ from diffusion_align.models import (
     save_unet,
     trainable,
 )
-from diffusion_align.models.adapters import TARGETS
 from diffusion_align.rng import generator, normal
 from diffusion_align.samplers import sample, step_table
+from diffusion_align.vocabulary import LORA_TARGETS
 
 PROMPTS = ["a small red circle", "two blue squares above a cross on a gray background"]
 SIZES = (64, 48, 5, 3, 40, 32)  # original height, width, crop top, left, target height, width
@@ -272,10 +272,10 @@ def test_policy_equals_reference_exactly_before_training(sdxl, item, mode, half)
     assert not torch.allclose(sdxl.predict(*item), before, atol=1e-3)
 
 
-@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("targets", LORA_TARGETS)
 def test_plain_diffusers_reloads_the_same_function(sdxl, item, sdxl_folder, tmp_path, targets):
     base = sdxl.predict(*item).detach()
-    disturb(add_lora(sdxl.unet, 4, 16.0, TARGETS[targets]))
+    disturb(add_lora(sdxl.unet, 4, 16.0, LORA_TARGETS[targets]))
     expected = sdxl.predict(*item).detach()
     assert not torch.allclose(expected, base, atol=1e-3)
     save_lora(sdxl.unet, tmp_path)

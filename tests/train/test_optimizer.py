@@ -7,7 +7,8 @@ import torch
 from torch.nn import Parameter
 
 from diffusion_align.train.ema import start_ema
-from diffusion_align.train.optimizer import LR_SCHEDULES, adamw, lr_schedule
+from diffusion_align.train.optimizer import adamw, lr_schedule
+from diffusion_align.vocabulary import LR_SCHEDULES
 
 
 def rates(optimizer, schedule, count):

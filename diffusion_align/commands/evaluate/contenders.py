@@ -18,6 +18,7 @@ from diffusion_align.commands.trained_weights import (
     weights_digest,
 )
 from diffusion_align.models.hub import on_hub
+from diffusion_align.vocabulary import LORA_TARGETS
 
 if TYPE_CHECKING:
     from diffusion_align.models import TextToImage
@@ -101,14 +102,13 @@ def base_contender(of: Contender) -> Contender:
 def _load_checkpoint(model: TextToImage, who: Contender) -> None:
     """The trained weights of a checkpoint; their average, where the run keeps one and would export it."""
     from diffusion_align.models import add_lora
-    from diffusion_align.models.adapters import TARGETS
     from diffusion_align.train.checkpoints import store as checkpoint
 
     assert who.trained is not None
     saved = checkpoint.load(who.trained)
     adapter = who.config.get("adapter") or {}
     if adapter.get("mode", "lora") == "lora":
-        add_lora(model.unet, adapter["rank"], adapter.get("network_alpha"), TARGETS[adapter["lora_targets"]])
+        add_lora(model.unet, adapter["rank"], adapter.get("network_alpha"), LORA_TARGETS[adapter["lora_targets"]])
     weights = saved.tensors.get("ema") or saved.tensors["model"]
     named = dict(model.unet.named_parameters())
     wrong = [key for key, value in weights.items() if key not in named or named[key].shape != value.shape]

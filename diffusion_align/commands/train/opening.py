@@ -20,6 +20,7 @@ from diffusion_align.options import GivenPictures, TrainCommon, UsageError
 from diffusion_align.train.checkpoints.store import Checkpoint
 from diffusion_align.train.ema import start_ema
 from diffusion_align.train.processes import watch
+from diffusion_align.vocabulary import LORA_TARGETS
 
 
 def claim_early(o: TrainCommon) -> Checkpoint | None:
@@ -65,13 +66,12 @@ def open_session(o: Any, entry: Entry[Any], resumed: Checkpoint | None) -> Sessi
 def _train_unet(session: Session, needs_reference: bool) -> None:
     """Train the UNet of a session, or a LoRA on it."""
     from diffusion_align.models import add_lora, reference, save_lora, save_unet, set_attention, trainable
-    from diffusion_align.models.adapters import TARGETS
 
     o, model = session.options, session.model
     xformers = o.enable_xformers_memory_efficient_attention
     set_attention(model.unet, xformers=xformers, gradient_checkpointing=o.gradient_checkpointing)
     if o.mode == "lora":
-        add_lora(model.unet, o.rank, o.network_alpha, TARGETS[o.lora_targets], seed=o.seed)
+        add_lora(model.unet, o.rank, o.network_alpha, LORA_TARGETS[o.lora_targets], seed=o.seed)
     trainable(model.unet, o.mode)
     named = {key: value for key, value in model.unet.named_parameters() if value.requires_grad}
     session.trained = Trained(named, partial(save_lora if o.mode == "lora" else save_unet, model.unet))

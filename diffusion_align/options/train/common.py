@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from diffusion_align.vocabulary import LORA_TARGETS, LR_SCHEDULES, MODES, WITH_WARMUP
+
 from ..names import DEVICE, UsageError, device_fault
 from ..schema import option
 from .metric_names import check_metric
@@ -33,7 +35,7 @@ class TrainCommon:
     max_train_steps: int | None = option(None, "train", "steps of the optimizer; overrides num_train_epochs", at_least=1, one_of="length")
     learning_rate: float = option(5e-4, "train", "learning rate after warm-up", aliases=("lr", "unet_lr"), above=0)
     scale_lr: bool = option(False, "train", "multiply the learning rate by the effective batch size")
-    lr_scheduler: str = option("constant", "train", "course of the learning rate", choices=("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"))
+    lr_scheduler: str = option("constant", "train", "course of the learning rate", choices=(*LR_SCHEDULES, WITH_WARMUP))
     lr_warmup_steps: int | None = option(None, "train", "steps of warm-up (default: 500, but at most a tenth of the run; constant has none)", at_least=0)
     lr_num_cycles: int = option(1, "train", "restarts of cosine_with_restarts", at_least=1)
     lr_power: float = option(1.0, "train", "power of polynomial", above=0)
@@ -70,10 +72,10 @@ class TrainUnet(TrainCommon):
     """Those of methods that train the UNet, or a LoRA on it."""
 
     # fmt: off
-    mode: str = option("lora", "adapter", "train a LoRA, or the full UNet", choices=("lora", "full"))
+    mode: str = option("lora", "adapter", "train a LoRA, or the full UNet", choices=MODES)
     rank: int = option(4, "adapter", "rank of the LoRA", aliases=("network_dim",), at_least=1)
     network_alpha: float | None = option(None, "adapter", "strength of the LoRA: its output is scaled by alpha / rank (default: the rank)", aliases=("lora_alpha",), above=0)
-    lora_targets: str = option("attention", "adapter", "layers that get a LoRA: attention (its projections), or wide (also feed-forward layers and convolutions)", choices=("attention", "wide"))
+    lora_targets: str = option("attention", "adapter", "layers that get a LoRA: attention (its projections), or wide (also feed-forward layers and convolutions)", choices=tuple(LORA_TARGETS))
 
     collapse_alarm: str = option("warn", "train", "where pictures that people like get worse, or a prompt's pictures ever more alike: warn, stop (a checkpoint is saved) or off", choices=("warn", "stop", "off"))
     collapse_winner_error: float = option(0.01, "train", "alarm when the error on preferred pictures is so much above the reference's, mean over dims", above=0)

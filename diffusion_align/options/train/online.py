@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from diffusion_align.vocabulary import FINALS, IN_NOISE, SOLVERS, SPACINGS
+
 from ..names import UsageError
 from ..reward import WithReward
 from ..schema import option
@@ -23,12 +25,12 @@ class TrainOnline(WithReward, TrainUnet):
     prompts: str | None = option(None, "data", "file with one prompt a line, the name of a list (animals, spo-4k, hpdv2-train and more: assets/prompts/README.md), or tiny (captions of the embedded world's training split)", aliases=("prompts_file",), path="name")
     num_prompts: int | None = option(None, "data", "use the first N prompts (default: all; of tiny, 4000)", at_least=1)
 
-    solver: str = option("ddim", "rollout", "sampler of the runs: ddim, or dpmpp (SDE-DPM-Solver++)", choices=("dpmpp", "ddim"))
+    solver: str = option("ddim", "rollout", "sampler of the runs: ddim, or dpmpp (SDE-DPM-Solver++)", choices=SOLVERS)
     order: int = option(2, "rollout", "order of dpmpp", at_least=1, at_most=2)
     eta: float = option(1.0, "rollout", "noise dial; log-probs need some", above=0)
     steps: int = option(20, "rollout", "steps of a run", aliases=("num_inference_steps",), at_least=2)
-    spacing: str = option("trailing", "rollout", "where the steps lie", choices=("trailing", "leading", "linspace", "karras", "lu", "exponential", "ays"))
-    final: str = option("zero", "rollout", "where a run ends: zero (noise-free, so its last step has no noise and is not learnt from), or sigma_min (at the noise level of t = 0, as diffusers' DDIM with set_alpha_to_one false: the last step has noise and is learnt from)", choices=("zero", "sigma_min"))
+    spacing: str = option("trailing", "rollout", "where the steps lie", choices=SPACINGS)
+    final: str = option("zero", "rollout", "where a run ends: zero (noise-free, so its last step has no noise and is not learnt from), or sigma_min (at the noise level of t = 0, as diffusers' DDIM with set_alpha_to_one false: the last step has noise and is learnt from)", choices=FINALS)
     guidance: float = option(5.0, "rollout", "classifier-free guidance in rollout, log-probs and training alike; 1 is none", aliases=("guidance_scale",), at_least=0)
     prompts_per_round: int = option(16, "rollout", "prompts of a round, over all devices: drawn with one policy", at_least=1)
     group_size: int = option(2, "rollout", "pictures of each prompt", at_least=2)
@@ -87,7 +89,7 @@ def noisy_steps(options: TrainOnline) -> int:
     run has one step less. So has a leading one of a model without steps_offset, which only its table knows.
     """
     o = options
-    reaches = o.spacing in ("karras", "lu", "exponential") or (o.spacing == "linspace" and o.solver == "ddim")
+    reaches = o.spacing in IN_NOISE or (o.spacing == "linspace" and o.solver == "ddim")
     return o.steps - 1 if o.final == "zero" or reaches else o.steps
 
 

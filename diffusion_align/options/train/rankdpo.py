@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from diffusion_align.vocabulary import BETA_CONVENTIONS, DISCOUNTS, PAIR_NORMS
+
 from ..schema import option
 from ..verb import Verb
 from .common import TrainOffline, check_data, check_train
@@ -28,9 +30,9 @@ class TrainRankdpo(TrainOffline):
     train_batch_size: int = option(4, "train", "prompts per device and step of accumulation, with all their pictures", at_least=1)
     num_train_epochs: int = option(1, "train", "passes over the rankings, where max_train_steps is not given", at_least=1, one_of="length")
     beta_dpo: float = option(2500.0, "train", "pull towards the reference, in the unit of beta_convention", aliases=("beta",), above=0)
-    beta_convention: str = option("diffusers", "train", "unit of beta_dpo: diffusers (mean over dims), salesforce (mean over dims and a hidden 1/2, so 5000 there is 2500 here) or sum (over dims)", choices=("diffusers", "salesforce", "sum"))
-    pair_norm: str = option("sum", "train", "the pairs of a prompt are added up (sum, the paper), averaged by weight (sum_weights) or divided by their number (num_pairs)", choices=("sum", "sum_weights", "num_pairs"))
-    discount: str = option("ln", "train", "logarithm of the rank discount, which the paper does not name; log2 makes all weights 0.69 times as large", choices=("ln", "log2"))
+    beta_convention: str = option("diffusers", "train", "unit of beta_dpo: diffusers (mean over dims), salesforce (mean over dims and a hidden 1/2, so 5000 there is 2500 here) or sum (over dims)", choices=BETA_CONVENTIONS)
+    pair_norm: str = option("sum", "train", "the pairs of a prompt are added up (sum, the paper), averaged by weight (sum_weights) or divided by their number (num_pairs)", choices=PAIR_NORMS)
+    discount: str = option("ln", "train", "logarithm of the rank discount, which the paper does not name; log2 makes all weights 0.69 times as large", choices=DISCOUNTS)
     shared_noise: bool = option(False, "train", "one noise for all pictures of a prompt, as in train dpo; the paper draws one for each")
     one_picture_at_a_time: bool = option(False, "machine", "keep the network's activations for one picture of each prompt at a time; the same gradient in a K-th of the memory, with half as many evaluations again")
     # fmt: on

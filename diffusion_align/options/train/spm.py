@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from diffusion_align.rewards.spec import read_spec
+from diffusion_align.vocabulary import LR_SCHEDULES, WITH_WARMUP
 
 from ..names import UsageError
 from ..reward import check_reward
@@ -34,7 +35,7 @@ class TrainSpm(GivenPictures, TrainCommon):
 
     train_batch_size: int = option(16, "train", "pairs per device and step of accumulation", at_least=1)
     learning_rate: float = option(3e-6, "train", "learning rate after warm-up (the authors have 1e-6 for SDXL)", aliases=("lr", "unet_lr"), above=0)
-    lr_scheduler: str = option("linear", "train", "course of the learning rate", choices=("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"))
+    lr_scheduler: str = option("linear", "train", "course of the learning rate", choices=(*LR_SCHEDULES, WITH_WARMUP))
     adam_weight_decay: float = option(0.3, "train", "AdamW's weight decay", at_least=0)
 
     mixed_precision: str = option("no", "machine", "precision of the networks; the weights stay in float32", choices=("no", "fp16", "bf16"))

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from diffusion_align.models import TextToImage, add_lora, load_lora, load_pipeline
-from diffusion_align.models.adapters import TARGETS
 from diffusion_align.rng import normal
+from diffusion_align.vocabulary import LORA_TARGETS
 from stress.lora.faults import RANK
 
 TOLERANCE = 1e-5
@@ -39,7 +39,7 @@ class Family:
 
     def tuned(self, seed: int, alpha: float, targets: str = "wide") -> TextToImage:
         model = self.fresh()
-        for i, parameter in enumerate(add_lora(model.unet, RANK, alpha, TARGETS[targets])):
+        for i, parameter in enumerate(add_lora(model.unet, RANK, alpha, LORA_TARGETS[targets])):
             parameter.data.add_(normal(parameter.shape, seed, "moved", i) * 0.1)
         return model
 
