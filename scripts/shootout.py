@@ -100,7 +100,7 @@ def last_kl(run: Path) -> float | None:
 def network_evaluations(argv: list[str]) -> int:
     """Forward passes of the whole training, from its options: rollout, policy and reference, with or without gradient;
     for SPO as if every pair were kept."""
-    from diffusion_align.commands.train.train import about_run
+    from diffusion_align.commands.train.plan import about_run
     from diffusion_align.options import VERBS, parse, resolve
 
     words = " ".join(argv[:2])

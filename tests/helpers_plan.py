@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from diffusion_align.commands.train.train import about_run
+from diffusion_align.commands.train.plan import about_run
 from diffusion_align.methods.shared import branch_plan, rollout_plan
 from diffusion_align.options import VERBS, TrainSpo
 

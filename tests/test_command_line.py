@@ -47,7 +47,7 @@ def test_a_flag_takes_the_word_after_it(verb, argv, name, value):
 def test_dry_run_and_other_switches_of_every_verb_take_a_word_too(monkeypatch, capsys):
     sample = ["sample", "--model=tiny", "--prompt=a"]
     assert cli.main([*sample, "--dry_run", "true"]) == 0 and "guidance" in capsys.readouterr().out
-    monkeypatch.setattr("diffusion_align.options.verbs._function", lambda where: lambda o: 7)
+    monkeypatch.setattr("diffusion_align.options.verb._function", lambda where: lambda o: 7)
     assert cli.main([*sample, "--dry-run=false"]) == 7
 
 

@@ -5,7 +5,7 @@ import torch
 
 from diffusion_align.commands.train.course import describe_course, make_optimizer, settle_warmup
 from diffusion_align.commands.train.identity import identity_of
-from diffusion_align.commands.train.train import dry_run
+from diffusion_align.commands.train.plan import dry_run
 from diffusion_align.options import VERBS, TrainDdpo, TrainDpo, TrainSpm
 
 

@@ -50,7 +50,7 @@ def loads_nothing(monkeypatch):
     def started(*args):
         raise AssertionError("the command has started")
 
-    monkeypatch.setattr("diffusion_align.options.verbs._function", lambda where: started)
+    monkeypatch.setattr("diffusion_align.options.verb._function", lambda where: started)
 
 
 def test_the_verbs_with_a_device_are_all_tried():

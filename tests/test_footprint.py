@@ -130,7 +130,7 @@ def test_memory_of_a_gpu_is_the_gpus(monkeypatch):
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_a_rank_above_a_layers_width_is_refused_before_the_model_is_loaded(tmp_path, capsys, dry, monkeypatch):
-    monkeypatch.setattr("diffusion_align.options.verbs._function", None)
+    monkeypatch.setattr("diffusion_align.options.verb._function", None)
     folder = make_tiny_folder(tmp_path / "model")
     capsys.readouterr()  # diffusers' own
     said = refused(capsys, f"--model={folder}", "--rank=100000", *dry)

@@ -69,7 +69,7 @@ def test_numbers_that_stay_bad_end_the_run_with_its_state_saved(world, tmp_path,
         calls.append(0)
         return real(pairs) * (torch.nan if len(calls) > 3 else 1)
 
-    monkeypatch.setattr("diffusion_align.train.pair_losses.margin_of", from_step_4)
+    monkeypatch.setattr("diffusion_align.methods.shared.pair_losses.margin_of", from_step_4)
     code, said = train(flags(world, "dpo", tmp_path / "run"))
     assert code == 1 and "steps 4 to 8 each had a loss or gradient that is not finite" in said
     found, _ = end_of(tmp_path / "run")

@@ -119,5 +119,5 @@ def test_ctrl_c_at_the_page_ends_the_run_and_keeps_what_was_chosen(toys, tmp_pat
 
 
 def test_people_are_asked_about_groups_only(toys, tmp_path, capsys):  # noqa: F811
-    assert cli.main(argv(toys, "spo", tmp_path / "run", "--reward", "people")) == 1
-    assert "reward people chooses between a prompt's pictures" in capsys.readouterr().err.splitlines()[-1]
+    assert cli.main(argv(toys, "spo", tmp_path / "run", "--reward", "people")) == 2
+    assert "reward people chooses between finished pictures" in capsys.readouterr().err.splitlines()[-1]

@@ -14,9 +14,10 @@ from huggingface_hub import constants
 from diffusion_align import cli, origins
 from diffusion_align.commands.presets_check import needs_of, report
 from diffusion_align.commands.prompt_lists import listed_prompts
-from diffusion_align.commands.sources import pairs_of
+from diffusion_align.commands.train.items import source_path
 from diffusion_align.data import fetched_prompts
 from diffusion_align.data.bad_rows import DataError
+from diffusion_align.methods import rankdpo
 from diffusion_align.options import VERBS, TrainRankdpo, all_presets, resolve
 from diffusion_align.rewards.catalogue import CATALOGUE
 from diffusion_align.rewards.spec import read_spec
@@ -121,10 +122,10 @@ def test_what_no_run_fetches_is_said_with_the_command(cache, monkeypatch, tmp_pa
     with pytest.raises(
         FileNotFoundError, match="nobody publishes it; its counterpart is made by `diffusion-align data"
     ):
-        pairs_of(TrainRankdpo(train_data_dir="syn-pic"))
+        source_path(rankdpo.METHOD, TrainRankdpo(train_data_dir="syn-pic"))
     (tmp_path / "syn-pic").mkdir()
     assert states("rankdpo/sdxl")["data"]
-    assert pairs_of(TrainRankdpo(train_data_dir="syn-pic")) is not None
+    assert source_path(rankdpo.METHOD, TrainRankdpo(train_data_dir="syn-pic")) is not None
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "HF_HUB_OFFLINE is set, so a run fetches nothing" in report(["dpo/sd15-full"])[0]
 

@@ -39,7 +39,7 @@ class Verb:
 
     def dry_run(self, options: Any) -> int:
         if self.method:
-            return _function("commands.train.train:dry_run")(self.entry(), options)
+            return _function("commands.train.plan:dry_run")(self.entry(), options)
         if self.plan:
             return _function(f"commands.{self.plan}")(options)
         from .files import to_yaml

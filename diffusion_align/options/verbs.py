@@ -16,8 +16,8 @@ from .verb import Verb
 
 def _training() -> list[Verb]:
     """The verb of every file of `train` that declares one, by its words."""
-    names = (f"{train.__name__}.{found.name}" for found in iter_modules(train.__path__))
-    verbs = (getattr(import_module(name), "VERB", None) for name in names)
+    names = [found.name for found in iter_modules(train.__path__)]
+    verbs = (getattr(import_module(f"diffusion_align.options.train.{name}"), "VERB", None) for name in names)
     return sorted((verb for verb in verbs if verb is not None), key=lambda verb: verb.words)
 
 

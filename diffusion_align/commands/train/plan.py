@@ -1,0 +1,63 @@
+"""What a training would do, in numbers a person can check before it starts; --dry-run prints it without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from diffusion_align.commands.model_facts import ModelFacts, read_model_facts
+from diffusion_align.commands.sources import present_model
+from diffusion_align.commands.train.course import describe_course
+from diffusion_align.commands.train.items import items_on_disk, read_items, source_name
+from diffusion_align.methods.entry import About, Entry, Length
+from diffusion_align.methods.shared.plan import processes_here
+from diffusion_align.options import TrainUnet, to_yaml
+from diffusion_align.schedule import Schedule
+
+
+def dry_run(entry: Entry[Any], options: Any) -> int:
+    """Print the resolved configuration and, as comments under it, the plan: the output is a file for --config."""
+    o = options
+    entry.require(o)
+    name = present_model(o.pretrained_model_name_or_path or "")
+    facts = read_model_facts(name)
+    read = read_items(entry, o) if items_on_disk(entry, o) else None
+    about = about_run(entry, o, read.items if read else None)
+    assumed = "" if facts.known else f" (not on this disk: figures are those of {facts.family})"
+    lines = [
+        f"model            {name}{assumed}",
+        f"{entry.data:<16} {read.said if read else f'{source_name(o)}, on the hub: not counted'}",
+        *plan_lines(entry, o, about, entry.length(o, about)),
+        *([f"trained          {_describe_trained(o, facts)}"] if entry.unet else []),
+    ]
+    print(to_yaml(o, entry.verb) + "\n" + "\n".join(f"# {line}" for line in lines))
+    return 0
+
+
+def about_run(entry: Entry[Any], o: Any, items: Sequence[Any] | None = None) -> About:
+    """What a plan is counted from, of a model that is not loaded: its files or, without them, its family's figures."""
+    facts = read_model_facts(present_model(o.pretrained_model_name_or_path or ""))
+    count = None if items is None else entry.count(o, items)
+    schedule, shape = Schedule.from_config(facts.scheduler), facts.latent_shape(o.resolution)
+    return About(schedule, shape, items, count, processes_here())
+
+
+def plan_lines(entry: Entry[Any], o: Any, about: About, length: Length) -> list[str]:
+    """Batch, steps, learning rate and the loss's constants."""
+    factor = f" = {o.learning_rate:g} x {length.batch} (scale_lr)" if o.scale_lr else ""
+    rate = o.learning_rate * (length.batch if o.scale_lr else 1)
+    return [
+        *length.lines,
+        f"learning rate    {rate:g}{factor}",
+        *describe_course(o, length.steps, rate),
+        *entry.constants(o, about),
+    ]
+
+
+def _describe_trained(o: TrainUnet, facts: ModelFacts) -> str:
+    """What is trained, and how many weights that is."""
+    what = "the whole UNet" if o.mode == "full" else f"LoRA of rank {o.rank}, alpha {o.network_alpha or o.rank:g}"
+    if not facts.unet_shapes:
+        return f"{what}: number of parameters unknown"
+    number = facts.full_parameters() if o.mode == "full" else facts.lora_parameters(o.rank, o.lora_targets)
+    return f"{what}: {number:,} of {facts.full_parameters():,} parameters"
