@@ -150,7 +150,6 @@ def test_it_starts_at_one_half_and_refuses_another_start():
     with pytest.raises(RuntimeError, match="already differs from its reference"):
         next(steps(pictures_run(check_start=True)))
     with pytest.raises(ValueError, match="liked_share must lie"):
-        train_pictures(
-            MemoryPairs(), run.network, run.reference, liked_share=1.2, parameters=list(run.parameters.values()), optimizer=run.optimizer,
-            lr_scheduler=None, **{k: v for k, v in run.settings.items() if k not in ("cache", "loss")},
-        )  # fmt: skip
+        settings = {k: v for k, v in run.settings.items() if k not in ("cache", "loss")}
+        settings |= {"parameters": list(run.parameters.values()), "optimizer": run.optimizer, "lr_scheduler": None}
+        train_pictures(MemoryPairs(), run.network, run.reference, liked_share=1.2, **settings)
