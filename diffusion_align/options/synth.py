@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from diffusion_align.sampler_names import SOLVERS
+
 from .device import DEVICE, device_fault
 from .names import UsageError, shard_of
 from .reward import check_reward
@@ -26,7 +28,7 @@ class Synth:
     steps: int = option(25, "sampler", "steps", aliases=("num_inference_steps",), at_least=1)
     guidance: float = option(7.5, "sampler", "classifier-free guidance; 1 is none", aliases=("guidance_scale",), at_least=0)
     seed: int = option(0, "sampler", "picture i of a model is keyed by (seed, prompt, the model's place among --models, i)", at_least=0)
-    solver: str = option("dpmpp", "sampler", "DPM-Solver++ or DDIM", choices=("dpmpp", "ddim"))
+    solver: str = option("dpmpp", "sampler", "DPM-Solver++ or DDIM", choices=SOLVERS)
     order: int = option(2, "sampler", "order of DPM-Solver++", at_least=1, at_most=3)
     eta: float = option(0.0, "sampler", "0: deterministic, 1: the stochastic solver", at_least=0)
     spacing: str = option("trailing", "sampler", "spacing of the steps", choices=("trailing", "leading", "linspace", "karras", "lu", "exponential", "ays"))

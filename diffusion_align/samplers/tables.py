@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ..sampler_names import SOLVERS
 from ..schedule import Schedule
 from ..time_grids import TimeGrid, time_grid
 from .coefficients import Row, ddim_row, dpmpp_row
 
-SOLVERS = ("dpmpp", "ddim")
 VARIANTS = ("midpoint", "heun")
 THIRD_ORDERS = ("published", "exact")
 

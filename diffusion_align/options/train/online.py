@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from diffusion_align.sampler_names import SOLVERS
+
 from ..names import UsageError
 from ..reward import WithReward
 from ..schema import option
@@ -23,7 +25,7 @@ class TrainOnline(WithReward, TrainUnet):
     prompts: str | None = option(None, "data", "file with one prompt a line, the name of a list (animals, spo-4k, hpdv2-train and more: assets/prompts/README.md), or tiny (captions of the embedded world's training split)", aliases=("prompts_file",), path="name")
     num_prompts: int | None = option(None, "data", "use the first N prompts (default: all; of tiny, 4000)", at_least=1)
 
-    solver: str = option("ddim", "rollout", "sampler of the runs: ddim, or dpmpp (SDE-DPM-Solver++)", choices=("dpmpp", "ddim"))
+    solver: str = option("ddim", "rollout", "sampler of the runs: ddim, or dpmpp (SDE-DPM-Solver++)", choices=SOLVERS)
     order: int = option(2, "rollout", "order of dpmpp", at_least=1, at_most=2)
     eta: float = option(1.0, "rollout", "noise dial; log-probs need some", above=0)
     steps: int = option(20, "rollout", "steps of a run", aliases=("num_inference_steps",), at_least=2)
