@@ -121,8 +121,8 @@ def of_call(node, names, safe, path):
 
 
 def sources():
-    """Path and text of every file of the package, the scripts and the stress programs, and of the notebooks' cells."""
-    for folder in ("diffusion_align", "scripts", "tests/stress"):
+    """Path and text of every file of the package, scripts, examples and stress programs, and of the notebooks' cells."""
+    for folder in ("diffusion_align", "scripts", "examples", "tests/stress"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
