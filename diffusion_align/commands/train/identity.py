@@ -102,6 +102,8 @@ def require_same_run(
     for name in now.keys() - saved.keys() & described.keys():
         if now[name] == described[name].default or name in ADDED:
             del now[name]
+    for name in saved.keys() - now.keys() & (FREE | SETTLED):  # what earlier versions compared, and need not have
+        del saved[name]
     for fields in (saved, now):
         if isinstance(fields.get("reward"), str):
             fields["reward"] = without_folders(fields["reward"])
