@@ -100,7 +100,7 @@ def test_a_log_on_a_full_disk_ends_no_work_and_is_told(capfd):
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 1
     said = done.stderr.decode().splitlines()
-    assert len(said) == 1 and "a part of what this command printed is lost: No space left on device" in said[0]
+    assert len(said) == 1 and "some output of this command is lost: No space left on device" in said[0]
 
 
 @pytest.mark.parametrize("missing", [("stdout",), ("stderr",), ("stdout", "stderr")])
@@ -277,7 +277,7 @@ def test_a_reward_file_that_fails_leaves_no_module_behind(tmp_path):
 def test_an_exit_from_below_the_command_is_no_success(monkeypatch, capsys):
     monkeypatch.setattr(cli, "_run", lambda argv: sys.exit(0))
     assert cli.main(["doctor"]) == 1
-    assert "called exit(0); its work is not done" in capsys.readouterr().err
+    assert "called exit(0); the command did not finish" in capsys.readouterr().err
 
 
 def test_a_reward_file_may_hold_dataclasses_with_delayed_annotations(tmp_path):
@@ -303,11 +303,14 @@ def test_reward_files_of_one_name_do_not_take_one_anothers_place(tmp_path):
 
 def test_a_repeated_signal_is_the_first_one_until_its_grace_is_over():
     now = [0.0]
-    with pytest.raises(Interrupted, match="a second signal"), Interruptible(grace=5.0, clock=lambda: now[0]) as asked:
+    with (
+        pytest.raises(Interrupted, match="a second signal"),
+        Interruptible(grace=5.0, clock=lambda: now[0]) as interrupt,
+    ):
         for at, number in ((0.0, signal.SIGTERM), (0.1, signal.SIGTERM), (4.9, signal.SIGINT)):
             now[0] = at
             os.kill(os.getpid(), number)
-            assert asked.asked == signal.SIGTERM
+            assert interrupt.signal_number == signal.SIGTERM
         now[0] = 5.1
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -320,10 +323,10 @@ def test_a_signal_that_was_held_up_by_a_long_call_is_no_second_one(launched):
         now[0] = at
         os.kill(os.getpid(), number)
 
-    with Interruptible(clock=lambda: now[0], launched=launched) as asked:
+    with Interruptible(clock=lambda: now[0], launched=launched) as interrupt:
         heard(signal.SIGTERM, 0.0)
         heard(signal.SIGTERM, 20.0)  # the launcher's repetition, sent at once, in a backward pass of 20 s
-        assert asked.asked == signal.SIGTERM
+        assert interrupt.signal_number == signal.SIGTERM
         with pytest.raises(Interrupted, match="a second signal"):
             heard(signal.SIGTERM, 21.0)
     with Interruptible(clock=lambda: now[0], launched=launched):

@@ -37,14 +37,14 @@ def test_a_signal_saves_and_exits_with_its_number(world, tmp_path, number):
 def test_a_second_signal_ends_at_once_and_says_that_nothing_was_saved():
     with pytest.raises(Interrupted, match="nothing saved since") as caught, Interruptible(grace=0) as interrupt:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert interrupt.asked == signal.SIGTERM
+        assert interrupt.signal_number == signal.SIGTERM
         os.kill(os.getpid(), signal.SIGUSR1)
     assert caught.value.number == signal.SIGUSR1
 
 
 def test_a_signal_while_a_round_is_drawn_does_not_wait_for_it(world, tmp_path, monkeypatch):
     """In the second round, behind its first chunk: what is saved is the end of the first, and the end is the same."""
-    whole, cut, real = tmp_path / "whole", tmp_path / "cut", session.Session.asked
+    whole, cut, real = tmp_path / "whole", tmp_path / "cut", session.Session.stop_requested
     assert train(flags(world, "prdp", whole))[0] == 0
     asked = []
 
@@ -55,7 +55,7 @@ def test_a_signal_while_a_round_is_drawn_does_not_wait_for_it(world, tmp_path, m
         return real(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(session.Session, "asked", listening)
+        patch.setattr(session.Session, "stop_requested", listening)
         code, said = train(flags(world, "prdp", cut, "--sample_chunk=4"))
     assert code == 143 and "step 4 is saved" in said and len(asked) == 3
     assert train(flags(world, "prdp", cut, "--resume=latest"))[0] == 0
@@ -127,20 +127,20 @@ def test_an_unknown_metric_is_named_with_those_there_are(world, tmp_path):
     code, said = train(flags(world, "dpo", tmp_path / "run", "--keep_best=rewards"))
     assert code == 2 and "keep_best: this method writes no metric 'rewards'; there are loss, grad_norm" in said
     with pytest.raises(ValueError, match="--keep_best rewards: this run has no such metric; it has loss, lr"):
-        Best("rewards").hear({"loss": 0.0, "lr": 1.0})  # a loop of one's own
+        Best("rewards").observe({"loss": 0.0, "lr": 1.0})  # a loop of one's own
 
 
 def test_the_best_is_judged_by_means_between_checkpoints():
     best = Best("reward")
     for value, step, expected in ((1.0, 1, 1), (3.0, 2, 2), (float("nan"), 3, 2), (2.0, 4, 2), (4.0, 5, 5)):
-        best.hear({"reward": value})
-        best.take(best.with_this(step))
+        best.observe({"reward": value})
+        best.accept(best.updated(step))
         assert best.state["step"] == expected
     assert Best("other", best.state).state is None and Best("reward", best.state).state == best.state
-    assert Best(None).with_this(1) is None
-    best.hear({"loss": float("nan")})  # a step with nothing to learn from lacks the metric
+    assert Best(None).updated(1) is None
+    best.observe({"loss": float("nan")})  # a step with nothing to learn from lacks the metric
     with pytest.raises(ValueError, match="no such metric"):
-        best.hear({"loss": 1.0})
+        best.observe({"loss": 1.0})
 
 
 def test_another_version_of_torch_is_told_and_no_obstacle(world, tmp_path, monkeypatch):

@@ -292,8 +292,10 @@ def test_spo_is_guided_by_a_step_aware_model(toys, tmp_path):
 
 def test_the_collapse_alarm_warns_or_stops_with_a_checkpoint(toys, tmp_path, capsys, monkeypatch):
     """Pictures that differ by less each round: six rounds, of which the first five are what the sixth is judged by."""
-    real, rounds = rollouts.facts_of, iter([1.0, 1.0, 1.0, 1.0, 1.0, 0.3, 0.3, 0.3] * 2)
-    monkeypatch.setattr(rollouts, "facts_of", lambda runs: real(runs) | {"diversity": torch.tensor([next(rounds)])})
+    real, rounds = rollouts.round_columns, iter([1.0, 1.0, 1.0, 1.0, 1.0, 0.3, 0.3, 0.3] * 2)
+    monkeypatch.setattr(
+        rollouts, "round_columns", lambda runs: real(runs) | {"diversity": torch.tensor([next(rounds)])}
+    )
     more = ("--num_rounds", "8", "--collapse_patience", "1", "--prompts_per_round", "2", "--checkpointing_steps", "9")
     assert cli.main(argv(toys, "d3po", tmp_path / "warned", *more)) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "collapse?" in line]

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from diffusion_align import cli
-from diffusion_align.commands import pasted as pasted_module
+from diffusion_align.commands import printed_commands
 from diffusion_align.commands import run_folder
 from diffusion_align.commands.data.inspect import describe
 from diffusion_align.commands.data.summary import summarise_data
-from diffusion_align.commands.pasted import again, pasted
+from diffusion_align.commands.printed_commands import command_line, restart_command
 from diffusion_align.data import write_pairs_parquet
 from diffusion_align.data.images import encode_png
 from diffusion_align.data.read import recognise
@@ -196,7 +196,7 @@ def test_the_command_that_goes_on_can_be_pasted(tmp_path, monkeypatch):
     given = dict(parsed.settings)
     assert parsed.config == str(run / "config.yaml") and given["resume_from_checkpoint"] == "latest"
     assert given["reward"] == f"python:{tmp_path / 'my reward.py'}:judge"  # from whatever folder it is typed
-    assert shlex.split(pasted("evaluate", run)) == ["diffusion-align", "evaluate", str(run)]
+    assert shlex.split(command_line("evaluate", run)) == ["diffusion-align", "evaluate", str(run)]
 
 
 def test_the_commands_of_data_inspect_can_be_pasted(tmp_path):
@@ -244,23 +244,23 @@ def test_the_launcher_is_part_of_the_command_that_goes_on(how, monkeypatch):
     parent, own, wanted = LAUNCHED[how]
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(sys, "argv", own)
-    monkeypatch.setattr(pasted_module, "_words_of", lambda process: parent if process == -1 else ["python", *own])
-    monkeypatch.setattr(pasted_module.os, "getppid", lambda: -1)
-    monkeypatch.setattr(pasted_module.os, "access", lambda path, how: True)  # the script names its interpreter
-    monkeypatch.setattr(pasted_module.shutil, "which", lambda name: None)
+    monkeypatch.setattr(printed_commands, "_words_of", lambda process: parent if process == -1 else ["python", *own])
+    monkeypatch.setattr(printed_commands.os, "getppid", lambda: -1)
+    monkeypatch.setattr(printed_commands.os, "access", lambda path, how: True)  # the script names its interpreter
+    monkeypatch.setattr(printed_commands.shutil, "which", lambda name: None)
     more = ["--config", "a b/config.yaml", "--resume_from_checkpoint", "latest"]
-    assert shlex.split(again("train dpo", more)) == [*wanted, *more]
+    assert shlex.split(restart_command("train dpo", more)) == [*wanted, *more]
     monkeypatch.setenv("WORLD_SIZE", "1")  # one process needs no launcher
-    assert shlex.split(again("train dpo", more)) == ["diffusion-align", "train", "dpo", *more]
+    assert shlex.split(restart_command("train dpo", more)) == ["diffusion-align", "train", "dpo", *more]
 
 
 def test_where_the_launcher_is_not_to_be_seen_torchrun_starts_as_many(monkeypatch):
     from torch.distributed.run import get_args_parser
 
-    monkeypatch.setattr(pasted_module, "_words_of", lambda process: [])
+    monkeypatch.setattr(printed_commands, "_words_of", lambda process: [])
     for name, value in {"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "GROUP_WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
-    words = shlex.split(again("train dpo", ["--config", "c d"]))
+    words = shlex.split(restart_command("train dpo", ["--config", "c d"]))
     assert words[0] == "torchrun"
     args = get_args_parser().parse_args(words[1:])
     assert (args.nproc_per_node, args.nnodes, args.module, args.training_script) == (

@@ -425,6 +425,6 @@ def test_pairs_on_the_hub_without_a_network(toys, tmp_path, capsys):
 def test_a_second_signal_interrupts_at_once():
     with pytest.raises(KeyboardInterrupt), Interruptible(grace=0) as interrupt:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert interrupt.asked
+        assert interrupt.signal_number
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -69,7 +69,7 @@ def test_threads_give_way_at_once_and_come_back_after_a_calm_minute():
     loads = [0.1, 0.9, 1.0, *[0.1] * threads.CALM, 0.1]
     applied: list[int] = []
     ours = Threads(2, True, 2, 2, read=readings(*loads), apply=applied.append)
-    said = [ours.look() for _ in loads]
+    said = [ours.adjust() for _ in loads]
     assert applied == [2, 1, 2]
     assert [i for i, line in enumerate(said) if line] == [1, 2 + threads.CALM]
     assert said[1] == "other programs use 0.9 of 2 cores: 1 CPU threads, 2 before"
@@ -78,7 +78,7 @@ def test_threads_give_way_at_once_and_come_back_after_a_calm_minute():
 def test_a_short_calm_changes_nothing():
     loads = [1.0, *[0.1] * (threads.CALM - 1), 1.0, *[0.1] * (threads.CALM - 1)]
     ours = Threads(1, True, 2, 2, read=readings(*loads), apply=lambda count: None)
-    assert [ours.look() for _ in loads] == [None] * len(loads) and ours.count == 1
+    assert [ours.adjust() for _ in loads] == [None] * len(loads) and ours.count == 1
 
 
 def test_the_numbers_that_a_user_sets_stay(monkeypatch):
@@ -89,7 +89,7 @@ def test_the_numbers_that_a_user_sets_stay(monkeypatch):
     assert asked.count == torch.get_num_threads() == 3 and not asked.chosen
     torch.set_num_threads(2)  # as torch does by itself for OMP_NUM_THREADS
     given = threads.settle(environment={"OMP_NUM_THREADS": "2"}, say=said.append)
-    assert given.count == torch.get_num_threads() == 2 and given.look() is None and not said
+    assert given.count == torch.get_num_threads() == 2 and given.adjust() is None and not said
 
 
 def test_without_a_word_of_the_user_the_free_cores_decide(monkeypatch):

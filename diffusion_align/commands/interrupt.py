@@ -25,9 +25,9 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interruptible:
-    """Within this context the first signal only sets `asked`, so that the step in hand can be finished and saved.
+    """Within this context the first signal only sets `signal_number`, so that the step in hand can be finished and saved.
 
-    `asked` is the signal's number, or 0. A second signal interrupts at once, if it comes `grace` seconds later or more:
+    `signal_number` is the signal's number, or 0. A second signal interrupts at once, if it comes `grace` seconds later or more:
     a scheduler sends SIGTERM to a launcher and to its workers, and the launcher passes it on to them again. Python
     notices a signal only when the call in hand ends, which may take longer than `grace` (the backward pass of a large
     model on a CPU). So the first repetition of the first signal, where one is to be expected, is always that signal:
@@ -37,7 +37,7 @@ class Interruptible:
     def __init__(
         self, grace: float | None = None, clock: Callable[[], float] = time.monotonic, launched: bool | None = None
     ) -> None:
-        self.asked = 0
+        self.signal_number = 0
         self._before = {}
         self._launched = "LOCAL_RANK" in os.environ if launched is None else launched
         self._grace = (LAUNCHED if self._launched else ALONE) if grace is None else grace
@@ -52,11 +52,11 @@ class Interruptible:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if not self.asked:
-            self.asked, self._first = number, self._clock()
+        if not self.signal_number:
+            self.signal_number, self._first = number, self._clock()
             return
-        expected = number == self.asked and not self._repeated and (self._launched or number == signal.SIGTERM)
-        self._repeated = self._repeated or number == self.asked
+        expected = number == self.signal_number and not self._repeated and (self._launched or number == signal.SIGTERM)
+        self._repeated = self._repeated or number == self.signal_number
         if not expected and self._clock() - self._first >= self._grace:
             raise Interrupted("a second signal: stopped at once, nothing saved since the last checkpoint", number)
 

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from diffusion_align.commands.pasted import again
+from diffusion_align.commands.printed_commands import restart_command
 from diffusion_align.options.paths import settled_reward
 from diffusion_align.options.place import CHECKPOINTS, CONFIG, LATEST, METRICS, step_named
 from diffusion_align.train import record
@@ -108,4 +108,4 @@ def resume_line(run: Path, verb: str, reward: str | None = None) -> str:
     """
     program = ["--reward", settled_reward(reward)] if reward and "python:" in reward else []
     config = os.path.abspath(run / CONFIG)
-    return again(verb, ["--config", config, "--resume_from_checkpoint", "latest", *program])
+    return restart_command(verb, ["--config", config, "--resume_from_checkpoint", "latest", *program])

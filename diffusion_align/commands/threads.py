@@ -105,7 +105,7 @@ class Threads:
         self.seen = self.read()
         self.apply(self.count)
 
-    def look(self) -> str | None:
+    def adjust(self) -> str | None:
         """Call between steps: every ten seconds it compares threads with free cores. A sentence where they change."""
         if not self.chosen or self.most == 1:
             return None

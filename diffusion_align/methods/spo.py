@@ -54,10 +54,10 @@ def spo_method(
         items=len,
         learn=lambda pairs, factor: learn_spo(pairs, policy, reference, table, factor, **constants),
         pick=partial(pick_pairs, at_once=at_once),
-        facts=lambda pairs: {"score": pairs.score, "kept": pairs.kept.float()},
+        round_columns=lambda pairs: {"score": pairs.score, "kept": pairs.kept.float()},
         summarise=partial(summarise_runs, dims=comparisons.dims),
         check_start=partial(require_equal_ratios, dims=comparisons.dims, allowed=allowed),
-        nothing="no two children of a state were far enough apart; lower --threshold, or look at the reward",
+        empty_step_advice="no two children of a state were far enough apart; lower --threshold, or look at the reward",
     )
 
 
@@ -120,7 +120,7 @@ def pick_pairs(chunks: list[Comparisons], numbers: Tensor, at_once: int) -> list
         first += len(chunk)
     joined = {name: torch.cat([getattr(p, name) for p in parts], 1) for name in ("before", "parent", "child")}
     joined |= {name: torch.cat([getattr(p, name) for p in parts]) for name in ("k", "text", "gap", "family")}
-    return replace(parts[0], **joined).cut(-(-families // at_once))
+    return replace(parts[0], **joined).split(-(-families // at_once))
 
 
 def _whole_families(pairs: Comparisons, at_once: int) -> list[Tensor]:

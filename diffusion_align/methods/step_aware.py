@@ -88,7 +88,7 @@ class AccuracyReport:
 
     def measure(self, when: str) -> dict[int, float]:
         """Accuracy as it is now, which the file then has under `when`, "before" or "after"."""
-        watch.doing("measuring accuracy")
+        watch.record_activity("measuring accuracy")
         found: dict[int, float] = {}
         if self.aside is not None:
             times = [t for t in TIMESTEPS if t < self.aside.schedule.num_timesteps]
@@ -116,7 +116,7 @@ class AccuracyReport:
         print("\n".join(accuracy_table(before, after)))
 
 
-@watch.named()
+@watch.names_failed_rank()
 def labels_of(pairs: Sequence[Pair], o: TrainSpm, opened: Opened) -> Tensor:
     """The probability [N] that the first picture of each pair is better, by the data or by --relabel."""
     own, accelerator = own_labels(pairs), opened.accelerator
@@ -124,7 +124,7 @@ def labels_of(pairs: Sequence[Pair], o: TrainSpm, opened: Opened) -> Tensor:
         if o.keep_ties:
             accelerator.print(f"labels: the data's on {len(pairs)} pairs, of which {int((own == 0.5).sum())} are ties")
         return own
-    watch.doing("relabelling")
+    watch.record_activity("relabelling")
     folder, main = Path(o.cache_dir or o.output_dir) / "labels", accelerator.is_main_process
     if not main:
         barrier(accelerator)  # rank 0 scores, the others read its file

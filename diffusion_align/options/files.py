@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from .brought import brought
+from .other_tools import flag_hint
 from .names import UsageError, unknown
 from .paths import settled
 from .schema import by_any_name, options_of
@@ -138,7 +138,7 @@ def unknown_key(key: str, options_class: type, verb: str) -> UsageError:
     bare = key.rpartition(".")[2]
     if bare in names:
         return UsageError(f"unknown key {key}; did you mean {names[bare].section}.{bare}?")
-    if (hint := brought(key, names) or brought(bare, names)) is not None:
+    if (hint := flag_hint(key, names) or flag_hint(bare, names)) is not None:
         return UsageError(f"unknown key {key}; {hint}")
     return unknown("key", key, candidates, otherwise=f"`diffusion-align {verb} --help` lists them all")
 

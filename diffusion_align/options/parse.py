@@ -8,7 +8,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from .brought import brought
+from .other_tools import flag_hint
 from .files import unknown_key
 from .names import UsageError, nearest, unknown
 from .resolve import FALSE, TRUE
@@ -163,7 +163,7 @@ def unknown_flag(word: str, options_class: type, verb: str) -> UsageError:
     names, key = by_any_name(options_class), _spelled(word)
     if not word.startswith("--") and (key in names or key in START_FLAGS):
         return UsageError(f"unknown flag -{key}; a flag has two dashes: --{key}")
-    if (hint := brought(key, names)) is not None:
+    if (hint := flag_hint(key, names)) is not None:
         return UsageError(f"unknown flag --{key}; {hint}")
     # What has no effect is no help, unless it is what was meant.
     useful = [f"--{name}" for name, option in names.items() if "." not in name and not option.unused]

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from .brought import brought_value
+from .other_tools import value_hint
 from .files import config_path, preset_path, read_yaml, settings_of
 from .names import UsageError, nearest
 from .paths import expanded
@@ -98,7 +98,7 @@ def resolve(
         for name in _replaced(in_this_layer, options):
             values.pop(name, None)
             origins.pop(name, None)
-        for name, value in _brought(in_this_layer, values, options).items():
+        for name, value in _with_choices(in_this_layer, values, options).items():
             values[name] = value
             origins.pop(name, None)
         values |= in_this_layer
@@ -118,15 +118,15 @@ def _replaced(layer: dict[str, Any], options: dict[str, Option]) -> list[str]:
     return [name for name, option in options.items() if option.one_of in groups and name not in layer]
 
 
-def _brought(layer: dict[str, Any], earlier: dict[str, Any], options: dict[str, Option]) -> dict[str, Any]:
+def _with_choices(layer: dict[str, Any], earlier: dict[str, Any], options: dict[str, Option]) -> dict[str, Any]:
     """The constants that come with the choices of a layer; none where those of the earlier choice are the same, for
     then what earlier layers say of them was meant for its like."""
-    brought: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, value in layer.items():
         brings = options[name].brings
         if brings and brings[value] != brings[earlier.get(name, options[name].default)]:
-            brought |= brings[value]
-    return brought
+            found |= brings[value]
+    return found
 
 
 def convert(option: Option, value: Any, origin: str) -> Any:
@@ -141,7 +141,7 @@ def convert(option: Option, value: Any, origin: str) -> Any:
         converted = CONVERTERS[option.kind](value)
         for one in (converted if option.kind is tuple else (converted,)) if option.choices else ():
             if one not in option.choices:
-                match = brought_value(option.name, one) or nearest(str(one), option.choices)
+                match = value_hint(option.name, one) or nearest(str(one), option.choices)
                 raise ValueError(f"did you mean {match}?" if match else "")
         _check_range(option, converted)
     except (ValueError, TypeError, OverflowError) as error:

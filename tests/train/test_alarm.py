@@ -7,7 +7,7 @@ from diffusion_align.train.alarm import CollapseAlarm
 
 def heard(alarm, rows):
     """The numbers of the rows at which something was said, and what."""
-    said = [(i, alarm.hear(row)) for i, row in enumerate(rows)]
+    said = [(i, alarm.check(row)) for i, row in enumerate(rows)]
     return [(i, message) for i, message in said if message]
 
 
@@ -16,7 +16,7 @@ def test_winners_getting_worse_are_told_once():
     rows = [{"winner_error_gap": gap} for gap in (0.0, 0.0, 0.1, 0.0, 0.1, 0.2, 0.2, 0.2, 0.2)]
     ((at, message),) = heard(CollapseAlarm(0.1, 0.5, 4), rows)
     assert at == 6 and "0.125 above the reference's, over 4 steps (more than 0.1)" in message
-    assert "lower --learning_rate" in message
+    assert "lower learning_rate" in message
     assert not heard(CollapseAlarm(0.3, 0.5, 4), rows)
 
 

@@ -173,7 +173,7 @@ def test_picked_pairs_are_whole_parts_of_families():
 
 def test_methods_of_whole_groups_have_no_pairs_to_pick():
     toy = Toy()
-    with pytest.raises(ValueError, match="learns from whole prompts: give prompts_per_step"):
+    with pytest.raises(ValueError, match="learns from all items of a prompt together: use prompts_per_step"):
         next(toy.rounds(toy.method("d3po"), items_per_step=2))
-    with pytest.raises(ValueError, match="items_per_step is at least 1 and replaces prompts_per_step"):
+    with pytest.raises(ValueError, match="items_per_step must be at least 1 and needs prompts_per_step equal"):
         next(toy.rounds(toy.method("spo"), items_per_step=2, prompts_per_step=2))

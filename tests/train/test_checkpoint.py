@@ -73,7 +73,7 @@ def test_a_group_is_a_plain_name(tmp_path, wrong):
 def test_when_all_are_broken_nothing_starts_afresh(tmp_path):
     for step in (1, 2):
         (save(tmp_path, step, *content(step)) / "state.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="no checkpoint is whole.*00000002/state.json.*00000001/state.json"):
+    with pytest.raises(CheckpointError, match="no checkpoint is intact.*00000002/state.json.*00000001/state.json"):
         latest_good(tmp_path)
 
 

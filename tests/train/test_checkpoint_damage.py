@@ -88,7 +88,7 @@ def test_a_manifest_that_is_no_plain_file_or_nested_without_end_is_refused(tmp_p
 
 
 def test_a_directory_of_another_name_is_no_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match="best is no checkpoint: those are named step- and eight digits"):
+    with pytest.raises(CheckpointError, match="best is no checkpoint: their names are step- and eight digits"):
         load(save(tmp_path, 1, *content(1)).rename(tmp_path / "best"))
 
 

@@ -41,7 +41,7 @@ TALKS = AGREED | {
 }
 # Settings, and numbers that every process computes alike from them; `blocks` are as many on each.
 ALIKE = {"run", "sizes", "check_first", "fresh", "method", "number", "passes", "steps", "last", "end", "blocks", "size"}
-LOCAL = {"run.round", "run.asked", "run.accelerator"}  # of a run: what each process has for itself
+LOCAL = {"run.round", "run.stop_requested", "run.accelerator"}  # of a run: what each process has for itself
 PURE = {"len", "int", "range", "prefetch", "_size"}
 LEAVES = (ast.Continue, ast.Break, ast.Return, ast.Raise)
 
@@ -129,10 +129,10 @@ BAD = [
     ("rounds", "run_rounds", "items = sum_over_ranks", "if not chunks: continue"),
     ("rounds", "run_rounds", "columns = _gather", "if not parts: break"),
     ("rounds", "run_rounds", "if items:", "if method.items(chunks[0]): _gather(parts, accelerator)"),
-    ("rounds", "run_rounds", "facts = _gather", "if not round.chunks[0]: continue"),
+    ("rounds", "run_rounds", "drawn = _gather", "if not round.chunks[0]: continue"),
     ("rounds", "_learn", "smaller =", "if not smaller: return [], progress"),
     ("rounds", "_learn", "smaller =", "try: free()\n@except RuntimeError: continue"),
-    ("collect", "draw_round", "smallest =", "if run.asked(): return None"),
+    ("collect", "draw_round", "smallest =", "if run.stop_requested(): return None"),
     ("collect", "draw_round", "smallest =", "for chunk in drawn: on_any_rank(accelerator, True)"),
 ]
 

@@ -32,7 +32,7 @@ def test_what_does_not_fit_alone_is_named_with_three_cures(caplog, capsys, monke
     for argv in ([], ["sample"]):  # our error and torch's own
         assert cli.main(argv) == 1
         (line,) = capsys.readouterr().err.splitlines()
-        assert "out of memory" in line and "the three cheapest ways on" in line
+        assert "out of memory" in line and "the three cheapest remedies" in line
         assert all(cure in line for cure in ("gradient_checkpointing", "bf16", "sample_chunk"))
     assert "decoding: out of memory with 4 at a time; going on with 2" in caplog.text
 

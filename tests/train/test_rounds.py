@@ -125,7 +125,7 @@ def test_rewards_that_are_none(name, reward, message):
     ("settings", "message"),
     [
         ({"n": 0}, "no prompts"),
-        ({"prompts_per_step": 3}, "4 prompts a round must be a multiple of 3"),
+        ({"prompts_per_step": 3}, r"prompts per round \(4\) must be a multiple of prompts per step \(3\)"),
         ({"passes": 0}, "must be positive"),
     ],
 )

@@ -38,7 +38,7 @@ from diffusion_align.commands.data.synth_labels import (
     shuffled_relevance,
     write_best_and_worst,
 )
-from diffusion_align.commands.pasted import pasted
+from diffusion_align.commands.printed_commands import command_line
 from diffusion_align.commands.sources import read_prompts
 from diffusion_align.commands.train.items import TINY_SEED
 from diffusion_align.data import Ranking, write_rankings_parquet
@@ -158,8 +158,8 @@ def _write_tables(o: Synth, out: Path, prompts: list[str], models: list[DrawingM
     base = models[0].base["pretrained_model_name_or_path"]
     print(
         f"{len(rankings)} rankings of {len(prompts)} prompts ({tied} all tied, {few} with too few scores) in {out}\n"
-        f"next: {pasted('train', 'rankdpo', '--model', base, '--train_data_dir', out / f'{stem}rankings.parquet')}\n"
-        f"or: {pasted('train', 'dpo', '--model', base, '--train_data_dir', out / f'{stem}pairs.parquet')}"
+        f"next: {command_line('train', 'rankdpo', '--model', base, '--train_data_dir', out / f'{stem}rankings.parquet')}\n"
+        f"or: {command_line('train', 'dpo', '--model', base, '--train_data_dir', out / f'{stem}pairs.parquet')}"
     )
     return 0
 

@@ -18,7 +18,7 @@ class Best:
         self.state = dict(state) if state and state["metric"] == metric else None
         self.sum, self.count = 0.0, 0
 
-    def hear(self, metrics: Mapping[str, float]) -> None:
+    def observe(self, metrics: Mapping[str, float]) -> None:
         """Of one step, its row in metrics.jsonl.
 
         Raises:
@@ -34,8 +34,8 @@ class Best:
         if math.isfinite(metrics[name]):
             self.sum, self.count = self.sum + metrics[name], self.count + 1
 
-    def with_this(self, step: int) -> dict[str, Any] | None:
-        """What the state becomes with a checkpoint of this step; `take` it once that is written."""
+    def updated(self, step: int) -> dict[str, Any] | None:
+        """What the state becomes with a checkpoint of this step; `accept` it once that is written."""
         if not self.count:
             return self.state
         sign = -1 if (self.metric or "").startswith("-") else 1
@@ -44,6 +44,6 @@ class Best:
             return self.state
         return {"metric": self.metric, "value": mean, "step": step}
 
-    def take(self, state: dict[str, Any] | None) -> None:
+    def accept(self, state: dict[str, Any] | None) -> None:
         """The checkpoint is there; the next is judged by the steps to come."""
         self.state, self.sum, self.count = state, 0.0, 0

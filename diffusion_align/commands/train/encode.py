@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@watch.named()
+@watch.names_failed_rank()
 def encoded(
     o: Any,
     model: TextToImage,
@@ -33,7 +33,7 @@ def encoded(
     known_bad: Sequence[BadRow] = (),
 ) -> PairCache:
     """The cache of these pairs or rankings: in --cache_dir, which runs can share, or else in the run folder."""
-    watch.doing("encoding")
+    watch.record_activity("encoding")
     captions = list(dict.fromkeys(entry.prompt for entry in lists))
     if accelerator.is_main_process:
         cut, limit = model.cut_captions(captions)

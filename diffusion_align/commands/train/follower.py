@@ -49,10 +49,10 @@ class Follower:
         figures = {name: f"{row.metrics[name]:.2f}" for name in self.shown if name in row.metrics}
         self.bar.set_postfix({"loss": f"{row.loss:.4f}", **figures}, refresh=False)
         self.bar.update()
-        if changed := session.threads.look():
+        if changed := session.threads.adjust():
             tqdm.write(f"step {row.step}: {changed}", file=sys.stderr)
-        session.best.hear(row.row())
-        self.collapse = (self.alarm.hear(row.row()) if self.alarm else None) or self.collapse
+        session.best.observe(row.row())
+        self.collapse = (self.alarm.check(row.row()) if self.alarm else None) or self.collapse
         if self.collapse and session.options.collapse_alarm == "warn":
             tqdm.write(f"collapse? step {row.step}: {self.collapse}", file=sys.stderr)
             self.collapse = None
@@ -60,7 +60,7 @@ class Follower:
     def decide(self, row: StepRecord) -> tuple[int, str | None]:
         """(the signal that stops the run, or 0; why it collapsed, or None), equal on every rank."""
         # Each rank has read metrics.jsonl for itself, and a network disk may have shown it another file.
-        asked, collapsed = self.session.interrupt.asked, int(self.collapse is not None)
+        asked, collapsed = self.session.interrupt.signal_number, int(self.collapse is not None)
         stop, alarmed = max_over_ranks(self.session.accelerator, asked, collapsed)
         regular = row.step % self.session.options.checkpointing_steps == 0
         self.due = self.due or bool(alarmed) or regular or row.step >= self.steps or row.ends
@@ -90,7 +90,7 @@ def follow(
     follower = Follower(session, steps, shown, progress.step)
     last, saved = StepRecord(progress.step, 0, 0.0, {}, progress, round=run.round), progress.step
     # Within the interrupt: the launcher's SIGTERM, once one process has failed, must not cut off what another says.
-    with follower.bar, session.interrupt, watch.named(NonFiniteError, NothingToLearn, CollapseError):
+    with follower.bar, session.interrupt, watch.names_failed_rank(NonFiniteError, NothingToLearn, CollapseError):
         try:
             for last in records:
                 follower.step(last)
@@ -109,7 +109,7 @@ def follow(
             if saved < last.step:
                 session.save(last)
             raise
-        (stop,) = max_over_ranks(session.accelerator, session.interrupt.asked)
+        (stop,) = max_over_ranks(session.accelerator, session.interrupt.signal_number)
         if stop and last.step < steps and not last.ends:  # the loop has ended early, while it drew
             session.stopped(last.step, stop, session.save(last))
     finish_trackers(session.accelerator)

@@ -45,7 +45,7 @@ def require_ahead(resumed: Checkpoint | None, steps: int) -> None:
         )
 
 
-@watch.named()
+@watch.names_failed_rank()
 def open_session(o: Any, entry: Entry[Any], resumed: Checkpoint | None) -> Session:
     """Load the model, add what is trained of it, and set the frozen reference beside it where the loss needs one."""
     from diffusion_align.models import load_pipeline

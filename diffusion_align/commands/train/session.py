@@ -21,7 +21,7 @@ from torch.nn import Parameter
 
 from diffusion_align.commands import run_folder
 from diffusion_align.commands.interrupt import Interrupted, Interruptible
-from diffusion_align.commands.pasted import pasted
+from diffusion_align.commands.printed_commands import command_line
 from diffusion_align.commands.threads import Threads
 from diffusion_align.commands.train import grids
 from diffusion_align.commands.train.best import Best
@@ -73,9 +73,9 @@ class Session:
     interrupt: Interruptible = field(init=False, default_factory=Interruptible)
     best: Best = field(init=False)
 
-    def asked(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether this process was told to stop."""
-        return self.interrupt.asked > 0
+        return self.interrupt.signal_number > 0
 
     def trains(self, trained: Trained | None) -> None:
         """Take over what a method trains in place of the UNet."""
@@ -95,7 +95,7 @@ class Session:
         """Whether the run has sample grids."""
         return self.trained.pictures and self.options.run_validation is not False
 
-    @watch.named()
+    @watch.names_failed_rank()
     def start(
         self,
         optimizer: torch.optim.Optimizer,
@@ -135,7 +135,7 @@ class Session:
         barrier(self.accelerator)
         return Run(
             self.parameters, optimizer, scheduler, self.accelerator, o.seed, steps, progress,
-            max_grad_norm=o.max_grad_norm, spike=o.skip_spikes, round=round, asked=self.asked,
+            max_grad_norm=o.max_grad_norm, spike=o.skip_spikes, round=round, stop_requested=self.stop_requested,
         )  # fmt: skip
 
     @property
@@ -158,7 +158,7 @@ class Session:
     def save(self, row: StepRecord) -> bool:
         """Write a checkpoint of where a record stands; a full disk now is no reason to lose the run. False, on every
         process, where there is none."""
-        watch.doing("saving", row.step)
+        watch.record_activity("saving", row.step)
         accelerator, folder = self.accelerator, self.run / run_folder.CHECKPOINTS
         error = write_round(folder, accelerator.process_index, row.round) if row.round is not None else None
         (failed,) = on_any_rank(accelerator, error is not None)
@@ -166,7 +166,7 @@ class Session:
             tensors, state = pack(self.named, self.optimizer, self.scheduler, row.progress, self.ema)
             state |= {"identity": self.identity, "facts": self.facts, "processes": accelerator.num_processes}
             state |= {"versions": versions(), "threads": self.threads.count}
-            state["best"] = best = self.best.with_this(row.step)
+            state["best"] = best = self.best.updated(row.step)
             protect = ({best["step"]} if best else set()) | ({self.resumed.step} if self.resumed else set())
             parts = range(accelerator.num_processes if row.round is not None else 0)
             try:
@@ -174,7 +174,7 @@ class Session:
                     folder, row.step, tensors, state, keep=self.options.checkpoints_total_limit or KEEP_ALL,
                     protect=protect, parts=[checkpoint.part_path(folder, round_name(rank)) for rank in parts],
                 )  # fmt: skip
-                self.best.take(best)
+                self.best.accept(best)
             except CheckpointError as problem:
                 error = problem
         if error is not None:
@@ -185,14 +185,14 @@ class Session:
         """The sample grid of this step, beside the base's pictures; nothing where the run is to have none."""
         if not self._draws:
             return
-        watch.doing("drawing the sample grid", step)
+        watch.record_activity("drawing the sample grid", step)
         if self.accelerator.is_main_process:
             with self.accelerator.autocast():
                 path = self.run / run_folder.SAMPLES / f"step-{step:08d}.png"
                 grids.write_grid(self.model, self.prompts, self.base, path, **self._look)
         barrier(self.accelerator)
 
-    @watch.named()
+    @watch.names_failed_rank()
     def export(self, steps: int, report: Callable[[int], None] | None) -> int:
         """The trained weights, averaged if an average was kept, and then the last grid, which may take long."""
         with self.ema.applied(self.named) if self.ema is not None else nullcontext():
@@ -210,7 +210,7 @@ class Session:
                     report(steps)
             self.draw(steps)
         if self.trained.pictures:
-            self.accelerator.print(f"next: {pasted('evaluate', self.run)}")
+            self.accelerator.print(f"next: {command_line('evaluate', self.run)}")
         barrier(self.accelerator)
         watch.stop()
         return 0

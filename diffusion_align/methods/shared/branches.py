@@ -60,7 +60,7 @@ class Comparisons:
         names = ("before", "parent", "child", "k", "text", "gap", "family", "score", "kept", "final")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
-    def cut(self, times: int) -> list[Comparisons]:
+    def split(self, times: int) -> list[Comparisons]:
         """So many parts of whole families, or one of each family."""
         _, sizes = self.family.cpu().unique_consecutive(return_counts=True)
         length = max(1, -(-len(sizes) // times))

@@ -40,7 +40,7 @@ class RunSums:
         return ratio, drift, reference
 
 
-def facts_of(runs: Runs) -> Columns:
+def round_columns(runs: Runs) -> Columns:
     """What a round's pictures are like, whether learnt from or not.
 
     reward, one a picture (nan where it failed); spread, the rewards' standard deviation in each group; diversity, the
@@ -52,19 +52,19 @@ def facts_of(runs: Runs) -> Columns:
     return {"reward": runs.reward, "spread": runs.reward.std(1, correction=0), "diversity": apart.sqrt()}
 
 
-def summarise_runs(columns: Columns, facts: Columns, *, dims: int) -> dict[str, float]:
+def summarise_runs(columns: Columns, drawn: Columns, *, dims: int) -> dict[str, float]:
     """Metrics of a step. All log-ratios are in nats, summed over dims and, for runs, over steps."""
     metrics: dict[str, float] = {"dims": float(dims)}
-    if "reward" in facts:
-        known = facts["reward"][~facts["reward"].isnan()]
+    if "reward" in drawn:
+        known = drawn["reward"][~drawn["reward"].isnan()]
         metrics |= {
             "reward_mean": float(known.mean()),
-            "reward_spread": float(facts["spread"].nanmean()),
-            "reward_failed": float(len(facts["reward"]) - len(known)),
-            "diversity": float(facts["diversity"].mean()),
+            "reward_spread": float(drawn["spread"].nanmean()),
+            "reward_failed": float(len(drawn["reward"]) - len(known)),
+            "diversity": float(drawn["diversity"].mean()),
         }
-    if "score" in facts:
-        metrics |= {"score_mean": float(facts["score"].nanmean()), "kept": float(facts["kept"].mean())}
+    if "score" in drawn:
+        metrics |= {"score_mean": float(drawn["score"].nanmean()), "kept": float(drawn["kept"].mean())}
     if not columns:
         return metrics
     for name, values in columns.items():

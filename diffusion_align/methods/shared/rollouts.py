@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Generic
 import torch
 from torch import Tensor
 
-from diffusion_align.methods.shared.metrics import facts_of, summarise_runs
-from diffusion_align.methods.shared.runs import Bind, Runs, Score, asked_again
+from diffusion_align.methods.shared.metrics import round_columns, summarise_runs
+from diffusion_align.methods.shared.runs import Bind, Runs, Score, repredict
 from diffusion_align.methods.shared.start_checks import Allowed, require_equal_ratios
 from diffusion_align.rewards import Reward
 from diffusion_align.system.memory import in_parts
@@ -41,7 +41,7 @@ class Rollouts(Generic[Chunk]):
     dims: int
     allowed: Allowed
     score: Callable[[Chunk], Chunk] | None = None
-    ahead: bool = False
+    score_ahead: bool = False
 
 
 def method_on_runs(
@@ -51,14 +51,14 @@ def method_on_runs(
     return OnlineMethod(
         collect=rollouts.draw,
         score=rollouts.score,
-        ahead=rollouts.ahead,
+        score_ahead=rollouts.score_ahead,
         items=items,
         learn=learn,
-        facts=facts_of,
+        round_columns=round_columns,
         summarise=partial(summarise_runs, dims=rollouts.dims),
         check_start=partial(require_equal_ratios, dims=rollouts.dims, allowed=rollouts.allowed),
-        nothing=ALL_TIED,
-        again=partial(asked_again, policy=rollouts.policy, reference=rollouts.reference),
+        empty_step_advice=ALL_TIED,
+        repredict=partial(repredict, policy=rollouts.policy, reference=rollouts.reference),
     )
 
 

@@ -79,7 +79,7 @@ class Runs:
         moved = {name: getattr(self, name).to(device) for name in ("text", "reference")}
         return replace(self, trajectory=replace(run, **there), **moved)
 
-    def cut(self, times: int) -> list["Runs"]:
+    def split(self, times: int) -> list["Runs"]:
         """So many parts of whole groups, or one of each group."""
         groups, size = self.reward.shape
         length = -(-groups // times)
@@ -172,7 +172,7 @@ def _along(denoiser: Denoiser, run: Trajectory[StepTable], elsewhere: Tensor) ->
 
 
 @torch.no_grad()
-def asked_again(runs: Runs, unmoved: bool, *, policy: Bind, reference: Bind | None) -> tuple[Runs, float]:
+def repredict(runs: Runs, unmoved: bool, *, policy: Bind, reference: Bind | None) -> tuple[Runs, float]:
     """The same runs with their predictions made anew in a batch of this shape, as a larger one rounds differently; and
     by how much those of the policy have changed, relative as in `path_gradient`.
 

@@ -97,7 +97,7 @@ VALUES: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 
-def brought(word: str, names: Mapping[str, Option]) -> str | None:
+def flag_hint(word: str, names: Mapping[str, Option]) -> str | None:
     """The end of the sentence about a flag of another tool: what it is here, or why it is not; None for others.
 
     `names` are those of the verb at hand: a flag that means an option of another verb only is none of these.
@@ -122,7 +122,7 @@ def _switched_off(word: str, names: Mapping[str, Option]) -> str | None:
     return None
 
 
-def brought_value(option: str, value: object) -> str | None:
+def value_hint(option: str, value: object) -> str | None:
     """What a value of another tool is here; None for others."""
     values: Mapping[str, str] = VALUES.get(option, {})
     return values.get(str(value).lower())

@@ -12,19 +12,19 @@ from pathlib import Path
 PROG = "diffusion-align"
 
 
-def pasted(*words: object) -> str:
+def command_line(*words: object) -> str:
     """`diffusion-align WORDS` as a shell reads it, whatever a path holds."""
     return shlex.join([PROG, *map(str, words)])
 
 
-def again(verb: str, words: Sequence[str]) -> str:
+def restart_command(verb: str, words: Sequence[str]) -> str:
     """The command that starts this verb with these words, in as many processes as there are now.
 
     A launcher's command is repeated as this process's parent was given it, up to the script.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes == 1:
-        return pasted(*verb.split(), *words)
+        return command_line(*verb.split(), *words)
     given = sys.argv[1:]
     # scripts/finetune.py is given the method without `train`, the scripts of one method only options.
     forms = (verb.split(), verb.split()[1:], [])
