@@ -242,7 +242,7 @@ def test_bad_rewards_are_one_line_and_nothing_done_is_lost(toys, tmp_path, capsy
 
 def test_a_threshold_that_filters_everything_is_an_end_with_a_reason(toys, tmp_path, capsys):
     assert cli.main(argv(toys, "spo", tmp_path / "run", "--threshold", "0.99", "--num_rounds", "9")) == 1
-    assert "lower --threshold" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert "lower threshold" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_the_random_reward_is_the_same_for_the_same_picture():

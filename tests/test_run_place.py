@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from diffusion_align import cli
-from diffusion_align.commands import printed_commands
-from diffusion_align.commands import run_folder
+from diffusion_align.commands import printed_commands, run_folder
 from diffusion_align.commands.data.inspect import describe
 from diffusion_align.commands.data.summary import summarise_data
 from diffusion_align.commands.printed_commands import command_line, restart_command

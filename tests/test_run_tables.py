@@ -110,7 +110,7 @@ def test_the_steps_of_a_round_of_pairs():
     # All six pairs of a state's four children, learnt from twice.
     o = options("spo", children=4, sample_chunk=8, pairs_per_step=40, pairs="all", passes=2, num_rounds=3, **spo)
     assert rounds_of(o, 1, planned_tables(o)).steps_per_round == 2 * 96
-    with pytest.raises(ValueError, match="40 prompts a round cannot be shared out to 3 processes"):
+    with pytest.raises(ValueError, match="40 prompts per round cannot be divided equally among 3 processes"):
         rounds_of(o, 3, planned_tables(o))
     with pytest.raises(
         UsageError, match="pairs_per_step and train.prompts_per_step each say what a step takes: give one"

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from .other_tools import flag_hint
 from .names import UsageError, unknown
+from .other_tools import flag_hint
 from .paths import settled
 from .schema import by_any_name, options_of
 

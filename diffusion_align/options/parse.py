@@ -8,9 +8,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from .other_tools import flag_hint
 from .files import unknown_key
 from .names import UsageError, nearest, unknown
+from .other_tools import flag_hint
 from .resolve import FALSE, TRUE
 from .schema import Option, by_any_name, options_of
 

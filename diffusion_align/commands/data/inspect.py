@@ -103,7 +103,8 @@ def _uses(source: DataSource, found: DataSummary, by_name: str | None) -> Iterat
         yield f"{command_line('data', 'check', path, *split)}   # pictures were not looked at"
     elif source.layout.holds == "prompts":
         prompts = ["--prompts", path]
-        yield f"{command_line('train', 'd3po', '--model', 'MODEL', '--reward', 'NAME', *prompts)}   # or spo, prdp, ddpo"
+        line = command_line("train", "d3po", "--model", "MODEL", "--reward", "NAME", *prompts)
+        yield f"{line}   # or spo, prdp, ddpo"
         yield command_line("data", "synth", "--models", "MODEL", "--rewards", "NAME", *prompts)
     else:
         yield "none: captions say nothing of what people prefer, and no training here learns from captions alone"

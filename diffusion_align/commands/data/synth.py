@@ -155,11 +155,11 @@ def _write_tables(o: Synth, out: Path, prompts: list[str], models: list[DrawingM
         write_rankings_parquet(staged / f"{stem}rankings.parquet", rankings)
         write_best_and_worst(staged / f"{stem}pairs.parquet", rankings, o.seed)
         (staged / f"{stem}report.json").write_text(json.dumps(plain(report), indent=1), encoding="utf-8")
-    base = models[0].base["pretrained_model_name_or_path"]
+    model = ["--model", models[0].base["pretrained_model_name_or_path"]]
     print(
         f"{len(rankings)} rankings of {len(prompts)} prompts ({tied} all tied, {few} with too few scores) in {out}\n"
-        f"next: {command_line('train', 'rankdpo', '--model', base, '--train_data_dir', out / f'{stem}rankings.parquet')}\n"
-        f"or: {command_line('train', 'dpo', '--model', base, '--train_data_dir', out / f'{stem}pairs.parquet')}"
+        f"next: {command_line('train', 'rankdpo', *model, '--train_data_dir', out / f'{stem}rankings.parquet')}\n"
+        f"or: {command_line('train', 'dpo', *model, '--train_data_dir', out / f'{stem}pairs.parquet')}"
     )
     return 0
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch.distributed
 
-from diffusion_align.train.processes.notes import LENGTH, Note, describe_fault, note_path, read_notes, describe_place
+from diffusion_align.train.processes.notes import LENGTH, Note, describe_fault, describe_place, note_path, read_notes
 
 # In the messages of RuntimeErrors of communication, as gloo raises no class of its own.
 _LOST = ("gloo", "Application timeout caused pair closure", "NCCL")
