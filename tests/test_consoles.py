@@ -370,7 +370,7 @@ def test_a_full_disk_at_the_end_keeps_the_older_file_and_says_where_the_weights_
             patch.setattr(owner + target, staticmethod(full))
         code, said = train(flags(world, "dpo", run, "--overwrite_output_dir", mode=kind))
     assert code == 1 and "No space left on device" in said
-    assert "They are safe in the checkpoint of step 12" in said and "--resume_from_checkpoint latest" in said
+    assert "The checkpoint of step 12 has them" in said and "--resume_from_checkpoint latest" in said
     assert not list(run.glob(".*partial*"))
     again = train(flags(world, "dpo", run, "--resume_from_checkpoint=latest", mode=kind))
     assert again[0] == 0 and old.read_bytes() != b"good"

@@ -50,7 +50,7 @@ def test_the_course_is_printed_and_one_that_never_gets_there_is_warned_of():
         "course           rises over 10 steps, then cosine to 0 at step 100"
     ]
     lines = describe_course(TrainDpo(lr_scheduler="cosine", lr_warmup_steps=500), 100, 1e-4)
-    assert "the rate gets to 1.98e-05 at most, 19.8 % of 0.0001" in lines[1] and "lower --lr_warmup_steps" in lines[1]
+    assert "the rate reaches at most 1.98e-05, 19.8 % of 0.0001" in lines[1] and "lower --lr_warmup_steps" in lines[1]
     assert len(describe_course(TrainDpo(lr_scheduler="linear", lr_warmup_steps=50), 100, 1e-4)) == 1
     assert "unknown until the data are counted" in describe_course(TrainDpo(), None, 1e-4)[0]
 

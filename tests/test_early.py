@@ -63,7 +63,7 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are(words, dry, m
     no_gpu(monkeypatch)
     for word in ("cuda", "cuda:7", "mps"):
         said = refused(capsys, [*words.split(), *enough(words), "--device", word, *dry])
-        assert f"--device {word} is not there" in said and "this machine has cpu;" in said
+        assert f"--device {word} does not exist" in said and "this machine has cpu;" in said
     said = refused(capsys, [*words.split(), *enough(words), "--device", "banana", *dry])
     assert "machine.device must be cpu, cuda, cuda:N or mps, not 'banana'" in said
 
@@ -108,7 +108,7 @@ def test_the_device_asked_for_reaches_accelerate(word, told, monkeypatch):
     assert seen == [(told, word == "cpu")] and "ACCELERATE_TORCH_DEVICE" not in os.environ
     Stub.device = property(lambda self: torch.device("cpu"), lambda self, value: None)
     if told:
-        with pytest.raises(ValueError, match=f"--device {word} was asked for and accelerate took cpu"):
+        with pytest.raises(ValueError, match=f"accelerate uses cpu instead of --device {word}"):
             job.join(TrainDpo(device=word))
 
 

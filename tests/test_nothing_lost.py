@@ -30,7 +30,7 @@ def steps_of(run):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_exits_with_its_number(world, tmp_path, number):
     code, said = train(flags(world, "d3po", tmp_path / "run"), stop_at(2, number))
-    assert code == 128 + number and "step 2 is saved; go on with: diffusion-align train d3po" in said
+    assert code == 128 + number and "step 2 is saved; continue with: diffusion-align train d3po" in said
     assert end_of(tmp_path / "run")[0].state["progress"]["in_round"] == 2
 
 
@@ -89,7 +89,7 @@ def test_a_save_that_fails_is_said_and_the_training_goes_on(world, tmp_path, mon
     said = []
     monkeypatch.setattr(session.logger, "warning", lambda text, *args: said.append(text % args))
     assert train(flags(world, "dpo", tmp_path / "run", "--checkpointing_steps=4"))[0] == 0
-    assert steps_of(tmp_path / "run") == [8, 12] and "No space left on device); the training goes on" in said[0]
+    assert steps_of(tmp_path / "run") == [8, 12] and "No space left on device); the training continues" in said[0]
 
 
 def test_a_row_that_cannot_be_written_is_said_and_the_training_goes_on(world, tmp_path, monkeypatch):
@@ -150,7 +150,7 @@ def test_another_version_of_torch_is_told_and_no_obstacle(world, tmp_path, monke
     monkeypatch.setattr(versions, "versions", lambda: newer)
     monkeypatch.setattr(versions.logger, "warning", lambda text, *args: said.append(text % args))
     assert train(flags(world, "dpo", run, "--resume=latest"))[0] == 0
-    assert len(said) == 1 and "and goes on with 9.9" in said[0]
+    assert len(said) == 1 and "and continues with 9.9" in said[0]
 
 
 def test_memory_that_runs_out_is_logged_in_the_metrics_and_outlives_a_stop(world, tmp_path, monkeypatch):

@@ -79,9 +79,9 @@ def test_a_run_that_is_interrupted_goes_on_as_if_it_never_stopped(toys, name, tm
         patch.setattr(record, "append", ctrl_c)
         assert cli.main(argv(toys, name, cut)) == 130
     said = capsys.readouterr().err.splitlines()[-1]
-    assert f"step {passes + 1} is saved; go on with: diffusion-align train {name} --config" in said
+    assert f"step {passes + 1} is saved; continue with: diffusion-align train {name} --config" in said
     AcceleratorState._reset_state(True)
-    assert cli.main(said.partition("go on with: diffusion-align ")[2].split()) == 0
+    assert cli.main(said.partition("continue with: diffusion-align ")[2].split()) == 0
     assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert weights_of(cut) == weights_of(whole)
 
@@ -92,7 +92,7 @@ def test_spo_may_step_for_pairs_and_stop_between_them(toys, tmp_path, monkeypatc
     more = ("--final", "sigma_min", "--pairs_per_step", "4", "--num_rounds", "2", "--checkpointing_steps", "99")
     whole, cut, append = tmp_path / "whole", tmp_path / "cut", record.append
     assert cli.main(argv(toys, "spo", whole, *more)) == 0
-    assert "steps            up to 4, up to 2 a round, of 4 pairs" in capsys.readouterr().out
+    assert "steps            up to 4, up to 2 per round, of 4 pairs" in capsys.readouterr().out
     rows = record.read(whole / "metrics.jsonl")
     assert [row["items"] for row in rows] == [4, 2, 4, 2] and [row["samples"] for row in rows] == [0, 2, 2, 4]
     assert (whole / "checkpoints" / "step-00000004").is_dir() and (whole / "samples" / "step-00000004.png").exists()
@@ -108,10 +108,10 @@ def test_spo_may_step_for_pairs_and_stop_between_them(toys, tmp_path, monkeypatc
         assert cli.main(argv(toys, "spo", cut, *more)) == 130
     said = capsys.readouterr().err.splitlines()[-1]
     AcceleratorState._reset_state(True)
-    assert cli.main([*said.partition("go on with: diffusion-align ")[2].split(), "--final", "zero"]) == 1
+    assert cli.main([*said.partition("continue with: diffusion-align ")[2].split(), "--final", "zero"]) == 1
     assert "final was 'sigma_min' and is now 'zero'" in capsys.readouterr().err.splitlines()[-1]
     AcceleratorState._reset_state(True)
-    assert cli.main(said.partition("go on with: diffusion-align ")[2].split()) == 0
+    assert cli.main(said.partition("continue with: diffusion-align ")[2].split()) == 0
     assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert weights_of(cut) == weights_of(whole)
 

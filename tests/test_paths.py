@@ -197,7 +197,7 @@ def test_a_run_whose_model_has_moved_is_evaluated_and_drawn_from_where_it_is_now
     (run / "pytorch_lora_weights.safetensors").write_bytes(b"")
     options = TrainDpo(str(gone), dataset_name="tiny", revision="abc", variant="fp16")
     (run / "config.yaml").write_text(to_yaml(options, "train dpo", settle=True))
-    with pytest.raises(FileNotFoundError, match=f"trained from, {gone}, is not there: --model says where it is now"):
+    with pytest.raises(FileNotFoundError, match=f"trained from, {gone}, is missing: --model says where it is now"):
         contender(str(run))
     # The revision was one of the repository that the model was fetched from.
     wanted = {"pretrained_model_name_or_path": str(new), "revision": None, "variant": "fp16"}

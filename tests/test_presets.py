@@ -119,9 +119,7 @@ def test_what_no_run_fetches_is_said_with_the_command(cache, monkeypatch, tmp_pa
     head, *lines = report(["rankdpo/sdxl"])
     assert "must be made or installed first" in head
     assert "`diffusion-align data synth --models" in lines[1] and "missing" in lines[1]
-    with pytest.raises(
-        FileNotFoundError, match="nobody publishes it; its counterpart is made by `diffusion-align data"
-    ):
+    with pytest.raises(FileNotFoundError, match="it is not published; `diffusion-align data"):
         source_path(rankdpo.METHOD, TrainRankdpo(train_data_dir="syn-pic"))
     (tmp_path / "syn-pic").mkdir()
     assert states("rankdpo/sdxl")["data"]

@@ -114,9 +114,9 @@ def test_an_interrupted_run_goes_on_as_if_it_never_stopped(toys, finished, tmp_p
         patch.setattr(record, "append", ctrl_c)
         assert train(toys, run) == 130
     said = capsys.readouterr().err.splitlines()[-1]
-    assert f"step 3 is saved; go on with: diffusion-align train rankdpo --config {run}/config.yaml" in said
+    assert f"step 3 is saved; continue with: diffusion-align train rankdpo --config {run}/config.yaml" in said
     AcceleratorState._reset_state(True)
-    assert cli.main(said.partition("go on with: diffusion-align ")[2].split()) == 0
+    assert cli.main(said.partition("continue with: diffusion-align ")[2].split()) == 0
     assert (run / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
     assert weights_of(run) == weights_of(finished)
 

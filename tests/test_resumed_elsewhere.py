@@ -64,7 +64,7 @@ def test_a_decaying_rate_is_extended_only_when_asked_and_follows_its_longer_cour
     before = record.read(run / "metrics.jsonl")
     longer = [*argv, "--max_train_steps=16", "--resume=latest"]
     code, said = train(longer)
-    assert code == 1 and "steps was 12 and is now 16 (--extend goes on, with the rate's course drawn anew" in said
+    assert code == 1 and "steps was 12 and is now 16 (--extend continues, with the learning rate planned" in said
     assert train([*longer, "--extend"])[0] == 0
     rows = record.read(run / "metrics.jsonl")
     assert rows[:12] == before and [row["step"] for row in rows] == list(range(1, 17))
@@ -73,7 +73,7 @@ def test_a_decaying_rate_is_extended_only_when_asked_and_follows_its_longer_cour
     assert json.loads((run / "checkpoints/step-00000016/state.json").read_text())["identity"]["steps"] == 16
     code, said = train([*argv, "--max_train_steps=14", "--resume=latest", "--extend"])
     assert code == 2 and "the checkpoint is at step 16 and the run ends at step 14" in said
-    assert "--extend goes on" not in said
+    assert "--extend continues" not in said
     code, said = train([*argv, "--extend"])
     assert code == 2 and "give --resume_from_checkpoint as well" in said
 

@@ -102,7 +102,7 @@ def test_the_steps_of_a_round_of_pairs():
     o = options("spo", children=4, sample_chunk=8, pairs_per_step=40, num_rounds=1000, **spo)
     plan = rounds_of(o, 4, planned_tables(o))
     assert (plan.steps_per_round, plan.steps, plan.rounds, plan.max_rounds, plan.batch) == (16, 16000, 1000, 1000, 40)
-    assert describe_rounds(plan)[1].startswith("steps            up to 16000, up to 16 a round, of 40 pairs")
+    assert describe_rounds(plan)[1].startswith("steps            up to 16000, up to 16 per round, of 40 pairs")
     o = options("spo", children=4, sample_chunk=8, pairs_per_step=40, max_train_steps=1000, **spo)
     plan = rounds_of(o, 4, planned_tables(o))
     assert (plan.steps, plan.rounds, plan.max_rounds) == (1000, 63, None)

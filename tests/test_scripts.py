@@ -123,7 +123,7 @@ def test_an_interrupted_run_resumes_as_if_never_stopped(toys, finished, monkeypa
         patch.setattr(record, "append", ctrl_c)
         assert train(toys, run) == 130
     said = capsys.readouterr().err.splitlines()[-1]
-    assert f"step 3 is saved; go on with: diffusion-align train dpo --config {run}/config.yaml" in said
+    assert f"step 3 is saved; continue with: diffusion-align train dpo --config {run}/config.yaml" in said
     AcceleratorState._reset_state(True)
     # As if killed after a later step: a row without a checkpoint.
     append(run / "metrics.jsonl", {"step": 4, "loss": 9.0})
@@ -207,7 +207,7 @@ def test_mapo_keeps_no_frozen_copy_and_logs_nothing_that_needs_one(toys, tmp_pat
     said = capsys.readouterr().out
     assert "captions         2 of 3 are longer than the 16 tokens that the text encoder reads" in said
     assert "4 per device x 1 device x 2 accumulation = 8 pairs" in said
-    assert "each of the 3 pairs comes 2.67 times within one step" in said
+    assert "each of the 3 pairs occurs 2.67 times within one step" in said
     assert "reference        none" in said and "mapo_beta        0.1" in said and "\nbeta " not in said
     (row,) = record.read(tmp_path / "run" / "metrics.jsonl")
     assert set(row) == {"step", "epoch", "threads", *metrics_of(TrainDpo(loss_type="mapo"))}

@@ -40,7 +40,9 @@ def recorder(path: str | os.PathLike[str]) -> Callable[[dict[str, Any]], None]:
             append(path, row)
         except OSError as error:
             if not lost:
-                logger.warning("%s: step %s could not be written (%s); the training goes on", path, row["step"], error)
+                logger.warning(
+                    "%s: step %s could not be written (%s); the training continues", path, row["step"], error
+                )
             lost[:] = [row["step"], 1 + (lost[1] if lost else 0)]
             return
         if lost:

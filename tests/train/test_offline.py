@@ -185,7 +185,7 @@ def test_a_weight_is_that_of_its_pair_whatever_the_order_of_the_epoch(same):
 
 @pytest.mark.parametrize("weights", [[1.0] * 9, [1.0] * 9 + [-0.1], [1.0] * 9 + [math.nan]])
 def test_weights_that_are_none_are_refused(weights):
-    with pytest.raises(ValueError, match="expected 10 weights, finite and not below 0, one a pair"):
+    with pytest.raises(ValueError, match="expected 10 weights, finite and not below 0, one per pair"):
         next(make_run(weights=weights).steps())
 
 

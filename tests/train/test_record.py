@@ -119,7 +119,7 @@ def test_a_loop_goes_on_without_rows_and_says_so_twice(file, in_a_child, tmp_pat
 
     in_a_child(work)
     began, ended_line = (tmp_path / "said").read_text().splitlines()
-    assert began.endswith("step 7 could not be written ([Errno 27] File too large); the training goes on")
+    assert began.endswith("step 7 could not be written ([Errno 27] File too large); the training continues")
     assert ended_line.endswith("it can be written again; 3 rows up to step 9 are missing")
     assert [row["step"] for row in record.read(file)] == [1, 2, 3, 4, 5, 6, 10, 11]
 
