@@ -242,7 +242,7 @@ def test_errors_on_the_command_line(argument, message):
         ([], "which model"),
         (["--model=tiny"], "which pairs"),
         (["--model=tiny", "--data=a", "--dataset_name=b"], "not both"),
-        (["--model=tiny", "--data=a", "--loss_type=ipo", "--label_smoothing=0.1"], "no meaning for loss_type ipo"),
+        (["--model=tiny", "--data=a", "--loss_type=ipo", "--label_smoothing=0.1"], "no effect for loss_type ipo"),
         (["--model=tiny", "--data=a", "--loss_type=kto", "--winner_share=0.5"], "is for losses of the margin, not"),
         (["--model=tiny", "--data=a", "--resume=auto", "--overwrite_output_dir"], "deletes what"),
     ],

@@ -95,7 +95,7 @@ def test_an_output_that_cannot_be_made_is_refused_by_its_option(verb, name, tmp_
         return str(caught.value)
 
     assert "file is not a folder" in refusal(tmp_path / "file" / "run" / "deep")
-    assert "link is a link that leads nowhere" in refusal(tmp_path / "link" / "x")
+    assert "link is a broken link" in refusal(tmp_path / "link" / "x")
     if option.path == "folder":
         assert "as it is not a folder" in refusal(tmp_path / "file")
     else:

@@ -258,7 +258,7 @@ def test_bad_options_are_one_line(toys, capsys):
         assert script("finetune_rankdpo")(words) == 2
         assert message in capsys.readouterr().err
     assert train(toys, toys / "none", "--beta=5000", "--dry-run") == 0
-    assert "note: beta_dpo 5000 is read in the unit of diffusers' script" in capsys.readouterr().err
+    assert "note: beta_dpo 5000 is in the unit of diffusers' script" in capsys.readouterr().err
 
 
 def test_a_run_is_a_model_that_synth_draws_with_and_its_rankings_train(toys, finished, tmp_path, monkeypatch):

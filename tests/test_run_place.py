@@ -126,9 +126,9 @@ def test_a_checkpoint_by_name_number_path_or_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("resume", ["step-00000004", "7", "last", "checkpoints/step-00000003", "/no/where"])
 def test_a_checkpoint_that_is_not_there_is_met_with_those_that_are(resume, tmp_path):
     run = make_run(tmp_path / "a", 3, 12)
-    with pytest.raises(FileNotFoundError, match="no such checkpoint; in .*/checkpoints there is step-00000012, step-0"):
+    with pytest.raises(FileNotFoundError, match="no such checkpoint; .*/checkpoints has step-00000012, step-0"):
         run_folder.find_checkpoint(run, resume)
-    with pytest.raises(FileNotFoundError, match="there is none"):
+    with pytest.raises(FileNotFoundError, match="checkpoints has none"):
         run_folder.find_checkpoint(tmp_path / "b", resume)
 
 

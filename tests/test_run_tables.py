@@ -122,5 +122,5 @@ def test_a_decaying_rate_over_an_unknown_number_of_steps_is_said():
     def notes(**more):
         return notes_spo(options("spo", pairs_per_step=4, **more), more)
 
-    assert "laid over the most steps" in notes(lr_scheduler="linear")[0]
+    assert "covers the most steps" in notes(lr_scheduler="linear")[0]
     assert notes() == notes(lr_scheduler="linear", max_train_steps=9) == []

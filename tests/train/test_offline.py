@@ -322,7 +322,7 @@ def test_five_bad_steps_in_a_row_stop_the_run():
     [
         ({"batch_size": 6, "accumulation": 4}, "batch_size 6 .* accumulation 4 x processes 1 = 4 equal micro-batches"),
         ({"max_steps": 0}, "must be positive"),
-        ({"cache": MemoryPairs(0)}, "the data are empty"),
+        ({"cache": MemoryPairs(0)}, "the data set is empty"),
     ],
 )
 def test_settings_that_do_not_fit(settings, reason):
