@@ -40,7 +40,7 @@ def error(argv, verb="train dpo"):
         ("evaluate", ["--held_out_reward", "judge", "runs/a", "runs/b"], "run", ("runs/a", "runs/b")),
     ],
 )  # fmt: skip
-def test_a_flag_takes_the_word_after_it(verb, argv, name, value):
+def test_flags_take_the_next_word_as_value(verb, argv, name, value):
     assert getattr(read(argv, verb).options, name) == value
 
 
@@ -92,7 +92,7 @@ def test_flags_of_other_tools(flag, told):
 
 
 @pytest.mark.parametrize("flag", MEANT)
-def test_each_flag_that_means_another_is_met_with_one_that_the_verb_has(flag):
+def test_flags_of_other_tools_are_answered_with_an_existing_option(flag):
     """Row by row, in every verb that has one of the options it means, and in no verb where it is an option itself."""
     met = 0
     for verb, record in VERBS.items():
@@ -108,7 +108,7 @@ def test_each_flag_that_means_another_is_met_with_one_that_the_verb_has(flag):
 
 
 @pytest.mark.parametrize("flag", NOT_HERE)
-def test_each_flag_that_is_not_here_says_why(flag):
+def test_missing_flags_of_other_tools_are_explained(flag):
     for verb in ("train dpo", "train spo"):
         if flag not in by_any_name(VERBS[verb].options):
             assert f"unknown flag --{flag}; not here: " in error([f"--{flag}"], verb)
@@ -176,7 +176,7 @@ def test_values_of_other_tools(option, value):
         ("data: {center_crop: true}", None, "unknown key data.center_crop; not here: pictures are"),
     ],
 )  # fmt: skip
-def test_a_file_means_what_is_written_in_it(line, name, value, tmp_path):
+def test_yaml_values_keep_their_written_form(line, name, value, tmp_path):
     (tmp_path / "c.yaml").write_text(line)
     argv = ["--config", str(tmp_path / "c.yaml")]
     if name is None:
@@ -193,7 +193,7 @@ def test_anchors_of_a_file_are_followed(tmp_path):
 
 
 @pytest.mark.parametrize("word", ["off", "yes", "010", "1e5", "null", "~", "2024-01-01", "1:30", "", "- a", "a: b #c"])
-def test_a_text_survives_being_saved(word, tmp_path):
+def test_texts_survive_saving_and_loading(word, tmp_path):
     options = TrainDpo(validation_prompts=(word, "x"))
     (tmp_path / "c.yaml").write_text(to_yaml(options, "train dpo"))
     assert read(["--config", str(tmp_path / "c.yaml")]).options == options

@@ -111,7 +111,7 @@ def test_what_is_in_the_network_at_once(options, expected):
     assert footprint._rows(options) == expected
 
 
-def test_a_model_too_large_to_train_whole_is_told(monkeypatch):
+def test_a_model_too_large_for_full_training_is_refused(monkeypatch):
     shapes = {"conv.weight": (1 << 16, 1 << 15)}  # 2.1 billion weights, SDXL's size
     facts = dataclasses.replace(read_model_facts("tiny"), unet_shapes=shapes)
     monkeypatch.setattr(footprint, "memory_of", lambda device: (24 * 10**9, "cuda:0"))

@@ -77,7 +77,7 @@ def test_numbers_that_stay_bad_end_the_run_with_its_state_saved(world, tmp_path,
     assert all(bool(tensor.isfinite().all()) for tensor in found.tensors["model"].values())
 
 
-def test_a_save_that_fails_is_said_and_the_training_goes_on(world, tmp_path, monkeypatch):
+def test_a_failed_save_is_reported_and_training_continues(world, tmp_path, monkeypatch):
     real = checkpoint.save
 
     def full(folder, step, *args, **more):
@@ -92,7 +92,7 @@ def test_a_save_that_fails_is_said_and_the_training_goes_on(world, tmp_path, mon
     assert steps_of(tmp_path / "run") == [8, 12] and "No space left on device); the training continues" in said[0]
 
 
-def test_a_row_that_cannot_be_written_is_said_and_the_training_goes_on(world, tmp_path, monkeypatch):
+def test_a_failed_metrics_row_is_reported_and_training_continues(world, tmp_path, monkeypatch):
     real, said = record.append, []
 
     def full(path, row):
@@ -143,7 +143,7 @@ def test_the_best_is_judged_by_means_between_checkpoints():
         best.observe({"loss": 1.0})
 
 
-def test_another_version_of_torch_is_told_and_no_obstacle(world, tmp_path, monkeypatch):
+def test_another_version_of_torch_causes_a_warning_only(world, tmp_path, monkeypatch):
     run, said = tmp_path / "run", []
     assert train(flags(world, "dpo", run), stop_at(3))[0] == 143
     newer = versions.versions() | {"torch": "9.9"}
@@ -153,7 +153,7 @@ def test_another_version_of_torch_is_told_and_no_obstacle(world, tmp_path, monke
     assert len(said) == 1 and "and continues with 9.9" in said[0]
 
 
-def test_memory_that_runs_out_is_logged_in_the_metrics_and_outlives_a_stop(world, tmp_path, monkeypatch):
+def test_halvings_are_logged_and_survive_a_resume(world, tmp_path, monkeypatch):
     from diffusion_align.models import TextToImage
 
     real, left = TextToImage.predict, [1]

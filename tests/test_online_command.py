@@ -136,7 +136,7 @@ def test_every_online_method_runs_on_an_sdxl_format_folder(name, tmp_path):
     assert (tmp_path / "run" / LORA).exists()
 
 
-def test_a_place_without_a_window_is_said_to_do_nothing(toys, tmp_path, capsys):
+def test_window_options_without_a_window_cause_a_note(toys, tmp_path, capsys):
     for name in ONLINE:
         cli.main(argv(toys, name, tmp_path / "run", "--window_first", "1", "--noise_window", "none", "--dry-run"))
         assert "window_first has no effect" in capsys.readouterr().err
@@ -240,7 +240,7 @@ def test_bad_rewards_are_one_line_and_nothing_done_is_lost(toys, tmp_path, capsy
     assert (tmp_path / "run" / "checkpoints" / "step-00000001").is_dir()
 
 
-def test_a_threshold_that_filters_everything_is_an_end_with_a_reason(toys, tmp_path, capsys):
+def test_a_threshold_that_filters_all_pairs_ends_the_run_with_advice(toys, tmp_path, capsys):
     assert cli.main(argv(toys, "spo", tmp_path / "run", "--threshold", "0.99", "--num_rounds", "9")) == 1
     assert "lower threshold" in capsys.readouterr().err.strip().splitlines()[-1]
 

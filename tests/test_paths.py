@@ -73,7 +73,7 @@ def test_home_inside_the_forms_of_a_reward(tmp_path, monkeypatch):
     assert read(["--reward=jpeg~2"], "train d3po").options.reward == "jpeg~2"
 
 
-def test_a_home_folder_of_nobody_is_refused():
+def test_home_folders_of_unknown_users_are_refused():
     with pytest.raises(UsageError, match="output.output_dir: this machine has no user ~nobody-here: ~nobody-here/x"):
         read(["--output_dir=~nobody-here/x"])
 
@@ -184,7 +184,7 @@ def test_pairs_on_disk_never_ask_a_hub(tmp_path, monkeypatch, capsys):
         assert ("--dataset_name owner/typo" in said) == (typo == "owner/typo")
 
 
-def test_the_current_folder_and_what_leads_there_are_outputs(tmp_path, monkeypatch):
+def test_paths_to_and_inside_the_current_folder_are_valid_outputs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for place in (".", "a/b/../c", str(tmp_path), os.path.join("..", tmp_path.name, "x")):
         require_outputs(TrainDpo(output_dir=place))

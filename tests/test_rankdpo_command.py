@@ -121,7 +121,7 @@ def test_an_interrupted_run_goes_on_as_if_it_never_stopped(toys, finished, tmp_p
     assert weights_of(run) == weights_of(finished)
 
 
-def test_what_may_not_be_resumed(toys, finished, capsys):
+def test_resumes_with_other_settings_are_refused(toys, finished, capsys):
     labels = "the relevance of the rankings' pictures changed: --train_data_dir"
     cases = [("beta", ("--beta=100",), {}), (labels, (), {"data": "others.jsonl"}),
              ("shared_noise", ("--shared_noise",), {}), ("discount", ("--discount=log2",), {}),

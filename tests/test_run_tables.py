@@ -118,7 +118,7 @@ def test_the_steps_of_a_round_of_pairs():
         options("spo", pairs_per_step=40, prompts_per_step=8)
 
 
-def test_a_decaying_rate_over_an_unknown_number_of_steps_is_said():
+def test_a_decaying_rate_over_an_unknown_number_of_steps_causes_a_note():
     def notes(**more):
         return notes_spo(options("spo", pairs_per_step=4, **more), more)
 

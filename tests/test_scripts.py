@@ -254,7 +254,7 @@ def test_full_training_writes_a_unet(toys, tmp_path):
     assert len(list(out.glob("*.png"))) == 1
 
 
-def test_an_earlier_run_is_overwritten_only_on_request(toys, tmp_path):
+def test_overwriting_a_run_needs_the_option(toys, tmp_path):
     run = tmp_path / "run"
     assert train(toys, run, "--max_train_steps=2") == 0
     (run / "mine.txt").write_text("kept")
@@ -399,7 +399,7 @@ def test_beta_in_the_units_of_the_literature():
     ("name", "local"),
     [("owner/name", False), ("./owner/name", True), ("pairs.jsonl", True), ("a/pairs.parquet", True), ("word", True)],
 )
-def test_which_names_are_paths(name, local):
+def test_names_and_paths_are_distinguished(name, local):
     assert (sources.pairs_on_disk(name) is not None) == local
 
 

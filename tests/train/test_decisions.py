@@ -114,7 +114,7 @@ def unknown(test, known):
 
 
 @pytest.mark.parametrize(("room", "function"), LOOPS)
-def test_the_loops_leave_and_talk_only_where_all_do(room, function):
+def test_loops_branch_only_on_values_equal_on_all_ranks(room, function):
     assert strays((HOME / f"{room}.py").read_text(), function) == []
 
 
@@ -138,7 +138,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("room", "function", "before", "added"), BAD)
-def test_a_turn_that_only_one_process_takes_is_found(room, function, before, added):
+def test_the_check_finds_branches_of_a_single_rank(room, function, before, added):
     source = (HOME / f"{room}.py").read_text()
     (line,) = [line for line in source.splitlines() if line.strip().startswith(before) and line.startswith(" " * 8)]
     indent = line[: len(line) - len(line.lstrip())]
@@ -151,7 +151,7 @@ def ran_out(*_):
 
 
 @pytest.mark.parametrize("fault", ["not finite", "no memory"])
-def test_a_bad_batch_on_one_process_holds_nobody_up(fault, tmp_path):
+def test_a_bad_batch_on_one_rank_blocks_no_other(fault, tmp_path):
     """Step 3 of process 1: both skip it, or both halve; and both come to the end, within the launcher's time."""
 
     def work(rank):

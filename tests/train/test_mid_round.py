@@ -88,7 +88,7 @@ def test_only_known_records_are_saved():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_loop_that_is_asked_to_stop_while_it_draws_ends_with_nothing_done(name):
+def test_a_stop_request_while_drawing_ends_the_loop_before_learning(name):
     """Asked in the second round, behind its first chunk: the loop ends where the first round had."""
     toy, records = Toy(), []
     method = toy.method(name)
@@ -102,7 +102,7 @@ def test_a_loop_that_is_asked_to_stop_while_it_draws_ends_with_nothing_done(name
 
 
 @pytest.mark.parametrize("name", ["d3po", "prdp", "ddpo"])
-def test_scoring_behind_the_drawing_changes_nothing(name):
+def test_scoring_during_drawing_changes_nothing(name):
     """And the first chunk is scored while the second is drawn: were it not, neither would be waiting for the other."""
     import threading
     from functools import partial
@@ -131,7 +131,7 @@ def test_scoring_behind_the_drawing_changes_nothing(name):
     assert lone == [True] * 6 + [False] * 6
 
 
-def test_parts_of_comparisons_are_whole_families():
+def test_comparisons_split_into_complete_families():
     """All 3 pairs of three children stay together, for they share one evaluation of their parent."""
     toy = Toy()
     pairs = toy.branch([(0, i) for i in range(4)], all_pairs=True)
@@ -144,7 +144,7 @@ def test_parts_of_comparisons_are_whole_families():
     assert len(pairs.split(100)) == len(set(pairs.family.tolist())) > 4
 
 
-def test_parts_of_runs_are_whole_groups():
+def test_runs_split_into_complete_groups():
     toy = Toy()
     runs = toy.draw([(0, i) for i in range(4)])
     parts = runs.split(3)

@@ -126,7 +126,7 @@ def test_lists_of_any_length_have_their_errors_in_place():
     )  # against the answer 0, the error is the target's size
 
 
-def test_one_call_of_each_network_a_piece_winners_first():
+def test_each_micro_batch_calls_each_network_once_winners_first():
     calls = []
     run = make_run(accumulation=2, batch_size=6, max_steps=1)
 

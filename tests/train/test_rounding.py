@@ -197,7 +197,7 @@ class Device:
         self.device, self.mixed_precision = torch.device(kind), mixed_precision
 
 
-def test_what_is_allowed_follows_precision_and_device(no_tf32):
+def test_limits_depend_on_precision_and_device(no_tf32):
     assert between_outputs(Device("cpu")) == 0 and between_outputs(Device("cuda")) == FLOAT32
     assert between_outputs(Device("cpu", "bf16")) == 8 / 256 and between_outputs(Device("cuda", "fp16")) == 8 / 2048
     assert arithmetic(Device("cuda")) == "no"

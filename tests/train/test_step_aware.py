@@ -138,7 +138,7 @@ def by_hand(step, scorer, labels=None, batch=4):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
-def test_the_loss_of_a_step_is_the_papers_whatever_its_pieces(accumulation):
+def test_the_loss_does_not_depend_on_micro_batches(accumulation):
     labels = tensor(1, 0, 1, 0.5, 1, 1, 0, 1, 0.5, 1)
     untouched = Scorer()
     scorer, records = start(accumulation=accumulation, labels=labels, max_steps=3)
