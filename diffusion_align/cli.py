@@ -117,7 +117,7 @@ def _run_verb(words: str, argv: list[str]) -> int:
     if hasattr(resolved.options, "threads"):
         from diffusion_align.commands import threads
 
-        threads.started()
+        threads.record_usage()
     return verb.start(resolved.options)
 
 
@@ -160,7 +160,7 @@ def overview(group: str = "") -> str:
 
 
 def _one_line(error: Exception) -> str:
-    """An error's message without its line breaks; its type where there is no message."""
+    """The message of an error in one line; its class if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -53,7 +53,7 @@ class Schedule:
         Only the noise levels are read, with diffusers' defaults for absent keys. Choices of the grid in the config
         (`timestep_spacing`, `use_karras_sigmas`, ...) are ignored: the grid is an argument of `step_table`.
         `shift` replaces the config's own shift of a flow grid; a config with `use_dynamic_shifting` needs it, as
-        exp(mu) for the picture size at hand.
+        exp(mu) for the size of the pictures.
 
         Raises ValueError for configs whose noise levels are of neither kind (EDM), or which name an unknown schedule.
         """

@@ -14,7 +14,7 @@ from diffusion_align.methods import dpo
 from diffusion_align.models.hub import locate, on_hub
 from diffusion_align.options import VERBS, TrainDpo, UsageError, options_of, parse, resolve, to_yaml
 from diffusion_align.options import paths as paths_module
-from diffusion_align.options.paths import KINDS, require_outputs, settled_reward, without_folders
+from diffusion_align.options.paths import KINDS, absolute_reward, require_outputs, without_folders
 
 # Texts that are no paths, whatever the verb. A new text option is one of these, or says what kind of path it is.
 WORDS = """revision variant device keep_best report_to tracker_name validation_prompts hub_model_id hub_token split
@@ -129,12 +129,12 @@ def test_what_a_run_writes_down_means_the_same_from_every_folder(tmp_path, monke
         (tmp_path / name).mkdir(parents=True) if "." not in name else (tmp_path / name).write_text("")
     argv = ["--model=models/mine", "--data=pairs", "--output_dir=runs/a", "--cache_dir=cache", "--logging_dir=logs"]
     options = read(argv).options
-    text = to_yaml(options, "train dpo", settle=True)
+    text = to_yaml(options, "train dpo", absolute=True)
     for name in ("models/mine", "pairs", "runs/a", "cache"):
         assert f": {tmp_path / name}\n" in text
     assert "logging_dir: logs\n" in text  # inside the run, wherever that is
     assert to_yaml(options, "train dpo").count(str(tmp_path)) == 0  # a dry run shows what was typed
-    named = to_yaml(read(["--model=owner/name", "--dataset_name=tiny"]).options, "train dpo", settle=True)
+    named = to_yaml(read(["--model=owner/name", "--dataset_name=tiny"]).options, "train dpo", absolute=True)
     assert "name_or_path: owner/name\n" in named and "dataset_name: tiny\n" in named
     here = str(tmp_path)
     for given, wanted in {
@@ -145,8 +145,8 @@ def test_what_a_run_writes_down_means_the_same_from_every_folder(tmp_path, monke
         "x,y": f"{here}/x,y",
         "ViT-B-32:openai": "ViT-B-32:openai",
     }.items():
-        assert settled_reward(given) == wanted
-        assert without_folders(settled_reward(given)) == without_folders(given)
+        assert absolute_reward(given) == wanted
+        assert without_folders(absolute_reward(given)) == without_folders(given)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_a_run_whose_model_has_moved_is_evaluated_and_drawn_from_where_it_is_now
     new.mkdir()
     (run / "pytorch_lora_weights.safetensors").write_bytes(b"")
     options = TrainDpo(str(gone), dataset_name="tiny", revision="abc", variant="fp16")
-    (run / "config.yaml").write_text(to_yaml(options, "train dpo", settle=True))
+    (run / "config.yaml").write_text(to_yaml(options, "train dpo", absolute=True))
     with pytest.raises(FileNotFoundError, match=f"trained from, {gone}, is missing: --model says where it is now"):
         contender(str(run))
     # The revision was one of the repository that the model was fetched from.

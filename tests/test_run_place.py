@@ -33,7 +33,7 @@ def make_run(folder, *steps):
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("")
     options = TrainDpo("tiny", dataset_name="tiny", output_dir=str(folder))
-    (folder / "config.yaml").write_text(to_yaml(options, "train dpo", settle=True))
+    (folder / "config.yaml").write_text(to_yaml(options, "train dpo", absolute=True))
     for step in steps:
         checkpoint.save(folder / "checkpoints", step, {"model": {"w": torch.full((1,), float(step))}}, {}, keep=9)
     return folder

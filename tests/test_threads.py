@@ -85,10 +85,10 @@ def test_thread_counts_of_the_user_are_kept(monkeypatch):
     monkeypatch.setattr(threads, "STARTED", [Usage(0.0, 0.0, 0.0)])
     monkeypatch.setattr(threads, "usage", lambda: Usage(10.0, 1e6, 0.0))
     said: list[str] = []
-    asked = threads.settle(3, environment={}, say=said.append)
+    asked = threads.set_threads(3, environment={}, say=said.append)
     assert asked.count == torch.get_num_threads() == 3 and not asked.chosen
     torch.set_num_threads(2)  # as torch does by itself for OMP_NUM_THREADS
-    given = threads.settle(environment={"OMP_NUM_THREADS": "2"}, say=said.append)
+    given = threads.set_threads(environment={"OMP_NUM_THREADS": "2"}, say=said.append)
     assert given.count == torch.get_num_threads() == 2 and given.adjust() is None and not said
 
 
@@ -98,7 +98,7 @@ def test_by_default_threads_follow_the_free_cores(monkeypatch):
     monkeypatch.setattr(threads, "usage", lambda: Usage(10.0, 14.0, 4.0))
     torch.set_num_threads(2)
     said: list[str] = []
-    found = threads.settle(environment={}, say=said.append)
+    found = threads.set_threads(environment={}, say=said.append)
     assert found.count == torch.get_num_threads() == 1 and found.chosen
     assert said == ["1 CPU thread, as other programs use 1.0 of 2 cores (--threads N sets another number)"]
 
@@ -108,8 +108,10 @@ def test_a_resumed_run_uses_the_threads_of_its_checkpoint(monkeypatch):
     monkeypatch.setattr(threads, "STARTED", [Usage(0.0, 0.0, 0.0)])
     monkeypatch.setattr(threads, "usage", lambda: Usage(10.0, 14.0, 4.0))
     torch.set_num_threads(1)
-    assert threads.settle(resumed=2, environment={}, say=lambda line: None).count == torch.get_num_threads() == 2
-    assert threads.settle(resumed=16, environment={}, say=lambda line: None).count == 2  # moved to a smaller machine
+    assert threads.set_threads(resumed=2, environment={}, say=lambda line: None).count == torch.get_num_threads() == 2
+    assert (
+        threads.set_threads(resumed=16, environment={}, say=lambda line: None).count == 2
+    )  # moved to a smaller machine
 
 
 def test_a_run_records_its_threads_and_goes_on_with_them(tmp_path, monkeypatch):

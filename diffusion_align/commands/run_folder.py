@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from diffusion_align.commands.printed_commands import restart_command
-from diffusion_align.options.paths import settled_reward
+from diffusion_align.options.paths import absolute_reward
 from diffusion_align.options.place import CHECKPOINTS, CONFIG, LATEST, METRICS, step_named
 from diffusion_align.train import record
 from diffusion_align.train.checkpoints import store as checkpoint
@@ -106,6 +106,6 @@ def resume_line(run: Path, verb: str, reward: str | None = None) -> str:
 
     A Python reward runs only if it is named on the command line, so it is repeated there.
     """
-    program = ["--reward", settled_reward(reward)] if reward and "python:" in reward else []
+    program = ["--reward", absolute_reward(reward)] if reward and "python:" in reward else []
     config = os.path.abspath(run / CONFIG)
     return restart_command(verb, ["--config", config, "--resume_from_checkpoint", "latest", *program])

@@ -83,7 +83,7 @@ def fitting(most: int, cores: int, busy: float) -> int:
 STARTED: list[Usage] = []  # the reading that the command made before its heavy imports
 
 
-def started() -> None:
+def record_usage() -> None:
     """Read the counters, so that the load of other programs is measured during the import of torch."""
     STARTED[:] = [usage()]
 
@@ -123,8 +123,8 @@ class Threads:
         return None
 
 
-def settle(
-    asked: int | None = None,
+def set_threads(
+    option: int | None = None,
     resumed: int | None = None,
     *,
     environment: Mapping[str, str] = os.environ,
@@ -132,15 +132,15 @@ def settle(
 ) -> Threads:
     """Set the number of torch's threads, and print it if it is not torch's default.
 
-    In this order: the option (`asked`), the environment that the user or the launcher set, the number in the checkpoint
-    of a resumed run (`resumed`), or the cores that other programs have left free since `started`.
+    In this order: `option`, the environment that the user or the launcher set, `resumed` (the number in the checkpoint
+    of a resumed run), or the cores that other programs have left free since `record_usage`.
     """
     import torch
 
     most = torch.get_num_threads()
     by_environment = any(environment.get(name) for name in SET_BY_USER)
-    if asked is not None or by_environment:
-        count = most if asked is None else asked
+    if option is not None or by_environment:
+        count = most if option is None else option
         return Threads(count, False, count, cores(), usage, _apply)
     here = cores()
     if resumed is not None:

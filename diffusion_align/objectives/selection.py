@@ -49,7 +49,7 @@ def clear_win(score_w: Tensor, score_l: Tensor, threshold: float) -> Tensor:
     Scores are a preference model's logits, so 0.3 is a gap of 0.619. Raises ValueError for a threshold outside [0, 1).
     """
     if not 0 <= threshold < 1:
-        raise ValueError(f"the threshold is one of probabilities and must lie in [0, 1), got {threshold}")
+        raise ValueError(f"the threshold, a difference of probabilities, must lie in [0, 1), got {threshold}")
     return softmax_gap(score_w, score_l) > threshold
 
 

@@ -11,7 +11,7 @@ import yaml
 
 from .names import UsageError, unknown
 from .other_tools import flag_hint
-from .paths import settled
+from .paths import absolute_paths
 from .schema import by_any_name, options_of
 
 PRESETS = Path(__file__).parent / "presets"
@@ -148,17 +148,17 @@ def _in(origin: str, error: UsageError) -> UsageError:
     return UsageError(f"{origin}: {error}")
 
 
-def to_yaml(options: Any, verb: str, *, settle: bool = False) -> str:
+def to_yaml(options: Any, verb: str, *, absolute: bool = False) -> str:
     """The resolved options by section, in the format of --config, without options that are not saved (`Option.saved`).
 
-    `settle`: make relative paths absolute, for a file that is read from other folders.
+    `absolute`: make relative paths absolute, for a file that is read from other folders.
     """
     content: dict[str, Any] = {"verb": verb}
     values = dataclasses.asdict(options)
     for described in options_of(type(options)).values():
         if described.saved:
             value = values[described.name]
-            value = settled(described, value) if settle else value
+            value = absolute_paths(described, value) if absolute else value
             value = list(value) if isinstance(value, tuple) else value
             content.setdefault(described.section, {})[described.name] = value
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)

@@ -80,7 +80,7 @@ NOT_HERE: dict[str, str] = {
     **dict.fromkeys(("dreamlike_pairs_only", "hard_skip_resume"), "it is of the authors' code only; a resumed run reads no pair twice"),
     **dict.fromkeys(("save_precision", "save_model_as", "output_kohya_format", "upcast_before_saving", "no_metadata"), "a LoRA is saved in diffusers' format in float32"),
     **dict.fromkeys(("max_token_length", "tokenizer_max_length", "clip_skip"), "text is encoded as the model's pipeline does"),
-    **dict.fromkeys(("scale_weight_norms", "network_weights", "dim_from_weights"), "a LoRA starts at zero; --resume_from_checkpoint goes on with a run"),
+    **dict.fromkeys(("scale_weight_norms", "network_weights", "dim_from_weights"), "a LoRA starts at zero; --resume_from_checkpoint continues a run"),
     **dict.fromkeys(("dataset_config", "dataset_repeats", "num_repeats", "repeats"), "a data set is one folder or file, each pair once an epoch"),
     **dict.fromkeys(("fp8_base", "full_bf16", "full_fp16", "offload", "quantize"), "weights are float32, the network runs in --mixed_precision"),
     **dict.fromkeys(("compile", "torch_compile", "enable_npu_flash_attention", "attention_backend"), "attention is PyTorch's own, and nothing is compiled"),

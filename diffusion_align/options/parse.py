@@ -24,7 +24,7 @@ START_FLAGS = {
     "preset": "start from a named preset (`diffusion-align presets ls`)",
     "config": "read options from a YAML file, or from a run folder's config.yaml",
     "dry_run": "print what would be done, and stop",
-    "traceback": "show the whole traceback of an error",
+    "traceback": "show the full traceback of an error",
     "help": "show this help",
 }
 

@@ -51,10 +51,10 @@ def expanded(option: Option, value: Any, origin: str) -> Any:
     return _each(expand, value) if option.path else value
 
 
-def settled(option: Option, value: Any) -> Any:
+def absolute_paths(option: Option, value: Any) -> Any:
     """The value of an option with absolute paths, so that it means the same in every folder; names stay names."""
     made = {"in": os.path.abspath, "folder": os.path.abspath, "file": os.path.abspath}
-    made |= {"name": _settled_name, "reward": settled_reward}
+    made |= {"name": _absolute_name, "reward": absolute_reward}
     return _each(made[option.path], value) if option.path in made else value
 
 
@@ -64,21 +64,21 @@ def _each(change: Callable[[str], str], value: Any) -> Any:
     return change(value) if isinstance(value, str) else value
 
 
-def _settled_name(text: str) -> str:
+def _absolute_name(text: str) -> str:
     return os.path.abspath(text) if text != "tiny" and os.path.exists(text) else text
 
 
-def settled_reward(text: str) -> str:
+def absolute_reward(text: str) -> str:
     """The text of a reward with absolute paths."""
     if text not in CATALOGUE and os.path.isdir(text):  # a folder's name may hold a comma or an equals sign
         return os.path.abspath(text)
 
-    def settle(match: re.Match[str]) -> str:
+    def make_absolute(match: re.Match[str]) -> str:
         word = match[0]
         name = word in CATALOGUE or _NUMBER.fullmatch(word) or not os.path.exists(word)
         return word if name else os.path.abspath(word)
 
-    return ",".join(part if _elsewhere(part) else re.sub(r"[^=:]+", settle, part) for part in text.split(","))
+    return ",".join(part if _elsewhere(part) else re.sub(r"[^=:]+", make_absolute, part) for part in text.split(","))
 
 
 def without_folders(reward: str) -> str:

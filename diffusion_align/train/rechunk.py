@@ -40,7 +40,7 @@ def rechunk(
     if len(changes) > 1:
         what = "drawn predictions" if unmoved else "the reference's predictions"
         logger.warning(
-            "%s are made anew in the smaller chunks, as another batch shape rounds differently%s",
+            "%s are repeated in the smaller chunks, because another batch shape rounds differently%s",
             what, f": they differ by up to {max(changes):.1e}, relative" if unmoved else "; the policy has moved on",
         )  # fmt: skip
     return replace(round, chunks=chunks, halvings=halvings)

@@ -55,7 +55,7 @@ class Run:
     spike: skip steps whose gradient norm is this many standard deviations above the mean of the last good steps.
     max_skipped_in_row: end the run after this many skipped steps in a row.
     round: if `progress` is inside a round, its data on this rank (from the checkpoint).
-    stop_requested: whether this process was told to stop; an online loop checks it while it draws.
+    stop_requested: returns whether this process got a signal to stop; an online loop checks it while it draws.
     """
 
     parameters: Sequence[Parameter]

@@ -56,15 +56,15 @@ def run_steps(method: OfflineMethod, run: Run, *, batch_size: int, accumulation:
     """
     accelerator, progress = run.accelerator, run.progress
     _check_settings(method.n, batch_size, accumulation, accelerator)
-    whole = batch_size // (accumulation * accelerator.num_processes)
+    rows = batch_size // (accumulation * accelerator.num_processes)
     while progress.step < run.max_steps:
         record_activity("learning", progress.step + 1)
         samples = samples_at(progress.samples, batch_size, method.n, run.seed)
-        starts = range(accelerator.process_index * whole, batch_size, accelerator.num_processes * whole)
-        mine = [samples[first : first + whole] for first in starts]
+        starts = range(accelerator.process_index * rows, batch_size, accelerator.num_processes * rows)
+        mine = [samples[first : first + rows] for first in starts]
         while True:
             run.optimizer.zero_grad(set_to_none=True)
-            size = _size(whole, progress.halvings)
+            size = _size(rows, progress.halvings)
             ready = method.survey is None or size >= batch_size or _surveyed(method.survey, mine, progress, accelerator)
             parts = _try_step(method, samples, mine, progress) if ready else None
             (failed,) = on_any_rank(accelerator, parts is None)

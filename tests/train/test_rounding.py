@@ -96,7 +96,7 @@ def test_memory_that_runs_out_while_learning_does_not_end_a_run(name, arithmetic
     assert all(value == 0 for key, value in first.items() if key.startswith(("log_ratio", "drift")))
     assert "out of memory" in caplog.text
     if name != "spo":  # which stores no predictions
-        (told,) = set(re.findall(r"drawn predictions are made anew .* differ by up to (\S+), relative", caplog.text))
+        (told,) = set(re.findall(r"drawn predictions are repeated .* differ by up to (\S+), relative", caplog.text))
         assert 0.5 * error < float(told) < 20 * error
 
 

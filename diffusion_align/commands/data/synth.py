@@ -59,7 +59,7 @@ def synth(options: Synth) -> int:
     _claim(out, o, prompts, models)
     k, n = shard_of(o.shard)
     chunks = chunks_of(prompts)
-    threads.settle(o.threads)
+    threads.set_threads(o.threads)
     try:
         for number, model in enumerate(models):
             draw_pictures(o, out, prompts, chunks[k::n], model, number)

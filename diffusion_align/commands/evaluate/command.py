@@ -56,7 +56,7 @@ def evaluate(options: Evaluate) -> int:
 
     resolution = _resolution(o, [*models, base])
     facts: dict[str, Any] = _facts(o, prompts) | ({"resolution": resolution} if resolution else {})
-    workers = threads.settle(o.threads)
+    workers = threads.set_threads(o.threads)
     folders: dict[tuple[str, str], Path] = {}
     side = 0
     for name, who in named.items():

@@ -11,7 +11,7 @@ from typing import Any
 
 from diffusion_align.commands.train.course import WARMUP
 from diffusion_align.options import GivenPictures, TrainCommon, TrainOnline
-from diffusion_align.options.paths import settled, without_folders
+from diffusion_align.options.paths import absolute_paths, without_folders
 from diffusion_align.options.schema import options_of
 from diffusion_align.train.checkpoints.store import Checkpoint, require_same_identity
 
@@ -73,7 +73,7 @@ def facts_of(o: TrainCommon, *, number: int) -> Facts:
 
     def chosen(*names: str) -> dict[str, Any]:
         described = options_of(type(o))
-        return {f"--{name}": settled(described[name], getattr(o, name)) for name in names if name in described}
+        return {f"--{name}": absolute_paths(described[name], getattr(o, name)) for name in names if name in described}
 
     facts = {"model": chosen("pretrained_model_name_or_path", "revision", "variant")}
     if isinstance(o, GivenPictures):

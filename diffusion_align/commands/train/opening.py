@@ -53,7 +53,7 @@ def open_session(o: Any, entry: Entry[Any], resumed: Checkpoint | None) -> Sessi
     if o.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("mixed_precision fp16 needs a CUDA GPU and there is none here; use bf16 or no")
     accelerator = join(o, log_folder(o))
-    workers = threads.settle(o.threads, resumed.state.get("threads") if resumed else None, say=accelerator.print)
+    workers = threads.set_threads(o.threads, resumed.state.get("threads") if resumed else None, say=accelerator.print)
     set_tf32(o.allow_tf32)
     name = present_model(o.pretrained_model_name_or_path or "")
     model = load_pipeline(name, device=accelerator.device, revision=o.revision, variant=o.variant)

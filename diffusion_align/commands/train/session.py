@@ -74,7 +74,7 @@ class Session:
     best: Best = field(init=False)
 
     def stop_requested(self) -> bool:
-        """Whether this process was told to stop."""
+        """Whether this process got a signal to stop."""
         return self.interrupt.signal_number > 0
 
     def trains(self, trained: Trained | None) -> None:
@@ -116,7 +116,7 @@ class Session:
             extended = require_same_run(o, resumed, identity, self.facts, self.accelerator.num_processes)
         self.base = torch.empty(0)
         if self.accelerator.is_main_process:
-            run_folder.claim(self.run, to_yaml(o, self.verb, settle=True), step=at, overwrite=o.overwrite_output_dir)
+            run_folder.claim(self.run, to_yaml(o, self.verb, absolute=True), step=at, overwrite=o.overwrite_output_dir)
         if self._draws:
             self.prompts = grids.grid_prompts(o.validation_prompts, prompts)
             if self.accelerator.is_main_process:

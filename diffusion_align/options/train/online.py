@@ -1,6 +1,6 @@
 """The options that online methods share: prompts, rollouts and rewards.
 
-Defaults are the papers' where there is one, in the papers' units: log-ratios averaged over the latent's dims.
+Defaults are those of the papers if they give one, in their units: log-ratios averaged over the latent's dims.
 """
 
 # ruff: noqa: E501  (a table: one option a line)
