@@ -126,7 +126,7 @@ def test_a_run_records_its_threads_and_goes_on_with_them(tmp_path, monkeypatch):
         seen = readings(*[busy] * 1000)
         seen()
         monkeypatch.setattr(threads, "usage", seen)
-        monkeypatch.setattr(threads, "started", lambda: threads.STARTED.__setitem__(slice(None), [seen()]))
+        monkeypatch.setattr(threads, "record_usage", lambda: threads.STARTED.__setitem__(slice(None), [seen()]))
 
     beside(1.0)
     assert train(flags(world, "d3po", run), stop_at(2, signal.SIGTERM))[0] == 128 + signal.SIGTERM

@@ -98,8 +98,8 @@ def run_rounds(method: OnlineMethod[Chunk], run: Run, sizes: RoundSizes) -> Iter
             items = sum_over_ranks(accelerator, sum(method.items(chunk) for chunk in chunks_of(round, number)))
             # `update` averages gradients over the ranks; this factor makes that average the mean over all items.
             factor = accelerator.num_processes / max(items, 1) * (progress.loss_scale or 1.0)
-            parts, progress, round = _learn(method, run, round, partial(chunks_of, number=number), factor, progress)
-            columns = _gather(parts, accelerator)
+            learned, progress, round = _learn(method, run, round, partial(chunks_of, number=number), factor, progress)
+            columns = _gather(learned, accelerator)
             if fresh and items and method.check_start is not None:
                 method.check_start(columns)
             fresh = fresh and not items
@@ -200,12 +200,13 @@ def _skipped(run: Run, progress: Progress, consumed: int) -> Outcome:
     return Outcome(progress, float("nan"), 0.0, float(run.optimizer.param_groups[0]["lr"]), False)
 
 
-def _gather(parts: list[Columns], accelerator: Accelerator) -> Columns:
+def _gather(learned: list[Columns], accelerator: Accelerator) -> Columns:
     """The rows of all chunks of all ranks, in order, float64 on the CPU; {} if no rank has any."""
     from accelerate.utils import gather_object
 
     mine: Columns = {
-        name: torch.cat([part[name].detach().cpu().double().flatten() for part in parts]) for name in (parts or [{}])[0]
+        name: torch.cat([one[name].detach().cpu().double().flatten() for one in learned])
+        for name in (learned[0] if learned else {})
     }
     every: list[Any] = gather_object([mine]) if accelerator.num_processes > 1 else [mine]
     names = next((list(columns) for columns in every if columns), [])

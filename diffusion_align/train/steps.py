@@ -66,16 +66,16 @@ def run_steps(method: OfflineMethod, run: Run, *, batch_size: int, accumulation:
             run.optimizer.zero_grad(set_to_none=True)
             size = _size(rows, progress.halvings)
             ready = method.survey is None or size >= batch_size or _surveyed(method.survey, mine, progress, accelerator)
-            parts = _try_step(method, samples, mine, progress) if ready else None
-            (failed,) = on_any_rank(accelerator, parts is None)
+            by_micro_batch = _try_step(method, samples, mine, progress) if ready else None
+            (failed,) = on_any_rank(accelerator, by_micro_batch is None)
             if not failed:
                 break
-            parts = None
+            by_micro_batch = None
             free()
             halved(size, f"step {progress.step + 1}")
             progress = replace(progress, halvings=progress.halvings + 1)
-        assert parts is not None  # no rank failed
-        columns = _gather(parts, accelerator)
+        assert by_micro_batch is not None  # no rank failed
+        columns = _gather(by_micro_batch, accelerator)
         if progress.step == 0 and method.check_start is not None:
             method.check_start(columns)
         outcome = update(columns["loss"], run, progress, batch_size)
@@ -147,10 +147,10 @@ def _check_settings(n: int, batch_size: int, accumulation: int, accelerator: Acc
         )
 
 
-def _gather(parts: list[Columns], accelerator: Accelerator) -> Columns:
+def _gather(by_micro_batch: list[Columns], accelerator: Accelerator) -> Columns:
     """The columns of all micro-batches [b] of all ranks, in stream order [batch_size], float64 on the CPU."""
-    names = list(parts[0])
-    mine = torch.stack([torch.stack([part[name] for name in names]) for part in parts])  # [A, columns, b]
+    names = list(by_micro_batch[0])
+    mine = torch.stack([torch.stack([one[name] for name in names]) for one in by_micro_batch])  # [A, columns, b]
     every = accelerator.gather(mine[None])
     assert isinstance(every, Tensor)  # [P, A, columns, b]
     rows = every.cpu().to(torch.float64).permute(2, 1, 0, 3).flatten(1)
