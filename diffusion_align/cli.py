@@ -14,9 +14,11 @@ from diffusion_align.system.printable import printable
 
 PROG = "diffusion-align"
 MEMORY_CURE = (
-    "the three cheapest ways on: --gradient_checkpointing; --mixed_precision bf16; fewer pictures at a time "
+    "the three cheapest remedies: --gradient_checkpointing; --mixed_precision bf16; fewer pictures at a time "
     "(halve --train_batch_size and double --gradient_accumulation_steps; online: halve --sample_chunk, or --group_size)"
 )
+TIMEOUT_CURE = "if that process is only slow, raise --process_timeout"
+TRACEBACK = " (--traceback shows where)"
 OTHER_VERBS = {
     "presets ls": "list the presets",
     "presets show": "print a preset, with the unit and the source of each number: presets show METHOD/NAME",
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         output.flush()
         if output.refused is None:
             return code
-        _complain(f"a part of what this command printed is lost: {output.refused.strerror}; make room for its output")
+        _complain(f"some output of this command is lost: {output.refused.strerror}; make room for its output")
         return code or 1
 
 
@@ -47,11 +49,11 @@ def _main(argv: list[str]) -> int:
     try:
         return _run(argv)
     except KeyboardInterrupt as interrupt:
-        # A command that can be continued says how in the exception it raises.
+        # The exception of a command that can be continued says how.
         _complain(f"interrupted{'; ' + str(interrupt) if str(interrupt) else ''}")
         return 128 + getattr(interrupt, "number", signal.SIGINT)
-    except SystemExit as error:  # code that is not ours, such as a library's or a reward's, cannot say that all is done
-        _complain(f"something below the command called exit({error.code!r}); its work is not done")
+    except SystemExit as error:  # of a library or a reward: whatever its code, the command did not finish
+        _complain(f"code that this command ran called exit({error.code!r}); the command did not finish")
         return 1
     except UsageError as error:
         if traceback:
@@ -61,14 +63,16 @@ def _main(argv: list[str]) -> int:
     except Exception as error:
         if traceback:
             raise
-        # Errors that the floors below raise on purpose are plain ones, or classes of their own.
+        # The package raises its own classes, or these, for what a user can correct; all others are unexpected.
         ours = type(error).__module__.startswith("diffusion_align.")
-        if "out of memory" in str(error):  # of this process, or of another one that an error tells of
-            _complain(f"{_one_line(error)}; {MEMORY_CURE}")
+        cures = {"out of memory": MEMORY_CURE, "has not moved since step": TIMEOUT_CURE}
+        cure = next((cure for sign, cure in cures.items() if sign in str(error)), "")
+        if cure:  # for this process, or another one that the error names
+            _complain(f"{_one_line(error)}; {cure}")
         elif ours or isinstance(error, ValueError | OSError | ImportError | NotImplementedError):
-            _complain(_one_line(error))
+            _complain(_one_line(error) + (TRACEBACK if getattr(error, "unexpected", False) else ""))
         else:
-            _complain(f"unexpected {type(error).__name__}: {_one_line(error)} (--traceback shows where)")
+            _complain(f"unexpected {type(error).__name__}: {_one_line(error)}{TRACEBACK}")
         return 1
 
 
@@ -113,12 +117,12 @@ def _run_verb(words: str, argv: list[str]) -> int:
     if hasattr(resolved.options, "threads"):
         from diffusion_align.commands import threads
 
-        threads.started()
+        threads.record_usage()
     return verb.start(resolved.options)
 
 
 def split_verb(argv: list[str]) -> tuple[str, list[str]]:
-    """The verb, of one or two words, and what follows; a group alone (`train`) or nothing is asked for its overview.
+    """The verb, of one or two words, and the rest. For a group alone (`train`), or nothing, `_run` prints an overview.
 
     Raises:
         UsageError: no such verb, with the nearest one.
@@ -144,7 +148,7 @@ def split_verb(argv: list[str]) -> tuple[str, list[str]]:
 
 
 def overview(group: str = "") -> str:
-    """The help above the verbs: all of them, or those of one group."""
+    """The list of all verbs, or of those in one group, for the terminal."""
     abouts = {words: verb.about for words, verb in VERBS.items()} | OTHER_VERBS
     shown = {words: about for words, about in abouts.items() if words.startswith(group)}
     width = max(map(len, shown))
@@ -156,7 +160,7 @@ def overview(group: str = "") -> str:
 
 
 def _one_line(error: Exception) -> str:
-    """An error's message without its line breaks; its type where there is no message."""
+    """The message of an error in one line; its class if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -1,4 +1,4 @@
-"""One reverse step as a distribution. Drawing, scoring, log-ratio and KL happen here, and nowhere else."""
+"""A reverse step as a Gaussian. All drawing, log-probs, log-ratios and KL are computed here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Gaussian:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", widen(self.mean))
-        # A table's float64 must not promote the whole batch, nor reach a device that has none.
+        # The float64 of a table must not promote the batch, nor reach a device without float64.
         object.__setattr__(self, "std", self.std.to(self.mean.dtype).to(self.mean.device))
         expand_to(self.std, self.mean)
         if not bool(((self.std > 0) & self.std.isfinite()).all()):
@@ -38,7 +38,7 @@ class Gaussian:
         return math.prod(self.mean.shape[1:])
 
     def sample(self, noise: Tensor) -> Tensor:
-        """`mean + std * noise` [B,...]; the caller brings the randomness, standard normal `noise` [B,...]."""
+        """`mean + std * noise` [B,...], with standard normal `noise` [B,...] from the caller."""
         require_same_shape(noise=noise, mean=self.mean)
         return self.mean + expand_to(self.std, noise) * noise
 
@@ -50,8 +50,8 @@ class Gaussian:
     def log_ratio(self, other: Gaussian, x: Tensor) -> Tensor:
         """`self.log_prob(x) - other.log_prob(x)` [B] in nats, without cancellation; exactly 0 between equal Gaussians.
 
-        With u, v the standardised x of self and other, it is sum (v - u)(v + u) / 2 + D log(std_other / std_self), and
-        v - u is formed from the difference of the means, so its relative precision does not suffer when they are close.
+        With u, v the standardised x of self and other, it is sum (v - u)(v + u) / 2 + D log(std_other / std_self);
+        v - u is computed from the difference of the means, so it is accurate even if they are close.
         """
         require_same_shape(mean=self.mean, other_mean=other.mean)
         spread = (self.std - other.std) / (self.std * other.std)

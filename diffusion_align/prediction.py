@@ -1,5 +1,5 @@
-"""What a network predicts, and the clean picture it means. Every kind is a linear view of the same `x = alpha x0 +
-sigma e`:
+"""Conversions between a network's output, the clean prediction and the noise. All kinds are linear in
+`x = alpha x0 + sigma e`:
 
     kind               target            clean prediction             squared error, in terms of the noise's
     epsilon            e                 (x - sigma e) / alpha        |de|^2
@@ -20,14 +20,14 @@ from torch import Tensor
 from .tensors import expand_to, require_same_shape, widen
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-"""`(x [B,...], t [B]) -> x0 [B,...]`. Prompt, guidance and adapters are bound before; thresholding too."""
+"""`(x [B,...], t [B]) -> x0 [B,...]`, with prompt, guidance, adapters and thresholding already bound."""
 
 KINDS = ("epsilon", "sample", "v_prediction", "flow_prediction")
 
 
 def _level(value: Tensor | float, like: Tensor) -> Tensor | float:
-    """A schedule's float64 level in the dtype of `like`, which it would promote otherwise, and then on its device,
-    which may have no float64; [B] gains singleton dims."""
+    """A schedule's float64 level in the dtype of `like` and on its device (in this order: it may have no float64); [B]
+    gets singleton dims."""
     if not isinstance(value, Tensor) or value.ndim == 0:
         return float(value)
     value = value.to(like.dtype).to(like.device)
@@ -40,10 +40,10 @@ def _require_kind(kind: str) -> None:
 
 
 def to_clean(output: Tensor, x: Tensor, alpha: Tensor | float, sigma: Tensor | float, kind: str) -> Tensor:
-    """The clean prediction x0 [B,...] that a network's `output` [B,...] at `x` [B,...] stands for, float32 at least.
+    """The clean prediction x0 [B,...] of a network's `output` [B,...] at `x` [B,...], float32 at least.
 
-    `alpha` and `sigma` are numbers, [B], or have as many dims as `x`. An epsilon at alpha = 0 has no clean picture (inf
-    or nan). Raises ValueError for an unknown kind or unequal shapes.
+    `alpha` and `sigma` are numbers, [B], or have as many dims as `x`. For epsilon at alpha = 0 it is inf or nan. Raises
+    ValueError for an unknown kind or unequal shapes.
     """
     _require_kind(kind)
     require_same_shape(output=output, x=x)
@@ -57,9 +57,9 @@ def to_clean(output: Tensor, x: Tensor, alpha: Tensor | float, sigma: Tensor | f
 
 
 def to_noise(output: Tensor, x: Tensor, alpha: Tensor | float, sigma: Tensor | float, kind: str) -> Tensor:
-    """The noise prediction e [B,...] that a network's `output` stands for; arguments and errors as `to_clean`.
+    """The noise prediction e [B,...] of a network's `output`; arguments and errors as `to_clean`.
 
-    A sample prediction at sigma = 0 has no noise (inf or nan).
+    For sample at sigma = 0 it is inf or nan.
     """
     _require_kind(kind)
     require_same_shape(output=output, x=x)
@@ -73,7 +73,7 @@ def to_noise(output: Tensor, x: Tensor, alpha: Tensor | float, sigma: Tensor | f
 
 
 def target(clean: Tensor, noise: Tensor, alpha: Tensor | float, sigma: Tensor | float, kind: str) -> Tensor:
-    """What a network of this kind should answer at `add_noise(clean, noise, alpha, sigma)`, [B,...]."""
+    """The correct output of a network of this kind at `add_noise(clean, noise, alpha, sigma)`, [B,...]."""
     _require_kind(kind)
     require_same_shape(clean=clean, noise=noise)
     if kind == "epsilon":

@@ -1,6 +1,6 @@
-"""Randomness with an address: every draw comes from a generator keyed by (seed, purpose, address), such as (7, "noise",
-epoch, sample). Then resuming is exact, the number of processes does not change the samples, and any draw can be made
-again from its row in a table. Nothing here reads or moves torch's global generator.
+"""Addressed random numbers: every draw comes from a generator keyed by (seed, purpose, address), such as (7, "noise",
+epoch, sample). So resuming is exact, the number of processes does not change the samples, and any draw can be repeated
+from its address. Nothing here uses torch's global generator.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FIRST = 3  # int64 slots before those words in the generator's state: seed, (le
 
 
 def _digest(seed: int, purpose: str, address: tuple[Part, ...]) -> bytes:
-    # JSON, because it keeps 1 from "1" and (1, 23) from (12, 3), and reads the same in any version or language.
+    # JSON distinguishes 1 from "1" and (1, 23) from (12, 3), and is the same in all versions and languages.
     parts = [seed, purpose, *address]
     key = json.dumps([part if isinstance(part, str) else operator.index(part) for part in parts])
     return hashlib.shake_256(key.encode()).digest(4 * _WORDS)
@@ -31,18 +31,18 @@ def _digest(seed: int, purpose: str, address: tuple[Part, ...]) -> bytes:
 def generator(seed: int, purpose: str, *address: Part) -> torch.Generator:
     """A CPU generator for this address alone. Parts of an address are integers or strings; 1 and "1" differ.
 
-    `manual_seed` alone would not do: torch fills the Mersenne Twister from the seed's lower 32 bits, so among 100 000
-    draws some two would most likely be equal. All 624 words are therefore taken from a hash (SHAKE-256) of the address.
+    `manual_seed` alone is not enough: torch fills the Mersenne Twister from the lower 32 bits of the seed, so two of
+    100 000 draws would most likely be equal. So all 624 words are taken from a hash (SHAKE-256) of the address.
     """
     digest = _digest(seed, purpose, address)
     made = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
     state = made.get_state()
-    # Bytes of int64 slots; the first word after `manual_seed` is the seed's lower 32 bits, by which we know the layout.
+    # Bytes of int64 slots. The first word after `manual_seed` is the lower 32 bits of the seed: a check of the layout.
     words = state[8 * _FIRST : 8 * (_FIRST + _WORDS)]
     if words.numel() != 8 * _WORDS or int(words.view(torch.int64)[0]) != int.from_bytes(digest[:4], "little"):
         raise RuntimeError(
-            f"torch {torch.__version__} lays out its CPU generator's state in a way diffusion_align does not know: "
-            "install one that its requirements allow"
+            f"torch {torch.__version__} has an unknown layout of its CPU generator's state: install a version that the "
+            "requirements of diffusion_align allow"
         )
     words.view(torch.int64).copy_(torch.frombuffer(bytearray(digest), dtype=torch.uint32))
     return made.set_state(state)

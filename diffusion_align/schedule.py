@@ -1,13 +1,13 @@
-"""Noise schedules: how much signal and how much noise a state holds at a given network time.
+"""Noise schedules: the amounts of signal and noise in a state at a given network time.
 
-A noisy state is `x = alpha(t) * clean + sigma(t) * noise`, and `half_log_snr(t) = log(alpha / sigma)` is the clock that
-solvers walk along (lambda in Lu et al. 2022, DPM-Solver, arXiv 2206.00927). Two kinds exist:
+A noisy state is `x = alpha(t) * clean + sigma(t) * noise`, and `half_log_snr(t) = log(alpha / sigma)` is the time
+variable of solvers (lambda in Lu et al. 2022, DPM-Solver, arXiv 2206.00927). Two kinds exist:
 
     "vp"     alpha^2 + sigma^2 = 1, from a table of betas; t is an index into the table, 0 .. N - 1
     "flow"   alpha + sigma = 1, rectified flow; t = N * sigma, 0 .. N
 
-Everything is float64: 1 - alpha^2 near t = 0 loses four digits in float32. And everything is on the CPU, whatever the
-device of the times that are asked about, for not every device has float64 (Apple's MPS has none).
+Everything is float64, because 1 - alpha^2 near t = 0 loses four digits in float32, and on the CPU, because not every
+device has float64 (Apple's MPS has none).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from torch.nn.functional import logsigmoid
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
-# The largest noise level that a zero-terminal-SNR table offers to grids that are laid in noise level: alpha^2 = 2^-24,
-# the smallest positive half-precision number, which is also what diffusers puts in the place of zero.
+# The largest noise level of a zero-terminal-SNR table for grids in noise level: alpha^2 = 2^-24, the smallest positive
+# half-precision number, by which diffusers too replaces zero.
 ZERO_SNR_FLOOR = -12.0 * math.log(2.0)
 
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """A noise schedule. Build it with `Schedule.from_config`; samplers and losses only call it.
+    """A noise schedule; make it with `Schedule.from_config`.
 
     Fields: `kind`, `num_timesteps` N, `prediction_type` (what the network puts out), and what time grids need to know:
     `table` (half log-SNR at t = 0 .. N - 1, float64, finite; empty for flow), `zero_terminal` (t = N - 1 is pure
@@ -48,16 +48,16 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, shift: float | None = None) -> Schedule:
-        """The schedule that a diffusers scheduler config (a `scheduler_config.json`, or `scheduler.config`) describes.
+        """The schedule of a diffusers scheduler config (a `scheduler_config.json`, or `scheduler.config`).
 
-        Only the noise levels are taken from it, with diffusers' defaults for absent keys. Grid choices in the config
-        (`timestep_spacing`, `use_karras_sigmas`, ...) are not: the grid is an argument of `step_table`.
+        Only the noise levels are read, with diffusers' defaults for absent keys. Choices of the grid in the config
+        (`timestep_spacing`, `use_karras_sigmas`, ...) are ignored: the grid is an argument of `step_table`.
         `shift` replaces the config's own shift of a flow grid; a config with `use_dynamic_shifting` needs it, as
-        exp(mu) for the picture size at hand.
+        exp(mu) for the size of the pictures.
 
         Raises ValueError for configs whose noise levels are of neither kind (EDM), or which name an unknown schedule.
         """
-        # Saved configs name their class, configs in memory do not: a shift without betas is rectified flow either way.
+        # Configs in memory do not name their class; one with a shift and no betas is rectified flow too.
         flow = bool(config.get("use_flow_sigmas")) or ("shift" in config and "beta_schedule" not in config)
         flow = flow or str(config.get("_class_name", "")).startswith("FlowMatch")
         prediction_type = config.get("prediction_type") or ("flow_prediction" if flow else "epsilon")
@@ -76,7 +76,7 @@ class Schedule:
         table = _half_log_snr_of(betas)
         zero_terminal = bool(table[-1] == -math.inf)
         if zero_terminal:
-            # DDPM's linear betas are below the floor one step earlier already, and a table must fall to be inverted.
+            # A table must be strictly falling; DDPM's linear betas are below the floor already one step earlier.
             before = float(table[-2])
             table[-1] = ZERO_SNR_FLOOR if before > ZERO_SNR_FLOOR else before - math.log(2.0)
         offset, clip = int(config.get("steps_offset") or 0), config.get("lambda_min_clipped")
@@ -124,7 +124,7 @@ class Schedule:
         """(alpha, sigma) at a half log-SNR, same shape, exact at both infinities."""
         if self.kind == "flow":
             return torch.sigmoid(half_log_snr), torch.sigmoid(-half_log_snr)
-        # exp(logsigmoid / 2) keeps digits where sqrt(1 - alpha^2) would not.
+        # exp(logsigmoid / 2) is accurate where sqrt(1 - alpha^2) is not.
         return torch.exp(0.5 * logsigmoid(2 * half_log_snr)), torch.exp(0.5 * logsigmoid(-2 * half_log_snr))
 
 
@@ -157,7 +157,7 @@ def betas_of(config: Mapping[str, Any]) -> torch.Tensor:
 def rescale_to_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
     """Betas [N] whose last step is pure noise: Lin et al. 2024 (arXiv 2305.08891), algorithm 1.
 
-    sqrt(alpha_bar) is shifted to end at 0 and stretched to begin where it began.
+    sqrt(alpha_bar) is shifted to end at 0 and scaled to keep its first value.
     """
     root = torch.cumprod(1 - betas, 0).sqrt()
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])

@@ -1,4 +1,4 @@
-"""Shape helpers, and the legend of shape letters used in every docstring of the package.
+"""Shape helpers, and the meaning of the shape letters in all docstrings.
 
 B batch, K list or children, T steps, L tokens, E text width, D dims, M mixture parts, `...` the remaining dims of one
 sample.
@@ -11,15 +11,14 @@ from torch import Tensor
 
 
 def widen(x: Tensor) -> Tensor:
-    """The same values in float32 at least; float64 stays float64. Half-precision sums are not fit for nats."""
+    """The same values in float32 at least; float64 stays float64. Half precision is too coarse for sums of nats."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def expand_to(v: Tensor, like: Tensor) -> Tensor:
     """`v` [B] with singleton dims appended, [B,1,...,1], so that it multiplies `like` [B,...] sample by sample.
 
-    Raises ValueError when `v` is not one number per sample of `like`: a [B] against [B,1] slip would broadcast
-    silently.
+    Raises ValueError if `v` is not one number per sample of `like`; [B] and [B,1] would broadcast silently.
     """
     if v.ndim != 1 or like.ndim < 1 or v.shape[0] != like.shape[0]:
         raise ValueError(

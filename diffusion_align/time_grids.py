@@ -1,4 +1,4 @@
-"""Time grids: which noise levels a sampler visits, from noisy to clean, and what time it tells the network there."""
+"""Time grids: the noise levels of a sampler, from noisy to clean, and the network time at each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ON_FLOW = ("linspace", "trailing", "flow")
 
 
 class TimeGrid(NamedTuple):
-    """T steps through T + 1 noise levels, float64 on the CPU. The last level is where the last step lands."""
+    """T steps between T + 1 noise levels, float64 on the CPU. The last step ends at the last level."""
 
     timesteps: torch.Tensor  # [T] network time at each step's start
     half_log_snr: torch.Tensor  # [T+1] rising
@@ -44,10 +44,10 @@ def time_grid(
         ays           Align Your Steps for SD1.5 (arXiv 2404.14507); other than 10 steps: log-linear interpolation
         ays_sdxl      the same for SDXL
 
-    From karras on, times are fractional: the network is told the time whose noise level the state has. diffusers rounds
-    that time (cuts it, for exponential) but keeps the level, so there the two differ by up to half a training step.
-    `drop_last` is the habit of diffusers' multistep solvers for linspace and leading: lay steps + 1 points and drop the
-    cleanest. DDIM does not (leading then counts in N // steps rather than N // (steps + 1)).
+    From karras on, times are fractional: the network gets the time of the state's noise level. diffusers rounds that
+    time (truncates it, for exponential) but keeps the level, so the two differ by up to half a training step there.
+    `drop_last`: as diffusers' multistep solvers do for linspace and leading, take steps + 1 points and drop the
+    cleanest. DDIM does not (leading is then multiples of N // steps instead of N // (steps + 1)).
 
     On a flow schedule, with its shift applied, sigma uniform before the shift, times fractional (N * sigma):
 
@@ -55,8 +55,8 @@ def time_grid(
         linspace      from 1 to the shifted 1/N: `FlowMatchEulerDiscreteScheduler`, which shifts its end twice
         flow          from 1 - 1/N towards 0: `DPMSolverMultistepScheduler(use_flow_sigmas=True)`
 
-    `final` is "zero" (noise-free) or "sigma_min" (the level of t = 0; on flow, of the shifted 1/N). A grid may already
-    end at sigma_min, and then repeats it; `solver_table` leaves that empty step out.
+    `final` is "zero" (noise-free) or "sigma_min" (the level of t = 0; on flow, of the shifted 1/N). If a grid already
+    ends at sigma_min, that level is repeated; `solver_table` leaves the empty step out.
 
     Raises ValueError for an unknown name, a spacing that the schedule has not, or steps that do not fit.
     """
@@ -87,7 +87,7 @@ def time_grid(
 
 def _times(schedule: Schedule, steps: int, spacing: str, drop_last: bool) -> torch.Tensor:
     """Integer network times [T] of the grids that are uniform in t."""
-    # Grids start above lambda_min_clipped: a cosine schedule has next to no signal beyond it.
+    # Grids start above lambda_min_clipped, below which a cosine schedule has almost no signal.
     last = int((schedule.table >= schedule.lambda_min_clipped).sum())
     if last < steps:
         raise ValueError(f"lambda_min_clipped leaves {last} timesteps, fewer than the {steps} steps asked for")
@@ -106,7 +106,7 @@ def _times(schedule: Schedule, steps: int, spacing: str, drop_last: bool) -> tor
 
 
 def _noise_levels(schedule: Schedule, steps: int, spacing: str) -> torch.Tensor:
-    """Half log-SNR [T] of the grids that are laid in noise level, from the noisiest to the cleanest of the table."""
+    """Half log-SNR [T] of the grids in noise level, from the noisiest to the cleanest level of the table."""
     if spacing in AYS:
         if schedule.num_timesteps != 1000:
             raise ValueError("the Align Your Steps lists are times of a 1000-step schedule")
@@ -120,7 +120,7 @@ def _noise_levels(schedule: Schedule, steps: int, spacing: str) -> torch.Tensor:
         lam = -KARRAS_RHO * torch.log(torch.lerp(torch.exp(-noisy / KARRAS_RHO), torch.exp(-clean / KARRAS_RHO), ramp))
     else:
         lam = torch.lerp(noisy, clean, ramp)
-    lam[-1], lam[0] = clean, noisy  # not up to rounding: the ends are nodes of the table
+    lam[-1], lam[0] = clean, noisy  # exactly, without rounding: the ends are entries of the table
     return lam
 
 

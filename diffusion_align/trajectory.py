@@ -1,4 +1,4 @@
-"""The record of a run: what the sampler knows of it. Reward, prompt, group and who won live beside it, in the loop."""
+"""The record of a run of the sampler, without rewards, prompts, groups and preferences."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Sized(Protocol):
-    """All that the record itself asks of a step table: its number of steps."""
+    """A step table, of which the record needs only the number of steps."""
 
     def __len__(self) -> int: ...
 
@@ -26,7 +26,7 @@ class Trajectory(Generic[Table]):
     states: [T+1,B,...], as stored: a rounded state is the one that was fed back and scored.
     log_prob: [T,B] nats summed over dims, of the policy that ran; 0 at deterministic steps (see `table.stochastic`).
     clean: [T,B,...] the clean predictions along the run, or None.
-    seeds: what the run's generators were made from, one per sample; filled in by the caller, for the record.
+    seeds: of the generators, one per sample; set by the caller, for information.
     parents: [B] int64 index of the run each one was branched from, or None.
 
     Raises ValueError when the lengths disagree.

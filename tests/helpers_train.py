@@ -81,7 +81,7 @@ def run_of(settings):
     """The open run of these settings, which are taken out of them."""
     names = (
         "parameters", "optimizer", "lr_scheduler", "accelerator", "seed", "max_steps", "progress", "max_grad_norm",
-        "spike", "max_skipped_in_row", "round", "asked",
+        "spike", "max_skipped_in_row", "round", "stop_requested",
     )  # fmt: skip
     given = {name: settings.pop(name) for name in names if name in settings}
     if given.get("progress", 0) is None:

@@ -21,7 +21,7 @@ def gone():
     return not workers()
 
 
-def test_items_come_in_their_order():
+def test_items_arrive_in_order():
     assert list(prefetch(range(100))) == list(range(100))
     assert list(prefetch([])) == []
     assert list(prefetch(iter([None, 1]), ahead=1)) == [None, 1]

@@ -5,7 +5,7 @@ from test_options import read
 
 from diffusion_align import cli
 from diffusion_align.options import VERBS, TrainDpo, UsageError, by_any_name, options_of, to_yaml
-from diffusion_align.options.brought import MEANT, NOT_HERE, VALUES
+from diffusion_align.options.other_tools import MEANT, NOT_HERE, VALUES
 
 
 def error(argv, verb="train dpo"):
@@ -40,7 +40,7 @@ def error(argv, verb="train dpo"):
         ("evaluate", ["--held_out_reward", "judge", "runs/a", "runs/b"], "run", ("runs/a", "runs/b")),
     ],
 )  # fmt: skip
-def test_a_flag_takes_the_word_after_it(verb, argv, name, value):
+def test_flags_take_the_next_word_as_value(verb, argv, name, value):
     assert getattr(read(argv, verb).options, name) == value
 
 
@@ -57,16 +57,16 @@ def test_dry_run_and_other_switches_of_every_verb_take_a_word_too(monkeypatch, c
         (["--seed"], "--seed needs a value"),
         (["--seed", "--rank", "4"], "--seed needs a value"),
         (["--seed", "--lerning_rate=1"], "--seed needs a value"),
-        (["--validation_prompt", "a", "cat"], "key=value; a prompt of several words is quoted: \"a cat ...\""),
+        (["--validation_prompt", "a", "cat"], "key=value; quote a prompt of several words: \"a cat ...\""),
         (["-rank", "4"], "unknown flag -rank; a flag has two dashes: --rank"),
         (["-learning-rate=4"], "a flag has two dashes: --learning_rate"),
         (["-preset", "tiny"], "a flag has two dashes: --preset"),
-        (["--config=a.yaml", "--config", "b.yaml"], "--config is given twice: a.yaml and b.yaml, the last word"),
-        (["--preset=tiny", "--preset=sd15-lora"], "--preset is given twice: tiny and sd15-lora, the last word"),
+        (["--config=a.yaml", "--config", "b.yaml"], "--config is given twice, as a.yaml and b.yaml"),
+        (["--preset=tiny", "--preset=sd15-lora"], "--preset is given twice, as tiny and sd15-lora"),
         (["--config=config/dgx.py"], "a Python configuration is a program"),
         (["--local_rnk=1"], "did you mean --local_rank?"),
-        (["--no_scale_lr"], "say --scale_lr=false"),
-        (["--disable_gradient_checkpointing"], "say --gradient_checkpointing=false"),
+        (["--no_scale_lr"], "use --scale_lr=false"),
+        (["--disable_gradient_checkpointing"], "use --gradient_checkpointing=false"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_meant_is_said(argv, message):
@@ -92,7 +92,7 @@ def test_flags_of_other_tools(flag, told):
 
 
 @pytest.mark.parametrize("flag", MEANT)
-def test_each_flag_that_means_another_is_met_with_one_that_the_verb_has(flag):
+def test_flags_of_other_tools_are_answered_with_an_existing_option(flag):
     """Row by row, in every verb that has one of the options it means, and in no verb where it is an option itself."""
     met = 0
     for verb, record in VERBS.items():
@@ -108,7 +108,7 @@ def test_each_flag_that_means_another_is_met_with_one_that_the_verb_has(flag):
 
 
 @pytest.mark.parametrize("flag", NOT_HERE)
-def test_each_flag_that_is_not_here_says_why(flag):
+def test_missing_flags_of_other_tools_are_explained(flag):
     for verb in ("train dpo", "train spo"):
         if flag not in by_any_name(VERBS[verb].options):
             assert f"unknown flag --{flag}; not here: " in error([f"--{flag}"], verb)
@@ -176,7 +176,7 @@ def test_values_of_other_tools(option, value):
         ("data: {center_crop: true}", None, "unknown key data.center_crop; not here: pictures are"),
     ],
 )  # fmt: skip
-def test_a_file_means_what_is_written_in_it(line, name, value, tmp_path):
+def test_yaml_values_keep_their_written_form(line, name, value, tmp_path):
     (tmp_path / "c.yaml").write_text(line)
     argv = ["--config", str(tmp_path / "c.yaml")]
     if name is None:
@@ -193,7 +193,7 @@ def test_anchors_of_a_file_are_followed(tmp_path):
 
 
 @pytest.mark.parametrize("word", ["off", "yes", "010", "1e5", "null", "~", "2024-01-01", "1:30", "", "- a", "a: b #c"])
-def test_a_text_survives_being_saved(word, tmp_path):
+def test_texts_survive_saving_and_loading(word, tmp_path):
     options = TrainDpo(validation_prompts=(word, "x"))
     (tmp_path / "c.yaml").write_text(to_yaml(options, "train dpo"))
     assert read(["--config", str(tmp_path / "c.yaml")]).options == options

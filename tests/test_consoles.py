@@ -47,7 +47,7 @@ def closed():
 
 
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
-def test_a_reader_that_leaves_does_not_end_the_work(monkeypatch, closed, name):
+def test_a_closed_pipe_does_not_end_the_work(monkeypatch, closed, name):
     monkeypatch.setattr(sys, name, closed)
     with tolerant_output():
         for _ in range(3):
@@ -62,7 +62,7 @@ def test_a_run_whose_output_is_cut_off_is_finished(world, tmp_path, monkeypatch,
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
 
 
-def test_a_listing_that_is_cut_off_is_no_error():
+def test_a_closed_pipe_while_listing_is_no_error():
     done = subprocess.Popen(
         [sys.executable, "-m", "diffusion_align.cli", "presets", "ls"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -94,13 +94,13 @@ def test_a_terminal_that_was_closed_does_not_end_the_work(monkeypatch, tmp_path)
         assert os.fstat(file.fileno()).st_rdev == os.stat(os.devnull).st_rdev
 
 
-def test_a_log_on_a_full_disk_ends_no_work_and_is_told(capfd):
+def test_a_full_disk_under_the_log_ends_no_work_and_is_reported(capfd):
     words = [sys.executable, "-m", "diffusion_align.cli", "presets", "show", "dpo/tiny"]
     with open("/dev/full", "w", encoding="utf-8") as full:
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 1
     said = done.stderr.decode().splitlines()
-    assert len(said) == 1 and "a part of what this command printed is lost: No space left on device" in said[0]
+    assert len(said) == 1 and "some output of this command is lost: No space left on device" in said[0]
 
 
 @pytest.mark.parametrize("missing", [("stdout",), ("stderr",), ("stdout", "stderr")])
@@ -194,7 +194,7 @@ def test_slow_pictures_are_counted_by_the_steps_of_the_sampler(monkeypatch, now)
 
 
 @pytest.mark.parametrize("seconds", [0.1, 10.0])
-def test_a_bar_of_a_library_is_a_line_now_and_then_in_a_log_file(monkeypatch, now, seconds):
+def test_progress_bars_of_libraries_write_few_lines_to_log_files(monkeypatch, now, seconds):
     log, terminal = io.StringIO(), Terminal()
     for stream in (log, terminal):
         monkeypatch.setattr(sys, "stderr", stream)
@@ -255,7 +255,7 @@ def test_a_reward_that_exits_is_an_error(tmp_path, way, where):
         python_reward(f"{file}:f")(torch.zeros(1, 3, 8, 8), ["a"])
 
 
-def test_a_reward_that_stops_in_the_background_is_an_error_and_ctrl_c_is_none(tmp_path):
+def test_a_reward_that_exits_in_the_background_is_an_error_unlike_ctrl_c(tmp_path):
     file = tmp_path / "reward.py"
     file.write_text("def f(images, prompts):\n    raise KeyboardInterrupt\n")
     reward = python_reward(f"{file}:f")
@@ -274,10 +274,10 @@ def test_a_reward_file_that_fails_leaves_no_module_behind(tmp_path):
     assert set(sys.modules) == before
 
 
-def test_an_exit_from_below_the_command_is_no_success(monkeypatch, capsys):
+def test_exit_calls_of_libraries_are_failures(monkeypatch, capsys):
     monkeypatch.setattr(cli, "_run", lambda argv: sys.exit(0))
     assert cli.main(["doctor"]) == 1
-    assert "called exit(0); its work is not done" in capsys.readouterr().err
+    assert "called exit(0); the command did not finish" in capsys.readouterr().err
 
 
 def test_a_reward_file_may_hold_dataclasses_with_delayed_annotations(tmp_path):
@@ -301,29 +301,32 @@ def test_reward_files_of_one_name_do_not_take_one_anothers_place(tmp_path):
     assert [float(reward(torch.zeros(1, 3, 8, 8), ["a"])) for reward in found] == [1.0, 2.0]
 
 
-def test_a_repeated_signal_is_the_first_one_until_its_grace_is_over():
+def test_repeated_signals_within_the_grace_period_are_ignored():
     now = [0.0]
-    with pytest.raises(Interrupted, match="a second signal"), Interruptible(grace=5.0, clock=lambda: now[0]) as asked:
+    with (
+        pytest.raises(Interrupted, match="a second signal"),
+        Interruptible(grace=5.0, clock=lambda: now[0]) as interrupt,
+    ):
         for at, number in ((0.0, signal.SIGTERM), (0.1, signal.SIGTERM), (4.9, signal.SIGINT)):
             now[0] = at
             os.kill(os.getpid(), number)
-            assert asked.asked == signal.SIGTERM
+            assert interrupt.signal_number == signal.SIGTERM
         now[0] = 5.1
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.parametrize("launched", [True, False])
-def test_a_signal_that_was_held_up_by_a_long_call_is_no_second_one(launched):
+def test_a_delayed_repetition_is_not_a_second_signal(launched):
     now = [0.0]
 
     def heard(number, at):  # as Python hears it: when the call in hand ends
         now[0] = at
         os.kill(os.getpid(), number)
 
-    with Interruptible(clock=lambda: now[0], launched=launched) as asked:
+    with Interruptible(clock=lambda: now[0], launched=launched) as interrupt:
         heard(signal.SIGTERM, 0.0)
         heard(signal.SIGTERM, 20.0)  # the launcher's repetition, sent at once, in a backward pass of 20 s
-        assert asked.asked == signal.SIGTERM
+        assert interrupt.signal_number == signal.SIGTERM
         with pytest.raises(Interrupted, match="a second signal"):
             heard(signal.SIGTERM, 21.0)
     with Interruptible(clock=lambda: now[0], launched=launched):
@@ -348,7 +351,7 @@ def test_files_have_the_mode_of_the_umask(world, tmp_path, umask, mode, kind):
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_full_disk_at_the_end_keeps_the_older_file_and_says_where_the_weights_are(world, tmp_path, monkeypatch, kind):
+def test_a_full_disk_at_export_keeps_the_older_file_and_names_the_checkpoint(world, tmp_path, monkeypatch, kind):
     run = tmp_path / "run"
     old = run / ("pytorch_lora_weights.safetensors" if kind == "lora" else "unet/diffusion_pytorch_model.safetensors")
     old.parent.mkdir(parents=True)
@@ -367,13 +370,13 @@ def test_a_full_disk_at_the_end_keeps_the_older_file_and_says_where_the_weights_
             patch.setattr(owner + target, staticmethod(full))
         code, said = train(flags(world, "dpo", run, "--overwrite_output_dir", mode=kind))
     assert code == 1 and "No space left on device" in said
-    assert "They are safe in the checkpoint of step 12" in said and "--resume_from_checkpoint latest" in said
+    assert "The checkpoint of step 12 has them" in said and "--resume_from_checkpoint latest" in said
     assert not list(run.glob(".*partial*"))
     again = train(flags(world, "dpo", run, "--resume_from_checkpoint=latest", mode=kind))
     assert again[0] == 0 and old.read_bytes() != b"good"
 
 
-def test_an_older_export_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
+def test_an_older_export_stays_until_the_new_one_is_complete(tmp_path, monkeypatch):
     old = tmp_path / "pytorch_lora_weights.safetensors"
     old.write_bytes(b"good")
 

@@ -59,11 +59,11 @@ def test_the_verbs_with_a_device_are_all_tried():
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 @pytest.mark.parametrize("words", WITH_DEVICE)
-def test_a_device_that_is_not_there_is_refused_with_those_that_are(words, dry, monkeypatch, capsys, loads_nothing):
+def test_a_missing_device_is_answered_with_existing_ones(words, dry, monkeypatch, capsys, loads_nothing):
     no_gpu(monkeypatch)
     for word in ("cuda", "cuda:7", "mps"):
         said = refused(capsys, [*words.split(), *enough(words), "--device", word, *dry])
-        assert f"--device {word} is not there" in said and "this machine has cpu;" in said
+        assert f"--device {word} does not exist" in said and "this machine has cpu;" in said
     said = refused(capsys, [*words.split(), *enough(words), "--device", "banana", *dry])
     assert "machine.device must be cpu, cuda, cuda:N or mps, not 'banana'" in said
 
@@ -73,7 +73,7 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are(words, dry, m
     [("gpu", "cuda"), ("GPU:1", "cuda:1"), ("0", "cuda:0"), ("Cuda", "cuda"), ("rocm", "cuda"), ("metal", "mps"),
      ("cuda7", None), ("cuda:", "cuda"), ("cuda:-1", None), ("cpu:0", "cpu"), ("auto", None), ("cuda:1,2", None)],
 )  # fmt: skip
-def test_other_words_for_a_device_are_met_with_the_right_one(word, meant, capsys):
+def test_other_names_of_devices_are_corrected(word, meant, capsys):
     said = refused(capsys, ["train", "dpo", f"--device={word}"])
     assert said.endswith(f"not {word!r}" + (f"; did you mean {meant}?" if meant else ""))
 
@@ -108,7 +108,7 @@ def test_the_device_asked_for_reaches_accelerate(word, told, monkeypatch):
     assert seen == [(told, word == "cpu")] and "ACCELERATE_TORCH_DEVICE" not in os.environ
     Stub.device = property(lambda self: torch.device("cpu"), lambda self, value: None)
     if told:
-        with pytest.raises(ValueError, match=f"--device {word} was asked for and accelerate took cpu"):
+        with pytest.raises(ValueError, match=f"accelerate uses cpu instead of --device {word}"):
             job.join(TrainDpo(device=word))
 
 

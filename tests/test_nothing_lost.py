@@ -30,21 +30,21 @@ def steps_of(run):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_exits_with_its_number(world, tmp_path, number):
     code, said = train(flags(world, "d3po", tmp_path / "run"), stop_at(2, number))
-    assert code == 128 + number and "step 2 is saved; go on with: diffusion-align train d3po" in said
+    assert code == 128 + number and "step 2 is saved; continue with: diffusion-align train d3po" in said
     assert end_of(tmp_path / "run")[0].state["progress"]["in_round"] == 2
 
 
 def test_a_second_signal_ends_at_once_and_says_that_nothing_was_saved():
     with pytest.raises(Interrupted, match="nothing saved since") as caught, Interruptible(grace=0) as interrupt:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert interrupt.asked == signal.SIGTERM
+        assert interrupt.signal_number == signal.SIGTERM
         os.kill(os.getpid(), signal.SIGUSR1)
     assert caught.value.number == signal.SIGUSR1
 
 
 def test_a_signal_while_a_round_is_drawn_does_not_wait_for_it(world, tmp_path, monkeypatch):
     """In the second round, behind its first chunk: what is saved is the end of the first, and the end is the same."""
-    whole, cut, real = tmp_path / "whole", tmp_path / "cut", session.Session.asked
+    whole, cut, real = tmp_path / "whole", tmp_path / "cut", session.Session.stop_requested
     assert train(flags(world, "prdp", whole))[0] == 0
     asked = []
 
@@ -55,7 +55,7 @@ def test_a_signal_while_a_round_is_drawn_does_not_wait_for_it(world, tmp_path, m
         return real(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(session.Session, "asked", listening)
+        patch.setattr(session.Session, "stop_requested", listening)
         code, said = train(flags(world, "prdp", cut, "--sample_chunk=4"))
     assert code == 143 and "step 4 is saved" in said and len(asked) == 3
     assert train(flags(world, "prdp", cut, "--resume=latest"))[0] == 0
@@ -77,7 +77,7 @@ def test_numbers_that_stay_bad_end_the_run_with_its_state_saved(world, tmp_path,
     assert all(bool(tensor.isfinite().all()) for tensor in found.tensors["model"].values())
 
 
-def test_a_save_that_fails_is_said_and_the_training_goes_on(world, tmp_path, monkeypatch):
+def test_a_failed_save_is_reported_and_training_continues(world, tmp_path, monkeypatch):
     real = checkpoint.save
 
     def full(folder, step, *args, **more):
@@ -89,10 +89,10 @@ def test_a_save_that_fails_is_said_and_the_training_goes_on(world, tmp_path, mon
     said = []
     monkeypatch.setattr(session.logger, "warning", lambda text, *args: said.append(text % args))
     assert train(flags(world, "dpo", tmp_path / "run", "--checkpointing_steps=4"))[0] == 0
-    assert steps_of(tmp_path / "run") == [8, 12] and "No space left on device); the training goes on" in said[0]
+    assert steps_of(tmp_path / "run") == [8, 12] and "No space left on device); the training continues" in said[0]
 
 
-def test_a_row_that_cannot_be_written_is_said_and_the_training_goes_on(world, tmp_path, monkeypatch):
+def test_a_failed_metrics_row_is_reported_and_training_continues(world, tmp_path, monkeypatch):
     real, said = record.append, []
 
     def full(path, row):
@@ -127,33 +127,33 @@ def test_an_unknown_metric_is_named_with_those_there_are(world, tmp_path):
     code, said = train(flags(world, "dpo", tmp_path / "run", "--keep_best=rewards"))
     assert code == 2 and "keep_best: this method writes no metric 'rewards'; there are loss, grad_norm" in said
     with pytest.raises(ValueError, match="--keep_best rewards: this run has no such metric; it has loss, lr"):
-        Best("rewards").hear({"loss": 0.0, "lr": 1.0})  # a loop of one's own
+        Best("rewards").observe({"loss": 0.0, "lr": 1.0})  # a loop of one's own
 
 
 def test_the_best_is_judged_by_means_between_checkpoints():
     best = Best("reward")
     for value, step, expected in ((1.0, 1, 1), (3.0, 2, 2), (float("nan"), 3, 2), (2.0, 4, 2), (4.0, 5, 5)):
-        best.hear({"reward": value})
-        best.take(best.with_this(step))
+        best.observe({"reward": value})
+        best.accept(best.updated(step))
         assert best.state["step"] == expected
     assert Best("other", best.state).state is None and Best("reward", best.state).state == best.state
-    assert Best(None).with_this(1) is None
-    best.hear({"loss": float("nan")})  # a step with nothing to learn from lacks the metric
+    assert Best(None).updated(1) is None
+    best.observe({"loss": float("nan")})  # a step with nothing to learn from lacks the metric
     with pytest.raises(ValueError, match="no such metric"):
-        best.hear({"loss": 1.0})
+        best.observe({"loss": 1.0})
 
 
-def test_another_version_of_torch_is_told_and_no_obstacle(world, tmp_path, monkeypatch):
+def test_another_version_of_torch_causes_a_warning_only(world, tmp_path, monkeypatch):
     run, said = tmp_path / "run", []
     assert train(flags(world, "dpo", run), stop_at(3))[0] == 143
     newer = versions.versions() | {"torch": "9.9"}
     monkeypatch.setattr(versions, "versions", lambda: newer)
     monkeypatch.setattr(versions.logger, "warning", lambda text, *args: said.append(text % args))
     assert train(flags(world, "dpo", run, "--resume=latest"))[0] == 0
-    assert len(said) == 1 and "and goes on with 9.9" in said[0]
+    assert len(said) == 1 and "and continues with 9.9" in said[0]
 
 
-def test_memory_that_runs_out_is_logged_in_the_metrics_and_outlives_a_stop(world, tmp_path, monkeypatch):
+def test_halvings_are_logged_and_survive_a_resume(world, tmp_path, monkeypatch):
     from diffusion_align.models import TextToImage
 
     real, left = TextToImage.predict, [1]

@@ -53,7 +53,7 @@ def test_the_guard_sees_an_attempt_and_lets_the_file_system_through(attempts, tm
         ("ViT-B-32:laion2b_s34b_b79k", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"),
     ],
 )
-def test_a_clip_that_is_not_here_is_named_with_what_fetches_it(attempts, reward, repo, monkeypatch, tmp_path):
+def test_a_missing_clip_model_is_named_with_its_download_command(attempts, reward, repo, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("open_clip.create_model_from_pretrained", _not_cached)
     with pytest.raises(FileNotFoundError) as error:

@@ -79,9 +79,9 @@ def test_a_run_that_is_interrupted_goes_on_as_if_it_never_stopped(toys, name, tm
         patch.setattr(record, "append", ctrl_c)
         assert cli.main(argv(toys, name, cut)) == 130
     said = capsys.readouterr().err.splitlines()[-1]
-    assert f"step {passes + 1} is saved; go on with: diffusion-align train {name} --config" in said
+    assert f"step {passes + 1} is saved; continue with: diffusion-align train {name} --config" in said
     AcceleratorState._reset_state(True)
-    assert cli.main(said.partition("go on with: diffusion-align ")[2].split()) == 0
+    assert cli.main(said.partition("continue with: diffusion-align ")[2].split()) == 0
     assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert weights_of(cut) == weights_of(whole)
 
@@ -92,7 +92,7 @@ def test_spo_may_step_for_pairs_and_stop_between_them(toys, tmp_path, monkeypatc
     more = ("--final", "sigma_min", "--pairs_per_step", "4", "--num_rounds", "2", "--checkpointing_steps", "99")
     whole, cut, append = tmp_path / "whole", tmp_path / "cut", record.append
     assert cli.main(argv(toys, "spo", whole, *more)) == 0
-    assert "steps            up to 4, up to 2 a round, of 4 pairs" in capsys.readouterr().out
+    assert "steps            up to 4, up to 2 per round, of 4 pairs" in capsys.readouterr().out
     rows = record.read(whole / "metrics.jsonl")
     assert [row["items"] for row in rows] == [4, 2, 4, 2] and [row["samples"] for row in rows] == [0, 2, 2, 4]
     assert (whole / "checkpoints" / "step-00000004").is_dir() and (whole / "samples" / "step-00000004.png").exists()
@@ -108,10 +108,10 @@ def test_spo_may_step_for_pairs_and_stop_between_them(toys, tmp_path, monkeypatc
         assert cli.main(argv(toys, "spo", cut, *more)) == 130
     said = capsys.readouterr().err.splitlines()[-1]
     AcceleratorState._reset_state(True)
-    assert cli.main([*said.partition("go on with: diffusion-align ")[2].split(), "--final", "zero"]) == 1
+    assert cli.main([*said.partition("continue with: diffusion-align ")[2].split(), "--final", "zero"]) == 1
     assert "final was 'sigma_min' and is now 'zero'" in capsys.readouterr().err.splitlines()[-1]
     AcceleratorState._reset_state(True)
-    assert cli.main(said.partition("go on with: diffusion-align ")[2].split()) == 0
+    assert cli.main(said.partition("continue with: diffusion-align ")[2].split()) == 0
     assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert weights_of(cut) == weights_of(whole)
 
@@ -136,7 +136,7 @@ def test_every_online_method_runs_on_an_sdxl_format_folder(name, tmp_path):
     assert (tmp_path / "run" / LORA).exists()
 
 
-def test_a_place_without_a_window_is_said_to_do_nothing(toys, tmp_path, capsys):
+def test_window_options_without_a_window_cause_a_note(toys, tmp_path, capsys):
     for name in ONLINE:
         cli.main(argv(toys, name, tmp_path / "run", "--window_first", "1", "--noise_window", "none", "--dry-run"))
         assert "window_first has no effect" in capsys.readouterr().err
@@ -240,9 +240,9 @@ def test_bad_rewards_are_one_line_and_nothing_done_is_lost(toys, tmp_path, capsy
     assert (tmp_path / "run" / "checkpoints" / "step-00000001").is_dir()
 
 
-def test_a_threshold_that_filters_everything_is_an_end_with_a_reason(toys, tmp_path, capsys):
+def test_a_threshold_that_filters_all_pairs_ends_the_run_with_advice(toys, tmp_path, capsys):
     assert cli.main(argv(toys, "spo", tmp_path / "run", "--threshold", "0.99", "--num_rounds", "9")) == 1
-    assert "lower --threshold" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert "lower threshold" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_the_random_reward_is_the_same_for_the_same_picture():
@@ -292,8 +292,10 @@ def test_spo_is_guided_by_a_step_aware_model(toys, tmp_path):
 
 def test_the_collapse_alarm_warns_or_stops_with_a_checkpoint(toys, tmp_path, capsys, monkeypatch):
     """Pictures that differ by less each round: six rounds, of which the first five are what the sixth is judged by."""
-    real, rounds = rollouts.facts_of, iter([1.0, 1.0, 1.0, 1.0, 1.0, 0.3, 0.3, 0.3] * 2)
-    monkeypatch.setattr(rollouts, "facts_of", lambda runs: real(runs) | {"diversity": torch.tensor([next(rounds)])})
+    real, rounds = rollouts.round_columns, iter([1.0, 1.0, 1.0, 1.0, 1.0, 0.3, 0.3, 0.3] * 2)
+    monkeypatch.setattr(
+        rollouts, "round_columns", lambda runs: real(runs) | {"diversity": torch.tensor([next(rounds)])}
+    )
     more = ("--num_rounds", "8", "--collapse_patience", "1", "--prompts_per_round", "2", "--checkpointing_steps", "9")
     assert cli.main(argv(toys, "d3po", tmp_path / "warned", *more)) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "collapse?" in line]

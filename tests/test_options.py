@@ -242,7 +242,7 @@ def test_errors_on_the_command_line(argument, message):
         ([], "which model"),
         (["--model=tiny"], "which pairs"),
         (["--model=tiny", "--data=a", "--dataset_name=b"], "not both"),
-        (["--model=tiny", "--data=a", "--loss_type=ipo", "--label_smoothing=0.1"], "no meaning for loss_type ipo"),
+        (["--model=tiny", "--data=a", "--loss_type=ipo", "--label_smoothing=0.1"], "no effect for loss_type ipo"),
         (["--model=tiny", "--data=a", "--loss_type=kto", "--winner_share=0.5"], "is for losses of the margin, not"),
         (["--model=tiny", "--data=a", "--resume=auto", "--overwrite_output_dir"], "deletes what"),
     ],
@@ -415,7 +415,7 @@ def test_a_saved_loss_keeps_its_constants_until_another_is_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("words", ["train dpo", "train rankdpo", "train d3po", "train spo", "train prdp", "train ddpo"])
-def test_a_resumed_run_is_told_nothing_of_what_nobody_set(words, tmp_path):
+def test_a_resumed_run_prints_no_notes_about_defaults(words, tmp_path):
     """The configuration of a run holds every option; only what a person set is worth a note."""
     verb = VERBS[words]
     for asked in ([], ["--preset=tiny"]):
@@ -429,7 +429,7 @@ def test_a_resumed_run_is_told_nothing_of_what_nobody_set(words, tmp_path):
     assert dpo is None or VERBS[words].notes(dpo.options, dpo.given()) == []
 
 
-def test_a_constant_of_another_loss_is_noted_where_somebody_set_it():
+def test_constants_of_another_loss_cause_a_note():
     for flag, loss in (("--mapo_beta=0.1", "mapo"), ("--dspo_strength=0.2", "dspo"), ("--liked_share=0.5", "kto")):
         resolved = read([flag, "--loss_type=sigmoid"])
         (note,) = VERBS["train dpo"].notes(resolved.options, resolved.given())

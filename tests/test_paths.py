@@ -14,7 +14,7 @@ from diffusion_align.methods import dpo
 from diffusion_align.models.hub import locate, on_hub
 from diffusion_align.options import VERBS, TrainDpo, UsageError, options_of, parse, resolve, to_yaml
 from diffusion_align.options import paths as paths_module
-from diffusion_align.options.paths import KINDS, require_outputs, settled_reward, without_folders
+from diffusion_align.options.paths import KINDS, absolute_reward, require_outputs, without_folders
 
 # Texts that are no paths, whatever the verb. A new text option is one of these, or says what kind of path it is.
 WORDS = """revision variant device keep_best report_to tracker_name validation_prompts hub_model_id hub_token split
@@ -73,7 +73,7 @@ def test_home_inside_the_forms_of_a_reward(tmp_path, monkeypatch):
     assert read(["--reward=jpeg~2"], "train d3po").options.reward == "jpeg~2"
 
 
-def test_a_home_folder_of_nobody_is_refused():
+def test_home_folders_of_unknown_users_are_refused():
     with pytest.raises(UsageError, match="output.output_dir: this machine has no user ~nobody-here: ~nobody-here/x"):
         read(["--output_dir=~nobody-here/x"])
 
@@ -95,7 +95,7 @@ def test_an_output_that_cannot_be_made_is_refused_by_its_option(verb, name, tmp_
         return str(caught.value)
 
     assert "file is not a folder" in refusal(tmp_path / "file" / "run" / "deep")
-    assert "link is a link that leads nowhere" in refusal(tmp_path / "link" / "x")
+    assert "link is a broken link" in refusal(tmp_path / "link" / "x")
     if option.path == "folder":
         assert "as it is not a folder" in refusal(tmp_path / "file")
     else:
@@ -129,12 +129,12 @@ def test_what_a_run_writes_down_means_the_same_from_every_folder(tmp_path, monke
         (tmp_path / name).mkdir(parents=True) if "." not in name else (tmp_path / name).write_text("")
     argv = ["--model=models/mine", "--data=pairs", "--output_dir=runs/a", "--cache_dir=cache", "--logging_dir=logs"]
     options = read(argv).options
-    text = to_yaml(options, "train dpo", settle=True)
+    text = to_yaml(options, "train dpo", absolute=True)
     for name in ("models/mine", "pairs", "runs/a", "cache"):
         assert f": {tmp_path / name}\n" in text
     assert "logging_dir: logs\n" in text  # inside the run, wherever that is
     assert to_yaml(options, "train dpo").count(str(tmp_path)) == 0  # a dry run shows what was typed
-    named = to_yaml(read(["--model=owner/name", "--dataset_name=tiny"]).options, "train dpo", settle=True)
+    named = to_yaml(read(["--model=owner/name", "--dataset_name=tiny"]).options, "train dpo", absolute=True)
     assert "name_or_path: owner/name\n" in named and "dataset_name: tiny\n" in named
     here = str(tmp_path)
     for given, wanted in {
@@ -145,8 +145,8 @@ def test_what_a_run_writes_down_means_the_same_from_every_folder(tmp_path, monke
         "x,y": f"{here}/x,y",
         "ViT-B-32:openai": "ViT-B-32:openai",
     }.items():
-        assert settled_reward(given) == wanted
-        assert without_folders(settled_reward(given)) == without_folders(given)
+        assert absolute_reward(given) == wanted
+        assert without_folders(absolute_reward(given)) == without_folders(given)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_pairs_on_disk_never_ask_a_hub(tmp_path, monkeypatch, capsys):
         assert ("--dataset_name owner/typo" in said) == (typo == "owner/typo")
 
 
-def test_the_current_folder_and_what_leads_there_are_outputs(tmp_path, monkeypatch):
+def test_paths_to_and_inside_the_current_folder_are_valid_outputs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for place in (".", "a/b/../c", str(tmp_path), os.path.join("..", tmp_path.name, "x")):
         require_outputs(TrainDpo(output_dir=place))
@@ -196,8 +196,8 @@ def test_a_run_whose_model_has_moved_is_evaluated_and_drawn_from_where_it_is_now
     new.mkdir()
     (run / "pytorch_lora_weights.safetensors").write_bytes(b"")
     options = TrainDpo(str(gone), dataset_name="tiny", revision="abc", variant="fp16")
-    (run / "config.yaml").write_text(to_yaml(options, "train dpo", settle=True))
-    with pytest.raises(FileNotFoundError, match=f"trained from, {gone}, is not there: --model says where it is now"):
+    (run / "config.yaml").write_text(to_yaml(options, "train dpo", absolute=True))
+    with pytest.raises(FileNotFoundError, match=f"trained from, {gone}, is missing: --model says where it is now"):
         contender(str(run))
     # The revision was one of the repository that the model was fetched from.
     wanted = {"pretrained_model_name_or_path": str(new), "revision": None, "variant": "fp16"}

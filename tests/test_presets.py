@@ -75,7 +75,7 @@ def states(preset):
     return {need.what: need.here for need in needs_of(preset)}
 
 
-def test_a_check_finds_what_is_in_the_cache_and_asks_nobody(cache, capsys, tmp_path):
+def test_presets_check_reads_the_cache_without_network(cache, capsys, tmp_path):
     assert cli.main(["presets", "check", "spo/sd15"]) == 0
     said = capsys.readouterr().out
     assert "spo/sd15: 0 of 3 here; the run fetches the rest" in said
@@ -96,7 +96,7 @@ def test_a_check_finds_what_is_in_the_cache_and_asks_nobody(cache, capsys, tmp_p
     assert states("prdp/sdxl") == {"model": False, "prompts": True, "reward": True}
 
 
-def test_what_was_fetched_in_part_is_not_here(cache):
+def test_partial_downloads_count_as_missing(cache):
     model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     snapshot = cache("models", model, "unet/x.safetensors", "vae/x.safetensors", "text_encoder/config.json")
     index = {"unet": [], "vae": [], "text_encoder": []}
@@ -114,14 +114,12 @@ def test_what_was_fetched_in_part_is_not_here(cache):
     assert report(["dpo/sd15-lora"])[0] == "dpo/sd15-lora: all of it is here"
 
 
-def test_what_no_run_fetches_is_said_with_the_command(cache, monkeypatch, tmp_path):
+def test_needs_that_no_run_downloads_name_their_command(cache, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     head, *lines = report(["rankdpo/sdxl"])
     assert "must be made or installed first" in head
     assert "`diffusion-align data synth --models" in lines[1] and "missing" in lines[1]
-    with pytest.raises(
-        FileNotFoundError, match="nobody publishes it; its counterpart is made by `diffusion-align data"
-    ):
+    with pytest.raises(FileNotFoundError, match="it is not published; `diffusion-align data"):
         source_path(rankdpo.METHOD, TrainRankdpo(train_data_dir="syn-pic"))
     (tmp_path / "syn-pic").mkdir()
     assert states("rankdpo/sdxl")["data"]

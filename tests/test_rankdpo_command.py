@@ -114,14 +114,14 @@ def test_an_interrupted_run_goes_on_as_if_it_never_stopped(toys, finished, tmp_p
         patch.setattr(record, "append", ctrl_c)
         assert train(toys, run) == 130
     said = capsys.readouterr().err.splitlines()[-1]
-    assert f"step 3 is saved; go on with: diffusion-align train rankdpo --config {run}/config.yaml" in said
+    assert f"step 3 is saved; continue with: diffusion-align train rankdpo --config {run}/config.yaml" in said
     AcceleratorState._reset_state(True)
-    assert cli.main(said.partition("go on with: diffusion-align ")[2].split()) == 0
+    assert cli.main(said.partition("continue with: diffusion-align ")[2].split()) == 0
     assert (run / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
     assert weights_of(run) == weights_of(finished)
 
 
-def test_what_may_not_be_resumed(toys, finished, capsys):
+def test_resumes_with_other_settings_are_refused(toys, finished, capsys):
     labels = "the relevance of the rankings' pictures changed: --train_data_dir"
     cases = [("beta", ("--beta=100",), {}), (labels, (), {"data": "others.jsonl"}),
              ("shared_noise", ("--shared_noise",), {}), ("discount", ("--discount=log2",), {}),
@@ -258,7 +258,7 @@ def test_bad_options_are_one_line(toys, capsys):
         assert script("finetune_rankdpo")(words) == 2
         assert message in capsys.readouterr().err
     assert train(toys, toys / "none", "--beta=5000", "--dry-run") == 0
-    assert "note: beta_dpo 5000 is read in the unit of diffusers' script" in capsys.readouterr().err
+    assert "note: beta_dpo 5000 is in the unit of diffusers' script" in capsys.readouterr().err
 
 
 def test_a_run_is_a_model_that_synth_draws_with_and_its_rankings_train(toys, finished, tmp_path, monkeypatch):

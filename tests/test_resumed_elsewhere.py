@@ -35,7 +35,7 @@ def files_of(run):
     return {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
-def test_a_copied_and_a_moved_run_go_on_where_they_are(world, whole, tmp_path, monkeypatch):
+def test_copied_and_moved_runs_resume_in_their_new_folder(world, whole, tmp_path, monkeypatch):
     """The copy's original stays as it is, byte for byte; the trackers are told at which step."""
     monkeypatch.chdir(world)  # where the options' relative paths mean something
     argv = [word.removeprefix(f"{world}/") for word in flags(world, "dpo", tmp_path / "a", "--report_to=none")]
@@ -56,7 +56,7 @@ def test_a_copied_and_a_moved_run_go_on_where_they_are(world, whole, tmp_path, m
     assert (tmp_path / "b" / lora).read_bytes() == (tmp_path / "c" / lora).read_bytes() == (whole / lora).read_bytes()
 
 
-def test_a_decaying_rate_is_extended_only_when_asked_and_follows_its_longer_course(world, whole, tmp_path, capsys):
+def test_extend_redraws_a_decaying_rate_over_the_longer_run(world, whole, tmp_path, capsys):
     """Linear, 2 steps of warm-up, peak 1e-3: the rate of step n + 1 is 1e-3 (total - n) / (total - 2)."""
     run = tmp_path / "run"
     argv = [word if word != "cosine" else "linear" for word in flags(world, "dpo", run)]
@@ -64,7 +64,7 @@ def test_a_decaying_rate_is_extended_only_when_asked_and_follows_its_longer_cour
     before = record.read(run / "metrics.jsonl")
     longer = [*argv, "--max_train_steps=16", "--resume=latest"]
     code, said = train(longer)
-    assert code == 1 and "steps was 12 and is now 16 (--extend goes on, with the rate's course drawn anew" in said
+    assert code == 1 and "steps was 12 and is now 16 (--extend continues, with the learning rate planned" in said
     assert train([*longer, "--extend"])[0] == 0
     rows = record.read(run / "metrics.jsonl")
     assert rows[:12] == before and [row["step"] for row in rows] == list(range(1, 17))
@@ -73,12 +73,12 @@ def test_a_decaying_rate_is_extended_only_when_asked_and_follows_its_longer_cour
     assert json.loads((run / "checkpoints/step-00000016/state.json").read_text())["identity"]["steps"] == 16
     code, said = train([*argv, "--max_train_steps=14", "--resume=latest", "--extend"])
     assert code == 2 and "the checkpoint is at step 16 and the run ends at step 14" in said
-    assert "--extend goes on" not in said
+    assert "--extend continues" not in said
     code, said = train([*argv, "--extend"])
     assert code == 2 and "give --resume_from_checkpoint as well" in said
 
 
-def test_what_changed_is_said_by_name_and_count(world, whole):
+def test_changed_settings_are_named(world, whole):
     argv = [*flags(world, "dpo", whole), "--resume=latest"]
     code, said = train([*argv, "--max_train_samples=8"])
     assert code == 1 and "their number was 10 and is now 8, --max_train_samples was None and is now 8" in said
@@ -131,7 +131,7 @@ def test_another_number_of_processes_is_named_as_the_cause_of_another_batch():
     assert "batch was 32 and is now 16 (--train_batch_size x --gradient_accumulation_steps x processes)" in said
 
 
-def test_an_option_that_the_saved_version_lacked_is_the_same_at_its_default():
+def test_new_options_at_their_default_do_not_block_a_resume():
     o = TrainDpo("m", train_data_dir="p")
     assert require_same_run(o, saved(o, {"seed": 0}), {"seed": 0, "ema_decay": 0.999, "use_ema": False}, {}, 1) is None
     assert "ema_decay was 'absent' and is now 0.5" in refusal(o, saved(o, {"seed": 0}), {"seed": 0, "ema_decay": 0.5})

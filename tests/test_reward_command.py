@@ -104,7 +104,7 @@ def test_the_text_of_a_reward_is_parsed_once(folder, tmp_path, monkeypatch):
     assert len(made) == 2  # texts are counted wherever they are parsed
 
 
-def test_a_reward_passes_six_files_from_its_text_to_its_scores(folder, tmp_path):
+def test_following_a_reward_from_text_to_scores_takes_six_files(folder, tmp_path):
     """The files of the package about rewards in which a function runs; lazy names of packages are not counted."""
     files, package = set(), Path(cli.__file__).parent
 

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from diffusion_align import cli
-from diffusion_align.commands import pasted as pasted_module
-from diffusion_align.commands import run_folder
+from diffusion_align.commands import printed_commands, run_folder
 from diffusion_align.commands.data.inspect import describe
 from diffusion_align.commands.data.summary import summarise_data
-from diffusion_align.commands.pasted import again, pasted
+from diffusion_align.commands.printed_commands import command_line, restart_command
 from diffusion_align.data import write_pairs_parquet
 from diffusion_align.data.images import encode_png
 from diffusion_align.data.read import recognise
@@ -34,7 +33,7 @@ def make_run(folder, *steps):
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("")
     options = TrainDpo("tiny", dataset_name="tiny", output_dir=str(folder))
-    (folder / "config.yaml").write_text(to_yaml(options, "train dpo", settle=True))
+    (folder / "config.yaml").write_text(to_yaml(options, "train dpo", absolute=True))
     for step in steps:
         checkpoint.save(folder / "checkpoints", step, {"model": {"w": torch.full((1,), float(step))}}, {}, keep=9)
     return folder
@@ -42,7 +41,7 @@ def make_run(folder, *steps):
 
 @pytest.mark.parametrize("how", ["moved", "copied"])
 @pytest.mark.parametrize("named", ["", "config.yaml", "checkpoints", "checkpoints/step-00000004"])
-def test_the_folder_given_is_the_run(how, named, tmp_path):
+def test_the_folder_of_the_configuration_is_the_run(how, named, tmp_path):
     old, new = make_run(tmp_path / "a", 2, 4), tmp_path / "b"
     if how == "moved":
         old.rename(new)
@@ -80,7 +79,7 @@ def test_another_folder_than_the_run_that_is_resumed_is_refused(tmp_path):
     assert read(argv).options.output_dir == f"{tmp_path}/c"
 
 
-def test_a_checkpoint_by_its_path_is_gone_on_from_in_its_run(tmp_path):
+def test_resuming_by_checkpoint_path_continues_its_run(tmp_path):
     run = make_run(tmp_path / "a", 2)
     for resume in (run, run / "checkpoints", run / "checkpoints" / "step-00000002"):
         assert read(["--model=tiny", f"--resume={resume}"]).options.output_dir == str(run)
@@ -125,15 +124,15 @@ def test_a_checkpoint_by_name_number_path_or_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("resume", ["step-00000004", "7", "last", "checkpoints/step-00000003", "/no/where"])
-def test_a_checkpoint_that_is_not_there_is_met_with_those_that_are(resume, tmp_path):
+def test_a_missing_checkpoint_is_answered_with_existing_ones(resume, tmp_path):
     run = make_run(tmp_path / "a", 3, 12)
-    with pytest.raises(FileNotFoundError, match="no such checkpoint; in .*/checkpoints there is step-00000012, step-0"):
+    with pytest.raises(FileNotFoundError, match="no such checkpoint; .*/checkpoints has step-00000012, step-0"):
         run_folder.find_checkpoint(run, resume)
-    with pytest.raises(FileNotFoundError, match="there is none"):
+    with pytest.raises(FileNotFoundError, match="checkpoints has none"):
         run_folder.find_checkpoint(tmp_path / "b", resume)
 
 
-def test_a_damaged_checkpoint_by_name_is_still_called_damaged(tmp_path):
+def test_a_damaged_checkpoint_given_by_name_is_reported(tmp_path):
     run = make_run(tmp_path / "a", 3)
     (run / "checkpoints" / "step-00000003" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="manifest.json is missing"):
@@ -157,12 +156,12 @@ def test_a_damaged_checkpoint_by_name_is_still_called_damaged(tmp_path):
         ("train dpo", "tiny", ["--dataset_name=none", "--data=x"], 240, ("num_train_epochs", 1)),
     ],
 )
-def test_what_is_given_later_decides_how_long_a_run_is(verb, preset, argv, steps, other):
+def test_the_later_length_option_wins(verb, preset, argv, steps, other):
     options = read(["--preset", preset, *argv], verb).options
     assert options.max_train_steps == steps and getattr(options, other[0]) == other[1]
 
 
-def test_what_is_given_later_wins_between_files_and_for_every_group(tmp_path):
+def test_the_later_option_of_a_group_wins(tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text("max_train_steps: 50\n")
     assert read(["--preset=tiny", "--config", str(config), "--num_train_epochs=4"]).options.max_train_steps is None
@@ -184,7 +183,7 @@ def test_what_is_given_later_wins_between_files_and_for_every_group(tmp_path):
 ODD = 'a run\'s $HOME; (1) "x" é'
 
 
-def test_the_command_that_goes_on_can_be_pasted(tmp_path, monkeypatch):
+def test_the_resume_command_runs_when_copied(tmp_path, monkeypatch):
     run = make_run(tmp_path / ODD, 2)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my reward.py").write_text("")
@@ -196,7 +195,7 @@ def test_the_command_that_goes_on_can_be_pasted(tmp_path, monkeypatch):
     given = dict(parsed.settings)
     assert parsed.config == str(run / "config.yaml") and given["resume_from_checkpoint"] == "latest"
     assert given["reward"] == f"python:{tmp_path / 'my reward.py'}:judge"  # from whatever folder it is typed
-    assert shlex.split(pasted("evaluate", run)) == ["diffusion-align", "evaluate", str(run)]
+    assert shlex.split(command_line("evaluate", run)) == ["diffusion-align", "evaluate", str(run)]
 
 
 def test_the_commands_of_data_inspect_can_be_pasted(tmp_path):
@@ -240,27 +239,27 @@ LAUNCHED = {
 
 
 @pytest.mark.parametrize("how", LAUNCHED)
-def test_the_launcher_is_part_of_the_command_that_goes_on(how, monkeypatch):
+def test_the_resume_command_includes_the_launcher(how, monkeypatch):
     parent, own, wanted = LAUNCHED[how]
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(sys, "argv", own)
-    monkeypatch.setattr(pasted_module, "_words_of", lambda process: parent if process == -1 else ["python", *own])
-    monkeypatch.setattr(pasted_module.os, "getppid", lambda: -1)
-    monkeypatch.setattr(pasted_module.os, "access", lambda path, how: True)  # the script names its interpreter
-    monkeypatch.setattr(pasted_module.shutil, "which", lambda name: None)
+    monkeypatch.setattr(printed_commands, "_words_of", lambda process: parent if process == -1 else ["python", *own])
+    monkeypatch.setattr(printed_commands.os, "getppid", lambda: -1)
+    monkeypatch.setattr(printed_commands.os, "access", lambda path, how: True)  # the script names its interpreter
+    monkeypatch.setattr(printed_commands.shutil, "which", lambda name: None)
     more = ["--config", "a b/config.yaml", "--resume_from_checkpoint", "latest"]
-    assert shlex.split(again("train dpo", more)) == [*wanted, *more]
+    assert shlex.split(restart_command("train dpo", more)) == [*wanted, *more]
     monkeypatch.setenv("WORLD_SIZE", "1")  # one process needs no launcher
-    assert shlex.split(again("train dpo", more)) == ["diffusion-align", "train", "dpo", *more]
+    assert shlex.split(restart_command("train dpo", more)) == ["diffusion-align", "train", "dpo", *more]
 
 
-def test_where_the_launcher_is_not_to_be_seen_torchrun_starts_as_many(monkeypatch):
+def test_without_a_known_launcher_the_command_uses_torchrun(monkeypatch):
     from torch.distributed.run import get_args_parser
 
-    monkeypatch.setattr(pasted_module, "_words_of", lambda process: [])
+    monkeypatch.setattr(printed_commands, "_words_of", lambda process: [])
     for name, value in {"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "GROUP_WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
-    words = shlex.split(again("train dpo", ["--config", "c d"]))
+    words = shlex.split(restart_command("train dpo", ["--config", "c d"]))
     assert words[0] == "torchrun"
     args = get_args_parser().parse_args(words[1:])
     assert (args.nproc_per_node, args.nnodes, args.module, args.training_script) == (

@@ -102,7 +102,7 @@ def test_the_steps_of_a_round_of_pairs():
     o = options("spo", children=4, sample_chunk=8, pairs_per_step=40, num_rounds=1000, **spo)
     plan = rounds_of(o, 4, planned_tables(o))
     assert (plan.steps_per_round, plan.steps, plan.rounds, plan.max_rounds, plan.batch) == (16, 16000, 1000, 1000, 40)
-    assert describe_rounds(plan)[1].startswith("steps            up to 16000, up to 16 a round, of 40 pairs")
+    assert describe_rounds(plan)[1].startswith("steps            up to 16000, up to 16 per round, of 40 pairs")
     o = options("spo", children=4, sample_chunk=8, pairs_per_step=40, max_train_steps=1000, **spo)
     plan = rounds_of(o, 4, planned_tables(o))
     assert (plan.steps, plan.rounds, plan.max_rounds) == (1000, 63, None)
@@ -110,7 +110,7 @@ def test_the_steps_of_a_round_of_pairs():
     # All six pairs of a state's four children, learnt from twice.
     o = options("spo", children=4, sample_chunk=8, pairs_per_step=40, pairs="all", passes=2, num_rounds=3, **spo)
     assert rounds_of(o, 1, planned_tables(o)).steps_per_round == 2 * 96
-    with pytest.raises(ValueError, match="40 prompts a round cannot be shared out to 3 processes"):
+    with pytest.raises(ValueError, match="40 prompts per round cannot be divided equally among 3 processes"):
         rounds_of(o, 3, planned_tables(o))
     with pytest.raises(
         UsageError, match="pairs_per_step and train.prompts_per_step each say what a step takes: give one"
@@ -118,9 +118,9 @@ def test_the_steps_of_a_round_of_pairs():
         options("spo", pairs_per_step=40, prompts_per_step=8)
 
 
-def test_a_decaying_rate_over_an_unknown_number_of_steps_is_said():
+def test_a_decaying_rate_over_an_unknown_number_of_steps_causes_a_note():
     def notes(**more):
         return notes_spo(options("spo", pairs_per_step=4, **more), more)
 
-    assert "laid over the most steps" in notes(lr_scheduler="linear")[0]
+    assert "covers the most steps" in notes(lr_scheduler="linear")[0]
     assert notes() == notes(lr_scheduler="linear", max_train_steps=9) == []

@@ -123,7 +123,7 @@ def test_an_interrupted_run_resumes_as_if_never_stopped(toys, finished, monkeypa
         patch.setattr(record, "append", ctrl_c)
         assert train(toys, run) == 130
     said = capsys.readouterr().err.splitlines()[-1]
-    assert f"step 3 is saved; go on with: diffusion-align train dpo --config {run}/config.yaml" in said
+    assert f"step 3 is saved; continue with: diffusion-align train dpo --config {run}/config.yaml" in said
     AcceleratorState._reset_state(True)
     # As if killed after a later step: a row without a checkpoint.
     append(run / "metrics.jsonl", {"step": 4, "loss": 9.0})
@@ -207,7 +207,7 @@ def test_mapo_keeps_no_frozen_copy_and_logs_nothing_that_needs_one(toys, tmp_pat
     said = capsys.readouterr().out
     assert "captions         2 of 3 are longer than the 16 tokens that the text encoder reads" in said
     assert "4 per device x 1 device x 2 accumulation = 8 pairs" in said
-    assert "each of the 3 pairs comes 2.67 times within one step" in said
+    assert "each of the 3 pairs occurs 2.67 times within one step" in said
     assert "reference        none" in said and "mapo_beta        0.1" in said and "\nbeta " not in said
     (row,) = record.read(tmp_path / "run" / "metrics.jsonl")
     assert set(row) == {"step", "epoch", "threads", *metrics_of(TrainDpo(loss_type="mapo"))}
@@ -254,7 +254,7 @@ def test_full_training_writes_a_unet(toys, tmp_path):
     assert len(list(out.glob("*.png"))) == 1
 
 
-def test_an_earlier_run_is_overwritten_only_on_request(toys, tmp_path):
+def test_overwriting_a_run_needs_the_option(toys, tmp_path):
     run = tmp_path / "run"
     assert train(toys, run, "--max_train_steps=2") == 0
     (run / "mine.txt").write_text("kept")
@@ -399,7 +399,7 @@ def test_beta_in_the_units_of_the_literature():
     ("name", "local"),
     [("owner/name", False), ("./owner/name", True), ("pairs.jsonl", True), ("a/pairs.parquet", True), ("word", True)],
 )
-def test_which_names_are_paths(name, local):
+def test_names_and_paths_are_distinguished(name, local):
     assert (sources.pairs_on_disk(name) is not None) == local
 
 
@@ -425,6 +425,6 @@ def test_pairs_on_the_hub_without_a_network(toys, tmp_path, capsys):
 def test_a_second_signal_interrupts_at_once():
     with pytest.raises(KeyboardInterrupt), Interruptible(grace=0) as interrupt:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert interrupt.asked
+        assert interrupt.signal_number
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -301,7 +301,7 @@ def test_bad_rewards_are_one_line(toys, tmp_path, monkeypatch, capsys, reward, m
         ({"models": ()}, "which models? --models NAME"),
         ({"rewards": ()}, "which rewards? --rewards NAME"),
         ({"more": ("--pictures", "1")}, "data.pictures must be a whole number at least 2, not '1'"),
-        ({"more": ("--pictures", "2"), "models": ("a", "b", "c")}, "leaves none for some of 3 models"),
+        ({"more": ("--pictures", "2"), "models": ("a", "b", "c")}, "is less than one picture for each of 3 models"),
         ({"rewards": ("bright", "bright")}, "named twice"),
         ({"more": ("--shard", "3/3")}, "machine.shard must be K/N with K from 0 to N - 1"),
         ({"more": ("--order", "3", "--eta", "1")}, "sampler.order 3 is for sampler.eta 0 only"),

@@ -44,7 +44,7 @@ def test_the_counters_are_those_of_this_machine():
     assert 1 <= threads.cores() <= len(threads._allowed())
 
 
-def test_a_container_is_held_to_its_quota(tmp_path, monkeypatch):
+def test_cores_are_limited_by_the_container_quota(tmp_path, monkeypatch):
     limit = tmp_path / "cpu.max"
     monkeypatch.setattr(threads, "CGROUP_LIMIT", limit)
     monkeypatch.setattr(threads, "_allowed", lambda: set(range(64)))
@@ -65,51 +65,53 @@ def readings(*loads: float, own: float = 2.0) -> Callable[[], Usage]:
     return iter(seen).__next__
 
 
-def test_threads_give_way_at_once_and_come_back_after_a_calm_minute():
+def test_threads_shrink_at_once_and_grow_after_an_idle_minute():
     loads = [0.1, 0.9, 1.0, *[0.1] * threads.CALM, 0.1]
     applied: list[int] = []
     ours = Threads(2, True, 2, 2, read=readings(*loads), apply=applied.append)
-    said = [ours.look() for _ in loads]
+    said = [ours.adjust() for _ in loads]
     assert applied == [2, 1, 2]
     assert [i for i, line in enumerate(said) if line] == [1, 2 + threads.CALM]
     assert said[1] == "other programs use 0.9 of 2 cores: 1 CPU threads, 2 before"
 
 
-def test_a_short_calm_changes_nothing():
+def test_short_idle_periods_do_not_add_threads():
     loads = [1.0, *[0.1] * (threads.CALM - 1), 1.0, *[0.1] * (threads.CALM - 1)]
     ours = Threads(1, True, 2, 2, read=readings(*loads), apply=lambda count: None)
-    assert [ours.look() for _ in loads] == [None] * len(loads) and ours.count == 1
+    assert [ours.adjust() for _ in loads] == [None] * len(loads) and ours.count == 1
 
 
-def test_the_numbers_that_a_user_sets_stay(monkeypatch):
+def test_thread_counts_of_the_user_are_kept(monkeypatch):
     monkeypatch.setattr(threads, "STARTED", [Usage(0.0, 0.0, 0.0)])
     monkeypatch.setattr(threads, "usage", lambda: Usage(10.0, 1e6, 0.0))
     said: list[str] = []
-    asked = threads.settle(3, environment={}, say=said.append)
+    asked = threads.set_threads(3, environment={}, say=said.append)
     assert asked.count == torch.get_num_threads() == 3 and not asked.chosen
     torch.set_num_threads(2)  # as torch does by itself for OMP_NUM_THREADS
-    given = threads.settle(environment={"OMP_NUM_THREADS": "2"}, say=said.append)
-    assert given.count == torch.get_num_threads() == 2 and given.look() is None and not said
+    given = threads.set_threads(environment={"OMP_NUM_THREADS": "2"}, say=said.append)
+    assert given.count == torch.get_num_threads() == 2 and given.adjust() is None and not said
 
 
-def test_without_a_word_of_the_user_the_free_cores_decide(monkeypatch):
+def test_by_default_threads_follow_the_free_cores(monkeypatch):
     monkeypatch.setattr(threads, "cores", lambda: 2)
     monkeypatch.setattr(threads, "STARTED", [Usage(0.0, 0.0, 0.0)])
     monkeypatch.setattr(threads, "usage", lambda: Usage(10.0, 14.0, 4.0))
     torch.set_num_threads(2)
     said: list[str] = []
-    found = threads.settle(environment={}, say=said.append)
+    found = threads.set_threads(environment={}, say=said.append)
     assert found.count == torch.get_num_threads() == 1 and found.chosen
     assert said == ["1 CPU thread, as other programs use 1.0 of 2 cores (--threads N sets another number)"]
 
 
-def test_a_resumed_run_takes_over_the_number_of_its_checkpoint(monkeypatch):
+def test_a_resumed_run_uses_the_threads_of_its_checkpoint(monkeypatch):
     monkeypatch.setattr(threads, "cores", lambda: 2)
     monkeypatch.setattr(threads, "STARTED", [Usage(0.0, 0.0, 0.0)])
     monkeypatch.setattr(threads, "usage", lambda: Usage(10.0, 14.0, 4.0))
     torch.set_num_threads(1)
-    assert threads.settle(resumed=2, environment={}, say=lambda line: None).count == torch.get_num_threads() == 2
-    assert threads.settle(resumed=16, environment={}, say=lambda line: None).count == 2  # moved to a smaller machine
+    assert threads.set_threads(resumed=2, environment={}, say=lambda line: None).count == torch.get_num_threads() == 2
+    assert (
+        threads.set_threads(resumed=16, environment={}, say=lambda line: None).count == 2
+    )  # moved to a smaller machine
 
 
 def test_a_run_records_its_threads_and_goes_on_with_them(tmp_path, monkeypatch):
@@ -124,7 +126,7 @@ def test_a_run_records_its_threads_and_goes_on_with_them(tmp_path, monkeypatch):
         seen = readings(*[busy] * 1000)
         seen()
         monkeypatch.setattr(threads, "usage", seen)
-        monkeypatch.setattr(threads, "started", lambda: threads.STARTED.__setitem__(slice(None), [seen()]))
+        monkeypatch.setattr(threads, "record_usage", lambda: threads.STARTED.__setitem__(slice(None), [seen()]))
 
     beside(1.0)
     assert train(flags(world, "d3po", run), stop_at(2, signal.SIGTERM))[0] == 128 + signal.SIGTERM

@@ -53,13 +53,13 @@ def test_a_damaged_row_group_is_named(tmp_path):
 
 @linux
 @pytest.mark.parametrize("name", bombs.BOMBS)
-def test_a_picture_that_would_unfold_is_refused_at_once(name):
+def test_decompression_bombs_are_refused(name):
     said, spent, grown = bombs.bomb(name)
     assert not said.startswith(("DECODED", "the process")) and "\n" not in said
     assert grown <= bombs.MIB and spent <= 20 * bombs.MS  # a machine of many tests is slow
 
 
-def test_dear_pictures_are_refused_for_what_makes_them_dear():
+def test_expensive_pictures_are_refused_with_the_reason():
     for name, word in (
         ("PNG, 79 million pixels in 230 kB", "pixels in"),
         ("PNG with 63 texts of a megabyte", "63 packed texts"),
@@ -97,11 +97,11 @@ def test_files_that_carry_programs_are_refused_and_nothing_runs():
     assert sum(bool(outcome.code) for outcome in outcomes) >= len(CASES) - 1
 
 
-def test_there_are_enough_of_them():
+def test_there_are_enough_hostile_files():
     assert len(cases.CASES) >= 60 and len(bombs.BOMBS) >= 15
 
 
-def test_an_outcome_tells_what_is_wrong_with_it():
+def test_outcomes_describe_their_failure():
     """The judge of the corpus: what it must not let through."""
     fine = cases.Outcome("x", False, 1, ["x: error: no"], 0.1, 1.0)
     assert fine.fault(10) is None
@@ -169,7 +169,7 @@ def test_what_people_save_is_read(tmp_path):
     [{"auto_map": {"AutoModel": "x.Y"}}, {"a": [{"trust_remote_code": True}]}, {"custom_pipeline": "x"},
      {"text_config": {"_attn_implementation": "owner/kernel"}}],
 )  # fmt: skip
-def test_a_configuration_that_asks_for_code_is_refused_wherever_it_does(content):
+def test_configurations_that_request_code_are_refused(content):
     with pytest.raises(ValueError, match="never"):
         require_no_code("c.json", content)
 
@@ -256,7 +256,7 @@ def test_rows_and_errors_of_the_data_floor_are_printable():
     assert str(DataError(HOSTILE)).isprintable()
 
 
-def test_a_line_without_end_is_not_kept(tmp_path):
+def test_endless_lines_are_not_buffered(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"prompt": "a", "chosen": "0.png", "rejected": "1.png"}\n' + b" " * (MAX_ROW + 1))
     with pytest.raises(DataError, match="line 2 is over"):
@@ -307,7 +307,7 @@ def test_the_look_for_a_token_finds_one(tmp_path):
     assert holding(tmp_path, TOKEN) == [tmp_path / "a" / "b"]
 
 
-def test_a_payload_is_only_ever_written(tmp_path):
+def test_payloads_are_written_and_never_run(tmp_path):
     """The trap itself: pickling it runs nothing, unpickling it does."""
     trap = cases.Trap(tmp_path / "canary")
     data = pickle.dumps(trap)

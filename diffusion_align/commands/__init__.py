@@ -1,1 +1,1 @@
-"""What the command does: each module builds, wires, loops and writes. Leaves: nothing in the package imports them."""
+"""The commands. Apart from `cli` and `options`, nothing in the package imports them."""

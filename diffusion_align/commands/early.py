@@ -1,6 +1,6 @@
-"""What this machine lacks for a run, found before anything is loaded: devices, packages, models, and memory.
+"""Early checks, before anything is loaded: devices, packages, models and memory that this machine lacks.
 
-torch is imported only where a device other than the CPU, or fp16, is asked for.
+torch is imported only if the options name a device other than the CPU, or fp16.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ XFORMERS = "--enable_xformers_memory_efficient_attention"
 
 
 def require_possible(o: Any) -> None:
-    """Refuse what any verb's options ask for and this machine does not have.
+    """Check that this machine has what the options of any verb need.
 
     Raises:
-        UsageError: no such device, a package that is missing, or what `require_model` refuses.
+        UsageError: no such device, a missing package, or as `require_model`.
     """
     require_device(getattr(o, "device", None))
     if isinstance(o, TrainCommon):
@@ -35,9 +35,9 @@ def require_possible(o: Any) -> None:
 
 
 def require_model(o: Any) -> None:
-    """Refuse a model that is not there or is none, a LoRA too large for its layers, and a batch that cannot fit.
+    """Check that the model exists, that the rank of the LoRA fits its layers, and that the batch fits the memory.
 
-    Of a model on the hub nothing is known before it is fetched.
+    A model on the hub is not checked before it is downloaded.
 
     Raises:
         FileNotFoundError, ValueError: as `models.hub.locate`. UsageError: the rank or the batch is too large.
@@ -58,7 +58,7 @@ def require_model(o: Any) -> None:
 
 
 def require_device(word: str | None) -> None:
-    """Refuse a device that is not there, and one for several processes, of which each takes its own."""
+    """Raise UsageError for a device that does not exist, or one device for several processes."""
     if word is None or word == "cpu":
         return
     kind, _, number = word.partition(":")
@@ -69,13 +69,13 @@ def require_device(word: str | None) -> None:
     if word not in there:
         cure = " (this build of torch has no CUDA)" if kind == "cuda" and not _cuda_is_built() else ""
         raise UsageError(
-            f"--device {word} is not there{cure}: this machine has {', '.join(there)}; "
-            "without --device the best is taken"
+            f"--device {word} does not exist{cure}: this machine has {', '.join(there)}; "
+            "without --device the best one is used"
         )
 
 
 def devices() -> list[str]:
-    """Every word of `--device` that works on this machine."""
+    """Every value of `--device` that works on this machine."""
     import torch
 
     there = ["cpu"]
@@ -93,13 +93,13 @@ def _cuda_is_built() -> bool:
 
 
 def require_fp16(device: str | None) -> None:
-    """Training in fp16 scales its loss, for which there are kernels on CUDA only."""
+    """Raise UsageError unless there is a CUDA GPU: the loss scaling of fp16 has kernels for CUDA only."""
     if device in ("cpu", "mps") or "cuda" not in devices():
-        raise UsageError("machine.mixed_precision fp16 needs a CUDA GPU and there is none here; take bf16 or no")
+        raise UsageError("machine.mixed_precision fp16 needs a CUDA GPU and there is none here; use bf16 or no")
 
 
 def require_packages(o: TrainCommon) -> None:
-    """Refuse options whose package is not installed; nothing is imported."""
+    """Raise UsageError for options whose package is not installed, without importing it."""
     if o.use_8bit_adam and find_spec("bitsandbytes") is None:
         raise UsageError(
             "train.use_8bit_adam needs bitsandbytes: pip install 'diffusion_align[8bit]', or leave the option out"

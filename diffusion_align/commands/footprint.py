@@ -1,10 +1,10 @@
-"""Memory that a training needs at the very least, by arithmetic: what surely cannot fit is refused before it fills the
-machine. torch is imported only where a GPU may be meant and the need is large.
+"""A lower bound for the memory of a training, so that a run that cannot fit is refused before it starts.
 
 Counted are: the UNet's weights in half precision; with --mode full also float32 weights, gradients, AdamW's moments;
 latents, noise, noised latents, target and two outputs of every picture in the network; and of its activations the
 skip connections, which every pass holds, or in training without checkpointing two tensors of each residual block of
-the upward path and four of each attention block. What is really needed is several times that.
+the upward path and four of each attention block. The real need is several times that. torch is imported only if the
+device may be a GPU and the need is large.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ COPIES = 6  # of each picture's latents
 
 
 def require_memory(o: TrainCommon, facts: ModelFacts) -> None:
-    """Refuse a batch, or a model, whose least need is above all the memory of the device.
+    """Check that model and batch fit the memory of the device by the lower bound.
 
     Raises:
-        UsageError: with the largest batch whose least need would fit.
+        UsageError: they do not; with the largest batch that would.
     """
     if not facts.known:
         return
-    option, count, a_piece, rows = _rows(o)
+    option, count, unit, rows = _rows(o)
     fixed, each = weights_bytes(o, facts), picture_bytes(o, facts) * rows
     if fixed + count * each < SMALL:
         return
     there, where = memory_of(o.device)
     if fixed > there:
-        cure = "--mode lora needs less" if getattr(o, "mode", "lora") == "full" else "take a smaller model"
+        cure = "--mode lora needs less" if getattr(o, "mode", "lora") == "full" else "use a smaller model"
         raise UsageError(f"this model needs {_gb(fixed)} for its weights alone and {where} has {_gb(there)}; {cure}")
     if fixed + count * each > there:
         fits = max(1, (there - fixed) // each)
         more = "" if isinstance(o, TrainOnline) else "; --gradient_accumulation_steps makes larger batches of them"
         raise UsageError(
-            f"--{option} {count} needs {_gb(fixed + count * each)} at the very least and {where} has {_gb(there)}: "
-            f"{fits} {a_piece} at most, and likely far fewer{more}"
+            f"--{option} {count} needs at least {_gb(fixed + count * each)} and {where} has {_gb(there)}: "
+            f"{fits} {unit} at most, and likely far fewer{more}"
         )
 
 
 def _rows(o: TrainCommon) -> tuple[str, int, str, int]:
-    """The option that says how much is in the network at once, its value, what it counts, and rows of the network."""
+    """The option that sets the batch of the network, its value, what it counts, and rows of the network per count."""
     if isinstance(o, TrainOnline):
         pictures = o.prompts_per_round * (o.children if isinstance(o, TrainSpo) else o.group_size)
         return "sample_chunk", min(o.sample_chunk, pictures), "pictures", 1 if o.guidance == 1 else 2
@@ -64,7 +64,7 @@ def _rows(o: TrainCommon) -> tuple[str, int, str, int]:
 
 
 def weights_bytes(o: TrainCommon, facts: ModelFacts) -> int:
-    """Of the UNet: half precision where it is frozen; in full training float32, with gradients and moments."""
+    """Bytes of the UNet: in half precision if it is frozen; in full training float32, gradients and moments as well."""
     if getattr(o, "mode", "lora") != "full":
         return 2 * facts.full_parameters()
     moments = 2 if getattr(o, "use_8bit_adam", False) else 8
@@ -72,7 +72,7 @@ def weights_bytes(o: TrainCommon, facts: ModelFacts) -> int:
 
 
 def picture_bytes(o: TrainCommon, facts: ModelFacts) -> int:
-    """Of one row of the network: its latents, and the activations that a pass, or a training, holds at once."""
+    """Bytes of one row of the network: its latents and activations."""
     channels, side, _ = facts.latent_shape(o.resolution)
     size = 4 if o.mixed_precision == "no" else 2
     graph = isinstance(o, TrainOffline) and not o.gradient_checkpointing
@@ -80,11 +80,11 @@ def picture_bytes(o: TrainCommon, facts: ModelFacts) -> int:
 
 
 def activations(unet: dict[str, Any], side: int, *, graph: bool) -> int:
-    """Numbers that one row of a UNet with this config.json surely holds at once, with or without a graph."""
+    """The fewest numbers that one row of a UNet with this config.json holds at once, with or without a graph."""
     channels, layers = unet["block_out_channels"], unet.get("layers_per_block", 2)
     per = layers if isinstance(layers, list) else [layers] * len(channels)
     kinds = unet.get("down_block_types", [])
-    total, before = 0, channels[0]  # what comes into a level, at its side
+    total, before = 0, channels[0]  # input channels of a level, at its resolution
     for level, (width, count) in enumerate(zip(channels, per, strict=True)):
         size = (side >> level) ** 2
         attends = level < len(kinds) and "Attn" in kinds[level]
@@ -97,7 +97,7 @@ def activations(unet: dict[str, Any], side: int, *, graph: bool) -> int:
 
 
 def memory_of(device: str | None) -> tuple[int, str]:
-    """All the memory of the device in bytes, and the device in words; of the CPU what this process may have."""
+    """The memory of the device in bytes (for the CPU: what this process may use), and the device in words."""
     if device != "cpu":
         import torch
 

@@ -1,4 +1,4 @@
-"""What a model folder says about itself without being loaded: small JSON files and the headers of the weights."""
+"""What a model folder tells without loading the model: from its JSON files and the headers of its weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from diffusion_align.models.hub import asset
 from diffusion_align.vocabulary import LORA_TARGETS
 
-# What is assumed of a model that is not on this disk. SDXL has Stable Diffusion's betas and latents at twice the side.
+# Assumed of a model that is not on this disk. SDXL has the betas of Stable Diffusion, and latents of twice the side.
 STABLE_DIFFUSION, SDXL = "Stable Diffusion 1.5", "SDXL"
 RESOLUTION = {STABLE_DIFFUSION: 512, SDXL: 1024}
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -21,8 +21,8 @@ SDXL_OF_512 = ("stabilityai/sdxl-turbo",)
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Latents are [channels, resolution / factor, resolution / factor]; `known` says whether a folder was read, and
-    `family` whose figures these are: "SDXL" or "Stable Diffusion 1.5", which also stands for its relatives."""
+    """Latents are [channels, resolution / factor, resolution / factor]. `known`: whether a folder was read. `family`:
+    "SDXL" or "Stable Diffusion 1.5" (for all others)."""
 
     known: bool
     family: str
@@ -41,13 +41,13 @@ class ModelFacts:
         return sum(math.prod(shape) for shape in self.unet_shapes.values())
 
     def lora_parameters(self, rank: int, targets: str) -> int:
-        """rank x (in + out) for each layer that gets a LoRA; `in` of a convolution counts its kernel's places."""
+        """rank x (in + out) for each layer that gets a LoRA; `in` of a convolution is channels x kernel size."""
         ends = tuple(f".{layer}.weight" for layer in LORA_TARGETS[targets])
         return sum(rank * (s[0] + math.prod(s[1:])) for name, s in self.unet_shapes.items() if name.endswith(ends))
 
 
 def read_model_facts(name: str) -> ModelFacts:
-    """The facts of a model folder; those of the family that the name tells, with `known` False, where there is none."""
+    """The facts of a model folder; if there is none, those of the family that the name suggests, with `known` False."""
     try:
         folder = asset("tiny") if name == "tiny" else Path(name).expanduser()
         unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
@@ -59,7 +59,7 @@ def read_model_facts(name: str) -> ModelFacts:
         channels, shapes = vae.get("latent_channels", 4), _shapes(folder / "unet")
         return ModelFacts(True, family, channels, factor, side, scheduler, shapes, unet)
     except (OSError, ValueError, KeyError, TypeError):
-        # SDXL's descendants carry its letters, wherever in the name: stable-diffusion-xl-base-1.0, RealVisXL_V4.0.
+        # Models based on SDXL have these letters in their names: stable-diffusion-xl-base-1.0, RealVisXL_V4.0.
         family = SDXL if "xl" in name.rpartition("/")[2].lower() else STABLE_DIFFUSION
         resolution = 512 if name in SDXL_OF_512 else RESOLUTION[family]
         return ModelFacts(False, family, 4, 8, resolution, SCHEDULE, {}, {})
@@ -68,7 +68,7 @@ def read_model_facts(name: str) -> ModelFacts:
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes from the headers of the safetensors files: eight bytes of length, then JSON."""
     shapes: dict[str, tuple[int, ...]] = {}
-    # Variants (fp16) hold the same tensors again: one whole set is enough.
+    # Variants (fp16) hold the same tensors again, so they are read only if there is nothing else.
     files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
     plain = [file for file in files if ".fp16" not in file.name and ".bf16" not in file.name]
     for file in plain or files:

@@ -1,4 +1,4 @@
-"""Prompts by name or by file, with the categories of a report."""
+"""Prompts by the name of a list or from a file, and their categories."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ HELD_OUT_SEED = 0  # of the captions, so that another --seed draws the same prom
 
 
 def evaluation_prompts(source: str, n: int) -> list[Prompt]:
-    """The first n prompts of a list, or held-out captions of the embedded world.
+    """The first n prompts of a list, or n held-out captions of the embedded world.
 
-    Held-out captions are drawn as the training captions are, so short ones repeat, each time with other noise. Their
-    categories are GenEval's tasks.
+    Held-out captions have the distribution of the training captions, so short ones repeat, each time with other noise.
+    Their categories are GenEval's tasks.
 
     Raises:
         ValueError, FileNotFoundError: as `listed_prompts`.
@@ -31,36 +31,36 @@ def evaluation_prompts(source: str, n: int) -> list[Prompt]:
 
 
 def listed_prompts(source: str) -> list[Prompt]:
-    """The prompts of a file or folder, of a list that ships, or of a list that is fetched; prints the latter's licence.
+    """The prompts of a file or folder, of an included list, or of a downloaded list, whose licence is printed.
 
     Raises:
-        ValueError: the file is not what its name says, or holds no prompt.
-        FileNotFoundError: there is no such file or list, or it cannot be fetched.
+        ValueError: the file does not have the format of its name, or holds no prompt.
+        FileNotFoundError: there is no such file or list, or it cannot be downloaded.
     """
     path = Path(source).expanduser()
     if path.exists():
         return [_in_world(prompt) for prompt in read_list(path)]
     if source in SHIPPED:
         return [_in_world(prompt) for prompt in read_list(asset(SHIPPED[source].file))]
-    asked = requested_list(source)
-    if asked is None:
+    request = requested_list(source)
+    if request is None:
         names = [*SHIPPED, *PROMPT_LISTS]
         match = nearest(source, names)
         cure = f"did you mean {match}?" if match else f"give a file, or one of {', '.join(names)}"
         raise FileNotFoundError(f"prompts {source}: no such file, nor a list of that name; {cure}")
-    prompts, where = fetch_list(asked)
-    print(f"prompts          {source}: {len(prompts):,} from {where}; licence: {asked.benchmark.licence}")
+    prompts, where = fetch_list(request)
+    print(f"prompts          {source}: {len(prompts):,} from {where}; licence: {request.benchmark.licence}")
     return prompts
 
 
 def _in_world(prompt: Prompt) -> Prompt:
-    """The prompt with categories, where it is an embedded caption and its list gave none."""
+    """The prompt; with categories if it is a caption of the embedded world and its list has none."""
     caption = caption_of(prompt.text)
     return prompt if prompt.categories or caption is None else Prompt(prompt.text, kinds(caption), prompt.extra)
 
 
 def caption_of(text: str) -> Caption | None:
-    """The caption of the embedded world that a text is, or None."""
+    """The text as a caption of the embedded world, or None."""
     try:
         return parse(text)
     except ValueError:

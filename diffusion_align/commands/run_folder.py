@@ -1,4 +1,4 @@
-"""The run folder: who may write into it, where it goes on, and what it says about itself."""
+"""The run folder: whether a run may write into it, which checkpoint it resumes from, and its records."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
-from diffusion_align.commands.pasted import again
-from diffusion_align.options.paths import settled_reward
+from diffusion_align.commands.printed_commands import restart_command
+from diffusion_align.options.paths import absolute_reward
 from diffusion_align.options.place import CHECKPOINTS, CONFIG, LATEST, METRICS, step_named
 from diffusion_align.train import record
 from diffusion_align.train.checkpoints import store as checkpoint
@@ -16,7 +16,7 @@ from diffusion_align.train.checkpoints.store import Checkpoint
 
 SAMPLES = "samples"
 RESULTS = ("pytorch_lora_weights.safetensors", "unet", "step_aware.safetensors")
-# Everything a run or its evaluation writes, but not the cache, which any run with the same data can use.
+# All that a run or its evaluation writes, except the cache, which other runs with the same data can use.
 RECORDS = (
     CONFIG,
     METRICS,
@@ -32,27 +32,27 @@ RECORDS = (
 
 
 def require_free(run: Path, *, resuming: bool, overwrite: bool) -> None:
-    """Refuse a folder that holds a run while nobody has said what should become of it.
+    """Check that the folder holds no run, unless that is resumed or overwritten.
 
     Raises:
-        ValueError: naming what was found, and the three ways on.
+        ValueError: naming what was found, and the three remedies.
     """
     holds = [name for name in (METRICS, CHECKPOINTS, *RESULTS) if (run / name).exists()]
     if holds and not resuming and not overwrite:
         raise ValueError(
             f"{run} holds a run already ({holds[0]}): --resume_from_checkpoint latest continues it, "
-            "--overwrite_output_dir starts again, another --output_dir leaves it alone"
+            "--overwrite_output_dir deletes it and starts again, another --output_dir keeps it"
         )
 
 
 def find_checkpoint(run: Path, resume: str | None) -> Checkpoint | None:
-    """The checkpoint to go on from, None for a fresh start.
+    """The checkpoint to resume from, None for a fresh start.
 
     `resume` is `latest`, `auto` (the latest, if there is one), the name of one of the run's checkpoints (step-00000300,
-    or 300), the path of a checkpoint, or the folder of a run, whose latest is then taken.
+    or 300), the path of a checkpoint, or the folder of a run, for its latest checkpoint.
 
     Raises:
-        FileNotFoundError: `latest`, but there is none, or no such checkpoint; with those there are.
+        FileNotFoundError: no such checkpoint (the message lists those that exist), or `latest` and there is none.
         CheckpointError: it is damaged, or all of them are.
     """
     if resume is None:
@@ -62,7 +62,7 @@ def find_checkpoint(run: Path, resume: str | None) -> Checkpoint | None:
     found = checkpoint.latest_good(run / CHECKPOINTS)
     if found is None and resume == "latest":
         raise FileNotFoundError(
-            f"{run / CHECKPOINTS}: no checkpoint to resume; --resume_from_checkpoint auto starts afresh"
+            f"{run / CHECKPOINTS}: no checkpoint to resume; --resume_from_checkpoint auto starts a new run"
         )
     return found
 
@@ -75,19 +75,19 @@ def _named(run: Path, resume: str) -> Checkpoint:
     if not path.exists():
         there = ", ".join(place.name for place in checkpoints_in(here)[:5]) or "none"
         raise FileNotFoundError(
-            f"--resume_from_checkpoint {resume}: no such checkpoint; in {here} there is {there} (the newest first)"
+            f"--resume_from_checkpoint {resume}: no such checkpoint; {here} has {there} (newest first)"
         )
     path = path.parent if path.is_file() else path
     for folder in (path / CHECKPOINTS, path):
         if checkpoints_in(folder):
             latest = checkpoint.latest_good(folder)
-            assert latest is not None  # there is one, and if none is whole it has raised
+            assert latest is not None  # there is one; it raises if all are damaged
             return latest
     return checkpoint.load(path)
 
 
 def claim(run: Path, config: str, *, step: int, overwrite: bool) -> None:
-    """Make the folder ready: remove an earlier run's records, or cut them back to `step`. On the main process only."""
+    """Prepare the folder on the main process: remove the records of an earlier run, or drop those after `step`."""
     for name in RECORDS if overwrite else ():
         path = run / name
         if path.is_dir() and not path.is_symlink():
@@ -102,10 +102,10 @@ def claim(run: Path, config: str, *, step: int, overwrite: bool) -> None:
 
 
 def resume_line(run: Path, verb: str, reward: str | None = None) -> str:
-    """What to type, from any folder, to go on.
+    """The command that resumes the run, from any folder.
 
-    A reward that is a program is run on the user's word only, so it is named again.
+    A Python reward runs only if it is named on the command line, so it is repeated there.
     """
-    program = ["--reward", settled_reward(reward)] if reward and "python:" in reward else []
+    program = ["--reward", absolute_reward(reward)] if reward and "python:" in reward else []
     config = os.path.abspath(run / CONFIG)
-    return again(verb, ["--config", config, "--resume_from_checkpoint", "latest", *program])
+    return restart_command(verb, ["--config", config, "--resume_from_checkpoint", "latest", *program])

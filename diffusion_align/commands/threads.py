@@ -1,11 +1,11 @@
 """How many CPU threads torch uses: one for each core that other programs leave free.
 
-Torch's threads wait for one another at the end of every parallel region, thousands of times a training step. Where two
-of them share a core with another program, each wait can last as long as the operating system's time slice, and a step
+Torch's threads wait for one another at the end of every parallel region, thousands of times per training step. If a
+thread shares a core with another program, each wait can last as long as the operating system's time slice, and a step
 takes 7 to 40 times as long (docs/performance.md). With as many threads as free cores it takes about twice as long.
 
-The number of threads decides how sums are rounded, so it is part of a run's record: it stands in every row of
-metrics.jsonl and in each checkpoint, and a resumed run takes it over.
+The number of threads affects the rounding of sums, so it is recorded in every row of metrics.jsonl and in each
+checkpoint, and a resumed run uses the same number.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SET_BY_USER = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-WINDOW = 10.0  # seconds over which the load of other programs is averaged while we work
+WINDOW = 10.0  # seconds over which the load of other programs is averaged
 CALM = 6  # windows in a row with a free core before a thread is added: about a minute
 CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 
 
 @dataclass(frozen=True)
 class Usage:
-    """CPU seconds used until now on the cores that we may use: by every program, and by this one."""
+    """CPU seconds used so far on the cores that this process may use: by all programs, and by this one."""
 
     at: float
     everyone: float
@@ -33,7 +33,7 @@ class Usage:
 
 
 def usage() -> Usage:
-    """Read the system's counters. Programs that run at low priority (nice) are left out, for they give way."""
+    """Read the system's counters, without programs at low priority (nice), which yield to others."""
     import psutil
 
     mine = psutil.Process().cpu_times()
@@ -48,13 +48,13 @@ def usage() -> Usage:
 
 
 def others(before: Usage, after: Usage) -> float:
-    """Cores that other programs kept busy between two readings, on average."""
+    """How many cores other programs kept busy between two readings, on average."""
     passed = max(after.at - before.at, 1e-3)
     return max(0.0, (after.everyone - before.everyone) - (after.own - before.own)) / passed
 
 
 def cores() -> int:
-    """Cores that this process may use: those of its affinity mask, and no more than its container is allowed."""
+    """Cores that this process may use, by its affinity mask and the quota of its container."""
     count = len(_allowed())
     try:
         quota, period = CGROUP_LIMIT.read_text(encoding="utf-8").split()
@@ -70,9 +70,9 @@ def _allowed() -> set[int]:
 
 
 def fitting(most: int, cores: int, busy: float) -> int:
-    """Threads for `cores` cores of which others keep `busy` busy: `most` at most, and 1 at least.
+    """Threads for `cores` cores of which others keep `busy` busy: at most `most`, and at least 1.
 
-    A program that uses less than half a core is not counted: it costs less than the thread that would be left out.
+    A load below half a core is ignored: it costs less than one thread fewer would.
 
     >>> fitting(2, 2, busy=0.2), fitting(2, 2, busy=0.9), fitting(8, 16, busy=3.1), fitting(4, 4, busy=9.0)
     (2, 1, 8, 1)
@@ -83,14 +83,15 @@ def fitting(most: int, cores: int, busy: float) -> int:
 STARTED: list[Usage] = []  # the reading that the command made before its heavy imports
 
 
-def started() -> None:
-    """Note the counters as they stand, so that the seconds of importing torch measure what other programs use."""
+def record_usage() -> None:
+    """Read the counters, so that the load of other programs is measured during the import of torch."""
     STARTED[:] = [usage()]
 
 
 @dataclass(eq=False)
 class Threads:
-    """The threads of this process, and whether we or the user chose them. `most` is torch's own choice."""
+    """The threads of this process. chosen: whether their number may be adjusted; not if the user set it. most: torch's
+    default."""
 
     count: int
     chosen: bool
@@ -105,8 +106,8 @@ class Threads:
         self.seen = self.read()
         self.apply(self.count)
 
-    def look(self) -> str | None:
-        """Call between steps: every ten seconds it compares threads with free cores. A sentence where they change."""
+    def adjust(self) -> str | None:
+        """Compare threads with free cores, every ten seconds; call it between steps. A sentence after a change."""
         if not self.chosen or self.most == 1:
             return None
         now = self.read()
@@ -122,33 +123,33 @@ class Threads:
         return None
 
 
-def settle(
-    asked: int | None = None,
+def set_threads(
+    option: int | None = None,
     resumed: int | None = None,
     *,
     environment: Mapping[str, str] = os.environ,
     say: Callable[[str], None] = print,
 ) -> Threads:
-    """Set torch's threads, and say so in a sentence where they are not torch's own choice.
+    """Set the number of torch's threads, and print it if it is not torch's default.
 
-    In this order: the option (`asked`), the environment that the user or the launcher set, the number of the checkpoint
-    that a run goes on from (`resumed`), and else the cores that other programs left free since `started`.
+    In this order: `option`, the environment that the user or the launcher set, `resumed` (the number in the checkpoint
+    of a resumed run), or the cores that other programs have left free since `record_usage`.
     """
     import torch
 
     most = torch.get_num_threads()
     by_environment = any(environment.get(name) for name in SET_BY_USER)
-    if asked is not None or by_environment:
-        count = most if asked is None else asked
+    if option is not None or by_environment:
+        count = most if option is None else option
         return Threads(count, False, count, cores(), usage, _apply)
     here = cores()
     if resumed is not None:
-        count, said = min(resumed, here), "as when the checkpoint was saved"
+        count, reason = min(resumed, here), "as when the checkpoint was saved"
     else:
         busy = others(STARTED[0], usage()) if STARTED else 0.0
-        count, said = fitting(min(most, here), here, busy), f"as other programs use {busy:.1f} of {here} cores"
+        count, reason = fitting(min(most, here), here, busy), f"as other programs use {busy:.1f} of {here} cores"
     if count != most:
-        say(f"{count} CPU thread{'s' * (count > 1)}, {said} (--threads N sets another number)")
+        say(f"{count} CPU thread{'s' * (count > 1)}, {reason} (--threads N sets another number)")
     return Threads(count, True, max(count, min(most, here)), here, usage, _apply)
 
 

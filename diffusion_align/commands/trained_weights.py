@@ -1,4 +1,4 @@
-"""The model of a finished run: its base and its trained weights."""
+"""The model of a finished run: its base model and its trained weights."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def base_of(
     """Name, revision and variant of the model that a run started from, or of `model` in its place.
 
     Raises:
-        FileNotFoundError: the model is no longer there; the message ends with `cure`.
+        FileNotFoundError: the model no longer exists; the message ends with `cure`.
     """
     section = config.get("model") or {}
     base = {key: section.get(key) for key in ("pretrained_model_name_or_path", "revision", "variant")}
@@ -43,21 +43,21 @@ def base_of(
     name = base["pretrained_model_name_or_path"] = present_model(base["pretrained_model_name_or_path"] or "")
     here = name == "tiny" or (name != "" and Path(name).expanduser().exists())
     if not here and not on_hub(name):
-        raise FileNotFoundError(f"{run}: the model that it was trained from, {name or 'unnamed'}, is not there: {cure}")
+        raise FileNotFoundError(f"{run}: the model that it was trained from, {name or 'unnamed'}, is missing: {cure}")
     return base
 
 
 def trained_at(config: dict[str, Any]) -> int | None:
-    """The resolution that a run was trained at; None is the model's own."""
+    """The resolution of the training; None: the default of the model."""
     return (config.get("data") or {}).get("resolution")
 
 
 def load_tuned(model: TextToImage, run: str | Path) -> None:
-    """Load a run's trained weights, a LoRA or a full UNet, into the model of its base.
+    """Load the trained weights of a run, a LoRA or a full UNet, into its base model.
 
     Raises:
         FileNotFoundError: the run has no trained weights (yet).
-        ValueError: they are damaged, or belong to another base.
+        ValueError: they are damaged, or belong to another base model.
     """
     from diffusion_align.models import load_lora, load_unet
 
@@ -69,7 +69,7 @@ def load_tuned(model: TextToImage, run: str | Path) -> None:
 
 
 def trained_weights(run: str | Path) -> Path:
-    """The file or folder with a run's trained weights; FileNotFoundError while there is none."""
+    """The file or folder with the trained weights of a run; FileNotFoundError if there is none."""
     for name in (LORA_FILE, "unet"):
         if (Path(run) / name).exists():
             return Path(run) / name

@@ -1,4 +1,4 @@
-"""Versions of what decides the last bits of a number, in checkpoints and against them."""
+"""Versions of the packages that affect rounding, to save in checkpoints and to compare on a resume."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ logger = logging.getLogger(__name__)
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the last bits of a number."""
+    """Versions of the packages that affect rounding."""
     return {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
 
 
 def warn_of_versions(saved: Mapping[str, str]) -> None:
-    """Tell of those that differ from a checkpoint's: the run goes on, but perhaps not to the same bit."""
+    """Warn of versions that differ from those of a checkpoint: results may differ in rounding."""
     now = versions()
     for name in saved.keys() & now.keys():
         if saved[name] != now[name]:
             logger.warning(
-                "the checkpoint was saved with %s %s and goes on with %s: numbers may differ in their last digits",
+                "the checkpoint was saved with %s %s and continues with %s: numbers may differ in their last digits",
                 name, saved[name], now[name],
             )  # fmt: skip

@@ -1,1 +1,1 @@
-"""The methods, one file each, whose `METHOD` says what the training command asks of it. Shared pieces in `shared`."""
+"""The methods, one file each; its `METHOD` describes it to the training command. Common code is in `shared`."""

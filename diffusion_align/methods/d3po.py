@@ -35,7 +35,7 @@ def d3po_method(rollouts: Rollouts[Runs], *, beta: float, clip: float | None, pe
 
 
 def pairs_of(runs: Runs) -> tuple[Tensor, Tensor]:
-    """Rows of winners and losers [M] among the runs: every pair of a group with a preference. A nan reward has none."""
+    """Row numbers [M] of winners and of losers: every pair of a group with a preference (a nan reward has none)."""
     group, winner, loser = ordered_pairs(runs.reward)
     size = runs.reward.shape[1]
     return group * size + winner, group * size + loser
@@ -46,9 +46,9 @@ def learn_d3po(
 ) -> Columns:
     """Add the gradient of factor x the sum over pairs of D3PO's loss, averaged over steps; columns of the M pairs.
 
-    `per_dim`: beta and clip belong to log-ratios averaged over the dims, as published; else to nats. Columns: loss;
-    log_ratio_w, log_ratio_l and kl_w, kl_l, sums over the run in nats; clamped_w, clamped_l, shares of the steps;
-    drift, the largest |log-ratio| of a step in nats to the policy that ran.
+    `per_dim`: beta and clip are for log-ratios averaged over dims, as published; otherwise for nats. Columns: loss;
+    log_ratio_w, log_ratio_l and kl_w, kl_l, sums over the run in nats; clamped_w, clamped_l, fractions of the steps;
+    drift, the largest |log-ratio| of a step, in nats, to the policy that drew it.
     """
     winner, loser = (rows.to(runs.text.device) for rows in pairs_of(runs))
     sums = RunSums(runs)
@@ -56,7 +56,7 @@ def learn_d3po(
     losses = torch.zeros(len(winner), device=winner.device)
 
     def loss(k: int, step: Gaussian) -> Tensor:
-        ratio = sums.note(k, step)[0] / unit
+        ratio = sums.add(k, step)[0] / unit
         sums.clamped += clamped(ratio, clip) / sums.steps
         of_pairs = d3po(ratio[winner], ratio[loser], beta, clip) / sums.steps
         losses.add_(of_pairs.detach())
@@ -69,7 +69,7 @@ def learn_d3po(
 
 
 def build(o: TrainD3po, setup: OnlineSetup) -> OnlineMethod[Runs]:
-    """With --reference round the policy that drew a round is its reference."""
+    """With reference "round", the policy that drew a round is its reference."""
     rollouts = setup.rollouts(renewed=o.reference == "round")
     return d3po_method(rollouts, beta=o.beta, clip=o.clip, per_dim=setup.per_dim)
 

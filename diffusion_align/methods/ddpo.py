@@ -22,7 +22,7 @@ from diffusion_align.train.method import Columns, OnlineMethod
 def policy_gradient_method(
     rollouts: Rollouts[Runs], *, clip: float, std: str, kl_weight: float, per_dim: bool
 ) -> OnlineMethod[Runs]:
-    """DDPO, GRPO and DPOK: the clipped surrogate with advantages in the group, and a KL to the reference."""
+    """DDPO, GRPO and DPOK: the clipped surrogate with advantages within the group, and a KL to the reference."""
 
     def learn(runs: Runs, factor: float) -> Columns:
         constants = {"clip": clip, "std": std, "kl_weight": kl_weight, "per_dim": per_dim}
@@ -44,9 +44,9 @@ def learn_policy_gradient(
 ) -> Columns:
     """Add the gradient of factor x the sum over runs of PPO's clipped surrogate, averaged over steps; columns of runs.
 
-    DDPO and GRPO with their advantages within the group, DPOK with a `kl_weight` on the nats to the reference, which
-    is the exact divergence of the steps' Gaussians. Only decided groups count, so that it does not matter which chunk a
-    group is in. Columns as `learn_d3po`, without sides, of the runs of those groups.
+    DDPO and GRPO take advantages within the group; DPOK adds `kl_weight` times the exact KL, in nats, between the
+    Gaussians of policy and reference. Only decided groups count, so the result does not depend on the chunks. Columns
+    as in `learn_d3po`, one per run instead of _w and _l, for the runs of those groups.
     """
     advantage = advantages(runs.reward, std).flatten().clamp(-max_advantage, max_advantage).to(runs.text.device)
     counts = decided(runs).repeat_interleave(runs.reward.shape[1]).to(runs.text.device)
@@ -55,7 +55,7 @@ def learn_policy_gradient(
     losses = torch.zeros_like(sums.kl)
 
     def loss(k: int, step: Gaussian) -> Tensor:
-        _, drift, reference = sums.note(k, step)
+        _, drift, reference = sums.add(k, step)
         sums.clamped += clamped(drift / unit, clip) / sums.steps
         of_runs = ppo_clip(drift / unit, advantage.to(drift), clip) + kl_weight * step.kl(reference)
         losses.add_(of_runs.detach() / sums.steps)
@@ -69,7 +69,7 @@ def learn_policy_gradient(
 
 
 def advantages(reward: Tensor, std: str) -> Tensor:
-    """`group_advantage` where a reward may have failed: all of its group then count for nothing."""
+    """`group_advantage`, and 0 for all runs of a group in which a reward failed."""
     return group_advantage(torch.where(reward.isnan().any(1, keepdim=True), 0.0, reward), std)
 
 

@@ -50,24 +50,24 @@ def pairs_method(
     `objectives.beta_per_squared_error` converts a published beta to it.
 
     Args:
-        networks: without a reference for a `PairLoss` whose `needs_reference` is False; it is then never called.
+        networks: the reference may be None for a `PairLoss` whose `needs_reference` is False.
         loss: pairs -> loss [b], with beta already bound: `on_margin(partial(logistic, beta=beta))`.
         beta: the same beta, here only to report margins as logits.
         caption_dropout: probability of training a pair under the empty prompt (0.2 in the authors' code).
-        weights: [len(cache)] factors on the pairs' losses, such as the strength of a preference; the mean stays one
-            over pairs, so `loss` starts at log 2 times their mean. None: 1 each.
-        check_start: stop a fresh run whose policy is not its reference before the first update, up to the rounding
-            of the precision; in float32 on a CPU exactly.
+        weights: [len(cache)] factors of the pairs' losses, such as the strength of a preference. The sum is still
+            divided by the number of pairs, so `loss` starts at log 2 times the mean weight. None: 1 each.
+        check_start: in a fresh run, raise if policy and reference differ before the first update by more than
+            rounding explains (in float32 on a CPU: if they differ at all).
 
     Metrics: implicit_accuracy; winner_error_gap and loser_error_gap (policy minus reference, mean over dims);
-    margin_p05, margin_p50, margin_p95 (beta times margin). Without a reference these do not exist, but winner_error and
-    loser_error (the policy's own, mean over dims) do.
+    margin_p05, margin_p50, margin_p95 (beta times margin). Without a reference: only winner_error and loser_error (of
+    the policy, mean over dims).
 
     Raises:
-        ValueError: no reference for a loss that needs one, or weights that are not one finite number >= 0 a pair.
+        ValueError: no reference for a loss that needs one, or weights that are not one finite number >= 0 per pair.
     """
     dims: list[int] = []
-    compares = getattr(loss, "needs_reference", True)  # a plain function is a loss that does
+    compares = getattr(loss, "needs_reference", True)  # a plain function needs one
     frozen = networks.reference if compares else None
     if compares and frozen is None:
         raise ValueError("this loss compares with the frozen reference: give networks that have one")
@@ -75,7 +75,7 @@ def pairs_method(
     if of_pair is not None and (
         of_pair.shape != (len(cache),) or not bool((of_pair >= 0).all() & of_pair.isfinite().all())
     ):
-        raise ValueError(f"expected {len(cache)} weights, finite and not below 0, one a pair")
+        raise ValueError(f"expected {len(cache)} weights, finite and not below 0, one per pair")
 
     def micro_batch(samples: list[Sample], _: list[Sample]) -> Columns:
         latents, text = cache.batch([index for _, index in samples])
@@ -112,16 +112,16 @@ def pairs_method(
 
 
 def make_loss(o: TrainDpo, beta: float, timesteps: int) -> PairLoss:
-    """The objective of pairs that the options name; beta is per squared error summed over dims (MaPO has its own).
+    """The loss of pairs that the options name; beta is per squared error summed over dims (MaPO has its own).
 
-    `kto` is none of them: it learns from single pictures (`methods.kto`).
+    Loss type `kto` is not made here: it learns from single pictures (`methods.kto`).
     """
     of_margin = {
         "sigmoid": partial(logistic, beta=beta, label_smoothing=o.label_smoothing),
         "robust": partial(robust, beta=beta, flip=o.label_smoothing),
         "hinge": partial(hinge, beta=beta),
-        # (beta margin - 1/2)^2: the same minimum as ipo's own, but free of the margin's unit, so that a learning rate
-        # and a clip mean what they mean for the others. On errors summed over dims ipo's own scale is D^2.
+        # (beta margin - 1/2)^2 has the minimum of IPO's loss but no unit, so the same learning rates and gradient clips
+        # fit all losses. IPO's own scale, for errors summed over dims, is D^2.
         "ipo": lambda margin: beta**2 * ipo(margin, beta),
     }
     if o.loss_type in of_margin:
@@ -134,7 +134,7 @@ def make_loss(o: TrainDpo, beta: float, timesteps: int) -> PairLoss:
 
 
 def needs_reference(o: TrainDpo) -> bool:
-    """Whether the loss compares with the frozen model. It says so itself, whatever its constants."""
+    """Whether the loss compares with the frozen model, which does not depend on its constants."""
     return o.loss_type == "kto" or make_loss(o, beta=1.0, timesteps=1).needs_reference
 
 
@@ -159,14 +159,14 @@ def start(o: TrainDpo, opened: Opened) -> Started:
 
 
 def length(o: TrainDpo, about: About) -> Length:
-    """Batch and steps; what KTO counts are visits to pairs, of which each shows one picture."""
+    """Batch and steps. KTO counts visits to pairs: each visit shows one picture of the pair."""
     found = length_of(o, about, "pairs")
     first, *others = found.lines
     return found.with_lines([first + (", one picture of each" if o.loss_type == "kto" else ""), *others])
 
 
 def constants(o: TrainDpo, about: About) -> list[str]:
-    """beta in every unit, what the loss can reach, its other constants, and whether there is a reference."""
+    """beta in every unit, the values that the loss can reach, its other constants, and the reference if it has one."""
     own = {
         "kto": f"liked_share      {o.liked_share:g} of the visits show the winner, the others the loser",
         "mapo": f"mapo_beta        {o.mapo_beta:g}, weight of the preference beside the winner's error",
@@ -174,7 +174,7 @@ def constants(o: TrainDpo, about: About) -> list[str]:
     }
     compares, keep = needs_reference(o), o.winner_share
     frozen = "the model without its LoRA" if o.mode == "lora" else "a frozen copy of the UNet"
-    none = "none: it is neither kept nor run, and what compares with it is not logged"
+    none = "none: no frozen copy is kept, and metrics that compare with it are not logged"
     return [
         *(describe_beta(o, about) if compares else []),
         f"loss             {o.loss_type}, {_reach(o)}",
@@ -185,17 +185,17 @@ def constants(o: TrainDpo, about: About) -> list[str]:
 
 
 def _reach(o: TrainDpo) -> str:
-    """Where the loss starts (margin 0) and what it can reach."""
+    """Where the loss starts (margin 0) and which values it can reach."""
     q = o.label_smoothing
     if o.loss_type == "sigmoid" and q:
         lowest = -q * math.log(q) - (1 - q) * math.log1p(-q)
-        return f"starts at log 2 = 0.6931, reaches [{lowest:.4f}, inf), the least being the entropy of the smoothing"
+        return f"starts at log 2 = 0.6931, reaches [{lowest:.4f}, inf); the minimum is the entropy of the smoothing"
     return {
         "sigmoid": "starts at log 2 = 0.6931, reaches (0, inf)",
         "hinge": "starts at 1, reaches [0, inf)",
         "ipo": "(beta margin - 1/2)^2, starts at 1/4, reaches [0, inf)",
         "robust": "starts at log 2 = 0.6931, "
-        + ("has no least value: watch the margins, not the loss" if q else "reaches (0, inf)"),
+        + ("has no minimum: watch the margins, not the loss" if q else "reaches (0, inf)"),
         "kto": "of single pictures, starts at 1/2, reaches (0, 1)",
         "kto_pairs": "mean over winner and loser, starts at 1/2, reaches (0, 1)",
         "mapo": "the winner's error, mean over dims, and mapo_beta times a log sigmoid; no reference",

@@ -1,6 +1,7 @@
-"""What a training command asks of a method: one `Entry` in the method's file says everything.
+"""The interface between the training command and a method: one `Entry` in the file of the method.
 
-The command reads the data, opens the model, prints the plan and follows the loop; the entry fills in what differs.
+The command reads the data, loads the model, prints the plan and runs the loop; the entry provides what differs between
+methods.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ Options = TypeVar("Options")
 
 @dataclass(frozen=True)
 class About:
-    """What a plan is counted from; known before the model is loaded.
+    """What a plan is computed from; known before the model is loaded.
 
-    shape: of the latents, [C,h,w]. items: pairs, rankings or prompts; None while they are on the hub. count: how many
-    of them are trained on; None while unknown. processes: of this job.
+    shape: of the latents, [C,h,w]. items: pairs, rankings or prompts; None if they are not downloaded. count: how many
+    of them are trained on; None if unknown. processes: number of processes of this job.
     """
 
     schedule: Schedule
@@ -51,12 +52,12 @@ class About:
 
 @dataclass(frozen=True)
 class Length:
-    """How long a run is, and its lines of the plan.
+    """How long a run is, and the lines about that in the plan.
 
-    steps: of the optimizer, in all; None while the data are not counted. batch: what one step takes, over all
-    processes; `--scale_lr` multiplies by it. accumulation: micro-batches of a step on each process. sizes: how an
-    online method cuts its rounds. evaluations: of the network in the whole run, of an online method. identity: what of
-    it a resumed run must have in common with the saved one.
+    steps: optimizer steps of the run; None if the data are not counted. batch: items of one step, over all processes;
+    the option scale_lr multiplies by it. accumulation: micro-batches of a step on each process. sizes: the `RoundSizes`
+    of an online method. evaluations: network evaluations of the run (online methods). identity: values that must be
+    the same when the run is resumed.
     """
 
     steps: int | None
@@ -75,8 +76,8 @@ class Length:
 class Opened:
     """A run whose model is loaded.
 
-    networks: the policy as it trains, and its reference. items, bad_rows: as they were read. folder: the run's.
-    encode: (pairs or rankings, rows that could not be read) -> their cache. reward: what a text means -> the reward.
+    networks: the trained policy and its reference. items, bad_rows: as read. folder: of the run. encode: (pairs or
+    rankings, rows that could not be read) -> their cache. reward: parsed text of a reward -> the reward.
     """
 
     model: TextToImage
@@ -92,9 +93,10 @@ class Opened:
 
 @dataclass(frozen=True)
 class Trained:
-    """Weights that a run trains: by name, in the optimizer's order, and how they are written into a folder.
+    """The weights that a run trains: by name, in the order of the optimizer.
 
-    `write` returns the file or folder it wrote. With `pictures` the model draws sample grids while it is trained.
+    write: writes them into a folder and returns the file or folder that it made. pictures: whether they change what
+    the model draws, so that sample grids are drawn during training.
     """
 
     named: dict[str, Parameter]
@@ -106,9 +108,9 @@ class Trained:
 class Started:
     """A method with its data.
 
-    count: items that are trained on. identity: what of data and constants a resumed run must have in common with the
-    saved one, beside the options. loop: the engine at work. trained: what is trained where it is not the UNet.
-    report: called on the main process when the loop has ended, with the number of steps.
+    count: items that are trained on. identity: values, beside the options, that must be the same when the run is
+    resumed. loop: runs the engine. trained: what is trained, if it is not the UNet. report: called on the main process
+    after the loop, with the number of steps.
     """
 
     count: int
@@ -120,13 +122,12 @@ class Started:
 
 @dataclass(frozen=True)
 class Entry(Generic[Options]):
-    """A method as its command sees it.
+    """What the training command knows of a method.
 
-    verb: the words of the command. data: what it reads. shown: metrics on the progress bar.
-    length: how long the run is. constants: lines of the plan about the loss. start: data and model -> the loop.
-    require: refuses, before the model is loaded, what the options' own checks cannot know. count: how many of the
-    items it trains on, before any turns out to be unreadable. needs_reference: whether the loss
-    compares with the frozen model; unet: whether the UNet is what is trained.
+    verb: the words of the command. data: the kind of items. shown: metrics on the progress bar. length: how long the
+    run is. constants: lines of the plan about the loss. start: data and model -> the loop. require: raises, before the
+    model is loaded, for errors that the checks of the options cannot find. count: how many items it trains on if all
+    are readable. needs_reference: whether the loss compares with the frozen model. unet: whether it trains the UNet.
     """
 
     verb: str

@@ -1,8 +1,8 @@
-"""`train dpo --loss_type kto`: Diffusion-KTO on single pictures, liked or disliked (Li et al. 2024, arXiv 2404.04465).
+"""`train dpo`, loss type kto: Diffusion-KTO on single liked or disliked pictures (Li et al. 2024, arXiv 2404.04465).
 
-A pair gives two such pictures, its winner and its loser, and each visit takes one of them. Every picture has its own
-timestep and noise. The loss compares a picture's gain over the reference with the gain of the whole batch, over all
-micro-batches and processes: the baseline is known before any gradient (`train.method.Survey`).
+A pair provides two such pictures, its winner and its loser; each visit to the pair takes one of them. Every picture has
+its own timestep and noise. The loss compares the gain of a picture over the reference with the mean gain of the batch,
+over all micro-batches and ranks. A `train.method.Survey` computes that baseline before any gradient.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from diffusion_align.train.run import Run
 
 
 def liked_of(samples: Sequence[Sample], share: float, seed: int) -> Tensor:
-    """Which of these visits [b] show the pair's winner, the others its loser: bool, addressed by (epoch, index)."""
+    """[b] bool: whether a visit shows the winner of the pair, not the loser; addressed by (epoch, index)."""
     return rng.uniform_batch(seed, "liked", list(samples)) < share
 
 
 def baseline_of(log_ratio: Tensor) -> Tensor:
-    """The mean log-ratio of a batch [B], at least 0, as in the authors' code: a number without gradient."""
+    """The mean log-ratio of a batch [B], but at least 0, as in the authors' code; without gradient."""
     return log_ratio.detach().to(torch.float64).mean().clamp(min=0)
 
 
@@ -45,28 +45,28 @@ def pictures_method(
     weights: Sequence[float] | None = None,
     check_start: bool = True,
 ) -> OfflineMethod:
-    """Training on single pictures out of pairs with `objectives.kto`.
+    """Training on single pictures of pairs with `objectives.kto`.
 
-    A micro-batch of b pictures costs one policy call and one reference call. Where a step has more than one
-    micro-batch, each costs one more policy call without gradients, for the baseline of the whole batch. So how a batch
-    is cut into micro-batches and processes changes only the rounding.
+    A micro-batch of b pictures costs one policy call and one reference call. If a step has more than one micro-batch,
+    each costs one more policy call without gradients, for the baseline of the whole batch. So the split of a batch into
+    micro-batches and ranks changes only the rounding.
 
     Args:
         beta: per squared error summed over dims; `objectives.beta_per_squared_error` of a published one ("diffusers").
         liked_share: probability that a visit shows the winner (0.8 in the authors' launcher).
-        weights: [len(cache)] factors on the losses of a pair's pictures; None: 1 each.
+        weights: [len(cache)] factors of the losses of a pair's pictures; None: 1 each.
         Others as in `dpo.pairs_method`.
 
-    Metrics: implicit_accuracy, the share of pictures whose log-ratio has its label's sign; winner_error_gap and
-    loser_error_gap, policy minus reference on liked and disliked pictures, mean over dims (absent where a step shows
-    none of them); baseline_logit, beta times the baseline; log_ratio_p05, _p50, _p95 of beta times the log-ratio.
+    Metrics: implicit_accuracy, the fraction of pictures whose log-ratio has the sign of their label; winner_error_gap
+    and loser_error_gap, policy minus reference on liked and disliked pictures, mean over dims (absent if a step has no
+    such picture); baseline_logit, beta times the baseline; log_ratio_p05, _p50, _p95 of beta times the log-ratio.
 
-    Raises ValueError for a share outside [0, 1] or a wrong number of weights.
+    Raises ValueError for a `liked_share` outside [0, 1] or a wrong number of weights.
     """
     if not 0 <= liked_share <= 1:
         raise ValueError(f"liked_share must lie in [0, 1], got {liked_share}")
     if weights is not None and len(weights) != len(cache):
-        raise ValueError(f"expected {len(cache)} weights, one a pair, got {len(weights)}")
+        raise ValueError(f"expected {len(cache)} weights, one per pair, got {len(weights)}")
     of_pair = torch.ones(len(cache)) if weights is None else torch.tensor(weights, dtype=torch.float32)
     visits = _Visits(cache, networks, run, liked_share, caption_dropout)
 
@@ -95,14 +95,14 @@ def pictures_method(
 
 
 class _Visits:
-    """Pictures as they are shown to the networks, and what a step's survey found out about them."""
+    """The noised pictures of visits, and the results of the survey of a step."""
 
     def __init__(self, cache: PairCache, networks: Networks, run: Run, liked_share: float, caption_dropout: float):
         self.cache, self.networks, self.run = cache, networks, run
         self.liked_share, self.caption_dropout = liked_share, caption_dropout
         self.dims = 0
         self.baseline = torch.zeros(())
-        # Of this step's survey: the reference's answer on each micro-batch, which its gradient then need not ask for.
+        # From the survey of this step: the results of the reference on each micro-batch, so it is not called again.
         self.known: dict[tuple[Sample, ...], tuple[Tensor, Tensor]] = {}
 
     def noised(self, samples: list[Sample]) -> tuple[Noised, Tensor]:
@@ -120,7 +120,7 @@ class _Visits:
             return self.networks.policy(noised.x, noised.t, noised.text)
 
     def reference(self, samples: list[Sample], noised: Noised, policy: Tensor) -> tuple[Tensor, Tensor]:
-        """The reference's errors [b], and how far its outputs are from the policy's; as the survey found them."""
+        """The reference's errors [b], and how far its outputs are from the policy's; from the survey if it ran."""
         known = self.known.pop(tuple(samples), None)
         if known is not None:
             return known

@@ -1,6 +1,6 @@
 """`train prdp`: PRDP (Deng et al. 2024, arXiv 2402.08714), regression of log-ratio differences on reward differences.
 
-The loss couples all steps of all runs of a group. Its gradient is exact, with one network graph in memory.
+The loss couples all steps of all runs of a group. Its gradient is exact, and only one network graph is in memory.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from diffusion_align.train.method import Columns, OnlineMethod
 def prdp_method(
     rollouts: Rollouts[Runs], *, beta: float, clip: float | None, mean: bool, fresh: bool
 ) -> OnlineMethod[Runs]:
-    """PRDP on the groups of runs. Constants as in `learn_prdp`. `fresh`: each round's data are used for one step only,
-    so the runs' own predictions are those of the policy and spare a pass."""
+    """PRDP on groups of runs. Constants as in `learn_prdp`. `fresh`: each round is used for one step only, so the
+    predictions stored with its runs are those of the policy and save a pass."""
 
     def learn(runs: Runs, factor: float) -> Columns:
         constants = {"beta": beta, "clip": clip, "mean": mean, "fresh": fresh}
@@ -42,12 +42,12 @@ def learn_prdp(
 ) -> Columns:  # fmt: skip
     """Add the gradient of factor x the sum over decided groups of PRDP's loss; columns of those groups.
 
-    With `mean` beta and clip are those of the paper's printed code, for log-ratios averaged over dims and steps; else
-    they are in nats summed over both, where beta is the weight of the KL. `fresh`: no update since the runs were drawn,
-    so their own predictions serve as the first pass. `tolerance`: see `path_gradient`.
+    With `mean`, beta and clip are those of the paper's printed code, for log-ratios averaged over dims and steps;
+    otherwise for nats summed over both, where beta is the weight of the KL. `fresh`: no update since the runs were
+    drawn, so their stored predictions replace the first pass. `tolerance`: see `path_gradient`.
 
-    Columns: loss; log_ratio and kl, means over the group's runs of sums over the run, nats; clamped, the share of steps
-    beyond the clip; drift, as in `learn_d3po`.
+    Columns: loss; log_ratio and kl, in nats, summed over each run and averaged over the runs of the group; clamped, the
+    fraction of steps beyond the clip; drift, as in `learn_d3po`.
     """
     groups, size = runs.reward.shape
     table, states, clean = runs.trajectory.table, runs.trajectory.states, runs.trajectory.clean
@@ -90,12 +90,12 @@ def _after(runs: Runs, k: int) -> Tensor:
 
 
 def _grouped(log_ratio: Tensor, groups: int) -> Tensor:
-    """[T,B] -> [G,K,T] float64 on the CPU: next to targets of 1e9 nats, sums over steps need it."""
+    """[T,B] -> [G,K,T] float64 on the CPU, which sums over steps need beside targets of 1e9 nats."""
     return log_ratio.cpu().to(torch.float64).T.reshape(groups, -1, len(log_ratio))
 
 
 def used_once(o: TrainPrdp) -> bool:
-    """Whether each round is learnt from in one step only."""
+    """Whether each round is used for one step only."""
     return o.passes == 1 and (o.prompts_per_step or o.prompts_per_round) == o.prompts_per_round
 
 
@@ -104,7 +104,7 @@ def build(o: TrainPrdp, setup: OnlineSetup) -> OnlineMethod[Runs]:
 
 
 def evaluations(o: TrainPrdp, tables: RunTables) -> dict[str, float]:
-    """Each pass but one that the runs' own predictions spare begins with one without gradients."""
+    """A pass needs one more policy evaluation without gradients, unless the stored predictions replace it."""
     found = evaluations_of_runs(o, tables)
     first = found["policy with gradient"] / o.passes * (o.passes - 1 if used_once(o) else o.passes)
     reference = found.pop("reference")

@@ -1,8 +1,8 @@
 """`train rankdpo`: RankDPO on rankings of pictures (Karthik et al. 2024, arXiv 2410.18013).
 
-A picture's score is minus the paper's s, its gap of denoising errors: by how much the policy's error lies below the
-reference's. The loss couples the K scores of a prompt, but its gradient is a sum over pictures of dL/dscore_i times the
-gradient of one error, so K pictures need no more network memory than one.
+The score of a picture is by how much the policy's denoising error is below the reference's (minus the paper's s). The
+loss couples the K scores of a prompt, but its gradient is a sum over pictures of dL/dscore_i times the gradient of one
+error, so K pictures need no more network memory than one.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ from diffusion_align.train.steps import run_steps
 
 
 def ranking_scores(predict_policy: Predict, predict_reference: Predict, noised: Noised, *, one_graph: bool) -> Tensor:
-    """Reference's minus policy's squared errors, summed over dims in float32, [B,K]; the gradient is the policy's.
+    """Squared errors, reference minus policy, summed over dims in float32, [B,K]; gradients flow to the policy only.
 
-    Either all K B rows in one call of each network, or with `one_graph` one picture of each list at a time: its graph
-    is thrown away, and made again when the loss is differentiated. The gradient is the same; activations are those of
-    B rows instead of K B, and the policy is evaluated twice.
+    By default each network is called once on all K B rows. With `one_graph` it is called on one picture of each list at
+    a time; the graph is discarded and recomputed in the backward pass. The gradient is the same, activations are those
+    of B rows instead of K B, and the policy is evaluated twice.
     """
     if not one_graph:
         with torch.no_grad():
             reference = denoising_errors(predict_reference, noised)
         return reference - denoising_errors(predict_policy, noised)
-    parts = [part.chunk(noised.entries) for part in noised[:4]]
+    rows = [tensor.chunk(noised.entries) for tensor in noised[:4]]
     scores = []
-    for x, t, text, wanted in zip(*parts, strict=True):
+    for x, t, text, wanted in zip(*rows, strict=True):
         alone = Noised(x, t, text, wanted, 1)
         with torch.no_grad():
             reference = denoising_errors(predict_reference, alone)
-        # Nothing in the networks is random, so no generator's state has to be kept for the second time.
+        # Nothing in the networks is random, so the recomputation needs no generator state.
         policy = checkpoint(denoising_errors, predict_policy, alone, use_reentrant=False, preserve_rng_state=False)
         scores.append(reference - policy)
     return torch.cat(scores, 1)
@@ -66,9 +66,9 @@ def ranking_scores(predict_policy: Predict, predict_reference: Predict, noised: 
 class RankingLoss:
     """A loss of rankings with its constants.
 
-    of_scores: (minus the error gaps [b,K], relevance [b,K]) -> [b], beta bound; `objectives.rank_dpo`.
-    pair_weights: relevance [b,K] -> [b,K,K], what a pair counts in the metrics; `objectives.gain_weights`.
-    beta: the loss's own, here only to report margins as logits.
+    of_scores: (scores [b,K], relevance [b,K]) -> [b], with beta bound; `objectives.rank_dpo`.
+    pair_weights: relevance [b,K] -> [b,K,K], the weight of a pair in the metrics; `objectives.gain_weights`.
+    beta: of the loss, here only to report margins as logits.
     """
 
     of_scores: Callable[[Tensor, Tensor], Tensor]
@@ -96,13 +96,13 @@ def rankings_method(
         one_graph: keep the network's activations for one picture of a prompt at a time.
         Others as in `dpo.pairs_method`.
 
-    Metrics, w and l being a prompt's most and least relevant picture: implicit_accuracy, of all pairs by weight;
+    Metrics, with w and l the most and least relevant picture of a prompt: implicit_accuracy, of all pairs, weighted;
     winner_error_gap and loser_error_gap, policy minus reference on w and l, mean over dims; margin_p05, margin_p50,
-    margin_p95 of beta (score_w - score_l); pair_weight, the mean sum of a prompt's weights.
+    margin_p95 of beta (score_w - score_l); pair_weight, the mean over prompts of the sum of their weights.
 
     Raises ValueError for relevance that does not fit the cache, or networks without a reference.
     """
-    if [len(shares) for shares in relevance] != cache.lengths:
+    if [len(values) for values in relevance] != cache.lengths:
         raise ValueError(
             f"relevance of {len(relevance)} rankings does not fit the {len(cache)} in the cache, or their K"
         )
@@ -112,26 +112,27 @@ def rankings_method(
 
     def of_one_length(samples: list[Sample]) -> Columns:
         indices = [index for _, index in samples]
-        latents, text = (part.to(run.accelerator.device) for part in cache.batch(indices))
+        latents, text = (tensor.to(run.accelerator.device) for tensor in cache.batch(indices))
         text = drop_captions(text, cache.empty_text, samples, caption_dropout, run.seed)
         noised = noised_lists(latents, text, samples, networks, run.seed, shared_noise=shared_noise)
         dims[:] = [latents[0, 0].numel()]
         mine: list[Tensor] = []
         theirs: list[Tensor] = []
         with run.accelerator.autocast():
-            scores = ranking_scores(noted(networks.policy, mine), noted(reference, theirs), noised, one_graph=one_graph)
+            both = recording(networks.policy, mine), recording(reference, theirs)
+            scores = ranking_scores(*both, noised, one_graph=one_graph)
         phi = torch.tensor([relevance[index] for index in indices], dtype=torch.float64).to(scores)
         columns = {"loss": loss.of_scores(scores, phi), **_columns(scores.detach(), phi, loss.pair_weights(phi))}
         return columns | ({"apart": apart(torch.cat(mine), torch.cat(theirs), noised.entries)} if check_start else {})
 
     def micro_batch(samples: list[Sample], _: list[Sample]) -> Columns:
         lengths = [cache.lengths[index] for _, index in samples]
-        parts = [
+        by_length = [
             of_one_length([sample for sample, k in zip(samples, lengths, strict=True) if k == length])
             for length in sorted(set(lengths))
         ]
-        # Rows are now in the order of their lengths, which does not matter to a mean.
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        # The rows are now sorted by length, which does not change their mean.
+        return {name: torch.cat([columns[name] for columns in by_length]) for name in by_length[0]}
 
     def summarise(columns: Columns) -> dict[str, float]:
         weight = columns["weight"].sum()
@@ -147,34 +148,34 @@ def rankings_method(
     return OfflineMethod(len(cache), micro_batch, summarise, check)
 
 
-def noted(predict: Predict, outputs: list[Tensor]) -> Predict:
-    """The same network, which puts what it answers into a list as well, without its graph."""
+def recording(predict: Predict, outputs: list[Tensor]) -> Predict:
+    """The same network, which also appends each output, without its graph, to `outputs`."""
 
-    def answer(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def predict_and_record(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         output = predict(x, t, text)
         outputs.append(output.detach())
         return output
 
-    return answer
+    return predict_and_record
 
 
 def _columns(scores: Tensor, relevance: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """What is reported of scores [b,K], [b] each."""
-    weights = weights * (relevance[:, :, None] > relevance[:, None, :])  # [b,i,j]: i is to be preferred to j
+    """The columns [b] that metrics are computed from, given scores [b,K]."""
+    weights = weights * (relevance[:, :, None] > relevance[:, None, :])  # [b,i,j]: i is preferred to j
     right = implicit_accuracy(scores[:, :, None] - scores[:, None, :])
     best, worst, _ = best_and_worst(relevance)
     winner, loser = (scores.gather(1, place[:, None])[:, 0] for place in (best, worst))
     return {
         "right": (weights * right).sum((1, 2)),
         "weight": weights.sum((1, 2)),
-        "winner_gap": 0 - winner,  # not -winner, which at the start would be the -0.0 of metrics.jsonl
+        "winner_gap": 0 - winner,  # not -winner, which would write -0.0 to metrics.jsonl at the start
         "loser_gap": 0 - loser,
         "margin": winner - loser,
     }
 
 
 def start(o: TrainRankdpo, opened: Opened) -> Started:
-    """Encode the rankings. How a batch is cut into micro-batches, processes and pictures may change on a resume."""
+    """Encode the rankings. A resumed run may split its batches differently into micro-batches and ranks."""
     cache = opened.encode(opened.items, opened.bad_rows)
     relevance = [opened.items[place].relevance for place in cache.kept]
     beta = latent_beta(o, opened.shape)
@@ -191,18 +192,18 @@ def start(o: TrainRankdpo, opened: Opened) -> Started:
         )  # fmt: skip
         return run_steps(method, run, batch_size=length.batch, accumulation=length.accumulation)
 
-    labels = digest(json.dumps(relevance).encode())  # the cache does not know them
+    labels = digest(json.dumps(relevance).encode())  # they are not part of the cache
     return Started(len(cache), cache.identity | {"beta": beta, "relevance": labels}, loop)
 
 
 def length(o: TrainRankdpo, about: About) -> Length:
-    """Batch and steps, counted in prompts; with the rankings at hand also their pictures and evaluations."""
+    """Batch and steps, counted in prompts; if the rankings are on this disk, also their pictures and evaluations."""
     found = length_of(o, about, "prompts")
     return found if about.items is None else found.with_lines([*found.lines, *describe_lists(o, about.items)])
 
 
 def describe_lists(o: TrainRankdpo, rankings: Sequence[Ranking]) -> list[str]:
-    """How long the lists are, what they cost, and where the loss starts: all scores are 0 then."""
+    """How long the lists are, what they cost, and where the loss starts (all scores are 0)."""
     lengths = Counter(len(ranking.pictures) for ranking in rankings)
     start = weight = 0.0
     for ranking in rankings:

@@ -43,21 +43,21 @@ def spo_method(
     per_dim: bool,
     at_once: int,
 ) -> OnlineMethod[Comparisons]:
-    """SPO on comparisons under a table. Constants as in `learn_spo`; `at_once`: families in the network at a time."""
+    """SPO on comparisons. Constants as in `learn_spo`; `at_once`: families in the network at a time."""
     policy, reference = comparisons.policy, comparisons.reference
     assert reference is not None  # a frozen one
     constants = {"beta": beta, "clip": clip, "per_dim": per_dim, "at_once": at_once}
-    # Its log-ratios are of single steps.
+    # Log-ratios here belong to single steps.
     allowed = replace(comparisons.allowed, run=comparisons.allowed.step)
     return OnlineMethod(
         collect=comparisons.draw,
         items=len,
         learn=lambda pairs, factor: learn_spo(pairs, policy, reference, table, factor, **constants),
         pick=partial(pick_pairs, at_once=at_once),
-        facts=lambda pairs: {"score": pairs.score, "kept": pairs.kept.float()},
+        round_columns=lambda pairs: {"score": pairs.score, "kept": pairs.kept.float()},
         summarise=partial(summarise_runs, dims=comparisons.dims),
         check_start=partial(require_equal_ratios, dims=comparisons.dims, allowed=allowed),
-        nothing="no two children of a state were far enough apart; lower --threshold, or look at the reward",
+        empty_step_advice="no two children of a state differed enough; lower threshold, or check the reward",
     )
 
 
@@ -73,17 +73,17 @@ def learn_spo(
     per_dim: bool = True,
     at_once: int = 64,
 ) -> Columns:
-    """Add the gradient of factor x the sum over pairs of SPO's loss; columns of the M pairs, `at_once` parents in the
-    network.
+    """Add the gradient of factor x the sum over pairs of SPO's loss; columns of the M pairs.
 
-    One policy and one reference evaluation a family, for its pairs share their parent; two of each a pair in segments
-    of more than one step, where they do not; and where steps are of second order as many again, at the states before.
+    The network processes `at_once` families at a time. Each costs one policy and one reference evaluation, because its
+    pairs share their parent; in segments of more than one step they do not, and each pair costs two of each. Steps of
+    second order double that, for the states before.
     Columns: loss; log_ratio_w, log_ratio_l of the step in nats; kl, mean of both sides; clamped_w, clamped_l; gap.
     """
     order = int(table.order[pairs.k.cpu()].max())
     unit = pairs.dims if per_dim else 1
-    parts = []
-    for rows in _whole_families(pairs, at_once):
+    found = []
+    for rows in _rows_by_family(pairs, at_once):
         with torch.no_grad():
             frozen = _steps(reference, table, pairs, rows, order)
         live = _steps(policy, table, pairs, rows, order)
@@ -100,50 +100,50 @@ def learn_spo(
             "clamped_l": clamped(lose, clip).float(),
             "gap": pairs.gap[rows],
         }
-        parts.append({name: values.detach() for name, values in columns.items()})
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        found.append({name: values.detach() for name, values in columns.items()})
+    return {name: torch.cat([columns[name] for columns in found]) for name in found[0]}
 
 
 def pick_pairs(chunks: list[Comparisons], numbers: Tensor, at_once: int) -> list[Comparisons]:
-    """Pairs by their numbers [m], rising, in the order of prompts and steps over all chunks (`Comparisons.by_prompt`).
+    """The pairs with these increasing numbers [m], counted by prompt and step over all chunks (`by_prompt`).
 
-    They are put together first and cut into parts of `at_once` families then, for of each chunk a step may take few.
+    They are joined and then split into chunks of `at_once` families, because a step may take few pairs of each chunk.
     """
-    parts, first, families = [], 0, 0
+    picked, first, families = [], 0, 0
     for chunk in chunks:
         here = numbers[(numbers >= first) & (numbers < first + len(chunk))] - first
         if len(here):
-            part = chunk.of(chunk.by_prompt()[here])
-            _, family = part.family.unique_consecutive(return_inverse=True)
-            parts.append(replace(part, family=family + families))
+            pairs = chunk.of(chunk.by_prompt()[here])
+            _, family = pairs.family.unique_consecutive(return_inverse=True)
+            picked.append(replace(pairs, family=family + families))
             families += int(family[-1]) + 1
         first += len(chunk)
-    joined = {name: torch.cat([getattr(p, name) for p in parts], 1) for name in ("before", "parent", "child")}
-    joined |= {name: torch.cat([getattr(p, name) for p in parts]) for name in ("k", "text", "gap", "family")}
-    return replace(parts[0], **joined).cut(-(-families // at_once))
+    joined = {name: torch.cat([getattr(p, name) for p in picked], 1) for name in ("before", "parent", "child")}
+    joined |= {name: torch.cat([getattr(p, name) for p in picked]) for name in ("k", "text", "gap", "family")}
+    return replace(picked[0], **joined).split(-(-families // at_once))
 
 
-def _whole_families(pairs: Comparisons, at_once: int) -> list[Tensor]:
-    """The pairs in parts of so many families; of so many pairs, where those of a family share nothing."""
+def _rows_by_family(pairs: Comparisons, at_once: int) -> list[Tensor]:
+    """Row numbers of `at_once` families at a time; of `at_once` pairs, if the pairs of a family share no parent."""
     if not pairs.shared:
         return list(torch.arange(len(pairs)).split(at_once))
     _, sizes = pairs.family.cpu().unique_consecutive(return_counts=True)
-    return list(torch.arange(len(pairs)).split([int(part.sum()) for part in sizes.split(at_once)]))
+    return list(torch.arange(len(pairs)).split([int(some.sum()) for some in sizes.split(at_once)]))
 
 
 def _steps(bind: Bind, table: StepTable, pairs: Comparisons, rows: Tensor, order: int) -> tuple[Gaussian, Gaussian]:
-    """The Gaussians of the winners' and of the losers' steps; one and the same where their parents are, which are then
-    asked about once a family."""
+    """The Gaussians of the winners' and of the losers' steps. If the pairs of a family share their parent, both are the
+    same, and the network is evaluated once per family."""
     sides = 1 if pairs.shared else 2
-    place, asked = torch.arange(len(rows)), rows
+    place, evaluated = torch.arange(len(rows)), rows
     if pairs.shared:
         _, place, sizes = pairs.family[rows].cpu().unique_consecutive(return_inverse=True, return_counts=True)
-        asked = rows[sizes.cumsum(0) - sizes]
-    k = pairs.k[asked].repeat(sides)
-    denoise = bind(pairs.text[asked].repeat(sides, 1, 1))
+        evaluated = rows[sizes.cumsum(0) - sizes]
+    k = pairs.k[evaluated].repeat(sides)
+    denoise = bind(pairs.text[evaluated].repeat(sides, 1, 1))
 
     def clean_at(states: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        x = widen(states[:sides, asked].flatten(0, 1))
+        x = widen(states[:sides, evaluated].flatten(0, 1))
         return x, widen(denoise(x, table.gather("timesteps", k, x)))
 
     x, clean = clean_at(pairs.parent, k)
@@ -169,7 +169,7 @@ def build(o: TrainSpo, setup: OnlineSetup) -> OnlineMethod[Comparisons]:
 
 
 def step_score(o: TrainSpo, setup: OnlineSetup) -> StepScore:
-    """The preference model: step-aware where one is given, else the plain reward whatever the step."""
+    """The step-aware preference model if one is given, else the plain reward at every step."""
     if o.preference_model is None:
         plain = setup.picture_score()
         return lambda clean, prompts, t: plain(clean, prompts)
@@ -178,29 +178,29 @@ def step_score(o: TrainSpo, setup: OnlineSetup) -> StepScore:
 
 
 def require(o: TrainSpo) -> None:
-    """Raise FileNotFoundError where a preference model is not to be had, before the base is loaded."""
+    """Raise FileNotFoundError, before the base is loaded, if the preference model does not exist."""
     source = o.preference_model
     if source is not None and not step_aware_weights(source).is_file():
         raise FileNotFoundError(
-            f"preference model {source}: {step_aware_weights(source)} is not there; give a folder of "
+            f"preference model {source}: {step_aware_weights(source)} does not exist; give a folder of "
             f"`reward train-spm`, a file as SPO's authors publish it, or one of {', '.join(STEP_AWARE)}"
         )
 
 
 def start(o: TrainSpo, opened: Opened) -> Started:
-    """The rounds; of a preference model the content of its weights is part of the run's identity, not its name."""
+    """The rounds. The identity of the run holds the content of the preference model's weights, not their name."""
     started, source = start_with(build, o, opened), o.preference_model
     return replace(started, identity=started.identity | {"preference_model": source and weights_digest(source)})
 
 
 def weights_digest(source: str) -> str:
-    """Of a preference model's file: a published one has 5 GB, so it is never whole in memory."""
+    """A digest of a preference model's file, read in blocks: a published one has 5 GB."""
     with step_aware_weights(source).open("rb") as file:
         return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
 
 
 def length(o: TrainSpo, about: About) -> Length:
-    """Rounds whose steps take prompts, or so many pairs of the whole round."""
+    """Rounds whose steps take all pairs of their prompts, or `pairs_per_step` pairs of the round."""
     plan = plan_rounds(o, about.processes, run_tables(o, about.schedule))
     return online_length(o, about, plan=plan, evaluations=evaluations)
 

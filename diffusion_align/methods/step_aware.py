@@ -34,7 +34,7 @@ from diffusion_align.train.run import Run, StepRecord
 from diffusion_align.train.steps import run_steps
 
 ACCURACY = "accuracy.json"
-EXAMPLES = 64  # pairs whose latents and pictures fit the patches of a scorer that reads latents
+EXAMPLES = 64  # pairs whose latents and pictures are used to fit the patches of a scorer that reads latents
 
 
 def start(o: TrainSpm, opened: Opened) -> Started:
@@ -59,7 +59,7 @@ def start(o: TrainSpm, opened: Opened) -> Started:
     if o.inputs == "latents":
         latents, known = opened.shape, pairs.cache.batch(range(min(EXAMPLES, len(pairs.cache))))[0].flatten(0, 1)
         examples = known, model.decode(known).cpu()
-    # Equal on every process, as every draw has an address.
+    # Equal on all ranks, because every random draw has an address.
     scorer = start_step_aware(o.reward, device=device, latents=latents, examples=examples, seed=o.seed)
     report = AccuracyReport(o, aside, scorer, opened.folder)
     named = {name: weight for name, weight in scorer.named_parameters() if weight.requires_grad}
@@ -87,8 +87,8 @@ class AccuracyReport:
         self.options, self.aside, self.scorer, self.file = o, aside, scorer, folder / ACCURACY
 
     def measure(self, when: str) -> dict[int, float]:
-        """Accuracy as it is now, which the file then has under `when`, "before" or "after"."""
-        watch.doing("measuring accuracy")
+        """Measure accuracy now and write it to the file under `when`: "before" or "after"."""
+        watch.record_activity("measuring accuracy")
         found: dict[int, float] = {}
         if self.aside is not None:
             times = [t for t in TIMESTEPS if t < self.aside.schedule.num_timesteps]
@@ -98,7 +98,7 @@ class AccuracyReport:
         return found
 
     def read(self) -> dict[str, Any]:
-        """What the file says; a resumed run finds there what was measured before training."""
+        """The content of the file: in a resumed run, with the accuracy before training."""
         if self.file.exists():
             return json.loads(self.file.read_text(encoding="utf-8"))
         o, held = self.options, len(self.aside.prompts) if self.aside else 0
@@ -116,15 +116,15 @@ class AccuracyReport:
         print("\n".join(accuracy_table(before, after)))
 
 
-@watch.named()
+@watch.names_failed_rank()
 def labels_of(pairs: Sequence[Pair], o: TrainSpm, opened: Opened) -> Tensor:
-    """The probability [N] that the first picture of each pair is better, by the data or by --relabel."""
+    """The probability [N] that the first picture of each pair is better, by the data or the reward `relabel`."""
     own, accelerator = own_labels(pairs), opened.accelerator
     if o.relabel is None:
         if o.keep_ties:
-            accelerator.print(f"labels: the data's on {len(pairs)} pairs, of which {int((own == 0.5).sum())} are ties")
+            accelerator.print(f"labels: of the data on {len(pairs)} pairs, of which {int((own == 0.5).sum())} are ties")
         return own
-    watch.doing("relabelling")
+    watch.record_activity("relabelling")
     folder, main = Path(o.cache_dir or o.output_dir) / "labels", accelerator.is_main_process
     if not main:
         barrier(accelerator)  # rank 0 scores, the others read its file
@@ -137,15 +137,15 @@ def labels_of(pairs: Sequence[Pair], o: TrainSpm, opened: Opened) -> Tensor:
 
 
 def _unchanged(latents: Tensor) -> Tensor:
-    """The decoder of a scorer that reads latents: none."""
+    """In place of a decoder, for a scorer that reads latents."""
     return latents
 
 
 def hold_out(pairs: Sequence[Pair], count: int, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to train on, and at least `count` others; all pairs of a prompt are on one side, each side in its order.
+    """Pairs to train on, and at least `count` held-out pairs, both in their order. No prompt is in both.
 
     Raises:
-        ValueError: nothing would be left to train on.
+        ValueError: no pair would be left to train on.
     """
     sizes = Counter(pair.prompt for pair in pairs)
     prompts, held, total = list(sizes), set(), 0
@@ -161,7 +161,7 @@ def hold_out(pairs: Sequence[Pair], count: int, seed: int) -> tuple[list[Pair], 
 
 
 def accuracy_table(before: dict[int, float], after: dict[int, float]) -> list[str]:
-    """Lines for a terminal; none where no pair was held out."""
+    """Lines for a terminal; none if no pair was held out."""
     rows = [f"{t:8d} {before[t]:8.3f} {after[t]:8.3f} {after[t] - before[t]:+8.3f}" for t in before]
     return [f"{'timestep':>8} {'before':>8} {'after':>8} {'change':>8}", *rows] if rows else []
 

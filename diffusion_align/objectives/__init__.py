@@ -1,4 +1,4 @@
-"""Losses per example as pure functions of margins, log-ratios and rewards. They know neither models nor samplers."""
+"""Losses per example as pure functions of margins, log-ratios and rewards, independent of models and samplers."""
 
 from .policy_gradient import group_advantage, ppo_clip
 from .preference import (

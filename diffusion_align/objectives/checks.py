@@ -1,4 +1,4 @@
-"""Refusals that the objectives share."""
+"""Checks that the objectives share."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ def require_positive(**named: float) -> None:
 
 
 def require_ratio_clip(clip: float) -> None:
-    """Raise ValueError unless `clip` lies in (0, 1): it bounds a ratio, which is positive, to 1 - clip .. 1 + clip."""
+    """Raise ValueError unless `clip` lies in (0, 1): it clamps a ratio, which is positive, to 1 - clip .. 1 + clip."""
     if not 0 < clip < 1:
-        raise ValueError(f"clip must lie in (0, 1), got {clip}: ratios are held to 1 - clip .. 1 + clip")
+        raise ValueError(f"clip must lie in (0, 1), got {clip}: ratios are clamped to 1 - clip .. 1 + clip")

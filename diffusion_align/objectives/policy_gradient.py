@@ -1,7 +1,7 @@
 """Policy gradient: the clipped surrogate of DDPO and Flow-GRPO, and advantages within a group of one prompt's runs.
 
-A penalty on the distance to the reference is not part of it: add `kl_weight * step.kl(reference_step)` per step, which
-is exact for the Gaussians of a sampler.
+The KL penalty is separate: add `kl_weight * step.kl(reference_step)` per step, which is exact for the Gaussians of a
+sampler.
 """
 
 from __future__ import annotations
@@ -23,19 +23,18 @@ def ppo_clip(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
         max(-A rho, -A clamp(rho, 1 - clip, 1 + clip)),   rho = exp(log_ratio)
 
     Schulman et al. 2017, arXiv 1707.06347, eq. 7, per reverse step as in DDPO (Black et al. 2023, arXiv 2305.13301).
-    `log_ratio` is log pi_theta - log pi_old of a stored step, **in the unit of clip**: the published clip of 1e-4 goes
-    with means over dims, so pass `log_ratio / dims` there. The advantage takes no gradient. Raises ValueError for
+    `log_ratio` is log pi_theta - log pi_old of a stored step, **in the unit of clip**: the published clip of 1e-4 is
+    for means over dims, so pass `log_ratio / dims` with it. The advantage takes no gradient. Raises ValueError for
     unequal shapes or clip outside (0, 1).
 
-    A good step that is already more likely than the clip allows has no gradient, nor has a bad one that is less likely.
-    The loss of a bad step that became more likely has no bound: it is inf beyond a log-ratio of 88 in float32.
+    A good step whose ratio is above the clip range has no gradient, and neither has a bad step below it. The loss of a
+    bad step that became more likely is unbounded: it is inf beyond a log-ratio of 88 in float32.
     """
     require_same_shape(log_ratio=log_ratio, advantage=advantage)
     require_ratio_clip(clip)
     log_ratio = widen(log_ratio)
     advantage = advantage.detach().to(log_ratio)
-    # Only one end of the clip can bind, which one is the sign of A; so the bound is put on the logarithm, before exp
-    # could overflow.
+    # The sign of A decides which end of the clip range applies, so the logarithm is clamped before exp can overflow.
     bounded = torch.where(advantage >= 0, log_ratio.clamp(max=math.log1p(clip)), log_ratio.clamp(min=math.log1p(-clip)))
     return -advantage * bounded.exp()
 
@@ -61,5 +60,5 @@ def group_advantage(reward: Tensor, std: str = "group", eps: float = 1e-6, *, le
         advantage = advantage / (reward.std(1, correction=0, keepdim=True) + eps)
     elif std == "global":
         advantage = advantage / (reward.std(correction=0) + eps)
-    # Rounding in the mean of equal rewards, divided by eps, would look like a preference.
+    # For equal rewards, the rounding error of their mean divided by eps would look like a preference.
     return advantage.masked_fill((reward == reward[:, :1]).all(1, keepdim=True), 0)

@@ -1,8 +1,7 @@
-"""Losses of pairs: who was preferred, as a function of a margin. Pure, one number per example; the caller reduces.
+"""Losses of preference pairs as functions of a margin, one number per example; the caller reduces.
 
-A **margin** is the winner's score minus the loser's, each already relative to the reference; 0 where policy and
-reference agree. `beta` turns it into a logit, so its unit is one over the margin's, and it has no default: it is a
-decision of the run.
+A **margin** is the winner's score minus the loser's, each relative to the reference; 0 if policy and reference agree.
+`beta` turns it into a logit, so its unit is one over the margin's. It has no default, because it depends on the run.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def diffusion_dpo_margin(err_w: Tensor, err_l: Tensor, ref_err_w: Tensor, ref_er
 
     Wallace et al. 2023, arXiv 2311.12908, eq. 14, before beta T omega. Errors [B] are squared denoising errors of
     policy and reference at the same noise and timestep; the margin has their unit (summed over dims here) and no factor
-    1/2. Raises ValueError unless all four are [B]: [B] against [B,1] would broadcast, and look right at the reference.
+    1/2. Raises ValueError unless all four are [B]: [B] and [B,1] would broadcast, unnoticed while the margin is 0.
     """
     require_same_shape(err_w=err_w, err_l=err_l, ref_err_w=ref_err_w, ref_err_l=ref_err_l)
     if err_w.ndim != 1:
@@ -41,7 +40,7 @@ def beta_per_squared_error(beta: float, dims: int, convention: str) -> float:
     "diffusers", its training script:     beta / dims       errors averaged over dims
     "sum", eq. 14 with T omega inside:    beta
 
-    So 5000 in the first is 2500 in the second. This is the only place where that 1/2 lives.
+    So 5000 in the first is 2500 in the second. This function is the only place with that 1/2.
     """
     require_positive(beta=beta)
     if dims < 1:
@@ -53,24 +52,24 @@ def beta_per_squared_error(beta: float, dims: int, convention: str) -> float:
 
 def _require_flip_rate(q: float) -> None:
     if not 0 <= q < 0.5:
-        raise ValueError(f"the share of flipped labels must lie in [0, 0.5), got {q}")
+        raise ValueError(f"the fraction of flipped labels must lie in [0, 0.5), got {q}")
 
 
 def logistic(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """DPO's loss, -log sigmoid(beta margin), elementwise (Rafailov et al. 2023, arXiv 2305.18290, eq. 7).
 
-    With `label_smoothing` q it is cDPO, -(1-q) log sigmoid(z) - q log sigmoid(-z), least at z = log((1-q)/q)
+    With `label_smoothing` q it is cDPO, -(1-q) log sigmoid(z) - q log sigmoid(-z), minimal at z = log((1-q)/q)
     (E. Mitchell 2023, "A note on DPO with noisy preferences"). Raises ValueError for beta <= 0 or q outside [0, 0.5).
     """
     require_positive(beta=beta)
     _require_flip_rate(label_smoothing)
     logit = beta * widen(margin)
-    # log sigmoid(-z) = log sigmoid(z) - z turns the two terms into one that does not overflow.
+    # log sigmoid(-z) = log sigmoid(z) - z combines the two terms without overflow.
     return label_smoothing * logit - F.logsigmoid(logit)
 
 
 def robust(margin: Tensor, beta: float, flip: float) -> Tensor:
-    """DPO's loss, unbiased when a share `flip` of the labels is wrong, elementwise (Chowdhury et al. 2024, arXiv
+    """DPO's loss, unbiased if a fraction `flip` of the labels is wrong, elementwise (Chowdhury et al. 2024, arXiv
     2403.00409).
 
         [-(1-flip) log sigmoid(z) + flip log sigmoid(-z)] / (1 - 2 flip)
@@ -105,10 +104,9 @@ def implicit_accuracy(margin: Tensor) -> Tensor:
 
 
 def logistic_range(lowest: float, highest: float, beta: float, label_smoothing: float = 0.0) -> tuple[float, float]:
-    """The least and greatest value of `logistic` for margins in [lowest, highest]: what a clamp on the margin leaves
-    reachable.
+    """The least and greatest value of `logistic` for margins clamped to [lowest, highest].
 
-    A loss that sits at its lower end has no gradient left. With smoothing the least value may lie inside the interval.
+    A loss at the lower end has no gradient. With smoothing the minimum may lie inside the interval.
     """
     if not lowest <= highest:
         raise ValueError(f"expected lowest <= highest, got {lowest} and {highest}")

@@ -15,13 +15,13 @@ LOGARITHMS = {"ln": torch.log, "log2": torch.log2}
 
 @torch.no_grad()
 def gain_weights(relevance: Tensor, discount: str = "ln") -> Tensor:
-    """What each pair of a list weighs: relevance phi [B,K], higher is better -> [B,K,K], symmetric, no gradient.
+    """The weight of each pair of a list: relevance phi [B,K], higher is better -> [B,K,K], symmetric, no gradient.
 
         Delta_ij = |2^phi_i - 2^phi_j| |1/D(tau_i) - 1/D(tau_j)|,   D(tau) = log(1 + tau)
 
     Karthik et al. 2024, arXiv 2410.18013, eq. 5-6. tau is the rank by phi, 1 the best; equal phi are ranked by index,
-    and weigh nothing against one another. The paper does not name its logarithm: "ln" here, "log2" as in DCG (all
-    weights times ln 2). Raises ValueError unless relevance is [B,K] and the discount is known.
+    and their pairs have weight 0. The paper does not specify its logarithm: "ln" here, "log2" as in DCG (all weights
+    times ln 2). Raises ValueError unless relevance is [B,K] and the discount is known.
     """
     if discount not in DISCOUNTS:
         raise ValueError(f"unknown discount {discount!r}: expected one of {', '.join(DISCOUNTS)}")
@@ -40,9 +40,8 @@ def rank_dpo(scores: Tensor, relevance: Tensor, beta: float, *, pair_norm: str =
 
         - sum over pairs with i preferred to j of Delta_ij log sigmoid(beta (score_i - score_j))
 
-    Karthik et al. 2024, arXiv 2410.18013, eq. 7. `scores` [B,K] are **minus** the paper's s, the gaps of denoising
-    errors, policy minus reference, at one timestep per list; log-ratios enter as they are: higher is better, as
-    everywhere. beta is in the unit 1/score.
+    Karthik et al. 2024, arXiv 2410.18013, eq. 7. `scores` [B,K], higher is better: reference minus policy denoising
+    errors at one timestep per list (**minus** the paper's s), or log-ratios. beta is in the unit 1/score.
     `relevance` phi [B,K], higher is better; it takes no gradient, and i is preferred to j when phi_i > phi_j.
 
     `pair_norm`: "sum" (the paper), "sum_weights" (a mean weighted by Delta) or "num_pairs" (over the pairs with a
@@ -53,7 +52,7 @@ def rank_dpo(scores: Tensor, relevance: Tensor, beta: float, *, pair_norm: str =
         raise ValueError(f"unknown pair_norm {pair_norm!r}: expected one of {', '.join(PAIR_NORMS)}")
     require_same_shape(scores=scores, relevance=relevance)
     weights = gain_weights(relevance, discount) * (relevance[:, :, None] > relevance[:, None, :])
-    # [b,i,j] is the margin by which i, to be preferred, stands above j.
+    # [b,i,j]: the margin of i over j, where i is preferred.
     loss = (weights * logistic(scores[:, :, None] - scores[:, None, :], beta)).sum((1, 2))
     if pair_norm == "sum":
         return loss

@@ -1,16 +1,16 @@
 """PRDP: regress the difference of two runs' log-ratios on the difference of their rewards.
 
-The target is the optimum of "reward minus beta KL", whose log-ratio is r / beta - log Z. Z depends on nothing but the
-starting noise, so it drops out of a pair that **shares x_T**, and the loss is 0 at that optimum alone. It does not drop
-out of pairs across starting noises: their minimum lies elsewhere, unless a run forgets where it began.
+The target is the optimum of "reward minus beta KL", whose log-ratio is r / beta - log Z. Z depends only on the initial
+noise, so it cancels in a pair that **shares x_T**, and the loss is 0 only at that optimum. It does not cancel in pairs
+with different initial noise: their minimum is elsewhere, unless the result of a run does not depend on its start.
 
 Everything is in nats summed over dims and steps, where beta is the weight of that KL. The paper's printed code averages
-over the T steps (and its constants suggest over the D dims too). Its loss is ours, with its constants converted:
+over the T steps (and, by its constants, over the D dims too). Its loss is the one here with converted constants:
 
     mean over T and D, with beta and clip   =   1 / (T D)^2  x  sum, with beta / (T D) and clip D
 
 With those constants r / beta is 1e9 nats and more, where neighbouring float32 numbers are 64 apart, and a log-ratio is
-below 1. The scalars here are therefore float64. They are few, and they stay on the CPU: not every device has float64.
+below 1. The scalars here are therefore float64, on the CPU because not every device has float64.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ def prdp(log_ratio: Tensor, log_ratio_old: Tensor, reward: Tensor, beta: float, 
 
         l_ij = (R_i - R_j - (r_i - r_j) / beta)^2,   R_i = sum over steps of log_ratio[i]
 
-    and lc_ij the same with each step's log-ratio held to log_ratio_old +- clip. Deng et al. 2024, arXiv 2402.08714,
-    eq. 10-21. `log_ratio` and `log_ratio_old` [G,K,T] in nats, of the policy and of the policy that made the runs, each
-    over the frozen reference; `reward` [G,K]. Only `log_ratio` takes a gradient. A step that has moved beyond the clip
-    towards its target has none; one that has moved away is pulled back. Where the clip changes nothing the gradient is
-    that of l_ij.
+    and lc_ij the same with each step's log-ratio clamped to log_ratio_old +- clip. Deng et al. 2024, arXiv 2402.08714,
+    eq. 10-21. `log_ratio` and `log_ratio_old` [G,K,T] in nats, of the policy and of the policy that drew the runs, each
+    over the frozen reference; `reward` [G,K]. Only `log_ratio` takes a gradient. A step beyond the clip has none if it
+    moved towards its target; if it moved away, it is pulled back. If the clip changes nothing, the gradient is that of
+    l_ij.
 
     Ties are dropped, and a group without a preference gives 0. With clip None, a group without ties costs O(K): its
-    loss is twice the unbiased variance of R - r / beta. Arithmetic is in float64 on the CPU; the loss comes back on the
-    device of `log_ratio` in its dtype, float32 at least. Raises ValueError for shapes that do not fit, K < 2, beta <= 0
-    or clip <= 0.
+    loss is twice the unbiased variance of R - r / beta. Arithmetic is in float64 on the CPU; the loss is returned on
+    the device of `log_ratio` in its dtype, float32 at least. Raises ValueError for shapes that do not fit, K < 2,
+    beta <= 0 or clip <= 0.
     """
     require_positive(beta=beta)
     _require_groups(log_ratio, log_ratio_old)
@@ -51,10 +51,10 @@ def prdp(log_ratio: Tensor, log_ratio_old: Tensor, reward: Tensor, beta: float, 
     if clip is not None:
         held = _held(log_ratio, log_ratio_old, clip).sum(2)
         plain, clipped = _gaps(residual), _gaps(held - target)
-        # plain^2 >= clipped^2 as a product, whose first factor does not round the target. `maximum` of the squares
-        # would also halve the gradient where both are equal.
+        # plain^2 >= clipped^2 as a product, whose first factor is not rounded to the target's precision. `maximum` of
+        # the squares would also halve the gradient if both are equal.
         larger = (_gaps(total) - _gaps(held)).detach() * (plain + clipped).detach() >= 0
-        # What is not finite takes the plain branch, so that it is seen.
+        # Values that are not finite take the plain branch, so that the loss is not finite.
         larger |= ~plain.isfinite()
         return _mean_over_pairs(torch.where(larger, plain, clipped).square(), reward).to(like)
 
@@ -68,7 +68,7 @@ def prdp(log_ratio: Tensor, log_ratio_old: Tensor, reward: Tensor, beta: float, 
 
 @torch.no_grad()
 def prdp_clip_fraction(log_ratio: Tensor, log_ratio_old: Tensor, clip: float) -> Tensor:
-    """The share of each group's steps, [G], whose log-ratio is further than `clip` from the old one; to be logged.
+    """The fraction of each group's steps, [G], whose log-ratio is further than `clip` from the old one; for metrics.
 
     Such a step has a gradient only in the pairs where l_ij > lc_ij. Inputs [G,K,T], result and errors as in `prdp`.
     """

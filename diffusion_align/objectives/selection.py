@@ -1,6 +1,6 @@
-"""Who won: from rewards to pairs, labels and relevance. No gradient, and no random numbers.
+"""From rewards to pairs, labels and relevance, without gradients or random numbers.
 
-Higher is better throughout. Equal scores are no preference: nothing here breaks a tie by inventing one.
+Higher is better. Equal scores are no preference, and no tie is broken.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..tensors import require_same_shape, widen
 def best_and_worst(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Indices of the best and of the worst of each group, scores [G,K] -> w [G], l [G], and `decided` [G] bool.
 
-    `decided` is False where all are equal, or one is nan: leave that group out. Of several best the first is taken.
+    `decided` is False if all are equal or one is nan: leave that group out. Of several best the first is taken.
     Raises ValueError unless scores are [G,K] with K >= 2.
     """
     if scores.ndim != 2 or scores.shape[1] < 2:
@@ -49,7 +49,7 @@ def clear_win(score_w: Tensor, score_l: Tensor, threshold: float) -> Tensor:
     Scores are a preference model's logits, so 0.3 is a gap of 0.619. Raises ValueError for a threshold outside [0, 1).
     """
     if not 0 <= threshold < 1:
-        raise ValueError(f"the threshold is one of probabilities and must lie in [0, 1), got {threshold}")
+        raise ValueError(f"the threshold, a difference of probabilities, must lie in [0, 1), got {threshold}")
     return softmax_gap(score_w, score_l) > threshold
 
 
@@ -69,12 +69,12 @@ def pareto(first: Tensor, second: Tensor) -> Tensor:
 
 @torch.no_grad()
 def win_counts(rewards: Tensor) -> Tensor:
-    """RankDPO's relevance, the share of comparisons that each picture wins: [M,G,K] of M scorers -> [G,K] in [0, 1].
+    """RankDPO's relevance, the fraction of comparisons that a picture wins: [M,G,K] of M scorers -> [G,K] in [0, 1].
 
         phi_i = #{(m, j != i): r_m(i) > r_m(j)} / (M (K - 1))
 
-    Karthik et al. 2024, arXiv 2410.18013, alg. 1. A scorer's tie is nobody's win. Scorers are compared with themselves
-    only, so they need no common scale. Raises ValueError unless rewards are [M,G,K] with K >= 2.
+    Karthik et al. 2024, arXiv 2410.18013, alg. 1. A tie counts as no win. Scores of different scorers are not compared,
+    so they need no common scale. Raises ValueError unless rewards are [M,G,K] with K >= 2.
     """
     if rewards.ndim != 3 or rewards.shape[0] < 1 or rewards.shape[2] < 2:
         raise ValueError(f"rewards must be [M,G,K] with M >= 1 and K >= 2, got {list(rewards.shape)}")

@@ -1,7 +1,7 @@
-"""Near relatives of Diffusion-DPO that change one thing: unpaired labels, no reference, a score target, a safe loser.
+"""Variants of Diffusion-DPO: unpaired labels (KTO), no reference (MaPO), a score target (DSPO), a safe loser (SDPO).
 
-SPIN-Diffusion (Yuan et al. 2024, arXiv 2402.10210) is not here, for it changes the data and not the loss: `logistic`
-with pictures of the data as winners and samples of the previous iterate, which is also the reference, as losers.
+SPIN-Diffusion (Yuan et al. 2024, arXiv 2402.10210) needs no loss of its own: use `logistic` with pictures of the data
+as winners and samples of the previous iterate, which is also the reference, as losers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def kto(
         if baseline.ndim:
             require_same_shape(log_ratio=log_ratio, baseline=baseline)
     gain = beta * (widen(log_ratio) - baseline)
-    # 1 - sigmoid(x) = sigmoid(-x), which keeps its digits when x is large.
+    # 1 - sigmoid(x) = sigmoid(-x), which is accurate for large x.
     good, bad = weight_desirable * torch.sigmoid(-gain), weight_undesirable * torch.sigmoid(gain)
     return torch.where(desirable, good, bad)
 
@@ -58,7 +58,7 @@ def mapo(err_w: Tensor, err_l: Tensor, beta: float, steps: int) -> Tensor:
 
 def _mapo_odds(err: Tensor) -> Tensor:
     half = err / 2
-    # Near 0 the quotient is 0/0 and its derivative a difference of large numbers: the series is right to 4e-11.
+    # Near 0 the quotient is 0/0 and its derivative a difference of large numbers; the series has an error of 4e-11.
     far = half.clamp(min=0.1)
     series = 1 - half / 2 + half.square() / 12 - half.pow(4) / 720
     return torch.where(half < 0.1, series, far * (-far).exp() / -torch.expm1(-far))
@@ -73,7 +73,7 @@ def dspo(
 
     Zhu et al. 2025, "DSPO: direct score preference optimization for diffusion model alignment", as in the authors' code
     for Stable Diffusion 1.5, where strength is their beta, 0.001, and beta the same number per squared error
-    ("salesforce"). At a fixed c < 1 it is least at target_w + c / (1 - c) (target_w - ref_out_w). Outputs are [B,...],
+    ("salesforce"). For fixed c < 1 the minimum is target_w + c / (1 - c) (target_w - ref_out_w). Outputs are [B,...],
     `margin` [B] is that of `diffusion_dpo_margin`; as there, the gradient flows through it too. Raises ValueError for
     shapes that do not fit, beta <= 0 or strength <= 0.
     """
@@ -89,9 +89,9 @@ def sdpo_scale(residual_w: Tensor, residual_l: Tensor, keep: float, *, per_sampl
     """Diffusion-SDPO's scale for the loser's gradient, in [0, 1], [B]: the largest that keeps the winner safe.
 
     Fu et al. 2025, arXiv 2511.03317. Residuals q [B,...] are output minus target. If the network's Jacobians at winner
-    and loser are taken to be alike, a step down a DPO loss moves the winner's output along -(q_w - lambda q_l), and its
-    squared error by -2 (|q_w|^2 - lambda <q_w, q_l>) times the step. So it does not rise, and falls by at least the
-    share `keep` (mu) of what it would without the loser, for
+    and loser are assumed equal, a step of a DPO loss moves the winner's output along -(q_w - lambda q_l), and changes
+    its squared error by -2 (|q_w|^2 - lambda <q_w, q_l>) times the step. The error does not rise, and falls by at least
+    the fraction `keep` (mu) of its fall without the loser, for
 
         lambda = min(1, (1 - keep) |q_w|^2 / <q_w, q_l>) where <q_w, q_l> > 0, else 1
 

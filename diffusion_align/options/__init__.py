@@ -1,6 +1,6 @@
-"""Options of the command: declared once, merged from defaults, preset, file and command line, checked early.
+"""The options of all commands: declared once, merged from defaults, preset, file and command line, and checked.
 
-Nothing here imports torch, and nothing below the command imports this: options end in the command that read them.
+Nothing here imports torch.
 """
 
 from .annotate import Annotate

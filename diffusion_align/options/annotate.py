@@ -15,7 +15,7 @@ class Annotate:
     folder: str | None = option(None, "data", "folder that `sample --num_images_per_prompt K` wrote: pictures and samples.json", path="in")
 
     mode: str = option("best", "page", "best: choose one of a prompt's K pictures; rank: choose them in order of preference; pairs: two at a time", choices=("best", "rank", "pairs"))
-    seed: int = option(0, "page", "decides the places on the page and the order of pairs", at_least=0)
+    seed: int = option(0, "page", "seed of the places on the page and the order of pairs", at_least=0)
     port: int | None = option(None, "page", "port on 127.0.0.1 (default: a free one)", at_least=1024, at_most=65535)
 
     export: bool = option(False, "output", "only write pairs.parquet and rankings.jsonl from the choices so far")

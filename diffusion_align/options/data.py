@@ -10,14 +10,14 @@ from .schema import option
 
 PATH = "a file or folder in any layout of docs/data.md, recognised without a flag"
 SPLIT = "split to read, where files are named by it (train-00000.parquet, test.json)"
-MAX_BAD = "fraction of rows that may be broken; broken rows are left out and listed, and with more the command fails"
+MAX_BAD = "largest fraction of broken rows; these are skipped and listed, and with more the command fails"
 
 
 @dataclass(frozen=True)
 class DataInspect:
     # fmt: off
     path: str | None = option(None, "data", PATH, path="in", one_of="source")
-    dataset_name: str | None = option(None, "data", "instead of a path: tiny, or a data set on the hub, fetched as a training would", path="name", one_of="source")
+    dataset_name: str | None = option(None, "data", "instead of a path: tiny, or a data set on the hub, which is downloaded", path="name", one_of="source")
     split: str = option("train", "data", SPLIT, aliases=("dataset_split_name",))
     # fmt: on
 
@@ -43,8 +43,8 @@ class DataConvert:
     max_bad_fraction: float = option(0.01, "data", MAX_BAD, at_least=0, at_most=1)
 
     out: str | None = option(None, "output", "folder for the shards", aliases=("output_dir",), path="folder")
-    to: str = option("rankings", "output", "rankings: all pictures of a row together; pairs: a row for every two of which one is preferred", choices=("rankings", "pairs"))
-    rows_per_shard: int = option(4096, "output", "rows of the source in each file; a killed conversion loses at most one file", at_least=1)
+    to: str = option("rankings", "output", "rankings: all pictures of a row together; pairs: one row for every two pictures of which one is preferred", choices=("rankings", "pairs"))
+    rows_per_shard: int = option(4096, "output", "source rows per file; a killed conversion loses at most one file", at_least=1)
     # fmt: on
 
 

@@ -1,4 +1,4 @@
-"""Presets and configuration files: YAML in, a flat list of (key, value) out, and back."""
+"""Presets and configuration files: YAML to a flat list of (key, value), and back."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 import yaml
 
-from .brought import brought
 from .names import UsageError, unknown
-from .paths import settled
+from .other_tools import flag_hint
+from .paths import absolute_paths
 from .schema import by_any_name, options_of
 
 PRESETS = Path(__file__).parent / "presets"
-# What a file may say beside options: which verb it is for, and one line about itself.
+# Keys of a file beside options: the verb it is for, and one line about it.
 ABOUT_KEYS = ("verb", "about")
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, but a key written twice is an error instead of a silent last word."""
+    """The safe loader, but a repeated key is an error; YAML would silently use the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -32,9 +32,9 @@ class _Loader(yaml.SafeLoader):
 
 
 class _TextLoader(_Loader):
-    """Values stay the text that was written, but for null: `convert` knows what an option takes, and YAML 1.1 does not.
+    """Keeps values as written, except null; `convert` gives each the type of its option.
 
-    It reads `off` as false, 010 as 8, 1:30 as 90, and 1e-5 as text.
+    YAML 1.1 would read `off` as false, 010 as 8, 1:30 as 90, and 1e-5 as text.
     """
 
 
@@ -47,7 +47,7 @@ _OCTAL = re.compile(r"[+-]?0[0-9_]+")
 
 
 def preset_names(verb: str) -> list[str]:
-    """The names of a verb's presets; they lie in a folder named by the verb's last word."""
+    """The names of a verb's presets, from the folder named by the last word of the verb."""
     return sorted(path.stem for path in (PRESETS / verb.split()[-1]).glob("*.yaml"))
 
 
@@ -59,7 +59,8 @@ def all_presets() -> list[str]:
 def preset_path(name: str, verb: str) -> Path:
     names = preset_names(verb)
     if name not in names:
-        raise unknown("preset", name, names, otherwise=f"there are {', '.join(names)}" if names else "it has none")
+        listed = f"there are {', '.join(names)}" if names else "this verb has none"
+        raise unknown("preset", name, names, otherwise=listed)
     return PRESETS / verb.split()[-1] / f"{name}.yaml"
 
 
@@ -81,7 +82,7 @@ def config_path(name: str, verb: str) -> Path:
 
 
 def read_yaml(path: Path, *, as_text: bool = False) -> dict[str, Any]:
-    """The mapping in a YAML file; `as_text` leaves every value but null as it was written.
+    """The mapping in a YAML file; `as_text` keeps every value except null as it was written.
 
     Raises:
         UsageError: not YAML (with line and column), or not a mapping.
@@ -132,13 +133,13 @@ def settings_of(content: dict[str, Any], options_class: type, verb: str, origin:
 
 
 def unknown_key(key: str, options_class: type, verb: str) -> UsageError:
-    """The error for a dotted key: a known name in a wrong section is met with its right place."""
+    """The error for a dotted key; for a known name in a wrong section it names the right one."""
     names = by_any_name(options_class)
     candidates = [name for name in names if "." in name or "." not in key]
     bare = key.rpartition(".")[2]
     if bare in names:
         return UsageError(f"unknown key {key}; did you mean {names[bare].section}.{bare}?")
-    if (hint := brought(key, names) or brought(bare, names)) is not None:
+    if (hint := flag_hint(key, names) or flag_hint(bare, names)) is not None:
         return UsageError(f"unknown key {key}; {hint}")
     return unknown("key", key, candidates, otherwise=f"`diffusion-align {verb} --help` lists them all")
 
@@ -147,17 +148,17 @@ def _in(origin: str, error: UsageError) -> UsageError:
     return UsageError(f"{origin}: {error}")
 
 
-def to_yaml(options: Any, verb: str, *, settle: bool = False) -> str:
-    """The resolved options by section, as --config reads them back, without secrets and what concerns one start.
+def to_yaml(options: Any, verb: str, *, absolute: bool = False) -> str:
+    """The resolved options by section, in the format of --config, without options that are not saved (`Option.saved`).
 
-    With `settle` relative paths are made absolute, for a file that is read from other folders.
+    `absolute`: make relative paths absolute, for a file that is read from other folders.
     """
     content: dict[str, Any] = {"verb": verb}
     values = dataclasses.asdict(options)
     for described in options_of(type(options)).values():
         if described.saved:
             value = values[described.name]
-            value = settled(described, value) if settle else value
+            value = absolute_paths(described, value) if absolute else value
             value = list(value) if isinstance(value, tuple) else value
             content.setdefault(described.section, {})[described.name] = value
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)

@@ -1,6 +1,6 @@
-"""What a person typed: the nearest names where there is none such, and the few texts with a form of their own.
+"""Checks of names and texts that a user types: the nearest valid name, the format of devices and shards.
 
-What `--device` may be is known here, without torch; whether it is there, `commands.early` knows.
+The format of `--device` is checked here without torch; whether the device exists is checked in `commands.early`.
 """
 
 from __future__ import annotations
@@ -9,33 +9,33 @@ import difflib
 import re
 from collections.abc import Iterable
 
-DEVICE = "cpu, cuda, cuda:N or mps (default: the best there is)"
+DEVICE = "cpu, cuda, cuda:N or mps (default: the best available)"
 _WORD = re.compile(r"cpu|mps|cuda(:\d+)?")
-# What people call them elsewhere. AMD's build of torch calls its GPUs cuda too.
+# Other names of devices. AMD's build of torch also calls its GPUs cuda.
 _MEANT = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "hip": "cuda", "amd": "cuda", "metal": "mps", "apple": "mps"}
 
 
 class UsageError(ValueError):
-    """The command line, a preset or a configuration file is wrong; the message says where and what would be right."""
+    """The command line, a preset or a configuration file is wrong; the message says where, and how to correct it."""
 
 
 def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The candidate most like `word`, or None where nothing is near enough to be worth suggesting."""
+    """The candidate most similar to `word`, or None if none is similar enough."""
     found = difflib.get_close_matches(word, list(candidates), n=1, cutoff=cutoff)
     return found[0] if found else None
 
 
 def unknown(kind: str, word: str, candidates: Iterable[str], *, otherwise: str) -> UsageError:
-    """The error for a name that does not exist: the nearest one that does, or else `otherwise`, where to look."""
+    """The error for a name that does not exist: with the nearest name that does, or else with `otherwise`."""
     match = nearest(word, candidates)
     return UsageError(f"unknown {kind} {word}; " + (f"did you mean {match}?" if match else otherwise))
 
 
 def shard_of(text: str | None) -> tuple[int, int]:
-    """(K, N) of `--shard K/N`; the whole, where nothing is given, is 0 of 1.
+    """(K, N) of `--shard K/N`; (0, 1) if it is not given.
 
     Raises:
-        UsageError: it is not of that form.
+        UsageError: it has another form.
     """
     found = re.fullmatch(r"(\d+)/(\d+)", text or "0/1")
     if found is None or int(found[1]) >= int(found[2]):
@@ -44,7 +44,7 @@ def shard_of(text: str | None) -> tuple[int, int]:
 
 
 def device_fault(word: str) -> str | None:
-    """What is wrong with a device's name, as the end of a sentence; None for a good one."""
+    """The end of an error message about the name of a device; None for a valid name."""
     if _WORD.fullmatch(word):
         return None
     name, colon, number = word.lower().partition(":")

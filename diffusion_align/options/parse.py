@@ -1,4 +1,4 @@
-"""The command line of one verb: flags, `key=value` overrides and positionals, taken apart but not yet interpreted."""
+"""Parses the command line of a verb into flags, `key=value` overrides and positional words; values stay text."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from .brought import brought
 from .files import unknown_key
 from .names import UsageError, nearest, unknown
+from .other_tools import flag_hint
 from .resolve import FALSE, TRUE
 from .schema import Option, by_any_name, options_of
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 FLAG = re.compile(r"--[A-Za-z_][\w.-]*(=.*)?", re.DOTALL)
-# Spelled so, a list takes one text at a time: a second word is most likely the rest of an unquoted prompt.
+# These flags take one text each: a second word is most likely the rest of an unquoted prompt.
 ONE_PROMPT = ("prompt", "validation_prompt")
 TEXTS = ("preset", "config")
-# Flags that every verb with options has: how to start, not what to do.
+# Flags that every verb with options has.
 START_FLAGS = {
     "preset": "start from a named preset (`diffusion-align presets ls`)",
     "config": "read options from a YAML file, or from a run folder's config.yaml",
     "dry_run": "print what would be done, and stop",
-    "traceback": "show the whole traceback of an error",
+    "traceback": "show the full traceback of an error",
     "help": "show this help",
 }
 
@@ -80,22 +80,22 @@ def _help(option: Option) -> str:
 
 
 def parse(options_class: type, argv: list[str], verb: str, positional: str = "") -> Parsed:
-    """Take one verb's command line apart.
+    """Parse the command line of a verb.
 
-    Both `--learning_rate` and `--learning-rate` are read, and so are `train.learning_rate=...` and `learning_rate=...`.
-    The word after a flag is its value, also one that begins with a dash or holds an equals sign, but not another flag.
+    `--learning_rate` and `--learning-rate` are the same, and so are `train.learning_rate=...` and `learning_rate=...`.
+    The word after a flag is its value, even if it begins with a dash or contains an equals sign, unless it is a flag.
 
     Args:
-        positional: the option that a bare word sets, or "" where no bare word is expected; a list takes several.
+        positional: the option that a bare word sets ("": none); if it is a list, it takes several words.
 
     Raises:
-        UsageError: an unknown flag or key (with the nearest valid one), a missing value, a word that belongs nowhere,
-            or two presets or files.
+        UsageError: an unknown flag or key (with the nearest valid one), a missing value, an unexpected word, or two
+            presets or files.
     """
     names, words = by_any_name(options_class), deque(argv)
     start: dict[str, str] = {}
     values: dict[str, Any] = {}
-    prompted = ""  # the prompt that has just been read, of which a bare word may be the rest
+    prompted = ""  # the prompt just read: a bare word after it is probably the rest of it
     while words:
         word = words.popleft()
         key, equals, value = word.partition("=")
@@ -105,7 +105,7 @@ def parse(options_class: type, argv: list[str], verb: str, positional: str = "")
         if key in START_FLAGS and flag:
             given = value if equals else _value_of(key, key not in TEXTS, words, positional)
             if start.setdefault(key, given) != given and key in TEXTS:
-                raise UsageError(f"--{key} is given twice: {start[key]} and {given}, the last word; give one of them")
+                raise UsageError(f"--{key} is given twice, as {start[key]} and {given}; give one of them")
             start[key] = given
         elif key in names and (flag or OVERRIDE.match(word)):
             option = names[key]
@@ -122,8 +122,7 @@ def parse(options_class: type, argv: list[str], verb: str, positional: str = "")
             raise unknown_key(key, options_class, verb)
         elif prompted:
             raise UsageError(
-                f"{word!r} is neither a flag nor key=value; "
-                f'a prompt of several words is quoted: "{prompted} {word} ..."'
+                f'{word!r} is neither a flag nor key=value; quote a prompt of several words: "{prompted} {word} ..."'
             )
         elif not positional or (positional in values and names[positional].kind is not tuple):
             raise UsageError(f"{word!r} is neither a flag nor key=value; {_see_help(verb)}")
@@ -136,18 +135,18 @@ def parse(options_class: type, argv: list[str], verb: str, positional: str = "")
 
 
 def _value_of(key: str, switch: bool, words: deque[str], positional: str) -> str:
-    """The value of a flag that stands without an equals sign: the next word, and of a switch only if it is one."""
+    """The value of a flag without an equals sign: the next word; for a switch only if that is a truth value."""
     if switch:
-        # Where bare words are expected, 1 may be one of them.
-        said = ("true", "false") if positional else TRUE + FALSE
-        return words.popleft() if words and words[0].lower() in said else "true"
+        # If positional words are expected, 1 may be one of them.
+        values = ("true", "false") if positional else TRUE + FALSE
+        return words.popleft() if words and words[0].lower() in values else "true"
     if not words or FLAG.fullmatch(words[0]):
         raise UsageError(f"--{key} needs a value")
     return words.popleft()
 
 
 def _more(key: str, option: Option, words: deque[str], names: dict[str, Option], positional: str) -> list[str]:
-    """The further words of a list. Where bare words mean something else, only its own choices are taken for them."""
+    """Further words of a list. If the verb has a positional option, only words among the choices of the list."""
     taken: list[str] = []
     while words and key not in ONE_PROMPT and not words[0].startswith("-"):
         if OVERRIDE.match(words[0]) and words[0].partition("=")[0] in names:
@@ -159,13 +158,13 @@ def _more(key: str, option: Option, words: deque[str], names: dict[str, Option],
 
 
 def unknown_flag(word: str, options_class: type, verb: str) -> UsageError:
-    """The error for a flag that the verb does not have: what it is here, or the nearest one."""
+    """The error for a flag that the verb does not have: with its equivalent, or the nearest flag."""
     names, key = by_any_name(options_class), _spelled(word)
     if not word.startswith("--") and (key in names or key in START_FLAGS):
         return UsageError(f"unknown flag -{key}; a flag has two dashes: --{key}")
-    if (hint := brought(key, names)) is not None:
+    if (hint := flag_hint(key, names)) is not None:
         return UsageError(f"unknown flag --{key}; {hint}")
-    # What has no effect is no help, unless it is what was meant.
+    # Flags without effect are suggested only if the spelling is very similar.
     useful = [f"--{name}" for name, option in names.items() if "." not in name and not option.unused]
     useful += [f"--{name}" for name in START_FLAGS]
     unused = [f"--{name}" for name, option in names.items() if "." not in name and option.unused]
@@ -176,7 +175,7 @@ def unknown_flag(word: str, options_class: type, verb: str) -> UsageError:
 
 
 def _see_help(verb: str) -> str:
-    return f"`diffusion-align {verb} --help` lists what there is"
+    return f"`diffusion-align {verb} --help` lists all flags"
 
 
 def _spelled(word: str) -> str:

@@ -1,11 +1,11 @@
-"""Options that name files and folders: `~` is expanded, and a relative path is made absolute where it is written down.
+"""Options that name files and folders: `~` is expanded, and saved paths are absolute.
 
-`Option.path` says what an option's text is:
+`Option.path` is the kind of an option's text:
 
     in       a file or folder that is read
     folder   a folder that is written; file: a file that is written
-    name     a path where there is one, else a name (`tiny`, owner/name on the hub)
-    reward   a reward's text, with paths inside: pickscore=/models/x, python:FILE.py:FUNCTION
+    name     a path if it exists, else a name (`tiny`, owner/name on the hub)
+    reward   the text of a reward, which may contain paths: pickscore=/models/x, python:FILE.py:FUNCTION
     inside   a folder inside the output folder, unless it is absolute
     resume   a checkpoint: latest, auto, the name of one, or a path
 """
@@ -33,7 +33,7 @@ def expanded(option: Option, value: Any, origin: str) -> Any:
     """An option's value, a text or several, with `~` replaced by the home folder.
 
     Raises:
-        UsageError: `~name` of a user whom this machine does not know.
+        UsageError: `~name` of an unknown user.
     """
 
     def expand(text: str) -> str:
@@ -43,18 +43,18 @@ def expanded(option: Option, value: Any, origin: str) -> Any:
         return match[1] + home_of(match[2])
 
     def home_of(text: str) -> str:
-        whole = os.path.expanduser(text)
-        if text.startswith("~") and whole == text:
+        path = os.path.expanduser(text)
+        if text.startswith("~") and path == text:
             raise UsageError(f"{origin}: {option.key}: this machine has no user {text.partition('/')[0]}: {text}")
-        return whole
+        return path
 
     return _each(expand, value) if option.path else value
 
 
-def settled(option: Option, value: Any) -> Any:
-    """An option's value as it means the same from every folder: paths are absolute, names stay names."""
+def absolute_paths(option: Option, value: Any) -> Any:
+    """The value of an option with absolute paths, so that it means the same in every folder; names stay names."""
     made = {"in": os.path.abspath, "folder": os.path.abspath, "file": os.path.abspath}
-    made |= {"name": _settled_name, "reward": settled_reward}
+    made |= {"name": _absolute_name, "reward": absolute_reward}
     return _each(made[option.path], value) if option.path in made else value
 
 
@@ -64,39 +64,39 @@ def _each(change: Callable[[str], str], value: Any) -> Any:
     return change(value) if isinstance(value, str) else value
 
 
-def _settled_name(text: str) -> str:
+def _absolute_name(text: str) -> str:
     return os.path.abspath(text) if text != "tiny" and os.path.exists(text) else text
 
 
-def settled_reward(text: str) -> str:
-    """A reward's text with the paths in it made absolute."""
+def absolute_reward(text: str) -> str:
+    """The text of a reward with absolute paths."""
     if text not in CATALOGUE and os.path.isdir(text):  # a folder's name may hold a comma or an equals sign
         return os.path.abspath(text)
 
-    def settle(match: re.Match[str]) -> str:
+    def make_absolute(match: re.Match[str]) -> str:
         word = match[0]
         name = word in CATALOGUE or _NUMBER.fullmatch(word) or not os.path.exists(word)
         return word if name else os.path.abspath(word)
 
-    return ",".join(part if _elsewhere(part) else re.sub(r"[^=:]+", settle, part) for part in text.split(","))
+    return ",".join(part if _elsewhere(part) else re.sub(r"[^=:]+", make_absolute, part) for part in text.split(","))
 
 
 def without_folders(reward: str) -> str:
-    """A reward's text with the last name of each path only: what it is called wherever it lies."""
+    """The text of a reward with the last name of each path only, independent of folders."""
     parts = [part if _elsewhere(part) else re.sub(r"[^=:]*/([^/=:]+)", r"\1", part) for part in reward.split(",")]
     return ",".join(parts)
 
 
 def _elsewhere(part: str) -> bool:
-    """Whether a part of a reward's text is an address on another machine, which has slashes too."""
+    """Whether one reward of a text is an address on another machine, which contains slashes too."""
     return "://" in part or "hf-hub:" in part
 
 
 def require_outputs(options: Any) -> None:
-    """Refuse, before anything is loaded, what cannot be written; an option that is not set is left to the command.
+    """Check, before anything is loaded, that all output folders and files can be written.
 
     Raises:
-        UsageError: the option, and what is in the way.
+        UsageError: naming the option and the reason.
     """
     for name, option in options_of(type(options)).items():
         value = getattr(options, name)
@@ -112,11 +112,11 @@ def _require_output(option: Option, path: Path) -> None:
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     if not place.is_dir():
-        kind = "is a link that leads nowhere" if place.is_symlink() and not place.exists() else "is not a folder"
+        kind = "is a broken link" if place.is_symlink() and not place.exists() else "is not a folder"
         where = "it" if place == path else str(place)
         raise UsageError(f"{what} cannot be made, as {where} {kind}: give another --{option.name}")
     try:
-        # Only the attempt tells: permissions, a disk mounted to be read, a system folder.
+        # Only an attempt shows it: permissions, a read-only disk, a system folder.
         os.rmdir(tempfile.mkdtemp(prefix=".tmp-", dir=place))
     except OSError as error:
         raise UsageError(f"{what} cannot be written: {place}: {error.strerror}; give another --{option.name}") from None

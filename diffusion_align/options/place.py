@@ -1,4 +1,4 @@
-"""Which folder a run is in: the one that a person names, wherever it lay when its configuration was written."""
+"""Finds the folder of a run: the one that the user names, even if its configuration records another."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _STEP = re.compile(r"(?:(?:step|checkpoint)-)?0*(\d+)")
 
 
 def step_named(text: str) -> int | None:
-    """The step that a checkpoint's name says: step-00000300, step-300, checkpoint-300 (diffusers' name) or 300."""
+    """The step in the name of a checkpoint: step-00000300, step-300, checkpoint-300 (diffusers' name) or 300."""
     found = _STEP.fullmatch(text)
     return int(found[1]) if found else None
 
 
 def run_of(path: Path) -> Path | None:
-    """The run that a path is of, or lies in: its folder, config.yaml, checkpoints, or one of those; else None."""
+    """The run folder that a path is or is in (config.yaml, checkpoints, a checkpoint); else None."""
     path = Path(os.path.abspath(path))  # of `.` too
     for place in (path, *list(path.parents)[:3]):
         if (place / METRICS).is_file() or any((place / CHECKPOINTS).glob("step-*")):
@@ -31,11 +31,11 @@ def run_of(path: Path) -> Path | None:
 
 
 def output_of(values: Mapping[str, Any], origins: Mapping[str, str], config: Path | None) -> tuple[str, str] | None:
-    """The run folder that the configuration or the checkpoint lies in, and who says so; None where neither does.
+    """The run folder that contains the configuration or the checkpoint, and which option named it; else None.
 
-    `output_dir` in a run's config.yaml is a record of where the run was begun: a run that was moved, renamed or copied
-    goes on where it is. `--output_dir` on the command line may send a new run elsewhere, or one that begins from the
-    checkpoint of another; it may not contradict the run that is to be continued.
+    `output_dir` in config.yaml only records where a run was started: a run that was moved, renamed or copied continues
+    in its new folder. `--output_dir` on the command line may place a new run, or one that starts from a checkpoint of
+    another run; it may not contradict the run that is resumed.
 
     Raises:
         UsageError: two folders are named for one run.
@@ -50,7 +50,7 @@ def output_of(values: Mapping[str, Any], origins: Mapping[str, str], config: Pat
         if named is not None and resume is not None and resumed is None and not _same(given, named):
             raise UsageError(
                 f"--config names the run in {named} and --output_dir another folder, {given}: leave --output_dir out "
-                "to continue the run where it is, or leave --resume_from_checkpoint out to begin a new one"
+                "to continue the run where it is, or leave --resume_from_checkpoint out to start a new one"
             )
         return None
     if named is not None and resumed is not None and not _same(named, resumed):

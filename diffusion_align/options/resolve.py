@@ -1,4 +1,4 @@
-"""Who has the last word: defaults < preset < configuration file < command line."""
+"""Merges defaults < preset < configuration file < command line; what comes later replaces what came before."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from .brought import brought_value
 from .files import config_path, preset_path, read_yaml, settings_of
 from .names import UsageError, nearest
+from .other_tools import value_hint
 from .paths import expanded
 from .place import output_of
 from .schema import Option, by_any_name, options_of
@@ -22,15 +22,15 @@ NULL = ("none", "null", "")
 
 @dataclass(frozen=True)
 class Resolved(Generic[Options]):
-    """The options of one start, and where each came from; names that nobody set are not listed."""
+    """The options of a command, and the layer that set each; options at their default are not listed."""
 
     options: Options
     origins: dict[str, str]
-    moved: str = ""  # where the run was when its configuration was written, if it is elsewhere now
+    moved: str = ""  # the folder of the run in its configuration, if it is in another now
 
     def given(self) -> set[str]:
-        """What a person set: every option of the command line, and those of a file that differ from the default, for
-        the configuration of a run holds all of them."""
+        """The options that the user set: all of the command line, and those of files that differ from the default
+        (because the configuration of a run contains all options)."""
         described = options_of(type(self.options))
         return {
             name
@@ -39,7 +39,7 @@ class Resolved(Generic[Options]):
         }
 
     def notes(self) -> list[str]:
-        """One line for everything that was set and has no effect."""
+        """One line for each option that was set and has no effect, and one if the run was moved."""
         described = options_of(type(self.options))
         moved = [f"the run is in {getattr(self.options, 'output_dir', '')}; it was in {self.moved}"]
         return (moved if self.moved else []) + [
@@ -50,10 +50,10 @@ class Resolved(Generic[Options]):
 
 
 def _refuse_program(name: str, value: Any, origin: str) -> None:
-    """A file may come from a stranger, and a Python reward is a program: it is run on the user's own word only."""
+    """Raise UsageError for a Python reward in a file: it is a program, and only the command line may name one."""
     for text in value if isinstance(value, tuple) else (value,):
         if isinstance(text, str) and ("reward" in name or name == "relabel") and "python:" in text:
-            raise UsageError(f"{origin} names a program to run; if you know it, say so yourself: --{name} {text}")
+            raise UsageError(f"{origin} names a program to run; if you trust it, name it yourself: --{name} {text}")
 
 
 def resolve(
@@ -64,13 +64,13 @@ def resolve(
     config: str | None = None,
     settings: list[tuple[str, Any]] | None = None,
 ) -> Resolved[Options]:
-    """Merge the layers and build the options; every value is converted and checked whatever layer it came from.
+    """Merge the layers and build the options; every value is converted and checked, in every layer.
 
     Args:
         settings: (key, value) from the command line, by bare name, dotted key or alias.
 
     Raises:
-        UsageError: with the layer, the key and what would be right.
+        UsageError: with the layer, the key and the valid values.
     """
     layers: list[tuple[str, list[tuple[str, Any]]]] = []
     if preset is not None:
@@ -98,7 +98,7 @@ def resolve(
         for name in _replaced(in_this_layer, options):
             values.pop(name, None)
             origins.pop(name, None)
-        for name, value in _brought(in_this_layer, values, options).items():
+        for name, value in _with_choices(in_this_layer, values, options).items():
             values[name] = value
             origins.pop(name, None)
         values |= in_this_layer
@@ -113,24 +113,24 @@ def resolve(
 
 
 def _replaced(layer: dict[str, Any], options: dict[str, Option]) -> list[str]:
-    """The options that those of a layer take the place of: in a group, what is given later counts."""
+    """The options that a layer replaces: of a group, the option that is given later counts."""
     groups = {options[name].one_of for name, value in layer.items() if value is not None} - {""}
     return [name for name, option in options.items() if option.one_of in groups and name not in layer]
 
 
-def _brought(layer: dict[str, Any], earlier: dict[str, Any], options: dict[str, Option]) -> dict[str, Any]:
-    """The constants that come with the choices of a layer; none where those of the earlier choice are the same, for
-    then what earlier layers say of them was meant for its like."""
-    brought: dict[str, Any] = {}
+def _with_choices(layer: dict[str, Any], earlier: dict[str, Any], options: dict[str, Option]) -> dict[str, Any]:
+    """The constants that come with the choices of a layer, unless the earlier choice has the same constants: then the
+    values that earlier layers set for them are kept."""
+    found: dict[str, Any] = {}
     for name, value in layer.items():
         brings = options[name].brings
         if brings and brings[value] != brings[earlier.get(name, options[name].default)]:
-            brought |= brings[value]
-    return brought
+            found |= brings[value]
+    return found
 
 
 def convert(option: Option, value: Any, origin: str) -> Any:
-    """The value in the option's own type. `origin` says where it was written, for the error.
+    """The value in the type of the option. `origin`: the layer, for error messages.
 
     Raises:
         UsageError: naming the key, the value and what was expected.
@@ -141,7 +141,7 @@ def convert(option: Option, value: Any, origin: str) -> Any:
         converted = CONVERTERS[option.kind](value)
         for one in (converted if option.kind is tuple else (converted,)) if option.choices else ():
             if one not in option.choices:
-                match = brought_value(option.name, one) or nearest(str(one), option.choices)
+                match = value_hint(option.name, one) or nearest(str(one), option.choices)
                 raise ValueError(f"did you mean {match}?" if match else "")
         _check_range(option, converted)
     except (ValueError, TypeError, OverflowError) as error:
@@ -180,7 +180,7 @@ def _int(value: Any) -> int:
         raise ValueError
     if isinstance(value, str) and value.lstrip("+-").isdigit():
         return int(value)
-    # 1e4 steps are a whole number too, although int() does not say so.
+    # 1e4 is a whole number too, although int() does not accept it.
     number = float(value)
     if number != int(number):
         raise ValueError

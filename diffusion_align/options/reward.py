@@ -15,13 +15,13 @@ REWARD = "a name of `diffusion-align reward ls`, one of its forms, or several: 0
 
 
 class WithReward:
-    """Options with a field `reward`, whose text is parsed once."""
+    """Options with a field `reward`; its text is parsed once."""
 
     reward: str | None
 
     @cached_property
     def reward_spec(self) -> RewardSpec:
-        """Raises UsageError where `reward` is missing or is not a reward."""
+        """Raises UsageError if `reward` is missing or is not a reward."""
         if self.reward is None:
             raise UsageError("which reward? --reward NAME: `diffusion-align reward ls` lists them")
         return check_reward(self.reward)
@@ -34,11 +34,11 @@ class RewardScore(WithReward):
     seed: int = option(0, "reward", "seed of the reward random", at_least=0)
 
     images: tuple[str, ...] = option((), "data", "a picture, or a folder of pictures (scored in order of their names); may be repeated", path="in")
-    prompts_file: str | None = option(None, "data", "file with one prompt a line, one for each picture or one for all (default: those of the samples.json in the folder)", aliases=("prompts",), path="name")
+    prompts_file: str | None = option(None, "data", "file with one prompt per line, one for each picture or one for all (default: those of samples.json in the folder)", aliases=("prompts",), path="name")
 
     batch_size: int = option(16, "machine", "pictures at a time", at_least=1)
     device: str | None = option(None, "machine", DEVICE, fault=device_fault)
-    out: str = option("scores.jsonl", "output", "file for one line a picture: its name, its prompt and its score", path="file")
+    out: str = option("scores.jsonl", "output", "file with one line per picture: its name, its prompt and its score", path="file")
     # fmt: on
 
 
@@ -49,7 +49,7 @@ class RewardServe(WithReward):
     seed: int = option(0, "reward", "seed of the reward random", at_least=0)
 
     port: int = option(8000, "server", "port", at_least=1, at_most=65535)
-    host: str = option("127.0.0.1", "server", "address to listen on; any but a loopback address needs a token in DIFFUSION_ALIGN_REWARD_TOKEN")
+    host: str = option("127.0.0.1", "server", "address to listen on; all except loopback addresses need a token in DIFFUSION_ALIGN_REWARD_TOKEN")
     max_pictures: int = option(64, "server", "most pictures in one request", at_least=1, at_most=1024)
     max_side: int = option(2048, "server", "longest side of a picture, in pixels", at_least=8, at_most=8192)
     max_megabytes: int = option(64, "server", "largest size of one request, in MB", at_least=1, at_most=1024)
@@ -82,4 +82,4 @@ def check_reward_score(options: RewardScore) -> None:
 def check_reward_serve(options: RewardScore | RewardServe) -> None:
     """Raise UsageError for no reward, or one that does not exist."""
     if options.reward_spec.parts[0].kind == "people":
-        raise UsageError("reward people chooses between a prompt's pictures: it is for train d3po, prdp and ddpo")
+        raise UsageError("reward people compares the pictures of a prompt: it is for train d3po, prdp and ddpo")

@@ -20,7 +20,7 @@ class Sample:
     variant: str | None = option(None, "model", "variant of the weights' files, such as fp16")
 
     prompt: tuple[str, ...] = option((), "prompts", "a prompt; may be repeated")
-    prompts_file: str | None = option(None, "prompts", "file with one prompt a line, or another list of prompts: a file, a folder, or a name such as parti, hpdv2 or dpg-bench (docs/evaluation.md)", aliases=("prompts",), path="name")
+    prompts_file: str | None = option(None, "prompts", "file with one prompt per line, or another list of prompts: a file, a folder, or a name such as parti, hpdv2 or dpg-bench (docs/evaluation.md)", aliases=("prompts",), path="name")
     num_prompts: int | None = option(None, "prompts", "of that list, use the first N", at_least=1)
     negative_prompt: str = option("", "prompts", "what guidance steers away from")
     num_images_per_prompt: int = option(1, "prompts", "pictures of each prompt", at_least=1)
@@ -31,15 +31,15 @@ class Sample:
     solver: str = option("dpmpp", "sampler", "DPM-Solver++ or DDIM", choices=SOLVERS)
     order: int = option(2, "sampler", "order of DPM-Solver++", at_least=1, at_most=3)
     eta: float = option(0.0, "sampler", "0: deterministic, 1: the stochastic solver", at_least=0)
-    spacing: str = option("trailing", "sampler", "where the steps lie", choices=SPACINGS)
-    resolution: int | None = option(None, "sampler", "side of the pictures in pixels (default: that of the run, else the model's own)", at_least=8)
+    spacing: str = option("trailing", "sampler", "spacing of the steps", choices=SPACINGS)
+    resolution: int | None = option(None, "sampler", "side of the pictures in pixels (default: as the run was trained, else the model's default)", at_least=8)
 
     batch_size: int = option(8, "machine", "pictures at a time", at_least=1)
     device: str | None = option(None, "machine", DEVICE, fault=device_fault)
     threads: int | None = option(None, "machine", "CPU threads (default: OMP_NUM_THREADS, else one for each core that other programs leave free)", at_least=1)
     mixed_precision: str = option("no", "machine", "precision of the network", choices=("no", "fp16", "bf16"))
     out: str = option("samples", "output", "folder for the pictures and samples.json", aliases=("output_dir",), path="folder")
-    overwrite: bool = option(False, "output", "remove the pictures that an earlier command left in that folder", saved=False)
+    overwrite: bool = option(False, "output", "remove the pictures of an earlier command in that folder", saved=False)
     layout: str = option("samples", "output", "layout of the folder: samples (numbered, with samples.json), or what the scorers of GenEval, DPG-Bench or T2I-CompBench read; those continue an interrupted command", choices=("samples", "geneval", "dpg", "compbench"))
     from_pictures: str | None = option(None, "output", "draw nothing: arrange a folder in GenEval's layout, such as RUN/evaluation/tuned-KEY/dpmpp, as --layout dpg or compbench", path="in")
     # fmt: on
@@ -50,9 +50,9 @@ class Evaluate:
     # fmt: off
     run: tuple[str, ...] = option((), "models", "run folders, checkpoints in them (RUN/checkpoints/step-...), or models by folder or hub id", path="name")
     pretrained_model_name_or_path: str | None = option(None, "models", "the model that the runs were trained from, if it is not the one in their configurations", aliases=("model",), path="name")
-    base: str | None = option(None, "models", "what they are compared with: a run, checkpoint or model (default: the base of the first run)", path="name")
+    base: str | None = option(None, "models", "the model they are compared with: a run, checkpoint or model (default: the base of the first run)", path="name")
 
-    prompts: str = option("held-out", "prompts", "a list of prompts: a file or folder, a name (parti, geneval; hpdv2, drawbench, t2i-compbench, dpg-bench, which are fetched), or held-out (captions of the embedded world that no training set names)", path="name")
+    prompts: str = option("held-out", "prompts", "a list of prompts: a file or folder, a name (parti, geneval; hpdv2, drawbench, t2i-compbench, dpg-bench, which are fetched), or held-out (captions of the embedded world that no training set contains)", path="name")
     num_prompts: int = option(500, "prompts", "use the first N prompts", at_least=2)
     num_images_per_prompt: int = option(1, "prompts", "pictures of each prompt; diversity needs two", at_least=1)
 
@@ -60,10 +60,10 @@ class Evaluate:
     steps: int = option(15, "sampler", "steps, trailing, for every model and sampler", aliases=("num_inference_steps",), at_least=1)
     guidance: float = option(4.0, "sampler", "classifier-free guidance; 1 is none", aliases=("guidance_scale",), at_least=0)
     seed: int = option(0, "sampler", "in every model prompt i starts from the noise of (seed, i)", at_least=0)
-    resolution: int | None = option(None, "sampler", "side of all pictures in pixels (default: what the runs were trained at, else the model's own)", at_least=8)
+    resolution: int | None = option(None, "sampler", "side of all pictures in pixels (default: as the runs were trained, else the model's default)", at_least=8)
 
     reward: str = option("auto", "score", "reward beside the judge, usually the one trained on: any of `diffusion-align reward ls`, none, or auto (tiny for captions of the embedded world, none for other prompts)", path="reward")
-    held_out_reward: tuple[str, ...] = option((), "score", "further rewards, which training has not used: a gain in the reward alone is reward hacking", path="reward")
+    held_out_reward: tuple[str, ...] = option((), "score", "further rewards that training did not use: a gain only in the trained reward is reward hacking", path="reward")
     features: str = option("tiny", "score", "network whose features measure diversity and distances: tiny, an open_clip name such as ViT-L-14-336:openai, or none", path="reward")
     reference_pictures: str | None = option(None, "score", "folder of real pictures to measure distances to (default: for the embedded world its renderings, else none)", path="in")
     pictures: int = option(24, "score", "pairs of pictures shown in the report", at_least=0)
@@ -103,7 +103,7 @@ def _check_arranging(options: Sample) -> None:
     drawing = ("run", "pretrained_model_name_or_path", "prompt", "prompts_file")
     given = next((name for name in drawing if getattr(options, name)), None)
     if given is not None:
-        raise UsageError(f"output.from_pictures draws nothing, so --{given} has no meaning beside it")
+        raise UsageError(f"output.from_pictures draws nothing, so --{given} has no effect with it")
 
 
 def check_evaluate(options: Evaluate) -> None:

@@ -1,7 +1,7 @@
-"""Options as data: every option of a verb is one field of a frozen dataclass, described where it is declared.
+"""Options as data: every option of a verb is one field of a frozen dataclass.
 
-The field holds the name, the type and the default; its metadata holds what a name and a type cannot say: the section,
-the help, the permitted range. Flags, dotted keys, help texts, range checks and the saved configuration read it.
+The field has the name, the type and the default; its metadata has the section, the help and the permitted values.
+Flags, dotted keys, help texts, checks and the saved configuration are made from them.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class Option:
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
-    fault: Callable[[Any], str | None] | None = None  # of a value of the right type: what is wrong with it, or None
-    one_of: str = ""  # a group of options of which the one given later counts; together they are in the command's hands
-    path: str = ""  # that it names a file or folder, and how: see `paths`
-    # For a choice: the values of other options that come with it, in place of those of earlier layers.
+    fault: Callable[[Any], str | None] | None = None  # value -> what is wrong with it, or None
+    one_of: str = ""  # a group of options: one in a later layer replaces the others of earlier layers
+    path: str = ""  # the kind of file or folder that it names: see `paths`
+    # By choice: values of other options that come with it and replace those of earlier layers.
     brings: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    unused: str = ""  # why the option is accepted without effect; told to whoever sets it
-    saved: bool = True  # False for what must not reach a saved configuration: secrets, and what concerns one start only
+    unused: str = ""  # why the option is accepted without effect; printed if it is set
+    saved: bool = True  # False: not in a saved configuration, because it is secret or belongs to one start
 
     @property
     def key(self) -> str:
@@ -45,7 +45,7 @@ class Option:
 
     @property
     def expected(self) -> str:
-        """What a value must look like, in words."""
+        """The valid values, in words."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list of texts"}
@@ -63,7 +63,7 @@ class Option:
 
 
 def option(default: Any, section: str, help: str, **described: Any) -> Any:
-    """Declare one option as a dataclass field; `described` are fields of `Option`, so a slip there fails at once."""
+    """Declare one option as a dataclass field; `described` are fields of `Option` (an unknown one raises)."""
     return dataclasses.field(default=default, metadata={"section": section, "help": help, **described})
 
 
@@ -87,7 +87,7 @@ def options_of(options_class: type) -> dict[str, Option]:
 
 
 def by_any_name(options_class: type) -> dict[str, Option]:
-    """Options by bare name, dotted key and alias: everything that may stand left of an equals sign."""
+    """Options by name, dotted key and alias: everything that is valid to the left of an equals sign."""
     names: dict[str, Option] = {}
     for described in options_of(options_class).values():
         for word in (described.name, *described.aliases):

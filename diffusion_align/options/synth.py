@@ -15,18 +15,18 @@ from .schema import option
 @dataclass(frozen=True)
 class Synth:
     # fmt: off
-    models: tuple[str, ...] = option((), "model", "model to draw with: folder or hub id in diffusers format, tiny, or a run folder (its base with what was trained); may be repeated", aliases=("model",), path="name")
+    models: tuple[str, ...] = option((), "model", "model to draw with: folder or hub id in diffusers format, tiny, or a run folder (its base with the trained weights); may be repeated", aliases=("model",), path="name")
 
-    prompts: str | None = option(None, "data", "file with one prompt a line, or tiny (captions of the embedded world's training split)", aliases=("prompts_file",), path="name")
+    prompts: str | None = option(None, "data", "file with one prompt per line, or tiny (captions of the embedded world's training split)", aliases=("prompts_file",), path="name")
     num_prompts: int | None = option(None, "data", "use the first N prompts (default: all; of tiny, 800)", at_least=1)
     pictures: int = option(4, "data", "pictures of each prompt, over all models, which take turns", aliases=("num_images_per_prompt",), at_least=2)
 
     rewards: tuple[str, ...] = option((), "reward", "scorer: a name of `diffusion-align reward ls`, or one of its forms; may be repeated", aliases=("reward",), path="reward")
-    random_labels: bool = option(False, "reward", "a control: the relevances of each prompt's pictures are shuffled; files are named random_*")
+    random_labels: bool = option(False, "reward", "control experiment: the relevances of each prompt's pictures are shuffled; files are named random_*")
 
     steps: int = option(25, "sampler", "steps", aliases=("num_inference_steps",), at_least=1)
     guidance: float = option(7.5, "sampler", "classifier-free guidance; 1 is none", aliases=("guidance_scale",), at_least=0)
-    seed: int = option(0, "sampler", "picture i of a model is keyed by (seed, prompt, the model's place among --models, i)", at_least=0)
+    seed: int = option(0, "sampler", "address of picture i of a model: (seed, prompt, position of the model in --models, i)", at_least=0)
     solver: str = option("dpmpp", "sampler", "DPM-Solver++ or DDIM", choices=SOLVERS)
     order: int = option(2, "sampler", "order of DPM-Solver++", at_least=1, at_most=3)
     eta: float = option(0.0, "sampler", "0: deterministic, 1: the stochastic solver", at_least=0)
@@ -52,13 +52,13 @@ def check_synth(options: Synth) -> None:
     if not o.models:
         raise UsageError("which models? --models NAME (may be repeated): a folder, a hub id, a run folder, or tiny")
     if o.prompts is None:
-        raise UsageError("which prompts? --prompts FILE with one a line, or tiny")
+        raise UsageError("which prompts? --prompts FILE with one per line, or tiny")
     if not o.rewards and not o.random_labels:
         raise UsageError("which rewards? --rewards NAME (may be repeated), or --random_labels for a control")
     if len(set(o.rewards)) < len(o.rewards) or len(set(o.models)) < len(o.models):
         raise UsageError("a model or a reward is named twice")
     if o.pictures < len(o.models):
-        raise UsageError(f"data.pictures {o.pictures} leaves none for some of {len(o.models)} models")
+        raise UsageError(f"data.pictures {o.pictures} is less than one picture for each of {len(o.models)} models")
     if o.order == 3 and o.eta > 0:
         raise UsageError("sampler.order 3 is for sampler.eta 0 only")
     if o.solver == "ddim" and o.eta > 1:

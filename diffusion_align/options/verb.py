@@ -1,4 +1,4 @@
-"""A verb of the command line as a record: its options, their check, and what runs it. Imports nothing heavy."""
+"""A verb of the command line as data: its options, their check, and the function that runs it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 
 def no_notes(options: Any, given: Collection[str]) -> list[str]:
-    """For verbs whose options all mean what a person may think."""
+    """The notes of a verb without any."""
     return []
 
 
 @dataclass(frozen=True)
 class Verb:
-    """`run` and `plan` are "module:function" in `diffusion_align.commands`, imported only when they are called; a
-    training has instead the name of a file in `diffusion_align.methods`."""
+    """`run` and `plan` are "module:function" in `diffusion_align.commands`, imported when they are called. A training
+    has `method` instead, the name of a file in `diffusion_align.methods`."""
 
     words: str
     options: type
@@ -29,7 +29,7 @@ class Verb:
     notes: Callable[[Any, Collection[str]], list[str]] = no_notes
 
     def entry(self) -> Any:
-        """What a training's method says of itself (`methods.entry.Entry`)."""
+        """The `methods.entry.Entry` of a training."""
         return import_module(f"diffusion_align.methods.{self.method}").METHOD
 
     def start(self, options: Any) -> int:

@@ -1,4 +1,4 @@
-"""Samplers: step tables, the one kernel that takes a step, and the walks built on it."""
+"""Samplers: step tables, the kernel that computes one step, and rollouts, replays and gradients built on it."""
 
 from .branch import branch
 from .kernel import step_gaussian

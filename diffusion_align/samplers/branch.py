@@ -1,4 +1,4 @@
-"""Several continuations of one state: the pairs of step-wise preference methods share their parent and their step."""
+"""Several continuations of one state, for step-wise preference methods."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def branch(
     """Draw `children` next states from each state of `x` [B,...] at step `k` (Liang et al. 2024, arXiv 2406.04314).
 
     `previous` [B,...] is the clean prediction of the step before, needed at order 2 (the `clean` of the step taken
-    there). `clean` [B,...] is the clean prediction at `x`, where it is known already: the denoiser is then not called.
+    there). `clean` [B,...] is the clean prediction at `x`, if it is known: the denoiser is then not called.
     Children are drawn one after another, so the first ones do not depend on how many follow; with a list of B
     generators they do not depend on batch mates either. They have the dtype of `x`. Raises ValueError at a
     deterministic step, where all children would be the same, or for fewer than one child.

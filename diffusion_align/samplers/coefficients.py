@@ -1,7 +1,7 @@
 """One step's coefficients, in closed form.
 
-The reverse equation, for u = x / alpha, in lambda = log(alpha / sigma), with a noise dial eta (0: the probability-flow
-ODE, 1: the SDE of SDE-DPM-Solver++; Lu et al. 2022, arXiv 2211.01095, prop. 4.1 for the ODE) is
+The reverse equation, for u = x / alpha, in lambda = log(alpha / sigma), with eta for the amount of noise (0: the
+probability-flow ODE, 1: the SDE of SDE-DPM-Solver++; Lu et al. 2022, arXiv 2211.01095, prop. 4.1 for the ODE) is
 
     du = -(1 + eta^2) (u - m) dlambda + sqrt(2) eta exp(-lambda) dW
 
@@ -37,7 +37,7 @@ def dpmpp_row(
 ) -> Row:
     """One multistep DPM-Solver++ row from noise level s to (a_next, s_next), h away in half log-SNR (inf allowed).
 
-    `ratios` are the last steps' lengths over h, newest first, as many as the order has history: none, one or two.
+    `ratios` are the lengths of the last steps over h, newest first: none, one or two, for order 1, 2 or 3.
     `form` "midpoint" or "heun" is the second order's; `third` multiplies the curvature of the third (exact: 2).
     """
     kappa_h = (1 + eta**2) * h

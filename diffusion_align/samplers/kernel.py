@@ -1,4 +1,4 @@
-"""The one reverse step of every sampler: a Gaussian whose mean is linear in the state and the clean predictions."""
+"""The reverse step of all samplers: a Gaussian whose mean is linear in the state and the clean predictions."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def step_gaussian(
     before (Lu et al. 2022, arXiv 2211.01095, algorithm 2). Samples whose step uses less history ignore it.
 
     Half-precision inputs are computed, and returned, in float32; float64 stays. std is 0 at a deterministic step, which
-    has no density. Raises ValueError when a step needs history that is not given, and on unequal shapes; IndexError for
-    a step outside the table.
+    has no density. Raises ValueError if a step needs history that is not given, or for unequal shapes; IndexError for a
+    step outside the table.
     """
     k = table.indices(k, x.shape[0])
     needed = int(table.order[k].max()) if len(k) else 1
@@ -36,7 +36,7 @@ def step_gaussian(
         step = int(k[table.order[k].argmax()])
         raise ValueError(
             f"step {step} is of order {needed} and also needs the clean predictions of the {needed - 1} step(s) before "
-            "it (previous, before): walk the run in order, as replay does, or build the table with order=1"
+            "it (previous, before): take the steps in order, as replay does, or build the table with order=1"
         )
     require_same_shape(x=x, **given)
     state = widen(x)

@@ -1,9 +1,8 @@
-"""Exact gradients of losses that are sums over steps: one forward and one backward of the network a step.
+"""Exact gradients of losses that are sums over steps: one forward and one backward pass of the network per step.
 
-Where the loss of step k depends on that step's Gaussian alone, no first pass is needed: at order 1 a step is
-differentiated where it stands. At order 2 the Gaussian also depends on the clean prediction of the step before, which
-is not complete until this step has added its share; so a prediction is kept, with its graph, until no later step looks
-back at it, and is differentiated then. At most `order` network graphs are alive at once, whatever the number of steps.
+The loss of step k depends only on the Gaussian of that step. At order 1 each step is differentiated immediately. At
+order 2 the Gaussian also depends on the clean prediction of the step before. So a prediction is kept, with its graph,
+until no later step uses it, and is differentiated then. At most `order` network graphs are in memory at once.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ def step_gradient(
 ) -> Tensor:
     """Add the gradient of `sum_k loss(k, step_k)` over the stochastic steps to the `.grad` of the parameters.
 
-    The steps are walked in order along the stored states, and `loss` is called once for each; scale it there for
-    gradient accumulation. `history` as in `replay`. The same gradient as `path_gradient`, at half of its forward
-    passes, for losses of this form (D3PO, SPO, DDPO, a KL penalty).
+    `loss` is called once for each step, in order along the stored states; scale it there for gradient accumulation.
+    `history` as in `replay`. The gradient is that of `path_gradient`, with half of its forward passes, for losses of
+    this form (D3PO, SPO, DDPO, a KL penalty).
 
-    Returns the sum, detached. Raises ValueError when a loss is not a scalar, when nothing in the denoiser requires a
+    Returns the sum, detached. Raises ValueError if a loss is not a scalar, if nothing in the denoiser requires a
     gradient, and as listed in `scored_predictions`.
     """
     needed = set(scored_predictions(trajectory, history))
@@ -59,7 +58,7 @@ def step_gradient(
             total = total + value.detach().to(total)
         for j in [j for j in alive if not _looked_back_at(table, j, k)]:
             clean, leaf = alive.pop(j)
-            # Also where nothing was asked of it: processes that train together must make the same calls.
+            # Also without a gradient: all ranks must make the same calls.
             clean.backward(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
     return total
 

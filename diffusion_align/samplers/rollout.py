@@ -1,8 +1,7 @@
-"""Running the chain, and scoring a run again under another denoiser.
+"""Runs of a sampler, and their log-probs under another denoiser.
 
-A run is a walk along a step table: at each state one clean prediction, from it (and the one or two before it, for the
-higher orders) one Gaussian, from that the next state. The last step to sigma = 0 has no density; it is walked, never
-scored.
+A run follows a step table: the clean prediction at a state (and one or two before it, for higher orders) gives a
+Gaussian, and a draw from it the next state. The last step to sigma = 0 has no density, so it is never scored.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from .tables import StepTable
 Generators = torch.Generator | Sequence[torch.Generator]
 HISTORIES = ("recompute", "frozen")
 Measure = Callable[[int, Gaussian, Tensor], Tensor]
-"""`(k, step, next state [B,...]) -> [B]`: a number of one reverse step."""
+"""`(k, step, next state [B,...]) -> [B]`: one number per sample for a reverse step."""
 
 
 def log_prob(k: int, step: Gaussian, x: Tensor) -> Tensor:
-    """The measure that a run is scored by unless another is asked for: log-density of the next state, [B] nats."""
+    """The default measure of a step: log-density of the next state, [B] nats."""
     return step.log_prob(x)
 
 
@@ -45,8 +44,8 @@ def earlier(table: StepTable, k: int, clean: Mapping[int, Tensor] | Sequence[Ten
 def draw_noise(generator: Generators | None, like: Tensor) -> Tensor:
     """Standard normal [B,...] in the dtype of `like`, float32 at least: one generator for all, or one per sample.
 
-    With one per sample, what a sample gets does not depend on its batch mates. Raises ValueError for a wrong number of
-    them.
+    With one per sample, the noise of a sample does not depend on the rest of the batch. Raises ValueError for a wrong
+    number of generators.
     """
     dtype = widen(like[:0]).dtype
     if generator is None:
@@ -73,7 +72,7 @@ def _walk(
             clean[k] = threshold(clean[k])
         mean, std = step_gaussian(table, k, widen(x), clean[k], *earlier(table, k, clean))
         step = Gaussian(mean, std) if table.stochastic[k] else None
-        # The state is rounded to the storage precision before anything else sees it: what is stored is what was walked.
+        # The state is rounded to its storage dtype before the next step uses it, so that stored states can be replayed.
         x = (mean if step is None else step.sample(draw_noise(generator, x))).to(x.dtype)
         clean.pop(k - 2, None)
         yield clean[k], step, x
@@ -88,11 +87,11 @@ def rollout(
     *,
     threshold: Callable[[Tensor], Tensor] | None = None,
 ) -> Trajectory[StepTable]:
-    """Run the whole chain from noise `x_T` [B,...] without gradients and record it.
+    """Run the sampler from noise `x_T` [B,...] without gradients and record it.
 
     States are stored, fed back and scored in the dtype of `x_T`; arithmetic is in float32 at least. `log_prob` [T,B] is
     in nats, summed over dims, and 0 at deterministic steps. `generator` is one torch.Generator, or a list of B so that
-    no sample depends on its batch mates; a table without stochastic steps needs None. `threshold` maps each clean
+    no sample depends on the rest of the batch; None for a table without stochastic steps. `threshold` maps each clean
     prediction before it is used (`dynamic_threshold`, pixels only); to score such a run again, bind the same map into
     the denoiser.
     """
@@ -113,7 +112,7 @@ def sample(
     *,
     threshold: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The end of the run that `rollout` would record, [B,...], keeping nothing else."""
+    """The last state [B,...] of the run that `rollout` would record, without storing the others."""
     end = x_T
     for _, _, state in _walk(denoiser, table, x_T, generator, threshold):
         end = state
@@ -121,9 +120,9 @@ def sample(
 
 
 def scored_predictions(trajectory: Trajectory[StepTable], history_from: str) -> list[int]:
-    """The steps whose clean prediction enters a log-prob: stochastic ones and, if recomputed, those they look back at.
+    """The steps whose clean prediction enters a log-prob: stochastic ones and, if recomputed, those in their history.
 
-    Raises ValueError for an unknown history, for frozen history without stored predictions, and when no step has a
+    Raises ValueError for an unknown history, for frozen history without stored predictions, and if no step has a
     density.
     """
     table = trajectory.table
@@ -143,9 +142,9 @@ def scored_predictions(trajectory: Trajectory[StepTable], history_from: str) -> 
 def path_log_prob(
     trajectory: Trajectory[StepTable], clean: Mapping[int, Tensor], history_from: str, measure: Measure = log_prob
 ) -> Tensor:
-    """Log-probs [T,B] in nats of the stored states, from the clean predictions: the solver's algebra, no network.
+    """Log-probs [T,B] in nats of the stored states, from given clean predictions, without calling a network.
 
-    Another `measure` gives other numbers of the steps; 0 at deterministic ones in any case.
+    `measure` replaces the log-prob by another number; deterministic steps give 0.
     """
     table, states = trajectory.table, trajectory.states
     past = clean if history_from == "recompute" or trajectory.clean is None else trajectory.clean
@@ -166,8 +165,8 @@ def replay(denoiser: Denoiser, trajectory: Trajectory[StepTable], *, history: st
     Under the denoiser that ran, they equal `trajectory.log_prob`. At second order the density of a step depends on two
     clean predictions: "recompute" takes both from `denoiser`, with gradient through both, which is the density of the
     sampler; "frozen" takes the earlier one from `trajectory.clean`, which has the same value under the denoiser that
-    ran but another gradient. All network graphs are alive at once: for long runs use `path_gradient`. Raises ValueError
-    as listed in `scored_predictions`.
+    ran but another gradient. All network graphs are in memory at once: for long runs use `path_gradient`. Raises
+    ValueError as listed in `scored_predictions`.
     """
     needed = scored_predictions(trajectory, history)
     clean = {k: predict(denoiser, trajectory.table, k, trajectory.states[k]) for k in needed}

@@ -1,4 +1,4 @@
-"""Step tables: every sampler of this package as one linear kernel with different coefficients.
+"""Step tables: all samplers are one linear kernel with different coefficients.
 
     x_{k+1} = cx x_k + c0 m_k + c1 m_{k-1} + c2 m_{k-2} + std z,        m_j the clean prediction at step j
 
@@ -22,7 +22,7 @@ from .coefficients import Row, ddim_row, dpmpp_row
 VARIANTS = ("midpoint", "heun")
 THIRD_ORDERS = ("published", "exact")
 
-# Two levels closer than this in half log-SNR are one level met twice (a grid that ends where "sigma_min" puts its end).
+# Two levels closer than this in half log-SNR are the same level (a grid may already end at sigma_min).
 SAME_LEVEL = 1e-9
 # Below this many steps the last ones use lower orders, for stability: diffusers' `lower_order_final`.
 FEW_STEPS = 15
@@ -30,11 +30,11 @@ FEW_STEPS = 15
 
 @dataclass(frozen=True, eq=False)
 class StepTable:
-    """The T steps of a sampler, float64 on the CPU. Stateless: any step can be taken, scored or batched by its index.
+    """The T steps of a sampler, float64 on the CPU. Stateless: any step can be computed by its index, in any batch.
 
     timesteps [T], the network's time; cx [T]; c [T,3], weights of the clean predictions m_k, m_{k-1}, m_{k-2}; std [T];
     order [T] int64, how many clean predictions the step uses; stochastic [T] bool, whether the step has a density;
-    alpha, sigma, half_log_snr [T+1], the levels passed through, the last one being where the run ends.
+    alpha, sigma, half_log_snr [T+1], the noise levels, of which the last is the end of the run.
     """
 
     timesteps: torch.Tensor
@@ -109,17 +109,16 @@ def solver_table(
     solver "dpmpp": multistep DPM-Solver++ (arXiv 2211.01095, prop. 4.1 and algorithm 2) with noise dial `eta` >= 0.
     The noise does not depend on the order. `variant` is how the second order integrates its slope: "midpoint" is the
     paper's algorithm 2, "heun" its Taylor form, the exact integral of a clean prediction that is linear in lambda.
-    Order 3 has no noise (eta = 0): there, noise increments limit the weak order to that of order 2. `third_order`
-    "published" is what the papers' code and diffusers compute, half of the second-derivative term and so second order
-    in fact; "exact" has the whole term and is third order (the predictor of order 3 of UniPC, arXiv 2302.04867, is the
-    same step).
+    Order 3 needs eta = 0, because noise limits the weak order to that of order 2. `third_order` "published" is what the
+    papers' code and diffusers compute: it has half of the second-derivative term and is therefore of second order.
+    "exact" has the full term and is of third order (the same step as UniPC's predictor of order 3, arXiv 2302.04867).
 
-    solver "ddim": order 1 whatever `order` says, `eta` in [0, 1] scaling the posterior's deviation (arXiv 2010.02502,
-    eq. 12 and 16). It is "dpmpp" of order 1 at eta = 0 and at eta = 1, and another path between.
+    solver "ddim": always of order 1, `eta` in [0, 1] scales the posterior's deviation (arXiv 2010.02502, eq. 12 and
+    16). At eta = 0 and eta = 1 it equals "dpmpp" of order 1, but not between.
 
-    The first steps have lower order for want of history. As in diffusers, so does the last one when there are fewer
-    than 15 steps or it ends noise-free (and the last but one is at most second order, below 15 steps). A history point
-    of pure noise (sigma = 1 on flow) carries no slope: it is infinitely far, and the order drops by itself.
+    The first steps have lower order because they have less history. As in diffusers, the last one has order 1 if there
+    are fewer than 15 steps or it ends noise-free (below 15 steps, the last but one is at most second order). A history
+    point of pure noise (sigma = 1 on flow) is infinitely far away and gives no slope, so the order is lower there too.
     A step between equal levels is left out, so the table may be one shorter than the grid.
 
     Raises ValueError for unknown names, numbers out of range, order 3 with noise, and levels that do not rise.
@@ -148,7 +147,7 @@ def solver_table(
         back = gaps[max(k - usable + 1, 0) : k][::-1]  # lambda_k - lambda_{k-1}, then one further back
         finite = next((i for i, gap in enumerate(back) if math.isinf(gap)), len(back))
         ratios = [gap / gaps[k] for gap in back[:finite]]
-        # With third order asked for, a second-order step behind pure noise is the limit of the third: the Taylor form.
+        # At order 3, a second-order step after pure noise is the limit of the third-order step: the Taylor form.
         form = "heun" if usable == 3 and finite == 1 else variant
         rows.append(dpmpp_row(s, a_next, s_next, gaps[k], eta, ratios, form, curvature))
     cx, c, std, used = zip(*rows, strict=True)
@@ -185,4 +184,4 @@ def _validate(solver: str, order: int, eta: float, variant: str, third_order: st
     if solver == "ddim" and eta > 1:
         raise ValueError(f"DDIM's eta is at most 1, not {eta!r}")
     if solver == "dpmpp" and order == 3 and eta > 0:
-        raise ValueError("order 3 has no stochastic form here: take eta=0, or order 2")
+        raise ValueError("order 3 has no stochastic form here: use eta=0, or order 2")

@@ -30,7 +30,7 @@ def dynamic_threshold(
         raise ValueError(f"ratio is in (0, 1] and max_value positive, not {ratio!r} and {max_value!r}")
     values = widen(clean)
     p = torch.quantile(values.abs().flatten(1), ratio, dim=1)
-    # Order matters when max_value < 1: the upper bound wins, as in torch.clamp.
+    # If max_value < 1 the order matters: the upper bound wins, as in torch.clamp.
     s = p.clamp(min=max_value) if mode == "original" else p.clamp(min=1.0).clamp(max=max_value)
     s = expand_to(s, values)
     return (values.clamp(-s, s) / s).to(clean.dtype)

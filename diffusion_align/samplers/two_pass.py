@@ -1,10 +1,9 @@
-"""Exact gradients of a loss over a whole run, with one network graph in memory.
+"""Exact gradients of any loss of a run, with one network graph in memory.
 
-A loss over a run is a function of its clean predictions alone. Pass 1 evaluates them without gradients, makes them
-leaves, and differentiates only the solver's algebra and the loss: this gives dL/dm for each prediction m. Pass 2 runs
-the network again, one step at a time, and back-propagates that vector. The sum over steps is exactly the full gradient
-(the chain rule through m), so memory grows with steps only by a few latents each. Cost: one forward more than full
-autograd.
+A loss of a run is a function of its clean predictions. Pass 1 evaluates them without gradients, makes them leaves, and
+differentiates only the solver's algebra and the loss: this gives dL/dm for each prediction m. Pass 2 runs the network
+again, one step at a time, and back-propagates that vector. By the chain rule the sum over steps is exactly the full
+gradient. Memory grows by a few latents per step; the cost is one forward pass more than full autograd.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from .tables import StepTable
 
 @torch.no_grad()
 def relative_change(table: StepTable, k: int, x: Tensor, first: Tensor, second: Tensor) -> float:
-    """How far two clean predictions at the state `x` before step k are apart, in norms over the whole batch.
+    """The distance of two clean predictions at the state `x` before step k, in norms over the whole batch.
 
     It is relative to |clean| + |noise| sigma / alpha. A clean prediction is the difference of x / alpha and of the
-    predicted noise, and near t = 1000 rounds like those, however little remains of them.
+    predicted noise, so near t = 1000 it has the rounding errors of those, although it is much smaller.
     """
     alpha = float(table.alpha[k])
     size = vector_norm(first) + (vector_norm(x - alpha * first) / alpha if alpha else 0)
@@ -36,14 +35,14 @@ def relative_change(table: StepTable, k: int, x: Tensor, first: Tensor, second: 
 
 
 def _require_same(change: float, k: int, tolerance: float) -> bool:
-    """False for numbers that are not finite, of which nothing can be said."""
+    """Raise RuntimeError for a larger change; False for one that is not finite, which is not checked."""
     if not math.isfinite(change):
         return False
     if change > tolerance:
         raise RuntimeError(
             f"the two passes of the denoiser differ at step {k}, by {change:.1e} relative, and rounding explains "
-            f"{tolerance:.1e}: the gradient would be wrong. Switch off dropout and anything else random, and leave the "
-            "weights and the size of the batch alone in between"
+            f"{tolerance:.1e}: the gradient would be wrong. Switch off dropout and anything else random, and do not "
+            "change the weights or the size of the batch in between"
         )
     return True
 
@@ -66,14 +65,14 @@ def path_gradient(
     scored step, in order, and once backward; predictions of the two passes may differ by `tolerance` (relative, see
     `relative_change`), for kernels that are not deterministic.
 
-    `measure(k, step, next_state) -> [B]` replaces the log-prob by another number of a step, such as its fused log-ratio
-    to a reference, which has no cancellation. `known` [T,B,...] are the clean predictions of the denoiser as it is now
-    (`trajectory.clean`, as long as nothing was updated since the run): then there is no first pass, and the check
-    that the passes agree is the check that the importance ratio is 1 before the first update.
+    `measure(k, step, next_state) -> [B]` replaces the log-prob by another number of a step, such as its log-ratio to a
+    reference, which has no cancellation. `known` [T,B,...]: the clean predictions of the current denoiser
+    (`trajectory.clean`, if nothing was updated since the run). They replace the first pass, and the check that both
+    passes agree becomes the check that the importance ratio is 1 before the first update.
 
-    Where a prediction is not finite the gradient is nan. Returns the loss, detached. Raises ValueError when the loss is
-    not a scalar or does not depend on the log-probs, when nothing in the denoiser requires a gradient, and as listed in
-    `scored_predictions`; RuntimeError when the passes disagree (earlier steps have then already left their gradient).
+    If a prediction is not finite, the gradient is nan. Returns the loss, detached. Raises ValueError if the loss is not
+    a scalar or does not depend on the log-probs, if nothing in the denoiser requires a gradient, and as listed in
+    `scored_predictions`; RuntimeError if the passes disagree (the gradients of earlier steps are then already added).
     """
     needed = scored_predictions(trajectory, history)
     table, states = trajectory.table, trajectory.states
@@ -88,11 +87,11 @@ def path_gradient(
     vectors = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
 
     for k, vector in zip(needed, vectors, strict=True):
-        # Also where the vector is 0 (a clipped step): processes that train together must make the same calls.
+        # Also if the vector is 0 (a clipped step): all ranks must make the same calls.
         clean = predict(denoiser, table, k, states[k])
         if not clean.requires_grad:
             raise ValueError("nothing in the denoiser requires a gradient: there is nothing to train")
-        # A gradient that cannot be told is nan, so that whoever steps can see it.
+        # If the predictions are not finite, the gradient is nan, so that the optimizer step is skipped.
         change = relative_change(table, k, widen(states[k]), first[k], clean)
         clean.backward(vector if _require_same(change, k, tolerance) else torch.full_like(vector, torch.nan))
     return value.detach()

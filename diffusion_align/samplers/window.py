@@ -1,4 +1,4 @@
-"""Noise in a few steps of a run only: the others are those of the sampler's noise-free sibling."""
+"""Step tables with noise only in a few steps of a run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .tables import StepTable
 def noise_window(table: StepTable, quiet: StepTable, first: int, count: int) -> StepTable:
     """Steps first .. first + count - 1 of `table`, and the steps of `quiet` before and after them.
 
-    The two are tables of one grid with eta > 0 and eta = 0. A mixture is a sampler too, for each step maps one noise
-    level to the next whatever came before; MixGRPO (Li et al. 2025, arXiv 2507.21802) trains on such runs. What a run
-    earns then depends on the noise of few steps, so its credit goes to few.
+    Both are tables of the same grid, with eta > 0 and eta = 0. Their mixture is a valid sampler, because each step maps
+    one noise level to the next, whatever came before; MixGRPO (Li et al. 2025, arXiv 2507.21802) trains on such runs.
+    The reward of a run then depends on the noise of few steps, so only these get credit for it.
 
-    Raises ValueError for tables of two grids, a `quiet` that is not, or a window without noise.
+    Raises ValueError for tables of different grids, a `quiet` table with noise, or a window without noise.
     """
     same = len(table) == len(quiet) and torch.equal(table.half_log_snr, quiet.half_log_snr)
     if not same or not torch.equal(table.order, quiet.order):

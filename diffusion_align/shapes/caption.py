@@ -21,7 +21,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 BACKGROUNDS = ("black", "gray", "white")
 COUNT_WORDS = {1: "a", 2: "two", 3: "three"}
 
-# Of eight combinations of things, one is held out: no training caption ever names it.
+# One of eight combinations of things is held out: no training caption contains it.
 HELD_OUT_ONE_IN = 8
 KIND_SHARES = {"single": 0.3, "count": 0.2, "pair": 0.5}
 
@@ -73,7 +73,7 @@ _PATTERN = re.compile(
 
 
 def parse(text: str) -> Caption:
-    """Read a caption back; `str(parse(text)) == text` for every caption of the grammar.
+    """Parse a caption; `str(parse(text)) == text` for every caption of the grammar.
 
     Raises:
         ValueError: the text is not a caption of this grammar.
@@ -85,7 +85,7 @@ def parse(text: str) -> Caption:
         count = next(number for number, word in COUNT_WORDS.items() if word == count_word)
         second = Thing(size, colour, shape) if relation else None
         caption = Caption(Thing(*first), background, count, relation, second)
-    # Only one thing stands in a relation, and plurals agree with their number.
+    # Relations are between single things, and plurals must agree with their number.
     if caption is None or (caption.relation and caption.count != 1) or str(caption) != text.strip():
         raise ValueError(f"not a caption of the embedded world: {text!r} (example: {EXAMPLE!s})")
     return caption
@@ -94,8 +94,8 @@ def parse(text: str) -> Caption:
 def held_out(caption: Caption) -> bool:
     """Whether the caption's combination of things is reserved for evaluation.
 
-    The combination is what is shown (kind, count and the unordered things), whatever the relation and background, so a
-    held-out prompt is new as a composition and not only as a string.
+    The combination is the kind, the count and the unordered things, without relation and background, so the composition
+    of a held-out prompt is new, not only its text.
     """
     key = f"{caption.kind} {caption.count} {sorted(caption.things)}"
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
@@ -103,7 +103,7 @@ def held_out(caption: Caption) -> bool:
 
 
 def random_caption(rng: np.random.Generator) -> Caption:
-    """One caption: the kind by its share, the rest uniformly; the two things of a pair differ in colour or shape."""
+    """One caption: kinds by KIND_SHARES, the rest uniform; the things of a pair differ in colour or shape."""
     kind = rng.choice(list(KIND_SHARES), p=list(KIND_SHARES.values()))
     first = ALL_THINGS[rng.integers(len(ALL_THINGS))]
     background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]

@@ -1,5 +1,5 @@
-"""The judge: reads a picture of the embedded world without any network and says, attribute by attribute, whether the
-caption holds. It is the held-out metric, GenEval in small, and never the training reward unless a run says so.
+"""The judge: decides without a network, attribute by attribute, whether a caption holds for a picture of the embedded
+world. It is the held-out metric, similar to GenEval, and the training reward only if a run chooses it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Seen:
 
 
 def _normalise(mask: np.ndarray) -> np.ndarray:
-    """A blob cut to its bounding box and sampled on a fixed grid, so that shapes compare whatever their size."""
+    """A blob cropped to its bounding box and sampled on a fixed grid, so that shapes of all sizes can be compared."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     pick = [(np.arange(_GRID) * n) // _GRID for n in box.shape]
@@ -51,7 +51,7 @@ def _normalise(mask: np.ndarray) -> np.ndarray:
 def _templates(size: str) -> tuple[np.ndarray, list[str]]:
     """Blobs of every shape in every colour on every background, `[N,_GRID,_GRID]` bool, and the shape of each.
 
-    They pass through the judge's own segmentation: the rim that it keeps depends on the two colours that meet there.
+    They come from the judge's own segmentation, because the rims that it keeps depend on both colours.
     """
     masks, shapes = [], []
     for shape, colour, background in itertools.product(SHAPES, COLOURS, BACKGROUNDS):
@@ -63,7 +63,7 @@ def _templates(size: str) -> tuple[np.ndarray, list[str]]:
 
 
 def _nearest_shape(blob: np.ndarray, size: str) -> str | None:
-    """The shape whose template overlaps the blob most (intersection over union), or None when none does well."""
+    """The shape whose template overlaps the blob most (intersection over union), or None if all overlap too little."""
     masks, shapes = _templates(size)
     grid = _normalise(blob)
     overlap = (masks & grid).sum((1, 2)) / (masks | grid).sum((1, 2))
@@ -72,7 +72,7 @@ def _nearest_shape(blob: np.ndarray, size: str) -> str | None:
 
 
 def _nearest_colour(pixels: np.ndarray) -> np.ndarray:
-    """Index into the palette of each pixel `[..., 3]`, or -1 where nothing of the palette is near."""
+    """Index into the palette of each pixel `[..., 3]`, or -1 if no colour of the palette is near."""
     distance = np.linalg.norm(pixels[..., None, :].astype(np.float32) - _COLOURS, axis=-1)
     return np.where(distance.min(-1) <= _MAX_COLOUR_DISTANCE, distance.argmin(-1), -1)
 
@@ -90,7 +90,7 @@ def _blobs(picture: np.ndarray) -> tuple[list[tuple[str, np.ndarray]], str | Non
         labels = np.zeros(mask.shape, dtype=np.int32)
         ndimage.label(ndimage.binary_opening(mask, structure=_SQUARE), output=labels)
         for k in range(1, labels.max() + 1):
-            # The opening also eats thin arms; what it left is grown back into the colour by three pixels.
+            # The opening also removes thin arms; a dilation within the colour restores them.
             blob = ndimage.binary_dilation(labels == k, structure=_SQUARE, iterations=3) & mask
             if blob.sum() >= _MIN_AREA:
                 blobs.append((colour, blob))
@@ -98,7 +98,7 @@ def _blobs(picture: np.ndarray) -> tuple[list[tuple[str, np.ndarray]], str | Non
 
 
 def read_picture(picture: np.ndarray) -> tuple[list[Seen], str | None]:
-    """Objects and background of an `[64,64,3]` uint8 picture; the background is None where no one colour rings it."""
+    """Objects and background of a `[64,64,3]` uint8 picture; the background is None if its border has many colours."""
     blobs, background = _blobs(picture)
     seen = []
     for colour, mask in blobs:
@@ -122,7 +122,7 @@ def _verdict(caption: Caption, seen: list[Seen], background: str | None) -> dict
     wanted = caption.things
     candidates: list[Seen | None] = [*seen, *[None] * len(wanted)]
     best: tuple[tuple[float, ...], dict[str, float]] | None = None
-    # Many blobs mean a spoiled picture; six of them are enough to find the best partial agreement.
+    # A picture with many blobs is bad anyway; six of them are enough to find the best partial agreement.
     for chosen in itertools.permutations(candidates[: max(6, len(wanted))], len(wanted)):
         pairs = list(zip(wanted, chosen, strict=True))
         marks = {
@@ -161,7 +161,7 @@ def judge(images: torch.Tensor, captions: list[str]) -> dict[str, torch.Tensor]:
         "all" is 1 only where every attribute that applies holds.
 
     Raises:
-        ValueError: wrong shapes, or a caption that is not of the grammar.
+        ValueError: wrong shapes, or a text that is no caption of the grammar.
     """
     if images.ndim != 4 or images.shape[1:] != (3, PIXELS, PIXELS) or len(captions) != len(images):
         raise ValueError(

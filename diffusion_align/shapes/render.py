@@ -1,4 +1,4 @@
-"""Draw a caption: 64x64 pictures of flat shapes on a flat ground, placed at random where the caption leaves freedom."""
+"""Draws captions: 64x64 pictures of flat shapes on a flat background, at random positions that fit the caption."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ PALETTE: dict[str, tuple[int, int, int]] = {
     "white": (240, 240, 240),
 }
 PIXELS = 64
-DIAMETERS = {"small": (12.0, 15.0), "large": (22.0, 26.0)}  # in pixels; the judge cuts between the two
+DIAMETERS = {"small": (12.0, 15.0), "large": (22.0, 26.0)}  # in pixels; the judge's threshold is between the two
 GAP = 4.0  # free pixels between two things, and half of it to the border
 OVERSAMPLE = 4
 
 
 def _place(caption: Caption, rng: np.random.Generator) -> list[tuple[float, float, float]] | None:
-    """One try at (x, y, diameter) for each thing; None when they would touch or the relation would be ambiguous."""
+    """One try at (x, y, diameter) for each thing; None if they touch or the relation is ambiguous."""
     placed: list[tuple[float, float, float]] = []
     for thing in caption.things:
         diameter = rng.uniform(*DIAMETERS[thing.size])
         low, high = (diameter + GAP) / 2, PIXELS - (diameter + GAP) / 2
         x, y = rng.uniform(low, high, 2)
-        # Boxes, not circles, must be apart: the corners of two squares would touch otherwise.
+        # Bounding boxes must be apart, not circles, so that the corners of squares do not touch.
         if any(max(abs(x - u), abs(y - v)) < (diameter + d) / 2 + GAP for u, v, d in placed):
             return None
         placed.append((x, y, diameter))

@@ -1,1 +1,1 @@
-"""The engines of training and what they leave behind. A loop is a generator that yields after each optimizer step."""
+"""The training engines, their checkpoints and metrics. A loop is a generator that yields after each optimizer step."""

@@ -1,10 +1,10 @@
-"""The collapse alarm: a run that is getting worse at what people like, or draws ever the same, says so.
+"""The collapse alarm: warns when preferred pictures get worse, or when the pictures of a prompt become too similar.
 
-It reads the rows of metrics.jsonl and nothing else, so a resumed run hears what the whole run would have. Two signs:
+It reads only the rows of metrics.jsonl, so a resumed run raises the same alarms as an uninterrupted one. Two metrics:
 
-winner_error_gap: the policy's squared error on preferred pictures above the reference's, mean over dims. A preference
-    loss is content if both errors rise, the loser's faster (Pal et al. 2024, arXiv 2402.13228, for language models).
-diversity: distance between the pictures of a prompt, against the run's own first rows.
+winner_error_gap: squared error on preferred pictures, policy minus reference, mean over dims. A preference loss can
+    fall while both errors rise, the loser's faster (Pal et al. 2024, arXiv 2402.13228, for language models).
+diversity: distance between the pictures of a prompt, compared with the first rows of the run.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-FIRST = 5  # rows that diversity is compared with
-REMEDY = "lower --learning_rate, raise --beta, or go back to an earlier checkpoint"
+FIRST = 5  # rows whose mean diversity is the baseline
+REMEDY = "lower learning_rate, raise beta, or go back to an earlier checkpoint"
 
 
 class CollapseError(RuntimeError):
-    """The run collapsed and was asked to stop when it does."""
+    """The run collapsed, and its options say to stop then."""
 
 
 class CollapseAlarm:
-    """Judges means over the last `patience` rows; hears each sign once.
+    """Compares means over the last `patience` rows with two limits; reports each metric once.
 
-    winner_error: the mean winner_error_gap may not be above it. diversity: the mean may not be below this share of that
-    of the first 5 rows.
+    winner_error: largest mean winner_error_gap. diversity: smallest mean diversity, as a fraction of the mean over the
+    first 5 rows.
     """
 
     def __init__(self, winner_error: float, diversity: float, patience: int, past: Iterable[Mapping[str, Any]] = ()):
@@ -34,12 +34,12 @@ class CollapseAlarm:
         self.errors: deque[float] = deque(maxlen=patience)
         self.distances: deque[float] = deque(maxlen=patience)
         self.first: list[float] = []
-        self.said: set[str] = set()
+        self.reported: set[str] = set()
         for row in past:
-            self.hear(row)
+            self.check(row)
 
-    def hear(self, row: Mapping[str, Any]) -> str | None:
-        """What this row, with those before it, gives alarm for, with its cure; None if nothing new."""
+    def check(self, row: Mapping[str, Any]) -> str | None:
+        """Add a row; the alarms that it raises, with their remedy, or None."""
         both = self._errors(_finite(row.get("winner_error_gap"))), self._distances(_finite(row.get("diversity")))
         return "; and ".join(filter(None, both)) or None
 
@@ -53,7 +53,7 @@ class CollapseAlarm:
         return self._once(
             "winner_error_gap",
             f"the error on preferred pictures is {mean:.3g} above the reference's, over {len(self.errors)} steps (more "
-            f"than {self.winner_error:g}): the model is unlearning what people like; {REMEDY}",
+            f"than {self.winner_error:g}): preferred pictures get less likely; {REMEDY}",
         )
 
     def _distances(self, distance: float | None) -> str | None:
@@ -69,16 +69,16 @@ class CollapseAlarm:
         return self._once(
             "diversity",
             f"the pictures of a prompt differ by {mean:.3g}, over {len(self.distances)} steps, where they differed by "
-            f"{start:.3g} at first (less than {self.diversity:g} of it): the model draws ever the same; {REMEDY}",
+            f"{start:.3g} at first (less than {self.diversity:g} of it): the pictures become too similar; {REMEDY}",
         )
 
-    def _once(self, sign: str, message: str) -> str | None:
-        if sign in self.said:
+    def _once(self, metric: str, message: str) -> str | None:
+        if metric in self.reported:
             return None
-        self.said.add(sign)
+        self.reported.add(metric)
         return message
 
 
 def _finite(value: float | None) -> float | None:
-    """None for what was not logged, or is no number: that is another alarm's business."""
+    """None for a value that was not logged or is not finite; skipped steps are counted elsewhere."""
     return value if value is not None and math.isfinite(value) else None

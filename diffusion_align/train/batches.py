@@ -1,9 +1,9 @@
-"""What each step of a round learns from: all pairs of its prompts, or so many pairs of the whole round, shuffled.
+"""Which items each step of a round learns from: all pairs of its prompts, or N pairs of the round in shuffled order.
 
-SPO's authors shuffle the pairs of a round over all processes and take a step for each batch of them. Here a pair stays
-with the process that drew it, and only which step it belongs to is drawn: at an address, over all pairs of all
-processes in the order of their prompts. So neither the number of processes nor the chunks decide what a step learns
-from, and a run that goes on in the middle of a round finds the same steps again.
+SPO's authors shuffle the pairs of a round over all ranks and take one step for each batch of them. Here a pair stays on
+the rank that drew it, and only the step that it belongs to is drawn: at an address, over the pairs of all ranks in the
+order of their prompts. So a step learns from the same pairs whatever the number of ranks and the size of chunks, and a
+run that resumes inside a round takes the same steps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ChunksOf(Protocol, Generic[Chunk]):
-    """(the round, the step's number in it, over all passes) -> what this process learns from in that step."""
+    """(the round, the number of the step in it, counted over all passes) -> the chunks of this rank in that step."""
 
     def __call__(self, round: Round[Chunk], number: int) -> list[Chunk]: ...
 
@@ -31,21 +31,21 @@ def steps_of(
     address: tuple[int, int],
     where: Accelerator,
 ) -> tuple[int, ChunksOf[Chunk]]:
-    """How many steps a pass over the round has, at least 1, and which of the round's chunks each step learns from.
+    """How many steps a pass over the round has, at least 1, and which chunks each step learns from.
 
     Args:
-        items_per_step: items of a step over all processes, the last step of a pass taking what is left; None: a step
-            for each list of the round's chunks.
+        items_per_step: items of a step over all ranks; the last step of a pass takes the rest. None: one step for each
+            list of chunks in the round.
         address: (seed, prompts used before the round).
 
     Raises:
-        ValueError: a method whose items cannot be picked out of their chunks.
+        ValueError: `items_per_step` for a method without `pick`.
     """
     if items_per_step is None:
         return len(round.chunks), lambda round, number: round.chunks[number % len(round.chunks)]
     pick = method.pick
     if pick is None:
-        raise ValueError("this method learns from whole prompts: give prompts_per_step in place of items_per_step")
+        raise ValueError("this method learns from all items of a prompt together: use prompts_per_step")
     counts = values_by_rank(where, sum(method.items(chunk) for chunks in round.chunks for chunk in chunks))
     total, before = sum(counts), sum(counts[: where.process_index])
     count = max(1, -(-total // items_per_step))

@@ -1,4 +1,4 @@
-"""An average of the weights over the last steps, kept beside them."""
+"""An exponential moving average (EMA) of the trained weights."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,9 +11,9 @@ from torch.nn import Parameter
 
 @dataclass
 class Ema:
-    """The averaged weights by name, and how often they were updated; both belong into a checkpoint.
+    """The averaged weights by name, and how often they were updated; a checkpoint needs both.
 
-    A run that loses the counter on resume starts its warm-up again and overwrites the average with the raw weights.
+    Without the counter a resumed run would repeat the warm-up and overwrite the average with the raw weights.
     """
 
     decay: float
@@ -22,7 +22,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, parameters: Mapping[str, Parameter]) -> None:
-        """Move towards the weights. Early on the decay is (1 + n) / (10 + n), so that the start is soon forgotten."""
+        """Move towards the weights. In the first steps the decay is (1 + n) / (10 + n), to forget the start quickly."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for name, average in self.average.items():
             average.lerp_(parameters[name].detach().to(average), 1 - decay)
@@ -30,7 +30,7 @@ class Ema:
 
     @contextmanager
     def applied(self, parameters: Mapping[str, Parameter]) -> Iterator[None]:
-        """In this context the parameters hold the average, to sample or export with; afterwards their own values."""
+        """In this context the parameters hold the average, to sample or export; afterwards their own values again."""
         own = {name: parameters[name].detach().clone() for name in self.average}
         try:
             _copy(self.average, parameters)
@@ -40,7 +40,7 @@ class Ema:
 
 
 def start_ema(parameters: Mapping[str, Parameter], decay: float) -> Ema:
-    """An average that starts at the present weights, in float32."""
+    """An average that starts at the current weights, in float32."""
     if not 0 <= decay < 1:
         raise ValueError(f"the decay of an average must lie in [0, 1), got {decay}")
     return Ema(decay, {name: p.detach().to(torch.float32, copy=True) for name, p in parameters.items()})

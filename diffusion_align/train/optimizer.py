@@ -1,4 +1,4 @@
-"""AdamW and the learning rate over the steps."""
+"""AdamW and learning-rate schedules."""
 
 import importlib
 import math
@@ -21,7 +21,7 @@ def adamw(
     eps: float = 1e-8,
     eight_bit: bool = False,
 ) -> torch.optim.Optimizer:
-    """AdamW; with `eight_bit` that of bitsandbytes, whose moments take a quarter of the memory (on CUDA only)."""
+    """AdamW; with `eight_bit` the one of bitsandbytes, whose moments take a quarter of the memory (CUDA only)."""
     if not eight_bit:
         return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
     try:
@@ -34,10 +34,10 @@ def adamw(
 
 
 def lr_factor(step: int, *, name: str, warmup: int, total: int, cycles: int = 1, power: float = 1.0) -> float:
-    """What the learning rate is multiplied by in the step after `step` finished ones.
+    """The factor of the learning rate in the step that follows `step` finished ones.
 
-    It rises linearly over `warmup` steps and then follows `name` down to 0 at `total`: a straight line, half a cosine,
-    `cycles` half cosines one after the other, or a power of the line; "constant" stays at 1.
+    It rises linearly over `warmup` steps and then falls to 0 at step `total`: linear, half a cosine, `cycles` half
+    cosines one after the other, or a power of the linear factor; "constant" stays at 1.
     """
     if step < warmup:
         return step / warmup
@@ -54,9 +54,9 @@ def lr_factor(step: int, *, name: str, warmup: int, total: int, cycles: int = 1,
 
 
 def redraw_rate(scheduler: LambdaLR) -> tuple[float, float]:
-    """Set the rate of the next step to what the scheduler's own course says there; (before, after), of the first group.
+    """Set the rate of the next step to the value of this scheduler; (before, after) of the first parameter group.
 
-    A restored optimizer has the rate of the course that it was saved under, which may have been a shorter one.
+    A restored optimizer has the rate of the schedule that it was saved with, which may have been shorter.
     """
     groups = scheduler.optimizer.param_groups
     before = float(groups[0]["lr"])

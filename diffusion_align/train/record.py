@@ -12,8 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def append(path: str | os.PathLike[str], row: dict[str, Any]) -> None:
-    """Add one row, or none at all and OSError (a full disk). Numbers that are not finite become null, for JSON knows
-    none."""
+    """Append a complete row, or raise OSError (full disk) and leave the file as it was. nan and inf become null."""
     clean = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
     }
@@ -22,7 +21,7 @@ def append(path: str | os.PathLike[str], row: dict[str, Any]) -> None:
     with open(path, "ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         try:
-            while line:  # a disk that is nearly full takes a part of it, and says why only when asked again
+            while line:  # a nearly full disk writes fewer bytes; only the next attempt raises the reason
                 line = line[file.write(line) :]
         except OSError:
             file.truncate(end)  # a torn line would spoil the next one
@@ -30,9 +29,9 @@ def append(path: str | os.PathLike[str], row: dict[str, Any]) -> None:
 
 
 def recorder(path: str | os.PathLike[str]) -> Callable[[dict[str, Any]], None]:
-    """`append` to this file for a loop that must not end with the disk: rows that cannot be written are left out.
+    """`append` for a loop that must survive a full disk: rows that cannot be written are dropped.
 
-    A warning says so when that begins, and how many they were when it ends.
+    It warns at the first dropped row, and with their number once writing works again.
     """
     lost: list[int] = []
 
@@ -41,7 +40,9 @@ def recorder(path: str | os.PathLike[str]) -> Callable[[dict[str, Any]], None]:
             append(path, row)
         except OSError as error:
             if not lost:
-                logger.warning("%s: step %s could not be written (%s); the training goes on", path, row["step"], error)
+                logger.warning(
+                    "%s: step %s could not be written (%s); the training continues", path, row["step"], error
+                )
             lost[:] = [row["step"], 1 + (lost[1] if lost else 0)]
             return
         if lost:
@@ -52,12 +53,12 @@ def recorder(path: str | os.PathLike[str]) -> Callable[[dict[str, Any]], None]:
 
 
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """All whole rows; a torn last line is left out. Raises ValueError, naming the line, for any other bad one."""
+    """All complete rows; a torn last line is ignored. Raises ValueError, naming the line, for any other bad line."""
     return [row for row, _ in _rows(Path(path))]
 
 
 def truncate(path: str | os.PathLike[str], step: int) -> None:
-    """Drop the rows after `step`, and a torn last line: a resumed run then continues the file as if never stopped."""
+    """Drop the rows after `step` and a torn last line, so that a resumed run continues the file."""
     path = Path(path)
     if not path.exists():
         return

@@ -1,4 +1,4 @@
-"""An open run, as both engines are handed it: what is trained, with what, from where and for how long."""
+"""A run as both engines take it: parameters, optimizer, settings, and the point where it starts."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch.nn import Parameter
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-FIRST_SCALE = 2.0**16  # of the loss in float16, as torch.amp.GradScaler has it: a power of two loses nothing
+FIRST_SCALE = 2.0**16  # loss scale in float16, as in torch.amp.GradScaler: scaling by a power of two is exact
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands; with weights and optimizer, all that a loop needs to continue exactly.
+    """Where a run stands: with weights and optimizer, all that a loop needs to continue exactly.
 
-    `loss_scale` is 0 where the loss is not scaled (float32, bfloat16); `scale_age` counts good steps since it changed.
-    `halvings`: how often memory ran out, so that micro-batches or chunks were halved. `in_round`: steps taken of a
-    round whose data an earlier policy drew; 0 between rounds, and always 0 offline. `norms`: gradient norms of the last
-    good steps, kept where spikes are skipped.
+    `loss_scale` is 0 if the loss is not scaled (float32, bfloat16); `scale_age` counts good steps since it changed.
+    `halvings`: how often micro-batches or chunks were halved because memory ran out. `in_round`: steps taken in the
+    current round; 0 between rounds and in offline training. `norms`: gradient norms of the last good steps, kept only
+    if spikes are skipped.
     """
 
     step: int = 0
@@ -45,17 +45,17 @@ def first_progress(mixed_precision: str) -> Progress:
 class Run:
     """What the engines need of a run, whatever its method.
 
-    optimizer, lr_scheduler: plain torch objects; accelerate's would step once for every process.
-    accelerator: made without gradient_accumulation_steps. Its processes average gradients in the engine, so the model
-        must not be wrapped for distribution.
-    seed: every draw is keyed by it.
+    optimizer, lr_scheduler: plain torch objects; those of accelerate would step once for each process.
+    accelerator: made without gradient_accumulation_steps. The engine averages gradients itself, so the model must not
+        be wrapped for distributed training.
+    seed: part of the address of every random draw.
     max_steps: the optimizer step at which the run ends.
     progress: where to continue; the default starts a fresh run.
     max_grad_norm: clip the total gradient norm to this; None: no clipping.
-    spike: skip steps whose gradient norm is so many standard deviations above that of the last good steps.
-    max_skipped_in_row: end the run after so many skipped steps in a row.
-    round: where `progress` stands inside a round, this rank's data of it (from the checkpoint).
-    asked: whether this process was told to stop; an online loop then ends while it draws.
+    spike: skip steps whose gradient norm is this many standard deviations above the mean of the last good steps.
+    max_skipped_in_row: end the run after this many skipped steps in a row.
+    round: if `progress` is inside a round, its data on this rank (from the checkpoint).
+    stop_requested: returns whether this process got a signal to stop; an online loop checks it while it draws.
     """
 
     parameters: Sequence[Parameter]
@@ -69,10 +69,10 @@ class Run:
     spike: float | None = None
     max_skipped_in_row: int = 5
     round: Any = None
-    asked: Callable[[], bool] = lambda: False
+    stop_requested: Callable[[], bool] = lambda: False
 
     def __post_init__(self) -> None:
-        """Raise ValueError for parameters that do not train, and for tools that step or accumulate by themselves."""
+        """Raise ValueError for parameters that do not train, or objects that step or accumulate on their own."""
         if not self.parameters or not all(parameter.requires_grad for parameter in self.parameters):
             raise ValueError("the parameters to train are empty, or some have requires_grad False")
         if self.accelerator.gradient_accumulation_steps != 1:
@@ -87,8 +87,8 @@ class Run:
 class StepRecord:
     """One step: `loss` and `metrics` are means over the global batch; `updated` is False for a skipped step.
 
-    `round`: inside a round, this rank's data of it; a run cannot continue from here without. `ends`: the run is
-    finished with this step, where only the loop can know.
+    `round`: inside a round, its data on this rank, which a checkpoint of this step must contain. `ends`: this is the
+    last step of the run, although `max_steps` may not be reached.
     """
 
     step: int

@@ -1,7 +1,7 @@
-"""One optimizer step, given the gradients: averaged over ranks, checked, clipped, and taken or skipped.
+"""One optimizer step from given gradients: average over ranks, check, clip, then step or skip.
 
-Both engines end their step here, so one place decides, for all ranks alike, what a bad number does. With float16 the
-backward pass runs on a scaled loss; the scale is part of `Progress`, so it survives a resume.
+Both engines end a step here, so one place decides, for all ranks, what happens to values that are not finite. With
+float16 the backward pass runs on a scaled loss; the scale is part of `Progress`, so a resumed run keeps it.
 """
 
 import math
@@ -21,8 +21,8 @@ from diffusion_align.train.run import Progress, Run
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-GROWTH_STEPS, LEAST_SCALE = 2000, 1.0  # of the loss scale in float16, as torch.amp.GradScaler has them
-REMEMBERED, LEAST_NORMS = 128, 16  # gradient norms that a spike is told from, and how many that takes at least
+GROWTH_STEPS, LEAST_SCALE = 2000, 1.0  # of the loss scale in float16, as in torch.amp.GradScaler
+REMEMBERED, LEAST_NORMS = 128, 16  # gradient norms that spikes are compared with: how many are kept, and the fewest
 _BUCKET = 2**25  # elements per all-reduce: 128 MiB of float32
 
 
@@ -32,7 +32,7 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a step: the gradient norm is that before clipping."""
+    """The result of a step; the gradient norm is the one before clipping."""
 
     progress: Progress
     loss: float
@@ -50,24 +50,24 @@ class Outcome:
 
 
 def scaled_backward(loss: Tensor, progress: Progress) -> None:
-    """Back-propagate a loss, times the loss scale where there is one."""
+    """Back-propagate a loss, times the loss scale if there is one."""
     (loss * progress.loss_scale if progress.loss_scale else loss).backward()
 
 
 def update(losses: Tensor, run: Run, progress: Progress, consumed: int) -> Outcome:
-    """Take the step that the parameters' gradients ask for, or skip it on every rank if a number is not finite.
+    """Apply the gradients of the parameters, or skip the step on all ranks if a value is not finite.
 
-    A skipped step leaves weights, optimizer and learning rate as they are. Gradients are freed in any case. With
-    `run.spike` a step is skipped too whose gradient norm is a spike (`is_spike`).
+    A skipped step changes neither weights nor optimizer nor learning rate. Gradients are freed in any case. With
+    `run.spike` a step whose gradient norm is a spike (`is_spike`) is skipped as well.
 
     Args:
-        losses: those of the whole global batch, equal on every rank.
-        progress: where the run stands before the step; `run.progress` is only where it started.
-        consumed: how many samples the step took.
+        losses: of the global batch, equal on all ranks.
+        progress: where the run stands before the step; `run.progress` is where it started.
+        consumed: samples that the step used.
     """
     scale = progress.loss_scale
     norm = _mean_gradients(run.parameters, run.accelerator, 1 / scale if scale else 1.0)
-    # Losses are gathered and gradients averaged, so all ranks find the same; that they act alike is not left to that.
+    # Losses are gathered and gradients averaged, so all ranks should find the same; the reduction guarantees it.
     loss_bad, norm_bad, jump = on_any_rank(
         run.accelerator,
         not bool(torch.isfinite(losses).all()),
@@ -83,7 +83,7 @@ def update(losses: Tensor, run: Run, progress: Progress, consumed: int) -> Outco
         if run.lr_scheduler is not None:
             run.lr_scheduler.step()
     run.optimizer.zero_grad(set_to_none=True)
-    # A good loss whose scaled gradient overflows says that the scale is too high, not that the run is lost.
+    # If the loss is finite and its scaled gradient is not, the scale is too high: that is no failure of the run.
     overflow = not loss_bad and norm_bad and scale > LEAST_SCALE
     in_row = 0 if good else progress.skipped_in_row + (not overflow)
     scale, age = _next_scale(scale, progress.scale_age, good or jump)
@@ -96,15 +96,15 @@ def update(losses: Tensor, run: Run, progress: Progress, consumed: int) -> Outco
 
 
 def is_spike(norm: float, norms: Sequence[float], deviations: float) -> bool:
-    """Whether a gradient norm lies so many standard deviations above the mean of good ones; never while few are known.
+    """Whether a gradient norm lies `deviations` standard deviations above the mean of `norms`; False if these are few.
 
-    Norms of skipped steps are not remembered: a single nan among them would skip every step until it is forgotten.
+    `norms` holds no norm of a skipped step: one nan among them would make every later step a spike.
     """
     return len(norms) >= LEAST_NORMS and norm > fmean(norms) + deviations * pstdev(norms)
 
 
 def _next_scale(scale: float, age: int, finite: bool) -> tuple[float, int]:
-    """Half the scale after a bad step, double it after `GROWTH_STEPS` good ones in a row; 0 stays 0."""
+    """Halve the scale after a bad step, double it after `GROWTH_STEPS` good ones in a row; 0 stays 0."""
     if not scale:
         return 0.0, 0
     if not finite:
@@ -113,20 +113,20 @@ def _next_scale(scale: float, age: int, finite: bool) -> tuple[float, int]:
 
 
 def require_finite(outcome: Outcome, run: Run) -> None:
-    """Raise NonFiniteError after `run.max_skipped_in_row` skipped steps; call it after the step's record is out."""
+    """Raise NonFiniteError after `run.max_skipped_in_row` skipped steps; call it after yielding the step's record."""
     p = outcome.progress
     if not outcome.updated and p.skipped_in_row >= run.max_skipped_in_row:
         bad = not (math.isfinite(outcome.loss) and math.isfinite(outcome.grad_norm))
         raise NonFiniteError(
             f"steps {p.step - p.skipped_in_row + 1} to {p.step} each had a loss or gradient that is "
             f"{'not finite' if bad else 'a spike'} (loss {outcome.loss}, gradient norm {outcome.grad_norm}); the "
-            "weights are still those before them. Lower the learning rate or beta"
-            + (", or train in float32 or bfloat16" if bad else ", or let skip_spikes allow more")
+            "weights are still those before these steps. Lower the learning rate or beta"
+            + (", or train in float32 or bfloat16" if bad else ", or raise skip_spikes")
         )
 
 
 def _mean_gradients(parameters: Sequence[Parameter], accelerator: "Accelerator", factor: float) -> Tensor:
-    """Average gradients over the processes, a bucket at a time, and times `factor`, in place; returns their norm."""
+    """Average gradients over the ranks, a bucket at a time, and multiply them by `factor`, in place; their norm."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         raise ValueError("no parameter received a gradient: is the policy computed with gradients on?")

@@ -228,4 +228,4 @@ def test_a_process_that_is_gone_while_encoding_is_named(tmp_path):
 
     ended = launch(2, work, tmp_path / "logs", patience=10)
     assert ended.codes[1] == 9 and ended.codes[0] != 0 and not ended.hung
-    assert "rank 1 at step 0 (encoding) is gone, killed perhaps" in ended.said[0], ended.text
+    assert "rank 1 at step 0 (encoding) is gone, perhaps killed" in ended.said[0], ended.text

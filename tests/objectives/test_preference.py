@@ -192,7 +192,7 @@ def test_shapes_that_would_broadcast_raise():
         diffusion_dpo_margin(*[column] * 4)
 
 
-def test_beta_is_asked_for():
+def test_beta_has_no_default():
     for call in (logistic, hinge, ipo):
         with pytest.raises(TypeError, match="beta"):
             call(MARGINS)  # type: ignore[call-arg]

@@ -144,12 +144,12 @@ def step_now() -> int:
 def _at(fault: Fault, action: Callable[[], None]) -> None:
     """Call `action` when this process begins what the fault names, in its step or later."""
 
-    def doing(what: str, step: int | None = None) -> None:
-        watch.doing(what, step)
+    def record_activity(what: str, step: int | None = None) -> None:
+        watch.record_activity(what, step)
         if what == fault.doing and step_now() >= fault.step:
             action()
 
-    steps.doing = rounds.doing = collect.doing = doing
+    steps.record_activity = rounds.record_activity = collect.record_activity = record_activity
 
 
 def _raise_in_loss(fault: Fault) -> None:

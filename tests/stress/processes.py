@@ -246,8 +246,8 @@ def torchrun(world: Path, kind: str, tally: Tally) -> None:
     want = {
         "kill": "is gone",
         "stall": "has not moved since",
-        "signal": "is saved; go on with",
-        "launcher": "is saved; go on with",
+        "signal": "is saved; continue with",
+        "launcher": "is saved; continue with",
     }[kind]
     said = text.split("Traceback")[0][-1500:]
     problems = [] if want in text else [f"it says {said}"]

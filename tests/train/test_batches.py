@@ -73,7 +73,7 @@ def test_the_run_ends_after_its_rounds_or_exactly_at_its_steps():
     assert cut[-1].ends and cut[-1].round is None and cut[-1].progress.in_round == 0
 
 
-def test_rounds_have_as_many_steps_as_their_kept_pairs_fill():
+def test_the_number_of_steps_follows_from_the_kept_pairs():
     toy = filtered()
     records = list(toy.rounds(toy.method("spo"), items_per_step=2, max_steps=99, max_rounds=4))
     by_round = {}
@@ -146,7 +146,7 @@ def test_stopping_after_any_step_changes_nothing():
         assert torch.equal(weights(toy), weights(whole))
 
 
-def test_where_memory_runs_out_the_same_pairs_are_learnt_from_in_smaller_parts(caplog):
+def test_out_of_memory_steps_use_the_same_pairs_in_smaller_chunks(caplog):
     whole, cut = Toy(double=True), Toy(double=True)
     rows = list(whole.rounds(whole.method("spo"), prompts_per_chunk=4, **PAIRS))
     method = cut.method("spo")
@@ -158,7 +158,7 @@ def test_where_memory_runs_out_the_same_pairs_are_learnt_from_in_smaller_parts(c
     assert found[-1].progress.halvings >= 1 and "out of memory" in caplog.text
 
 
-def test_picked_pairs_are_whole_parts_of_families():
+def test_picked_pairs_are_split_by_family():
     """In parts of two parents each: a step of SDXL's two pairs of a chunk does not run the network for each chunk."""
     toy = Toy()
     chunks = [toy.branch([(0, i) for i in part], all_pairs=True) for part in ((0, 1, 2), (3, 4))]
@@ -173,7 +173,7 @@ def test_picked_pairs_are_whole_parts_of_families():
 
 def test_methods_of_whole_groups_have_no_pairs_to_pick():
     toy = Toy()
-    with pytest.raises(ValueError, match="learns from whole prompts: give prompts_per_step"):
+    with pytest.raises(ValueError, match="learns from all items of a prompt together: use prompts_per_step"):
         next(toy.rounds(toy.method("d3po"), items_per_step=2))
-    with pytest.raises(ValueError, match="items_per_step is at least 1 and replaces prompts_per_step"):
+    with pytest.raises(ValueError, match="items_per_step must be at least 1 and needs prompts_per_step equal"):
         next(toy.rounds(toy.method("spo"), items_per_step=2, prompts_per_step=2))

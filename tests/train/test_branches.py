@@ -77,7 +77,7 @@ def test_children_are_compared_by_where_they_end_when_looked_ahead(order, segmen
 
 
 @pytest.mark.parametrize(("lookahead", "evaluations"), [(1, 3 + 3 * 3 + 2 * 3), (2, 3 + 3 * 3 + 3 * 3), (9, 21)])
-def test_a_look_ahead_asks_once_a_step(lookahead, evaluations):
+def test_a_look_ahead_evaluates_the_network_once_per_step(lookahead, evaluations):
     """n = 6, from step 2 on, K = 3: the children at steps 3, 4 and 5 have 2, 1 and 0 states before the end."""
     toy = Toy(guidance=1.0)
     toy.branch(SAMPLES[:1], lookahead=lookahead)
@@ -266,7 +266,7 @@ def test_chains_do_not_depend_on_their_batch_mates():
     torch.testing.assert_close(together.final[3:4], alone.final, rtol=1e-4, atol=1e-5)
 
 
-def test_what_cannot_be_compared_is_refused():
+def test_invalid_branchings_are_refused():
     with pytest.raises(ValueError, match="2 or more children from step 2 on: 1"):
         Toy().branch(SAMPLES, children=1)
     with pytest.raises(ValueError, match="from step 5 on"):
@@ -277,7 +277,7 @@ def test_what_cannot_be_compared_is_refused():
         toy.branch(SAMPLES, start=0)
 
 
-def test_a_failed_score_takes_its_comparison_out_only():
+def test_a_failed_score_removes_only_its_comparison():
     toy, calls = Toy(), []
 
     def sometimes(latents, prompts):

@@ -9,7 +9,7 @@ from helpers_checkpoint import content, is_content, names
 from diffusion_align.train.checkpoints.store import CheckpointError, latest_good, load, require_same_identity, save
 
 
-def test_what_is_saved_comes_back(tmp_path):
+def test_saved_checkpoints_load(tmp_path):
     path = save(tmp_path / "new" / "folder", 12, *content(12))
     assert path.name == "step-00000012"
     assert names(path) == ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
@@ -17,7 +17,7 @@ def test_what_is_saved_comes_back(tmp_path):
     assert loaded.step == 12 and loaded.path == path and is_content(loaded)
 
 
-def test_tensors_are_saved_as_they_look(tmp_path):
+def test_views_and_shared_tensors_are_saved_by_value(tmp_path):
     base = torch.arange(12.0).view(3, 4)
     tensors = {
         "model": {"t": base.T, "row": base[1], "same": base, "half": base.bfloat16(), "bytes": base.to(torch.uint8)}
@@ -26,7 +26,7 @@ def test_tensors_are_saved_as_they_look(tmp_path):
     assert all(torch.equal(loaded[k], v) and loaded[k].dtype == v.dtype for k, v in tensors["model"].items())
 
 
-def test_who_may_read_the_folder_may_read_the_checkpoint(tmp_path):
+def test_checkpoints_have_the_permissions_of_their_folder(tmp_path):
     """Whatever the user's mask: safetensors makes files that only their owner can read."""
     for folder, mask in (("a", 0o022), ("b", 0o077)):
         before = os.umask(mask)
@@ -56,7 +56,7 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     assert is_content(latest_good(tmp_path)) and names(tmp_path) == ["step-00000005"]
 
 
-def test_no_checkpoint_is_none(tmp_path):
+def test_latest_good_is_none_without_checkpoints(tmp_path):
     assert latest_good(tmp_path) is None and latest_good(tmp_path / "absent") is None
     (tmp_path / "step-final").mkdir()
     for name in ("notes.txt", "step-00000007"):
@@ -70,14 +70,14 @@ def test_a_group_is_a_plain_name(tmp_path, wrong):
         save(tmp_path, 1, {wrong: {}}, {})
 
 
-def test_when_all_are_broken_nothing_starts_afresh(tmp_path):
+def test_only_damaged_checkpoints_raise(tmp_path):
     for step in (1, 2):
         (save(tmp_path, step, *content(step)) / "state.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="no checkpoint is whole.*00000002/state.json.*00000001/state.json"):
+    with pytest.raises(CheckpointError, match="no checkpoint is intact.*00000002/state.json.*00000001/state.json"):
         latest_good(tmp_path)
 
 
-def test_what_is_no_json_is_refused_before_anything_is_written(tmp_path):
+def test_states_that_are_no_json_are_refused_before_writing(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         save(tmp_path, 1, content(1)[0], {"loss": float("nan")})
     assert names(tmp_path) == []

@@ -15,7 +15,7 @@ from diffusion_align.train.checkpoints.store import CheckpointError, latest_good
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "model.safetensors", "second.safetensors", "state.json"])
-def test_flips_cuts_and_losses_are_refused_by_name(tmp_path, file, caplog):
+def test_changed_truncated_and_missing_files_are_named(tmp_path, file, caplog):
     """Each is refused by the file's name, and the checkpoint before is loaded instead."""
     path = two_checkpoints(tmp_path, 100) / file
     data = path.read_bytes()
@@ -57,14 +57,14 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path, monkeypatch, ca
     ],
     ids=repr,
 )  # fmt: skip
-def test_a_manifest_that_is_sealed_but_says_something_else_is_refused(tmp_path, body):
+def test_valid_manifests_with_wrong_content_are_refused(tmp_path, body):
     path = save(tmp_path, 1, *content(1))
     (path / "manifest.json").write_text(manifest._text(body))
-    with pytest.raises(CheckpointError, match="says nothing|is missing|has format 2"):
+    with pytest.raises(CheckpointError, match="this version cannot read|is missing|has format 2"):
         load(path)
 
 
-def test_a_manifest_reaches_for_no_file_outside(tmp_path):
+def test_manifests_that_name_outside_files_are_refused(tmp_path):
     """Even where the file is there and is what the seal says."""
     path = save(tmp_path, 1, *content(1))
     (tmp_path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes())
@@ -88,11 +88,11 @@ def test_a_manifest_that_is_no_plain_file_or_nested_without_end_is_refused(tmp_p
 
 
 def test_a_directory_of_another_name_is_no_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match="best is no checkpoint: those are named step- and eight digits"):
+    with pytest.raises(CheckpointError, match="best is no checkpoint: their names are step- and eight digits"):
         load(save(tmp_path, 1, *content(1)).rename(tmp_path / "best"))
 
 
-def test_what_was_loaded_does_not_change_with_the_file(tmp_path):
+def test_loaded_tensors_do_not_depend_on_the_file(tmp_path):
     """Loaded tensors may not be views of a file that a later save removes."""
     path = save(tmp_path, 1, *content(1))
     loaded = load(path)

@@ -20,7 +20,7 @@ from diffusion_align.train.checkpoints import store as checkpoint
 from diffusion_align.train.checkpoints.store import CheckpointError, latest_good, load, save, write_part
 
 
-def test_killed_saves_leave_a_whole_checkpoint(tmp_path):
+def test_killed_saves_leave_a_complete_checkpoint(tmp_path):
     """20 real SIGKILLs in a run that does nothing but save: the newest is always whole, and no save is lost twice."""
     found = kills(tmp_path, 20, 100_000)
     assert found.pop("inside") > 0, "no kill came in the middle of a save"
@@ -55,7 +55,7 @@ def test_a_full_disk_fails_the_save_only(tmp_path, checked):
     assert found == Counter(points=6, reported=6, wrong=0, broken=0)
 
 
-def test_what_a_dead_save_was_replacing_outlives_a_failed_one(tmp_path, monkeypatch):
+def test_a_replaced_checkpoint_survives_a_killed_and_a_failed_save(tmp_path, monkeypatch):
     """Death between the two renames, and then no room: the one checkpoint there is has its name back."""
     path = save(tmp_path, 1, *content(1))
     path.rename(tmp_path / ".old-step-00000001")
@@ -67,7 +67,7 @@ def test_what_a_dead_save_was_replacing_outlives_a_failed_one(tmp_path, monkeypa
     assert names(tmp_path) == ["step-00000001"] and is_content(load(path))
 
 
-def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+def test_too_little_disk_space_is_reported_before_writing(tmp_path, monkeypatch):
     save(tmp_path, 1, *content(1))
     tensors, state = content(2)
     # 1000 floats, an int64 and a float; the state as it is written; a MiB to spare.
@@ -134,7 +134,7 @@ def test_links_are_removed_and_not_followed(tmp_path):
     assert names(folder) == ["step-00000003"] and is_content(load(outside))
 
 
-def test_what_cannot_be_removed_is_warned_of(tmp_path, monkeypatch, caplog):
+def test_files_that_cannot_be_removed_cause_a_warning(tmp_path, monkeypatch, caplog):
     save(tmp_path, 1, *content(1))
     replace = os.replace
 

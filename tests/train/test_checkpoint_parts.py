@@ -9,7 +9,7 @@ from helpers_checkpoint import content, is_content, names
 from diffusion_align.train.checkpoints.store import CheckpointError, latest_good, load, save, write_part
 
 
-def test_parts_of_other_processes_are_groups_under_the_same_seal(tmp_path):
+def test_parts_of_other_ranks_become_groups_in_the_manifest(tmp_path):
     tensors, state = content(1)
     parts = [write_part(tmp_path, name, {"draws": torch.full((3,), float(i))}) for i, name in enumerate(["r1", "r2"])]
     assert names(tmp_path) == [".part-r1.safetensors", ".part-r2.safetensors"] and latest_good(tmp_path) is None
@@ -24,7 +24,7 @@ def test_parts_of_other_processes_are_groups_under_the_same_seal(tmp_path):
         load(path)
 
 
-def test_parts_of_dead_saves_go_but_not_those_of_this_one(tmp_path):
+def test_parts_of_killed_saves_are_removed_and_current_ones_kept(tmp_path):
     write_part(tmp_path, "dead", {})
     (tmp_path / ".part-killed.tmp").mkdir()
     mine = write_part(tmp_path, "mine", {"a": torch.ones(2)})
@@ -36,7 +36,7 @@ def test_parts_of_dead_saves_go_but_not_those_of_this_one(tmp_path):
     assert names(tmp_path) == ["step-00000001"]
 
 
-def test_a_part_that_cannot_be_written_leaves_no_earlier_one_in_its_place(tmp_path, monkeypatch):
+def test_a_failed_part_removes_the_older_one(tmp_path, monkeypatch):
     part = write_part(tmp_path, "rank1", {"a": torch.ones(2)})
     monkeypatch.setattr(os, "fsync", lambda descriptor: os.read(-1, 1))  # an error of the system
     with pytest.raises(CheckpointError, match="part-rank1.safetensors: could not be saved .*Bad file descriptor"):
@@ -45,7 +45,7 @@ def test_a_part_that_cannot_be_written_leaves_no_earlier_one_in_its_place(tmp_pa
 
 
 @pytest.mark.parametrize("damage", ["cut", "link"])
-def test_a_part_that_is_not_what_was_written_is_not_sealed(tmp_path, damage):
+def test_torn_or_linked_parts_are_refused(tmp_path, damage):
     part = write_part(tmp_path, "rank1", {"a": torch.ones(100)})
     if damage == "cut":
         part.write_bytes(part.read_bytes()[:-1])
@@ -58,7 +58,7 @@ def test_a_part_that_is_not_what_was_written_is_not_sealed(tmp_path, damage):
 
 
 @pytest.mark.parametrize("where", ["other/.part-a.safetensors", "part-a.safetensors", ".part-a.pt"])
-def test_a_part_is_of_this_folder(tmp_path, where):
+def test_parts_of_other_folders_are_refused(tmp_path, where):
     with pytest.raises(ValueError, match="is no part of a checkpoint in"):
         save(tmp_path, 1, *content(1), parts=[tmp_path / where])
 

@@ -41,7 +41,7 @@ TALKS = AGREED | {
 }
 # Settings, and numbers that every process computes alike from them; `blocks` are as many on each.
 ALIKE = {"run", "sizes", "check_first", "fresh", "method", "number", "passes", "steps", "last", "end", "blocks", "size"}
-LOCAL = {"run.round", "run.asked", "run.accelerator"}  # of a run: what each process has for itself
+LOCAL = {"run.round", "run.stop_requested", "run.accelerator"}  # of a run: what each process has for itself
 PURE = {"len", "int", "range", "prefetch", "_size"}
 LEAVES = (ast.Continue, ast.Break, ast.Return, ast.Raise)
 
@@ -114,31 +114,31 @@ def unknown(test, known):
 
 
 @pytest.mark.parametrize(("room", "function"), LOOPS)
-def test_the_loops_leave_and_talk_only_where_all_do(room, function):
+def test_loops_branch_only_on_values_equal_on_all_ranks(room, function):
     assert strays((HOME / f"{room}.py").read_text(), function) == []
 
 
 BAD = [
     # NeMo Automodel#2468: a process without labels went on to the next batch, and the others waited in the backward.
     ("steps", "run_steps", "columns = _gather", "if not mine[0]: continue"),
-    ("steps", "run_steps", "(failed,) = on_any_rank", "if parts is None: continue"),
-    ("steps", "run_steps", "columns = _gather", "if not torch.isfinite(parts[0]['loss']).all(): return"),
-    ("steps", "run_steps", "outcome = update", "if len(parts) == 1: break"),
+    ("steps", "run_steps", "(failed,) = on_any_rank", "if by_micro_batch is None: continue"),
+    ("steps", "run_steps", "columns = _gather", "if not torch.isfinite(by_micro_batch[0]['loss']).all(): return"),
+    ("steps", "run_steps", "outcome = update", "if len(by_micro_batch) == 1: break"),
     ("steps", "run_steps", "outcome = update", "if accelerator.process_index and on_any_rank(accelerator, True): pass"),
     ("steps", "run_steps", "outcome = update", "if run.accelerator.process_index: break"),
     ("rounds", "run_rounds", "items = sum_over_ranks", "if not chunks: continue"),
-    ("rounds", "run_rounds", "columns = _gather", "if not parts: break"),
-    ("rounds", "run_rounds", "if items:", "if method.items(chunks[0]): _gather(parts, accelerator)"),
-    ("rounds", "run_rounds", "facts = _gather", "if not round.chunks[0]: continue"),
+    ("rounds", "run_rounds", "columns = _gather", "if not learned: break"),
+    ("rounds", "run_rounds", "if items:", "if method.items(chunks[0]): _gather(learned, accelerator)"),
+    ("rounds", "run_rounds", "drawn = _gather", "if not round.chunks[0]: continue"),
     ("rounds", "_learn", "smaller =", "if not smaller: return [], progress"),
     ("rounds", "_learn", "smaller =", "try: free()\n@except RuntimeError: continue"),
-    ("collect", "draw_round", "smallest =", "if run.asked(): return None"),
+    ("collect", "draw_round", "smallest =", "if run.stop_requested(): return None"),
     ("collect", "draw_round", "smallest =", "for chunk in drawn: on_any_rank(accelerator, True)"),
 ]
 
 
 @pytest.mark.parametrize(("room", "function", "before", "added"), BAD)
-def test_a_turn_that_only_one_process_takes_is_found(room, function, before, added):
+def test_the_check_finds_branches_of_a_single_rank(room, function, before, added):
     source = (HOME / f"{room}.py").read_text()
     (line,) = [line for line in source.splitlines() if line.strip().startswith(before) and line.startswith(" " * 8)]
     indent = line[: len(line) - len(line.lstrip())]
@@ -151,7 +151,7 @@ def ran_out(*_):
 
 
 @pytest.mark.parametrize("fault", ["not finite", "no memory"])
-def test_a_bad_batch_on_one_process_holds_nobody_up(fault, tmp_path):
+def test_a_bad_batch_on_one_rank_blocks_no_other(fault, tmp_path):
     """Step 3 of process 1: both skip it, or both halve; and both come to the end, within the launcher's time."""
 
     def work(rank):

@@ -53,12 +53,12 @@ def test_stopping_after_any_step_changes_nothing(name, window, tmp_path):
 def test_the_middle_of_a_round_needs_its_data_and_its_processes(tmp_path):
     toy = Toy()
     record = next(toy.rounds(toy.method("d3po"), **ROUNDS))
-    with pytest.raises(ValueError, match="stands after step 1 of a round needs that round's data"):
+    with pytest.raises(ValueError, match="continue after step 1 of a round, give the data of that round"):
         next(toy.rounds(toy.method("d3po"), progress=record.progress, **ROUNDS))
-    with pytest.raises(ValueError, match="needs that round's data"):
+    with pytest.raises(ValueError, match="give the data of that round"):
         next(toy.rounds(toy.method("d3po"), round=record.round, **ROUNDS))
     loaded = saved(toy, record, tmp_path)
-    with pytest.raises(CheckpointError, match="middle of a round, which 1 processes had drawn, and there are now 2"):
+    with pytest.raises(CheckpointError, match="inside a round that 1 processes drew, and there are now 2"):
         round_of(loaded, 0, 2, CHUNKS)
 
 
@@ -83,16 +83,16 @@ def test_other_tensors_are_not_a_round(change):
 
 
 def test_only_known_records_are_saved():
-    with pytest.raises(TypeError, match="round.chunks.0.0: a Toy has no place"):
+    with pytest.raises(TypeError, match="round.chunks.0.0: a checkpoint cannot hold a Toy"):
         pack_round(Round([[Toy()]], 0))
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_loop_that_is_asked_to_stop_while_it_draws_ends_with_nothing_done(name):
+def test_a_stop_request_while_drawing_ends_the_loop_before_learning(name):
     """Asked in the second round, behind its first chunk: the loop ends where the first round had."""
     toy, records = Toy(), []
     method = toy.method(name)
-    for record in toy.rounds(method, max_steps=4, asked=lambda: len(records) > 0):
+    for record in toy.rounds(method, max_steps=4, stop_requested=lambda: len(records) > 0):
         records.append(record)
     assert [r.step for r in records] == [1] and records[0].round is None
     whole = Toy()
@@ -102,7 +102,7 @@ def test_a_loop_that_is_asked_to_stop_while_it_draws_ends_with_nothing_done(name
 
 
 @pytest.mark.parametrize("name", ["d3po", "prdp", "ddpo"])
-def test_scoring_behind_the_drawing_changes_nothing(name):
+def test_scoring_during_drawing_changes_nothing(name):
     """And the first chunk is scored while the second is drawn: were it not, neither would be waiting for the other."""
     import threading
     from functools import partial
@@ -131,24 +131,24 @@ def test_scoring_behind_the_drawing_changes_nothing(name):
     assert lone == [True] * 6 + [False] * 6
 
 
-def test_parts_of_comparisons_are_whole_families():
+def test_comparisons_split_into_complete_families():
     """All 3 pairs of three children stay together, for they share one evaluation of their parent."""
     toy = Toy()
     pairs = toy.branch([(0, i) for i in range(4)], all_pairs=True)
     for times in (1, 2, 3, 100):
-        parts = pairs.cut(times)
+        parts = pairs.split(times)
         families = [set(part.family.tolist()) for part in parts]
         assert len(parts) <= min(times, len(set(pairs.family.tolist())))
         assert sum(map(len, families)) == len(set(pairs.family.tolist())) and sum(map(len, parts)) == len(pairs)
         assert torch.equal(torch.cat([part.child for part in parts], 1), pairs.child)
-    assert len(pairs.cut(100)) == len(set(pairs.family.tolist())) > 4
+    assert len(pairs.split(100)) == len(set(pairs.family.tolist())) > 4
 
 
-def test_parts_of_runs_are_whole_groups():
+def test_runs_split_into_complete_groups():
     toy = Toy()
     runs = toy.draw([(0, i) for i in range(4)])
-    parts = runs.cut(3)
-    assert [len(part.prompts) for part in parts] == [2, 2] and len(runs.cut(9)) == 4 and runs.cut(1) == [runs]
+    parts = runs.split(3)
+    assert [len(part.prompts) for part in parts] == [2, 2] and len(runs.split(9)) == 4 and runs.split(1) == [runs]
     assert torch.equal(torch.cat([part.trajectory.states for part in parts], 1), runs.trajectory.states)
     assert torch.equal(torch.cat([part.reward for part in parts]), runs.reward)
     assert [prompt for part in parts for prompt in part.prompts] == runs.prompts

@@ -126,7 +126,7 @@ def test_lists_of_any_length_have_their_errors_in_place():
     )  # against the answer 0, the error is the target's size
 
 
-def test_one_call_of_each_network_a_piece_winners_first():
+def test_each_micro_batch_calls_each_network_once_winners_first():
     calls = []
     run = make_run(accumulation=2, batch_size=6, max_steps=1)
 
@@ -185,7 +185,7 @@ def test_a_weight_is_that_of_its_pair_whatever_the_order_of_the_epoch(same):
 
 @pytest.mark.parametrize("weights", [[1.0] * 9, [1.0] * 9 + [-0.1], [1.0] * 9 + [math.nan]])
 def test_weights_that_are_none_are_refused(weights):
-    with pytest.raises(ValueError, match="expected 10 weights, finite and not below 0, one a pair"):
+    with pytest.raises(ValueError, match="expected 10 weights, finite and not below 0, one per pair"):
         next(make_run(weights=weights).steps())
 
 
@@ -322,7 +322,7 @@ def test_five_bad_steps_in_a_row_stop_the_run():
     [
         ({"batch_size": 6, "accumulation": 4}, "batch_size 6 .* accumulation 4 x processes 1 = 4 equal micro-batches"),
         ({"max_steps": 0}, "must be positive"),
-        ({"cache": MemoryPairs(0)}, "the data are empty"),
+        ({"cache": MemoryPairs(0)}, "the data set is empty"),
     ],
 )
 def test_settings_that_do_not_fit(settings, reason):

@@ -41,7 +41,7 @@ def close(left, right):
 
 
 @pytest.mark.parametrize("version", ["v1"])
-def test_a_checkpoint_of_an_earlier_version_goes_on_as_the_run_it_is_of(version, tmp_path):
+def test_checkpoints_of_earlier_versions_resume(version, tmp_path):
     """Beside the same run without a stop, today: the numbers are close, for another machine adds in another order."""
     loaded = checkpoint.latest_good(FIXTURES / f"checkpoint-{version}")
     assert loaded is not None and loaded.step == STEP and loaded.state["identity"] == IDENTITY

@@ -180,7 +180,7 @@ def test_network_evaluations_with_a_window_of_noise(order):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_asking_once_a_group_changes_nothing(guidance):
+def test_evaluating_shared_states_once_changes_nothing(guidance):
     """Against every row asked by itself: the same answers and gradients, for groups of one state and of several."""
     toy = Toy(double=True, guidance=guidance)
     toy.move()
@@ -320,7 +320,7 @@ def test_pairs_share_their_start_or_not_and_runs_have_addresses():
     assert shared.trajectory.states.shape == (7, 4, *SHAPE)
 
 
-def test_a_failed_reward_takes_its_picture_out_of_pairs_only():
+def test_a_failed_reward_removes_its_picture_from_pairs_only():
     def sometimes(latents, prompts):
         values = darkness(latents, prompts)
         values[0] = float("inf")

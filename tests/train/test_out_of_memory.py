@@ -11,7 +11,7 @@ from diffusion_align.system import memory
 from diffusion_align.system.memory import OutOfMemory, in_parts
 
 
-def test_parts_are_halved_and_stay_so():
+def test_sizes_are_halved_and_stay_halved():
     sizes = []
 
     def work(rows):
@@ -25,19 +25,19 @@ def test_parts_are_halved_and_stay_so():
     assert in_parts(work, 0, 8, "work")[0] == [[]]
 
 
-def test_what_does_not_fit_alone_is_named_with_three_cures(caplog, capsys, monkeypatch):
+def test_one_item_that_does_not_fit_names_three_remedies(caplog, capsys, monkeypatch):
     with pytest.raises(OutOfMemory, match="decoding: out of memory with one at a time"):
         in_parts(full, 4, 4, "decoding")
     monkeypatch.setattr(cli, "_run", lambda argv: full() if argv else in_parts(full, 1, 1, "decoding"))
     for argv in ([], ["sample"]):  # our error and torch's own
         assert cli.main(argv) == 1
         (line,) = capsys.readouterr().err.splitlines()
-        assert "out of memory" in line and "the three cheapest ways on" in line
+        assert "out of memory" in line and "the three cheapest remedies" in line
         assert all(cure in line for cure in ("gradient_checkpointing", "bf16", "sample_chunk"))
     assert "decoding: out of memory with 4 at a time; going on with 2" in caplog.text
 
 
-def test_other_errors_are_not_taken_for_it():
+def test_other_errors_are_not_taken_for_out_of_memory():
     def broken(rows):
         raise RuntimeError("shapes do not match")
 
@@ -50,7 +50,7 @@ def test_other_errors_are_not_taken_for_it():
 
 @pytest.mark.parametrize("way", ["forward", "backward", "reference", "late"])
 @pytest.mark.parametrize(("mode", "accumulation"), [("lora", 1), ("lora", 2), ("full", 1)])
-def test_offline_steps_go_on_in_smaller_pieces(mode, accumulation, way, caplog):
+def test_offline_steps_continue_with_smaller_micro_batches(mode, accumulation, way, caplog):
     """Pairs are 2 rows each, pieces of 6 pairs where 4 rows fit: cut into 3 and then 2 pairs. "late": in the last piece
     of the third step, when the others have left their gradients."""
     settings = {"mode": mode, "accumulation": accumulation, "batch_size": 6 * accumulation, "max_steps": 6}
@@ -75,7 +75,7 @@ def test_offline_steps_go_on_in_smaller_pieces(mode, accumulation, way, caplog):
     assert f"step {first + 1}: out of memory with 6 at a time; going on with 3" in caplog.text
 
 
-def test_a_run_that_was_cut_resumes_cut():
+def test_a_resumed_run_keeps_its_halved_micro_batches():
     """To the bit: the pieces are those of the uninterrupted run, without running out of memory again."""
     settings = {"batch_size": 8, "max_steps": 6, "cache": MemoryPairs(20)}
     whole = make_run(**settings)
@@ -118,7 +118,7 @@ def test_rounds_go_on_in_smaller_chunks(name, place, caplog):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_round_that_does_not_fit_in_ones_ends_the_run(tied):
+def test_a_prompt_that_does_not_fit_memory_ends_the_run(tied):
     """Also where a chunk could be cut that there is nothing to learn from, as all but the first prompt are tied."""
     toy = Toy(
         reward=lambda x, prompts: darkness(x, prompts) * torch.tensor([not tied or p == PROMPTS[0] for p in prompts])

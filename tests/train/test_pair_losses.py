@@ -99,7 +99,7 @@ def test_without_a_reference_the_policys_own_errors_are_reported():
     record = next(run.steps(predict_policy=lambda x, t, text: (seen.append(run.network(x, t, text)), seen[-1])[1]))
     winner, loser = record.metrics["winner_error"], record.metrics["loser_error"]
     assert winner > 0 and loser > 0 and winner != loser
-    with pytest.raises(ValueError, match="no reference's outputs"):
+    with pytest.raises(ValueError, match="needs the outputs of a reference"):
         margin_of(PairOutputs(seen[0], None, seen[0]))
 
 

@@ -81,7 +81,7 @@ def better_than_the_reference(run):
     return run
 
 
-def test_the_baseline_is_of_the_whole_batch_and_not_of_a_piece():
+def test_the_baseline_covers_the_batch_not_a_micro_batch():
     """Four pieces end where one does; on pairs, with a baseline of each piece, they do not."""
     runs = [better_than_the_reference(pictures_run(accumulation=cut, max_steps=4)) for cut in (1, 4)]
     rows = [[record.row() for record in steps(run)] for run in runs]
@@ -136,7 +136,7 @@ def test_each_picture_is_called_once_and_looked_at_once_more_only_where_the_batc
         assert rows == {"policy": policy_rows, "reference": 8}
 
 
-def test_the_asked_share_is_liked_and_no_pair_shares_a_timestep():
+def test_the_fraction_of_liked_pictures_and_separate_timesteps():
     visits = [(epoch, index) for epoch in range(400) for index in range(10)]
     for share in (0.5, 0.8):
         assert abs(float(liked_of(visits, share, SEED).double().mean()) - share) < 0.025  # 3.2 deviations and more

@@ -18,7 +18,7 @@ from stress.jobs import Fault, Tally, command, launch
 from stress.runs import flags, make_world
 
 from diffusion_align.train.processes import notes, watch
-from diffusion_align.train.processes.notes import Note, blame, read_notes
+from diffusion_align.train.processes.notes import Note, describe_fault, read_notes
 from diffusion_align.train.processes.watch import ProcessFailed, ProcessLost
 
 
@@ -35,9 +35,6 @@ def alone(tmp_path):
     watch.stop()
 
 
-SLOW = "; if it is only slow, raise --process_timeout"
-
-
 @pytest.mark.parametrize(
     ("others", "said"),
     [
@@ -45,29 +42,29 @@ SLOW = "; if it is only slow, raise --process_timeout"
         ([Note(1, 4, "s", 69, error="no"), Note(2, 4, "s", 90, gone=True)], "rank 1 at step 4 (s) failed: no"),
         (
             [Note(1, 4, "s", 60), Note(2, 5, "saving", 69, gone=True)],
-            "rank 2 at step 5 (saving) is gone, killed perhaps, last heard of 31 s ago",
+            "rank 2 at step 5 (saving) is gone, perhaps killed; last note 31 s ago",
         ),
         (
             [Note(1, 4, "scoring", 69), Note(2, 4, "s", 60, waiting=True)],
-            "rank 1 has not moved since step 4 (scoring), 31 s ago" + SLOW,
+            "rank 1 has not moved since step 4 (scoring), 31 s ago",
         ),
-        ([Note(1, 4, "s", 99), Note(2, 3, "s", 69)], "rank 2 has not moved since step 3 (s), 31 s ago" + SLOW),
+        ([Note(1, 4, "s", 99), Note(2, 3, "s", 69)], "rank 2 has not moved since step 3 (s), 31 s ago"),
         (
             [Note(1, 4, "s", 60, error="left", lost=True, gone=True), Note(2, 4, "s", 69)],
-            "rank 2 has not moved since step 4 (s), 31 s ago" + SLOW,
+            "rank 2 has not moved since step 4 (s), 31 s ago",
         ),
         (
             [Note(1, 4, "s", 69, waiting=True), Note(2, 5, "s", 70, waiting=True)],
-            "rank 1 has not moved since step 4 (s, waiting as all do), 31 s ago" + SLOW,
+            "rank 1 has not moved since step 4 (s, waiting as all do), 31 s ago",
         ),
         (
             [Note(1, 4, "s", 60, error="left", lost=True)],
-            "no other process is known to be at fault; see what they print, and the connection between them",
+            "no other process is known to be at fault; check their output and the network",
         ),
     ],
 )
 def test_the_process_at_fault_is_named_with_step_and_time(others, said):
-    assert blame(others, now=100) == said
+    assert describe_fault(others, now=100) == said
 
 
 def test_the_lock_of_a_note_tells_that_its_process_is_gone(tmp_path):
@@ -76,7 +73,7 @@ def test_the_lock_of_a_note_tells_that_its_process_is_gone(tmp_path):
     child = os.fork()
     if child == 0:
         watch.start(tmp_path, 1, 2)
-        watch.doing("scoring", 7)
+        watch.record_activity("scoring", 7)
         os.write(tell, b"there")
         time.sleep(HANG)
         os._exit(0)
@@ -88,36 +85,36 @@ def test_the_lock_of_a_note_tells_that_its_process_is_gone(tmp_path):
     os.close(told)
     os.close(tell)
     (note,) = read_notes(tmp_path, [1])
-    assert note.gone and note.guilty
+    assert note.gone and note.at_fault
 
 
 def test_errors_name_the_rank_only_with_several_processes(alone):
-    watch.doing("scoring", 4)
+    watch.record_activity("scoring", 4)
     with (
         pytest.raises(ProcessFailed, match=r"^rank 0 at step 4 \(scoring\): ZeroDivisionError: division by zero"),
-        watch.named(),
+        watch.names_failed_rank(),
     ):
         print(1 / 0)
     (note,) = read_notes(alone, [0])
     assert note.error.startswith("ZeroDivisionError: division") and not note.lost
-    with pytest.raises(KeyError), watch.named(KeyError):
+    with pytest.raises(KeyError), watch.names_failed_rank(KeyError):
         raise KeyError("alike on all")
     watch.stop()
     assert not list(alone.iterdir())
-    with pytest.raises(ZeroDivisionError), watch.named():
+    with pytest.raises(ZeroDivisionError), watch.names_failed_rank():
         print(1 / 0)
 
 
 def test_a_communication_error_names_the_process_at_fault(alone):
     (alone / "rank-1").write_text('{"rank": 1, "step": 3, "doing": "drawing", "time": 0, "error": "bad data"}')
-    with pytest.raises(ProcessLost, match=r"rank 1 at step 3 \(drawing\) failed: bad data"), watch.named():
+    with pytest.raises(ProcessLost, match=r"rank 1 at step 3 \(drawing\) failed: bad data"), watch.names_failed_rank():
         raise RuntimeError("[gloo/transport/tcp/pair.cc:545] Connection reset by peer")
     (note,) = read_notes(alone, [0])
     assert note.lost
 
 
 def test_a_long_error_is_cut_to_fit_a_note(alone):
-    with pytest.raises(ProcessFailed), watch.named():
+    with pytest.raises(ProcessFailed), watch.names_failed_rank():
         raise ValueError("\x01\U0001f3d6" * 5000)
     (note,) = read_notes(alone, [0])
     assert note.error and (alone / "rank-0").stat().st_size == notes.LENGTH
@@ -137,7 +134,7 @@ def test_a_note_costs_one_write_of_a_page_in_memory(alone, monkeypatch):
     sys.setprofile(called)
     try:
         for step in range(300):
-            watch.doing("learning", step)
+            watch.record_activity("learning", step)
     finally:
         sys.setprofile(before)
     assert calls == ["pwrite"] * 300
@@ -210,13 +207,13 @@ def test_a_stalled_process_is_named_by_the_others(tmp_path):
 
         run = make_run(batch_size=6, accelerator=Accelerator(cpu=True))
         watch.start(tmp_path / ".ranks", rank, 3)
-        with ending(lambda: (tmp_path / f"ended-{rank}").touch()), watch.named():
+        with ending(lambda: (tmp_path / f"ended-{rank}").touch()), watch.names_failed_rank():
             for record in run.steps():
                 if record.step != 2:
                     continue
                 if rank == 1:
                     until("waits-*", 2)
-                    watch.doing("dreaming")
+                    watch.record_activity("dreaming")
                     dreams.touch()
                     until("ended-*", 2)
                     os._exit(9)

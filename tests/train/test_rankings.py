@@ -243,7 +243,7 @@ def test_the_order_of_the_pictures_does_not_matter():
 
 
 @BOTH
-def test_slopes_of_a_list_sum_to_0_and_equal_pictures_do_not_push_each_other(one_graph):
+def test_gradients_of_a_list_sum_to_0_and_ties_have_none(one_graph):
     cache = MemoryRankings()
     cache.relevance = [[0.5, 1.0, 0.5]] * 5 + [[0.25, 0.25, 0.25]] * 5
     slopes, phis = [], []
@@ -260,7 +260,7 @@ def test_slopes_of_a_list_sum_to_0_and_equal_pictures_do_not_push_each_other(one
     assert (slope[~tied][:, 1] < 0).all() and (slope[~tied][:, ::2] > 0).all()  # descent raises the best one's score
 
 
-def test_evaluations_are_those_of_the_issue():
+def test_numbers_of_network_evaluations():
     """2 K of the networks a prompt; with one graph at a time K more of the policy, one slot of the lists in each."""
 
     def calls(one_graph):

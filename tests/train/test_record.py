@@ -82,7 +82,7 @@ def in_a_child():
     return run
 
 
-def test_a_row_that_the_disk_has_no_room_for_is_left_out_whole(file, in_a_child):
+def test_rows_without_disk_space_are_left_out_completely(file, in_a_child):
     """At every byte of a row where the room may end."""
     whole, row = file.read_bytes(), {"step": 6, "loss": 0.25}
     length = len(json.dumps(row)) + 1
@@ -100,7 +100,7 @@ def test_a_row_that_the_disk_has_no_room_for_is_left_out_whole(file, in_a_child)
     assert record.read(file)[5:] == [row]
 
 
-def test_a_loop_goes_on_without_rows_and_says_so_twice(file, in_a_child, tmp_path):
+def test_a_loop_continues_without_rows_and_warns_twice(file, in_a_child, tmp_path):
     """When the room ends, and how many rows are missing when there is room again."""
 
     def work():
@@ -119,7 +119,7 @@ def test_a_loop_goes_on_without_rows_and_says_so_twice(file, in_a_child, tmp_pat
 
     in_a_child(work)
     began, ended_line = (tmp_path / "said").read_text().splitlines()
-    assert began.endswith("step 7 could not be written ([Errno 27] File too large); the training goes on")
+    assert began.endswith("step 7 could not be written ([Errno 27] File too large); the training continues")
     assert ended_line.endswith("it can be written again; 3 rows up to step 9 are missing")
     assert [row["step"] for row in record.read(file)] == [1, 2, 3, 4, 5, 6, 10, 11]
 

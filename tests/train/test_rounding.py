@@ -96,7 +96,7 @@ def test_memory_that_runs_out_while_learning_does_not_end_a_run(name, arithmetic
     assert all(value == 0 for key, value in first.items() if key.startswith(("log_ratio", "drift")))
     assert "out of memory" in caplog.text
     if name != "spo":  # which stores no predictions
-        (told,) = set(re.findall(r"drawn predictions are made anew .* differ by up to (\S+), relative", caplog.text))
+        (told,) = set(re.findall(r"drawn predictions are repeated .* differ by up to (\S+), relative", caplog.text))
         assert 0.5 * error < float(told) < 20 * error
 
 
@@ -197,7 +197,7 @@ class Device:
         self.device, self.mixed_precision = torch.device(kind), mixed_precision
 
 
-def test_what_is_allowed_follows_precision_and_device(no_tf32):
+def test_limits_depend_on_precision_and_device(no_tf32):
     assert between_outputs(Device("cpu")) == 0 and between_outputs(Device("cuda")) == FLOAT32
     assert between_outputs(Device("cpu", "bf16")) == 8 / 256 and between_outputs(Device("cuda", "fp16")) == 8 / 2048
     assert arithmetic(Device("cuda")) == "no"

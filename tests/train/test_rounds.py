@@ -79,7 +79,7 @@ def test_two_processes_are_one(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_ties_everywhere_are_counted_skips_and_then_an_end(name):
+def test_rounds_of_ties_are_skipped_and_then_end_the_run(name):
     toy = Toy(reward=lambda latents, prompts: torch.ones(len(prompts)))
     before, records = toy.weights(), []
     with pytest.raises(NothingToLearn, match="3 steps in a row had nothing to learn"):
@@ -114,7 +114,7 @@ def test_one_empty_round_is_passed_over():
         (lambda x, p: 1 / 0, "the reward failed: ZeroDivisionError: division by zero"),
     ],
 )
-def test_rewards_that_are_none(name, reward, message):
+def test_invalid_rewards_are_refused(name, reward, message):
     """Two prompts a chunk: with two pictures each, or SPO's three children."""
     toy = Toy(reward=reward)
     with pytest.raises(RewardError, match=message.replace("N", "6" if name == "spo" else "4")):
@@ -125,7 +125,7 @@ def test_rewards_that_are_none(name, reward, message):
     ("settings", "message"),
     [
         ({"n": 0}, "no prompts"),
-        ({"prompts_per_step": 3}, "4 prompts a round must be a multiple of 3"),
+        ({"prompts_per_step": 3}, r"prompts per round \(4\) must be a multiple of prompts per step \(3\)"),
         ({"passes": 0}, "must be positive"),
     ],
 )

@@ -138,7 +138,7 @@ def by_hand(step, scorer, labels=None, batch=4):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
-def test_the_loss_of_a_step_is_the_papers_whatever_its_pieces(accumulation):
+def test_the_loss_does_not_depend_on_micro_batches(accumulation):
     labels = tensor(1, 0, 1, 0.5, 1, 1, 0, 1, 0.5, 1)
     untouched = Scorer()
     scorer, records = start(accumulation=accumulation, labels=labels, max_steps=3)
@@ -280,14 +280,14 @@ def test_an_interrupted_command_is_resumed_with_every_bit(tmp_path, monkeypatch)
         def summarise(columns):
             steps.append(0)
             if len(steps) == 3:
-                run.asked.__self__.interrupt.asked = 2
+                run.stop_requested.__self__.interrupt.signal_number = 2
             return method.summarise(columns)
 
         return replace(method, summarise=summarise)
 
     monkeypatch.setattr(step_aware, "preference_method", interrupted)
     assert cli.main([*argv, str(tmp_path / "cut")]) == 128 + 2
-    assert Session.asked and not (tmp_path / "cut" / "step_aware.safetensors").exists()
+    assert Session.stop_requested and not (tmp_path / "cut" / "step_aware.safetensors").exists()
     monkeypatch.setattr(step_aware, "preference_method", real)
     AcceleratorState._reset_state(True)
     assert cli.main([*argv, str(tmp_path / "cut"), "--resume_from_checkpoint", "latest"]) == 0

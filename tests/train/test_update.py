@@ -41,7 +41,7 @@ class OneWeight:
         )  # fmt: skip
 
 
-def test_an_overflow_halves_the_scale_and_is_no_failure():
+def test_an_overflow_halves_the_loss_scale_and_counts_as_no_failure():
     one, progress = OneWeight(), Progress(loss_scale=8.0)
     outcome = one.step(float("inf"), progress)
     assert (outcome.updated, outcome.progress.loss_scale, outcome.progress.skipped) == (False, 4.0, 1)
@@ -89,7 +89,7 @@ def test_a_spike_is_skipped_and_only_that_one():
     assert one.step(7.5, progress).updated  # nobody asked
 
 
-def test_a_nan_does_not_call_forth_more_skips():
+def test_a_nan_causes_no_further_skips():
     """A single one, in rolling statistics, has skipped 129 steps of a public optimizer."""
     one, progress = OneWeight(), Progress()
     updated = []
@@ -109,7 +109,7 @@ def test_spikes_wait_for_enough_norms_and_forget_old_ones(monkeypatch):
     assert one.step(5.0, progress, spike=1.0).progress.norms == (100.0, 5.0)
 
 
-def test_spikes_for_ever_end_the_run_and_say_so():
+def test_repeated_spikes_end_the_run_with_the_reason():
     one, progress = OneWeight(), Progress(norms=(1.0, 2.0) * 10)
     for _ in range(3):
         outcome = one.step(50.0, progress, spike=5.0)

@@ -82,11 +82,11 @@ def serve(session: Session, pictures: list[Picture], port: int | None) -> bool:
         thread.start()
         print(f"{session.decided()} of {len(session.questions)} questions are decided; every choice is stored at once")
         print(f"open {server.address}  (Stop on the page, or Ctrl-C here, ends)", flush=True)
-        while not (server.stopped.wait(0.1) or interrupt.asked):
+        while not (server.stopped.wait(0.1) or interrupt.signal_number):
             pass
         server.shutdown()
         thread.join()
-        return interrupt.asked > 0
+        return interrupt.signal_number > 0
 
 
 def summary(folder: Path, rows: list[Row]) -> str:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffusion_align.commands.data.summary import summarise_data
-from diffusion_align.commands.pasted import pasted
+from diffusion_align.commands.printed_commands import command_line
 from diffusion_align.data.bad_rows import BadRow, DataError, bad_row_lines, require_few_bad
 from diffusion_align.data.disk import digest, file_digest, replacing, write_bytes
 from diffusion_align.data.pairs_and_rankings import DataRow, is_tie, row_pairs
@@ -72,7 +72,7 @@ def data_convert(options: DataConvert) -> int:
     print(
         f"{counts['rows']} rows: {counts['written']} {o.to} written, {counts['ties']} ties dropped, "
         f"{counts['broken']} broken, in {out}\n"
-        f"next, or with train rankdpo: {pasted('train', 'dpo', '--model', 'MODEL', '--train_data_dir', out)}"
+        f"next, or with train rankdpo: {command_line('train', 'dpo', '--model', 'MODEL', '--train_data_dir', out)}"
     )
     return 0
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diffusion_align.commands.data.summary import DataSummary, summarise_data
-from diffusion_align.commands.pasted import pasted
+from diffusion_align.commands.printed_commands import command_line
 from diffusion_align.commands.sources import fetch_pairs, pairs_on_disk, present_pairs
 from diffusion_align.data.bad_rows import DataError
 from diffusion_align.data.known_layouts import Layout
@@ -99,11 +99,12 @@ def _uses(source: DataSource, found: DataSummary, by_name: str | None) -> Iterat
     elif source.layout.compares:
         verbs = ("dpo", "rankdpo") if source.layout.holds == "pairs" else ("rankdpo", "dpo")
         for verb in verbs:
-            yield pasted("train", verb, "--model", "MODEL", *data, *split)
-        yield f"{pasted('data', 'check', path, *split)}   # pictures were not looked at"
+            yield command_line("train", verb, "--model", "MODEL", *data, *split)
+        yield f"{command_line('data', 'check', path, *split)}   # pictures were not looked at"
     elif source.layout.holds == "prompts":
         prompts = ["--prompts", path]
-        yield f"{pasted('train', 'd3po', '--model', 'MODEL', '--reward', 'NAME', *prompts)}   # or spo, prdp, ddpo"
-        yield pasted("data", "synth", "--models", "MODEL", "--rewards", "NAME", *prompts)
+        line = command_line("train", "d3po", "--model", "MODEL", "--reward", "NAME", *prompts)
+        yield f"{line}   # or spo, prdp, ddpo"
+        yield command_line("data", "synth", "--models", "MODEL", "--rewards", "NAME", *prompts)
     else:
         yield "none: captions say nothing of what people prefer, and no training here learns from captions alone"

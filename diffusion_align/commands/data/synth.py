@@ -38,7 +38,7 @@ from diffusion_align.commands.data.synth_labels import (
     shuffled_relevance,
     write_best_and_worst,
 )
-from diffusion_align.commands.pasted import pasted
+from diffusion_align.commands.printed_commands import command_line
 from diffusion_align.commands.sources import read_prompts
 from diffusion_align.commands.train.items import TINY_SEED
 from diffusion_align.data import Ranking, write_rankings_parquet
@@ -59,7 +59,7 @@ def synth(options: Synth) -> int:
     _claim(out, o, prompts, models)
     k, n = shard_of(o.shard)
     chunks = chunks_of(prompts)
-    threads.settle(o.threads)
+    threads.set_threads(o.threads)
     try:
         for number, model in enumerate(models):
             draw_pictures(o, out, prompts, chunks[k::n], model, number)
@@ -155,11 +155,11 @@ def _write_tables(o: Synth, out: Path, prompts: list[str], models: list[DrawingM
         write_rankings_parquet(staged / f"{stem}rankings.parquet", rankings)
         write_best_and_worst(staged / f"{stem}pairs.parquet", rankings, o.seed)
         (staged / f"{stem}report.json").write_text(json.dumps(plain(report), indent=1), encoding="utf-8")
-    base = models[0].base["pretrained_model_name_or_path"]
+    model = ["--model", models[0].base["pretrained_model_name_or_path"]]
     print(
         f"{len(rankings)} rankings of {len(prompts)} prompts ({tied} all tied, {few} with too few scores) in {out}\n"
-        f"next: {pasted('train', 'rankdpo', '--model', base, '--train_data_dir', out / f'{stem}rankings.parquet')}\n"
-        f"or: {pasted('train', 'dpo', '--model', base, '--train_data_dir', out / f'{stem}pairs.parquet')}"
+        f"next: {command_line('train', 'rankdpo', *model, '--train_data_dir', out / f'{stem}rankings.parquet')}\n"
+        f"or: {command_line('train', 'dpo', *model, '--train_data_dir', out / f'{stem}pairs.parquet')}"
     )
     return 0
 

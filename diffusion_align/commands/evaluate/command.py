@@ -56,7 +56,7 @@ def evaluate(options: Evaluate) -> int:
 
     resolution = _resolution(o, [*models, base])
     facts: dict[str, Any] = _facts(o, prompts) | ({"resolution": resolution} if resolution else {})
-    workers = threads.settle(o.threads)
+    workers = threads.set_threads(o.threads)
     folders: dict[tuple[str, str], Path] = {}
     side = 0
     for name, who in named.items():
@@ -150,7 +150,7 @@ def _draw(
             shard=shard, facts=made, extras=[prompt.extra for prompt in prompts], progress=bar.update,
         )  # fmt: skip
         for _ in drawn:
-            workers.look()
+            workers.adjust()
 
 
 def _measure(
@@ -168,7 +168,7 @@ def _measure(
                     embedded.append(features(images).float().cpu())
                 yield numbers, images
                 bar.update(len(numbers))
-                workers.look()
+                workers.adjust()
 
     scores = score(pictures(), texts, judging.rewards, judges=judging.judges)
     return Measured(*place, scores, torch.cat(embedded) if embedded else None)

@@ -53,7 +53,7 @@ def sample(options: Sample) -> int:
 
     from diffusion_align.models import load_pipeline  # takes seconds, so it follows all checks
 
-    threads.settle(o.threads)
+    threads.set_threads(o.threads)
     model = load_pipeline(name, device=o.device, revision=revision, variant=variant)
     if o.run:
         load_tuned(model, o.run)

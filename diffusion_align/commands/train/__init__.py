@@ -1,1 +1,1 @@
-"""Training runs, whatever the method: read, open, plan, start, follow."""
+"""Training runs of any method: read the data, load the model, plan, start, run the loop."""

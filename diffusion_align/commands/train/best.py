@@ -1,4 +1,4 @@
-"""The best checkpoint of a run by one of its metrics: it is kept however old it gets."""
+"""The best checkpoint of a run by one of its metrics, which is never removed as too old."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 class Best:
-    """Compares the mean of a metric over the steps since the checkpoint before; higher is better, with "-" lower.
+    """Compares the mean of a metric since the last checkpoint with the best one; higher is better, with "-" lower.
 
-    `state` is what a checkpoint keeps of it, None where nobody asked or nothing is known yet.
+    `state` is saved in checkpoints; None if no metric is set or none was seen yet.
     """
 
     def __init__(self, metric: str | None, state: Mapping[str, Any] | None = None):
@@ -18,24 +18,24 @@ class Best:
         self.state = dict(state) if state and state["metric"] == metric else None
         self.sum, self.count = 0.0, 0
 
-    def hear(self, metrics: Mapping[str, float]) -> None:
-        """Of one step, its row in metrics.jsonl.
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        """Add the metrics of one step.
 
         Raises:
-            ValueError: there is no such metric, with those there are.
+            ValueError: there is no such metric; the message lists those that exist.
         """
         if self.metric is None:
             return
         name = self.metric.removeprefix("-")
         if name not in metrics and not math.isfinite(metrics.get("loss", 0.0)):
-            return  # a step with nothing in it lacks most of them
+            return  # a step without items lacks most metrics
         if name not in metrics:
             raise ValueError(f"--keep_best {self.metric}: this run has no such metric; it has {', '.join(metrics)}")
         if math.isfinite(metrics[name]):
             self.sum, self.count = self.sum + metrics[name], self.count + 1
 
-    def with_this(self, step: int) -> dict[str, Any] | None:
-        """What the state becomes with a checkpoint of this step; `take` it once that is written."""
+    def updated(self, step: int) -> dict[str, Any] | None:
+        """The state including a checkpoint of this step; `accept` it after that is written."""
         if not self.count:
             return self.state
         sign = -1 if (self.metric or "").startswith("-") else 1
@@ -44,6 +44,6 @@ class Best:
             return self.state
         return {"metric": self.metric, "value": mean, "step": step}
 
-    def take(self, state: dict[str, Any] | None) -> None:
-        """The checkpoint is there; the next is judged by the steps to come."""
+    def accept(self, state: dict[str, Any] | None) -> None:
+        """Take over the state of a written checkpoint; the next one is judged by the steps after it."""
         self.state, self.sum, self.count = state, 0.0, 0

@@ -1,4 +1,4 @@
-"""AdamW and the course of its learning rate over a run, with its warm-up where nobody set one."""
+"""AdamW and the course of its learning rate over a run, with a default for the warm-up."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from torch.optim.lr_scheduler import LambdaLR
 from diffusion_align.options import TrainCommon
 from diffusion_align.train.optimizer import adamw, lr_factor, lr_schedule, redraw_rate
 
-WARMUP, SHARE = 500, 10  # steps of warm-up that the scripts people know have by default, and the share of a run here
+WARMUP, FRACTION = 500, 10  # default steps of warm-up, as in diffusers' scripts, but at most one tenth of the run
 Options = TypeVar("Options", bound=TrainCommon)
 
 
 def settle_warmup(o: Options, steps: int) -> Options:
-    """The options with a number for the warm-up: 500 steps, but at most a tenth of the run, where nobody gave one.
+    """The options with a number for the warm-up; by default 500 steps, but at most a tenth of the run.
 
-    A number, so that the run's config.yaml says what was done. "constant" has no warm-up and is left as it is.
+    The number is then recorded in config.yaml. "constant" has no warm-up and is not changed.
     """
     if o.lr_warmup_steps is not None or o.lr_scheduler == "constant":
         return o
-    return dataclasses.replace(o, lr_warmup_steps=min(WARMUP, steps // SHARE))
+    return dataclasses.replace(o, lr_warmup_steps=min(WARMUP, steps // FRACTION))
 
 
 def warmup_of(o: TrainCommon) -> int:
-    """Steps of warm-up, once settled. "constant" has none, whatever --lr_warmup_steps says, as in other scripts."""
+    """Steps of warm-up after `settle_warmup`. "constant" ignores lr_warmup_steps, as in other scripts."""
     return 0 if o.lr_scheduler == "constant" else o.lr_warmup_steps or 0
 
 
 def describe_course(o: TrainCommon, steps: int | None, rate: float) -> list[str]:
-    """How the rate rises and falls, and a warning where it never gets to what is asked for. `rate` is the effective
-    one; `steps` None: unknown yet."""
+    """How the learning rate rises and falls, and a warning if it never reaches `rate`, the effective one. `steps` None:
+    not known yet."""
     name = o.lr_scheduler.removesuffix("_with_warmup")
     if steps is None:
         return [f"course           {name}, over a number of steps that is unknown until the data are counted"]
@@ -47,7 +47,7 @@ def describe_course(o: TrainCommon, steps: int | None, rate: float) -> list[str]
     peak = max(lr_factor(step, **shape) for step in range(steps))
     if peak < 0.9:
         lines.append(
-            f"warning          the rate gets to {peak * rate:.3g} at most, {100 * peak:.3g} % of {rate:g}: the warm-up "
+            f"warning          the rate reaches at most {peak * rate:.3g}, {100 * peak:.3g} % of {rate:g}: the warm-up "
             f"of {warmup} steps is longer than the run of {steps}; lower --lr_warmup_steps"
         )
     return lines
@@ -71,7 +71,7 @@ def make_optimizer(
 
 
 def extend_rate(o: TrainCommon, scheduler: LambdaLR, was: int, steps: int, step: int) -> str:
-    """Go on by the course over all `steps`, where `was` had been planned; what that does to the rate, in a line."""
+    """Follow the course over `steps` steps instead of `was`; a line that says how the rate changes."""
     before, after = redraw_rate(scheduler)
     return (
         f"extended from {was} to {steps} steps: the {o.lr_scheduler} rate follows its course over {steps}; "

@@ -1,4 +1,4 @@
-"""Pictures and prompts of a run through their encoders, once, shared out over its processes."""
+"""Encode the pictures and prompts of a run, once, divided among its processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@watch.named()
+@watch.names_failed_rank()
 def encoded(
     o: Any,
     model: TextToImage,
@@ -32,15 +32,15 @@ def encoded(
     lists: Sequence[Pair] | Sequence[Ranking],
     known_bad: Sequence[BadRow] = (),
 ) -> PairCache:
-    """The cache of these pairs or rankings: in --cache_dir, which runs can share, or else in the run folder."""
-    watch.doing("encoding")
+    """The cache of these pairs or rankings: in --cache_dir, which runs can share, or in the run folder."""
+    watch.record_activity("encoding")
     captions = list(dict.fromkeys(entry.prompt for entry in lists))
     if accelerator.is_main_process:
-        cut, limit = model.cut_captions(captions)
-        if cut:
-            print(describe_long_captions(cut, len(captions), limit))
+        long, limit = model.cut_captions(captions)
+        if long:
+            print(describe_long_captions(long, len(captions), limit))
     dtype = PRECISIONS[o.encode_precision]
-    _ = model.empty_text  # the model keeps it, for pictures that are drawn in full precision
+    _ = model.empty_text  # encoded here in full precision; the model keeps it for drawing pictures
     settings = EncodingSettings(o.resolution or model.resolution, o.seed, precision=o.encode_precision)
     ranks = Ranks(accelerator.process_index, accelerator.num_processes, partial(sum_over_ranks, accelerator))
     try:

@@ -1,4 +1,4 @@
-"""What happens after each step of a run: metrics, trackers, the progress bar, the alarm, and whether it is to stop."""
+"""Runs a training loop: after each step metrics, trackers, progress bar, alarm, checkpoints, and whether to stop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from diffusion_align.train.update import NonFiniteError
 
 
 class Follower:
-    """Follows the records of a session from step `at` on; `due`: a checkpoint is to be written."""
+    """Processes the records of a session from step `at` on. due: a checkpoint must be written."""
 
     def __init__(self, session: Session, steps: int, shown: Sequence[str], at: int):
         o, main = session.options, session.accelerator.is_main_process
@@ -39,7 +39,7 @@ class Follower:
         self.due = False
 
     def step(self, row: StepRecord) -> None:
-        """Average, write and show one step."""
+        """Update the EMA, write the metrics, show progress, and check the alarm for one step."""
         session = self.session
         if session.ema is not None and row.updated:
             session.ema.update(session.named)
@@ -49,19 +49,19 @@ class Follower:
         figures = {name: f"{row.metrics[name]:.2f}" for name in self.shown if name in row.metrics}
         self.bar.set_postfix({"loss": f"{row.loss:.4f}", **figures}, refresh=False)
         self.bar.update()
-        if changed := session.threads.look():
+        if changed := session.threads.adjust():
             tqdm.write(f"step {row.step}: {changed}", file=sys.stderr)
-        session.best.hear(row.row())
-        self.collapse = (self.alarm.hear(row.row()) if self.alarm else None) or self.collapse
+        session.best.observe(row.row())
+        self.collapse = (self.alarm.check(row.row()) if self.alarm else None) or self.collapse
         if self.collapse and session.options.collapse_alarm == "warn":
             tqdm.write(f"collapse? step {row.step}: {self.collapse}", file=sys.stderr)
             self.collapse = None
 
     def decide(self, row: StepRecord) -> tuple[int, str | None]:
-        """(the signal that stops the run, or 0; why it collapsed, or None), equal on every rank."""
-        # Each rank has read metrics.jsonl for itself, and a network disk may have shown it another file.
-        asked, collapsed = self.session.interrupt.asked, int(self.collapse is not None)
-        stop, alarmed = max_over_ranks(self.session.accelerator, asked, collapsed)
+        """(the signal that stops the run, or 0; why it collapsed, or None), equal on all ranks."""
+        # Ranks may disagree on the alarm: each reads metrics.jsonl itself, and a network disk may show an old version.
+        number, collapsed = self.session.interrupt.signal_number, int(self.collapse is not None)
+        stop, alarmed = max_over_ranks(self.session.accelerator, number, collapsed)
         regular = row.step % self.session.options.checkpointing_steps == 0
         self.due = self.due or bool(alarmed) or regular or row.step >= self.steps or row.ends
         return stop, (self.collapse or "as another process found") if alarmed else None
@@ -71,26 +71,27 @@ def follow(
     session: Session, records: Iterable[StepRecord], run: Run, shown: Sequence[str],
     report: Callable[[int], None] | None = None,
 ) -> int:  # fmt: skip
-    """Run a loop to its end: metrics, checkpoints, grids, and at last the trained weights.
+    """Run a loop to its end: metrics, checkpoints, grids, and finally the trained weights.
 
-    Inside a round a checkpoint is as large as the round's data; one that is merely due waits for the round's end.
+    A checkpoint inside a round contains the data of the round, so it is written there only if the run must stop;
+    regular checkpoints wait for the end of the round.
 
     Args:
         shown: metrics on the progress bar.
-        report: called on the main process once the weights are written, with the number of steps.
+        report: called on the main process after the weights are written, with the number of steps.
 
     Raises:
-        Interrupted: after a signal, once a checkpoint is saved; it says the command that resumes the run.
-        CollapseError: the alarm was given and is to stop the run; a checkpoint is saved.
-        NonFiniteError, NothingToLearn: of the loop; a checkpoint of the weights before them is saved.
+        Interrupted: after a signal and a checkpoint; the message has the command that resumes the run.
+        CollapseError: the alarm stopped the run, after a checkpoint.
+        NonFiniteError, NothingToLearn: from the loop, after a checkpoint of the last good weights.
     """
     progress, steps = run.progress, run.max_steps
     if progress.step:
         session.accelerator.print(f"resumed at step {progress.step} of {steps}")
     follower = Follower(session, steps, shown, progress.step)
     last, saved = StepRecord(progress.step, 0, 0.0, {}, progress, round=run.round), progress.step
-    # Within the interrupt: the launcher's SIGTERM, once one process has failed, must not cut off what another says.
-    with follower.bar, session.interrupt, watch.named(NonFiniteError, NothingToLearn, CollapseError):
+    # Within the interrupt: when one process fails, the launcher sends SIGTERM to others that still print their error.
+    with follower.bar, session.interrupt, watch.names_failed_rank(NonFiniteError, NothingToLearn, CollapseError):
         try:
             for last in records:
                 follower.step(last)
@@ -109,8 +110,8 @@ def follow(
             if saved < last.step:
                 session.save(last)
             raise
-        (stop,) = max_over_ranks(session.accelerator, session.interrupt.asked)
-        if stop and last.step < steps and not last.ends:  # the loop has ended early, while it drew
+        (stop,) = max_over_ranks(session.accelerator, session.interrupt.signal_number)
+        if stop and last.step < steps and not last.ends:  # an online loop stopped while it drew a round
             session.stopped(last.step, stop, session.save(last))
     finish_trackers(session.accelerator)
     return session.export(last.step, report)

@@ -1,4 +1,4 @@
-"""Sample grids: the same prompts and seeds all along a run, base beside now."""
+"""Sample grids: the same prompts and seeds during the whole run, base model beside current weights."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from diffusion_align.models import TextToImage
 from diffusion_align.system.progress import progress_bar
 
 DEFAULT_PROMPTS = 4
-SHEET_SIDE = 192  # pixels of a picture, for small models; larger pictures keep their size
+SHEET_SIDE = 192  # pixels to which pictures of small models are enlarged
 BATCH = 8
 logger = logging.getLogger(__name__)
 
 
 def grid_prompts(given: tuple[str, ...], of_the_data: Iterable[str]) -> list[str]:
-    """The prompts asked for, or the first different ones of the data."""
+    """The given prompts, or the first different ones of the data."""
     return list(given) or list(dict.fromkeys(of_the_data))[:DEFAULT_PROMPTS]
 
 
@@ -28,11 +28,11 @@ def base_pictures(
     model: TextToImage, prompts: list[str], folder: Path, *, seed: int, steps: int, guidance: float,
     resolution: int | None,
 ) -> Tensor:  # fmt: skip
-    """Draw and keep the base's pictures [N,3,H,W]; call it while the policy still is the base. Kept ones are read."""
+    """The pictures [N,3,H,W] of the base model, read from `folder` if they exist; call it before the policy changes."""
     drawing = Drawing(evaluation_table(model.schedule, steps), guidance, seed, BATCH, resolution=resolution)
     with progress_bar(total=len(prompts), desc="sample grid of the base", unit="picture") as bar:
         for _ in save_pictures(model, prompts, folder, drawing, progress=bar.update):
-            pass  # each step of the iteration has written some
+            pass  # each iteration writes a batch
     return torch.cat([pictures for _, pictures in read_pictures(folder, len(prompts))])
 
 
@@ -40,7 +40,7 @@ def write_grid(
     model: TextToImage, prompts: list[str], base: Tensor, path: Path, *, seed: int, steps: int, guidance: float,
     resolution: int | None,
 ) -> None:  # fmt: skip
-    """Draw the same prompts with the present weights and write both side by side; a full disk costs only the grid."""
+    """Draw the prompts with the current weights and write both side by side; a full disk causes a warning only."""
     drawing = Drawing(evaluation_table(model.schedule, steps), guidance, seed, BATCH, resolution=resolution)
     with progress_bar(total=len(prompts), desc=f"sample grid {path.stem}", unit="picture") as bar:
         now = torch.cat([pictures for _, pictures in generate(model, prompts, drawing, progress=bar.update)])
@@ -49,4 +49,4 @@ def write_grid(
         path.parent.mkdir(parents=True, exist_ok=True)
         pairs_picture(base, now, prompts, [(None, None)] * len(prompts), path, columns=2, factor=factor)
     except OSError as error:
-        logger.warning("%s: the sample grid could not be written (%s); the training goes on", path, error)
+        logger.warning("%s: the sample grid could not be written (%s); the training continues", path, error)

@@ -1,7 +1,7 @@
-"""Whether a resumed run is the one that was saved; where it is not, what changed, in words and by the options' names.
+"""Whether a resumed run is the one that was saved, and if not, what changed, by the names of the options.
 
-Weights and data are compared by digests, which say nothing to a person. Beside them a checkpoint keeps facts (paths,
-counts, the options that choose among the data), so that the refusal can say what became of them.
+Weights and data are compared by digests, which a reader cannot interpret. So a checkpoint also keeps facts (paths,
+counts, the options that select data), and the error message says which of them changed.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 
 from diffusion_align.commands.train.course import WARMUP
 from diffusion_align.options import GivenPictures, TrainCommon, TrainOnline
-from diffusion_align.options.paths import settled, without_folders
+from diffusion_align.options.paths import absolute_paths, without_folders
 from diffusion_align.options.schema import options_of
 from diffusion_align.train.checkpoints.store import Checkpoint, require_same_identity
 
-# Fields that hold digests, as a person calls what they stand for.
+# Fields that hold digests, and the words for them in messages.
 DIGESTS = {
     "model": "the model",
     "data": "the data (pictures, prompts, weights or their order)",
@@ -24,12 +24,12 @@ DIGESTS = {
     "relevance": "the relevance of the rankings' pictures",
     "labels": "the labels of the pairs",
 }
-# Numbers that are made of several options.
+# Numbers that depend on several options.
 MADE_OF = {
     "batch": "--train_batch_size x --gradient_accumulation_steps x processes",
     "beta": "made of --beta_dpo, --beta_convention and --resolution",
 }
-# What may change when a run is resumed; everything else may not, so that a new option is not forgotten here.
+# Options that may change when a run is resumed. All others may not, so a new option is compared by default.
 FREE_SECTIONS = ("output", "validation", "hub")
 FREE = frozenset(
     """
@@ -39,7 +39,7 @@ FREE = frozenset(
     cache_dir max_bad_fraction vae_encode_batch_size random_crop no_hflip dataloader_num_workers
     """.split()
 )
-# What the identity knows by content or by a number made of it: the model, the data and their encoding, beta, the batch.
+# Options whose effect the identity holds in another form: model and data by content; beta, batch, steps as numbers.
 SETTLED = frozenset(
     """
     pretrained_model_name_or_path revision variant pretrained_vae_model_name_or_path
@@ -48,14 +48,14 @@ SETTLED = frozenset(
     train_batch_size gradient_accumulation_steps effective_batch_size max_train_steps num_train_epochs num_rounds
     """.split()
 )
-# Options that checkpoints lacked although there was such an option then: unknown there, so not compared.
+# Options that existed before checkpoints recorded them: their saved value may be unknown, and is then not compared.
 ADDED = ("lr_num_cycles", "lr_power")
 Facts = dict[str, dict[str, Any]]
 
 
 def identity_of(o: TrainCommon, found: Mapping[str, Any], *, learning_rate: float, steps: int) -> dict[str, Any]:
-    """What a resumed run must have in common with the saved one: every option but those listed above, and what was
-    `found` of data and model. `learning_rate` is the effective one."""
+    """The values that a resumed run must have in common with the saved one: every option except those above, and those
+    `found` from data and model. `learning_rate` is the effective one."""
     names = [
         name
         for name, described in options_of(type(o)).items()
@@ -63,17 +63,17 @@ def identity_of(o: TrainCommon, found: Mapping[str, Any], *, learning_rate: floa
     ]
     identity = {name: getattr(o, name) for name in names} | dict(found) | {"learning_rate": learning_rate}
     if o.lr_warmup_steps is None:
-        identity["lr_warmup_steps"] = WARMUP  # of a constant rate, which has none: what older checkpoints say
-    # A course that ends somewhere depends on where; a constant rate can be trained on for as long as one likes.
+        identity["lr_warmup_steps"] = WARMUP  # as in older checkpoints of runs with a constant rate, which ignores it
+    # The number of steps changes every learning-rate schedule except the constant one.
     return identity if o.lr_scheduler.startswith("constant") else identity | {"steps": steps}
 
 
 def facts_of(o: TrainCommon, *, number: int) -> Facts:
-    """What a checkpoint keeps of model and data in words; `number` is of pairs, rankings or prompts."""
+    """Facts about model and data for a checkpoint; `number` of pairs, rankings or prompts."""
 
     def chosen(*names: str) -> dict[str, Any]:
         described = options_of(type(o))
-        return {f"--{name}": settled(described[name], getattr(o, name)) for name in names if name in described}
+        return {f"--{name}": absolute_paths(described[name], getattr(o, name)) for name in names if name in described}
 
     facts = {"model": chosen("pretrained_model_name_or_path", "revision", "variant")}
     if isinstance(o, GivenPictures):
@@ -89,10 +89,10 @@ def facts_of(o: TrainCommon, *, number: int) -> Facts:
 def require_same_run(
     o: TrainCommon, resumed: Checkpoint, identity: Mapping[str, Any], facts: Facts, processes: int
 ) -> int | None:
-    """Compare with what a checkpoint was saved under; the steps that the run was to have, where it is extended.
+    """Compare with the identity in a checkpoint. Returns the planned steps of the saved run if it is extended.
 
-    An option that the saved version did not have is the same at its default. A reward is called by its name wherever
-    its file lies.
+    An option that the saved version did not have may only have its default. Rewards are compared without the folders of
+    their files.
 
     Raises:
         CheckpointError: what changed, field by field.
@@ -117,7 +117,7 @@ def require_same_run(
 def _words(
     resumed: Checkpoint, saved: Mapping[str, Any], now: Mapping[str, Any], facts: Facts, processes: int
 ) -> dict[str, str]:
-    """A sentence for each field whose two values alone do not tell what to do."""
+    """A sentence for each field whose two values do not explain the difference."""
 
     def both(name: str) -> str:
         return f"{name} was {saved.get(name)!r} and is now {now.get(name)!r}"
@@ -129,7 +129,7 @@ def _words(
     if drew != processes and saved.get("batch") != now.get("batch"):
         words["batch"] = f"{both('batch')} (it was saved by {drew} processes, and there are now {processes})"
     if isinstance(saved.get("steps"), int) and isinstance(now.get("steps"), int) and now["steps"] > saved["steps"]:
-        words["steps"] = f"{both('steps')} (--extend goes on, with the rate's course drawn anew over {now['steps']})"
+        words["steps"] = f"{both('steps')} (--extend continues, with the learning rate planned over {now['steps']})"
     return words
 
 

@@ -1,4 +1,4 @@
-"""What a training learns from, as its options name it: pairs, rankings or prompts, on this disk or on the hub."""
+"""Reads the pairs, rankings or prompts that the options name, on this disk or on the hub."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from diffusion_align.options import GivenPictures, TrainOnline
 from diffusion_align.origins import DATA_SETS
 from diffusion_align.shapes import sample_captions
 
-TINY_PROMPTS, TINY_SEED = 4000, 7  # of the training split; no seed of build_tiny's or of evaluate's
+TINY_PROMPTS, TINY_SEED = 4000, 7  # of the training split; a seed that neither build_tiny nor evaluate uses
 
 
 @dataclass(frozen=True)
 class Items:
-    """Pairs, rankings or prompts, in order; the rows that could not be read; and both in words."""
+    """Pairs, rankings or prompts, in order; the rows that could not be read; and a line about both."""
 
     items: list[Any]
     bad_rows: Sequence[BadRow]
-    said: str
+    summary: str
 
 
 def source_name(o: GivenPictures) -> str:
-    """The path or name of the pairs or rankings, under its present address."""
+    """The path or name of the pairs or rankings, or its new address if it has moved."""
     return present_pairs(o.train_data_dir or o.dataset_name or "")
 
 
@@ -39,10 +39,10 @@ def items_on_disk(entry: Entry[Any], o: Any) -> bool:
 
 
 def read_items(entry: Entry[Any], o: Any) -> Items:
-    """What the options name, as many as they ask for.
+    """The items that the options name.
 
     Raises:
-        FileNotFoundError, DataError, ValueError: nothing there, nothing readable, or not one prompt.
+        FileNotFoundError, DataError, ValueError: no such source, too many unreadable rows, or no prompt.
     """
     if entry.data == "prompts":
         prompts = training_prompts(o)
@@ -60,7 +60,7 @@ def read_items(entry: Entry[Any], o: Any) -> Items:
 
 
 def training_prompts(o: TrainOnline) -> list[str]:
-    """The prompts that the options name. Raises ValueError for a file without one."""
+    """The prompts that the options name. Raises ValueError if there are none."""
     if o.prompts == "tiny":
         return sample_captions(o.num_prompts or TINY_PROMPTS, TINY_SEED)
     return read_prompts(o.prompts or "")[: o.num_prompts]
@@ -69,15 +69,15 @@ def training_prompts(o: TrainOnline) -> list[str]:
 def source_path(entry: Entry[Any], o: GivenPictures) -> Path | None:
     """The path of pairs or rankings, or None for a data set on the hub.
 
-    --train_data_dir is a path and nothing else. Raises FileNotFoundError where it has a hub name that is not here; any
-    other path that is not there is left to the reader, who says so.
+    --train_data_dir is always a path. Raises FileNotFoundError if it is the name of a repository instead; for other
+    paths that do not exist, the reader raises.
     """
     name = source_name(o)
     if entry.data == "rankings" and name == "tiny":
         return _tiny_rankings()
     path = pairs_on_disk(name, hub=o.train_data_dir is None)
     if path is not None and not path.exists() and name in DATA_SETS and DATA_SETS[name].make:
-        raise FileNotFoundError(f"{name}: nobody publishes it; its counterpart is made by `{DATA_SETS[name].make}`")
+        raise FileNotFoundError(f"{name}: it is not published; `{DATA_SETS[name].make}` makes a substitute")
     if path is not None and not path.exists() and on_hub(name):
         raise FileNotFoundError(f"{name}: no such path here; for a data set on the hub: --dataset_name {name}")
     return path

@@ -1,4 +1,4 @@
-"""The processes of a training job: how long they wait for one another, and that the one at fault is named."""
+"""The processes of a training job: their accelerator, time-out and notes."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ RANKS = ".ranks"  # in the run folder
 
 
 def join(o: TrainCommon, project_dir: str | None = None) -> Accelerator:
-    """The accelerator of this process, once all processes of the job are there. It starts the notes of `watch`."""
-    # NCCL would else abort the process at the time-out, instead of raising where the rank at fault can be named.
+    """The accelerator of this process, after all processes of the job have joined. It starts the notes of `watch`."""
+    # At the time-out NCCL must raise, so that the rank at fault can be named; by default it aborts the process.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
-    # accelerate takes no notice of a limit that is its own default for another backend: hence a microsecond more.
+    # accelerate ignores a time-out that equals its default for another backend, hence one microsecond more.
     limit = InitProcessGroupKwargs(timeout=timedelta(seconds=o.process_timeout, microseconds=1))
     with _device_of_accelerate(o.device):
         accelerator = Accelerator(
             mixed_precision=o.mixed_precision, cpu=o.device == "cpu", project_dir=project_dir, kwargs_handlers=[limit]
         )
     if o.device is not None and accelerator.device.type != o.device.partition(":")[0]:
-        raise ValueError(f"--device {o.device} was asked for and accelerate took {accelerator.device}: leave it out")
+        raise ValueError(f"accelerate uses {accelerator.device} instead of --device {o.device}: leave the option out")
     watch.start(Path(o.output_dir) / RANKS, accelerator.process_index, accelerator.num_processes)
     barrier(accelerator)
     return accelerator
@@ -38,8 +38,8 @@ def join(o: TrainCommon, project_dir: str | None = None) -> Accelerator:
 
 @contextmanager
 def _device_of_accelerate(word: str | None) -> Iterator[None]:
-    """accelerate takes the best device, whatever was asked for: a device by name reaches it through the environment
-    only. With several processes it knows which device each has."""
+    """Pass a device to accelerate through the environment, as it has no argument for it and would use the best device.
+    With several processes accelerate assigns the devices."""
     if word is None or word == "cpu" or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         yield
         return

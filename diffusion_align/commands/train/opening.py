@@ -1,4 +1,4 @@
-"""The start of a training run: what can be refused early, and the model with what is trained in it."""
+"""The start of a training run: early checks of its folder, then the model and the weights to train."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from diffusion_align.vocabulary import LORA_TARGETS
 
 
 def claim_early(o: TrainCommon) -> Checkpoint | None:
-    """Refuse what can be refused before the seconds that importing diffusers takes; the checkpoint to go on from."""
+    """Check trackers, run folder and checkpoint before diffusers is imported; the checkpoint to resume from."""
     if o.cache_dir and "huggingface_hub" not in sys.modules:
-        os.environ["HF_HUB_CACHE"] = o.cache_dir  # read once, when the hub's client is imported
+        os.environ["HF_HUB_CACHE"] = o.cache_dir  # the hub's client reads it when it is imported
     tracker_names(o.report_to)
     run = Path(o.output_dir)
     run_folder.require_free(run, resuming=o.resume_from_checkpoint is not None, overwrite=o.overwrite_output_dir)
@@ -37,7 +37,7 @@ def claim_early(o: TrainCommon) -> Checkpoint | None:
 
 
 def require_ahead(resumed: Checkpoint | None, steps: int) -> None:
-    """Raise UsageError where the checkpoint to go on from lies behind the end of the run."""
+    """Raise UsageError if the checkpoint is from a later step than the end of the run."""
     if resumed is not None and resumed.step > steps:
         raise UsageError(
             f"the checkpoint is at step {resumed.step} and the run ends at step {steps}: give a larger "
@@ -45,15 +45,15 @@ def require_ahead(resumed: Checkpoint | None, steps: int) -> None:
         )
 
 
-@watch.named()
+@watch.names_failed_rank()
 def open_session(o: Any, entry: Entry[Any], resumed: Checkpoint | None) -> Session:
-    """Load the model, add what is trained of it, and set the frozen reference beside it where the loss needs one."""
+    """Load the model, prepare the weights to train, and keep a frozen reference if the loss needs one."""
     from diffusion_align.models import load_pipeline
 
     if o.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("mixed_precision fp16 needs a CUDA GPU and there is none here; take bf16 or no")
+        raise ValueError("mixed_precision fp16 needs a CUDA GPU and there is none here; use bf16 or no")
     accelerator = join(o, log_folder(o))
-    workers = threads.settle(o.threads, resumed.state.get("threads") if resumed else None, say=accelerator.print)
+    workers = threads.set_threads(o.threads, resumed.state.get("threads") if resumed else None, say=accelerator.print)
     set_tf32(o.allow_tf32)
     name = present_model(o.pretrained_model_name_or_path or "")
     model = load_pipeline(name, device=accelerator.device, revision=o.revision, variant=o.variant)
@@ -64,7 +64,7 @@ def open_session(o: Any, entry: Entry[Any], resumed: Checkpoint | None) -> Sessi
 
 
 def _train_unet(session: Session, needs_reference: bool) -> None:
-    """Train the UNet of a session, or a LoRA on it."""
+    """Prepare a session to train the UNet, or a LoRA on it."""
     from diffusion_align.models import add_lora, reference, save_lora, save_unet, set_attention, trainable
 
     o, model = session.options, session.model
@@ -80,11 +80,11 @@ def _train_unet(session: Session, needs_reference: bool) -> None:
 
 
 def set_tf32(allow: bool) -> None:
-    """TF32 in matrix products and in convolutions alike, on or off. torch by itself has it on in convolutions only."""
+    """Switch TF32 on or off, in matrix products and convolutions. torch's default is on in convolutions only."""
     torch.backends.cuda.matmul.allow_tf32 = allow
     torch.backends.cudnn.allow_tf32 = allow
 
 
 def log_folder(o: TrainCommon) -> str:
-    """Where trackers that write files put them; a relative --logging_dir lies in the run folder, as people expect."""
+    """The folder for trackers that write files; a relative --logging_dir is inside the run folder."""
     return str(Path(o.output_dir) / (o.logging_dir or "logs"))

@@ -1,4 +1,4 @@
-"""What a training would do, in numbers a person can check before it starts; --dry-run prints it without a model."""
+"""The plan of a training, to check before it starts; --dry-run prints it without loading a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from diffusion_align.schedule import Schedule
 
 
 def dry_run(entry: Entry[Any], options: Any) -> int:
-    """Print the resolved configuration and, as comments under it, the plan: the output is a file for --config."""
+    """Print the resolved configuration and, as comments below it, the plan: the output is a valid file for --config."""
     o = options
     entry.require(o)
     name = present_model(o.pretrained_model_name_or_path or "")
@@ -26,7 +26,7 @@ def dry_run(entry: Entry[Any], options: Any) -> int:
     assumed = "" if facts.known else f" (not on this disk: figures are those of {facts.family})"
     lines = [
         f"model            {name}{assumed}",
-        f"{entry.data:<16} {read.said if read else f'{source_name(o)}, on the hub: not counted'}",
+        f"{entry.data:<16} {read.summary if read else f'{source_name(o)}, on the hub: not counted'}",
         *plan_lines(entry, o, about, entry.length(o, about)),
         *([f"trained          {_describe_trained(o, facts)}"] if entry.unet else []),
     ]
@@ -35,7 +35,7 @@ def dry_run(entry: Entry[Any], options: Any) -> int:
 
 
 def about_run(entry: Entry[Any], o: Any, items: Sequence[Any] | None = None) -> About:
-    """What a plan is counted from, of a model that is not loaded: its files or, without them, its family's figures."""
+    """The input of a plan, for a model that is not loaded: from its files or, without them, typical of its family."""
     facts = read_model_facts(present_model(o.pretrained_model_name_or_path or ""))
     count = None if items is None else entry.count(o, items)
     schedule, shape = Schedule.from_config(facts.scheduler), facts.latent_shape(o.resolution)
@@ -55,7 +55,7 @@ def plan_lines(entry: Entry[Any], o: Any, about: About, length: Length) -> list[
 
 
 def _describe_trained(o: TrainUnet, facts: ModelFacts) -> str:
-    """What is trained, and how many weights that is."""
+    """What is trained, and the number of its parameters."""
     what = "the whole UNet" if o.mode == "full" else f"LoRA of rank {o.rank}, alpha {o.network_alpha or o.rank:g}"
     if not facts.unet_shapes:
         return f"{what}: number of parameters unknown"

@@ -1,6 +1,6 @@
-"""A training run around any method's loop: folder, devices, model, reference, checkpoints, sample grids, trackers.
+"""The state of a training run outside the loop of its method: folder, devices, model, checkpoints, sample grids.
 
-`train.train` opens a session, and `follower.follow` runs the method's loop in it.
+`train.train` opens a session, and `follower.follow` runs the loop of the method in it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn import Parameter
 
 from diffusion_align.commands import run_folder
 from diffusion_align.commands.interrupt import Interrupted, Interruptible
-from diffusion_align.commands.pasted import pasted
+from diffusion_align.commands.printed_commands import command_line
 from diffusion_align.commands.threads import Threads
 from diffusion_align.commands.train import grids
 from diffusion_align.commands.train.best import Best
@@ -46,13 +46,13 @@ if TYPE_CHECKING:
     from diffusion_align.models.guidance import Predict
 
 KEEP_ALL = sys.maxsize
-CHUNKS = (Runs, Comparisons)  # what the data of a round may be made of
+CHUNKS = (Runs, Comparisons)  # the classes of chunks that a checkpoint may contain
 logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
 class Session:
-    """What a run has beside its data and its loss."""
+    """All of a run except its data and its loss."""
 
     options: Any
     verb: str
@@ -73,12 +73,12 @@ class Session:
     interrupt: Interruptible = field(init=False, default_factory=Interruptible)
     best: Best = field(init=False)
 
-    def asked(self) -> bool:
-        """Whether this process was told to stop."""
-        return self.interrupt.asked > 0
+    def stop_requested(self) -> bool:
+        """Whether this process got a signal to stop."""
+        return self.interrupt.signal_number > 0
 
     def trains(self, trained: Trained | None) -> None:
-        """Take over what a method trains in place of the UNet."""
+        """Set what a method trains instead of the UNet; None: the UNet."""
         if trained is not None:
             self.trained = trained
 
@@ -95,7 +95,7 @@ class Session:
         """Whether the run has sample grids."""
         return self.trained.pictures and self.options.run_validation is not False
 
-    @watch.named()
+    @watch.names_failed_rank()
     def start(
         self,
         optimizer: torch.optim.Optimizer,
@@ -104,23 +104,23 @@ class Session:
         prompts: Sequence[str],
         steps: int,
     ) -> Run:
-        """Claim the run folder, draw the base's pictures, and restore a checkpoint: the run as the engine takes it."""
+        """Prepare the run folder, draw the base's pictures, and load the checkpoint; returns the run for the engine."""
         o, resumed, extended = self.options, self.resumed, None
         self.facts = facts_of(o, number=len(prompts))
         self.optimizer, self.scheduler, self.identity = optimizer, scheduler, identity
         at = resumed.step if resumed else 0
         require_equal_ranks(
-            self.accelerator, at, "as the step to go on from: give all the same output_dir, on a disk they share"
+            self.accelerator, at, "as the step to resume from: give all the same output_dir, on a disk they share"
         )
         if resumed is not None:
             extended = require_same_run(o, resumed, identity, self.facts, self.accelerator.num_processes)
         self.base = torch.empty(0)
         if self.accelerator.is_main_process:
-            run_folder.claim(self.run, to_yaml(o, self.verb, settle=True), step=at, overwrite=o.overwrite_output_dir)
+            run_folder.claim(self.run, to_yaml(o, self.verb, absolute=True), step=at, overwrite=o.overwrite_output_dir)
         if self._draws:
             self.prompts = grids.grid_prompts(o.validation_prompts, prompts)
             if self.accelerator.is_main_process:
-                with self.accelerator.autocast():  # before the checkpoint's weights come: the policy is the base now
+                with self.accelerator.autocast():  # before the checkpoint is loaded, while the policy is the base
                     folder = self.run / run_folder.SAMPLES / "base"
                     self.base = grids.base_pictures(self.model, self.prompts, folder, **self._look)
         progress, round = first_progress(o.mixed_precision), None
@@ -135,7 +135,7 @@ class Session:
         barrier(self.accelerator)
         return Run(
             self.parameters, optimizer, scheduler, self.accelerator, o.seed, steps, progress,
-            max_grad_norm=o.max_grad_norm, spike=o.skip_spikes, round=round, asked=self.asked,
+            max_grad_norm=o.max_grad_norm, spike=o.skip_spikes, round=round, stop_requested=self.stop_requested,
         )  # fmt: skip
 
     @property
@@ -149,16 +149,15 @@ class Session:
         return bool(self._draws and self.options.run_validation and step % self.options.validation_steps == 0)
 
     def stopped(self, step: int, number: int, kept: bool) -> NoReturn:
-        """End the run for signal `number`, when all is saved or cannot be."""
+        """End the run after signal `number`; `kept`: whether the step is saved."""
         watch.stop()
-        what = f"step {step} is saved" if kept else f"step {step} could not be saved, but earlier checkpoints are there"
-        go_on = run_folder.resume_line(self.run, self.verb, getattr(self.options, "reward", None))
-        raise Interrupted(f"{what}; go on with: {go_on}", number)
+        what = f"step {step} is saved" if kept else f"step {step} could not be saved, but earlier checkpoints exist"
+        command = run_folder.resume_line(self.run, self.verb, getattr(self.options, "reward", None))
+        raise Interrupted(f"{what}; continue with: {command}", number)
 
     def save(self, row: StepRecord) -> bool:
-        """Write a checkpoint of where a record stands; a full disk now is no reason to lose the run. False, on every
-        process, where there is none."""
-        watch.doing("saving", row.step)
+        """Write a checkpoint of a step. If that fails, on a full disk, the run continues; then False on all ranks."""
+        watch.record_activity("saving", row.step)
         accelerator, folder = self.accelerator, self.run / run_folder.CHECKPOINTS
         error = write_round(folder, accelerator.process_index, row.round) if row.round is not None else None
         (failed,) = on_any_rank(accelerator, error is not None)
@@ -166,7 +165,7 @@ class Session:
             tensors, state = pack(self.named, self.optimizer, self.scheduler, row.progress, self.ema)
             state |= {"identity": self.identity, "facts": self.facts, "processes": accelerator.num_processes}
             state |= {"versions": versions(), "threads": self.threads.count}
-            state["best"] = best = self.best.with_this(row.step)
+            state["best"] = best = self.best.updated(row.step)
             protect = ({best["step"]} if best else set()) | ({self.resumed.step} if self.resumed else set())
             parts = range(accelerator.num_processes if row.round is not None else 0)
             try:
@@ -174,43 +173,43 @@ class Session:
                     folder, row.step, tensors, state, keep=self.options.checkpoints_total_limit or KEEP_ALL,
                     protect=protect, parts=[checkpoint.part_path(folder, round_name(rank)) for rank in parts],
                 )  # fmt: skip
-                self.best.take(best)
+                self.best.accept(best)
             except CheckpointError as problem:
                 error = problem
         if error is not None:
-            logger.warning("%s; the training goes on", error)
+            logger.warning("%s; the training continues", error)
         return not on_any_rank(accelerator, error is not None)[0]
 
     def draw(self, step: int) -> None:
-        """The sample grid of this step, beside the base's pictures; nothing where the run is to have none."""
+        """Draw the sample grid of this step beside the base's pictures, unless the run has no grids."""
         if not self._draws:
             return
-        watch.doing("drawing the sample grid", step)
+        watch.record_activity("drawing the sample grid", step)
         if self.accelerator.is_main_process:
             with self.accelerator.autocast():
                 path = self.run / run_folder.SAMPLES / f"step-{step:08d}.png"
                 grids.write_grid(self.model, self.prompts, self.base, path, **self._look)
         barrier(self.accelerator)
 
-    @watch.named()
+    @watch.names_failed_rank()
     def export(self, steps: int, report: Callable[[int], None] | None) -> int:
-        """The trained weights, averaged if an average was kept, and then the last grid, which may take long."""
+        """Write the trained weights (the EMA if there is one) and then draw the last grid, which may take long."""
         with self.ema.applied(self.named) if self.ema is not None else nullcontext():
             if self.accelerator.is_main_process:
                 try:
                     written = self.trained.write(self.run)
-                except (OSError, SafetensorError) as error:  # a full disk, above all
-                    go_on = run_folder.resume_line(self.run, self.verb, getattr(self.options, "reward", None))
+                except (OSError, SafetensorError) as error:  # most likely a full disk
+                    command = run_folder.resume_line(self.run, self.verb, getattr(self.options, "reward", None))
                     raise OSError(
-                        f"the trained weights could not be written to {self.run}: {error}. They are safe in the "
-                        f"checkpoint of step {steps}; make room, then {go_on} writes them"
+                        f"the trained weights could not be written to {self.run}: {error}. The checkpoint of step "
+                        f"{steps} has them; make room, then {command} writes them"
                     ) from error
                 print(f"trained weights: {written}", flush=True)
                 if report is not None:
                     report(steps)
             self.draw(steps)
         if self.trained.pictures:
-            self.accelerator.print(f"next: {pasted('evaluate', self.run)}")
+            self.accelerator.print(f"next: {command_line('evaluate', self.run)}")
         barrier(self.accelerator)
         watch.stop()
         return 0

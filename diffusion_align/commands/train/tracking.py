@@ -1,7 +1,7 @@
-"""Trackers that people watch their runs with, through accelerate: tensorboard, wandb, and whatever else it knows.
+"""Trackers, through accelerate: tensorboard, wandb and others.
 
-`metrics.jsonl` is the record; a tracker is a view of it. So nothing that a tracker does, from a missing package at the
-start to a lost connection in the middle, may cost a run more than its curve there.
+`metrics.jsonl` is the record of a run; a tracker only shows it. So an error of a tracker, such as a lost connection,
+never ends the run: the tracker is left out with a warning.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def tracker_names(report_to: str | None) -> list[str]:
 
 
 class Guarded:
-    """A tracker that is left out, with one warning, from its first error on. What hangs for ever, hangs here too."""
+    """A tracker that is left out, with one warning, after its first error. It cannot help if the tracker hangs."""
 
     def __init__(self, tracker: Any) -> None:
         self.name, self._tracker, self._lost = tracker.name, tracker, False
@@ -56,7 +56,7 @@ class Guarded:
         self._try("failed and is left out", lambda: self._tracker.log(values, step=step))
 
     def finish(self) -> None:
-        """By accelerate, at the end of the training, when nothing but the curve is left to lose."""
+        """Called at the end of the training."""
         self._try("could not finish", lambda: self._tracker.finish())
 
     def _try(self, trouble: str, act: Callable[[], object]) -> None:
@@ -64,21 +64,21 @@ class Guarded:
             return
         try:
             act()
-        except Exception as error:  # every tracker raises errors of its own
+        except Exception as error:  # each tracker has its own errors
             self._lost = True
             _warn(self.name, trouble, error)
 
 
 def trackers_of(o: TrainCommon, accelerator: Accelerator, run: Path, step: int) -> Callable[[Row], None]:
-    """Start the trackers that a run's options ask for; what reports a row of metrics of the steps after `step`."""
-    described = options_of(type(o))  # a tracker writes what it is given to disk: no token
+    """Start the trackers of the options; returns a function that reports a row of metrics after `step`."""
+    described = options_of(type(o))  # without options that are not saved, such as tokens: trackers write to disk
     config = {name: value for name, value in dataclasses.asdict(o).items() if described[name].saved}
     project = o.tracker_name or "diffusion_align"
     return start_trackers(accelerator, tracker_names(o.report_to), project, run, config, step)
 
 
 def finish_trackers(accelerator: Accelerator) -> None:
-    """End them, but not the processes' group, as accelerate would: the weights are still to be written."""
+    """End the trackers. accelerate's own method would also end the process group, before the weights are written."""
     for tracker in accelerator.trackers:
         tracker.finish()
 
@@ -86,9 +86,9 @@ def finish_trackers(accelerator: Accelerator) -> None:
 def start_trackers(
     accelerator: Accelerator, names: list[str], project: str, run: Path, config: Row, step: int = 0
 ) -> Callable[[Row], None]:
-    """Start the trackers and return what reports one row of metrics to them. On every process, one of which reports.
+    """Start the trackers on all ranks and return a function that reports a row of metrics to them.
 
-    TensorBoard is told to forget what a run that was killed had written of steps after `step`, which are done again.
+    TensorBoard deletes what a killed run wrote of steps after `step`, which are repeated.
     """
     if not names:
         return lambda row: None
@@ -96,7 +96,7 @@ def start_trackers(
     flat = {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in config.items()}
     started: list[Guarded] = []
     for name in names:
-        accelerator.trackers = []  # accelerate would start those before it again
+        accelerator.trackers = []  # or accelerate would start the earlier ones again
         try:
             accelerator.log_with = [name]  # pyright: ignore[reportAttributeAccessIssue]
             given = {"wandb": {"name": run.name}, "tensorboard": {"purge_step": step + 1}}

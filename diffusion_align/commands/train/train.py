@@ -28,7 +28,7 @@ def train(entry: Entry[Any], options: Any) -> int:
     read = read_items(entry, o)
     session = open_session(o, entry, resumed)
     model, accelerator = session.model, session.accelerator
-    accelerator.print(f"{entry.data:<16} {read.said}")
+    accelerator.print(f"{entry.data:<16} {read.summary}")
     shape = model.latent_shape(o.resolution)
     opened = Opened(
         model=model,
@@ -44,7 +44,7 @@ def train(entry: Entry[Any], options: Any) -> int:
     started = entry.start(o, opened)
     about = About(model.schedule, shape, read.items, started.count, accelerator.num_processes)
     length = entry.length(o, about)
-    assert length.steps is not None  # known, as the data are
+    assert length.steps is not None  # the data are counted
     require_ahead(resumed, length.steps)
     rate = o.learning_rate * (length.batch if o.scale_lr else 1)
     o = session.options = settle_warmup(o, length.steps)
@@ -58,10 +58,10 @@ def train(entry: Entry[Any], options: Any) -> int:
 
 
 def _reward(session: Session, spec: RewardSpec) -> Reward:
-    """A reward on the model's device, or the people at this machine."""
+    """A reward on the device of the model, or the choices of people at this machine."""
     o = session.options
     if str(spec) != "people":
         return load_reward(spec, device=session.model.device, seed=o.seed)
     if session.accelerator.num_processes > 1:
-        raise ValueError("reward people asks at one page; train with one process")
+        raise ValueError("reward people has one page for its questions; train with one process")
     return people(session.run / "choices", o.group_size, seed=o.seed)

@@ -1,1 +1,1 @@
-"""What several methods are made of: noised pictures, pair losses, runs, branches, checks at the start, plans."""
+"""Code that several methods use: noised pictures, pair losses, runs, branches, checks at the start, plans."""

@@ -1,10 +1,10 @@
 """SPO's step-wise resampler (Liang et al. 2024, arXiv 2406.04314): pairs of continuations of one state.
 
-From step `start` on, K children are drawn from the same Gaussian; each is scored by its own clean prediction, one step
-later; the best and the worst make a pair if they are far enough apart, or all do that are; and a child drawn at random
-is the next parent, whose prediction is known already. With segments longer than one step (MSPO, for SDXL) each child
-first goes on by itself, the comparison is made at the segment's end, and every transition of the winner's and of the
-loser's segment is a pair.
+From step `start` on, K children are drawn from the same Gaussian, and each is scored by its own clean prediction one
+step later. The best and the worst make a pair if their scores differ enough (or all pairs that do are kept). A random
+child is the next parent; its prediction is already known. With segments longer than one step (MSPO, for SDXL) each
+child is continued separately, the comparison is made at the end of the segment, and every transition of the winner's
+and of the loser's segment makes a pair.
 """
 
 from __future__ import annotations
@@ -25,19 +25,18 @@ from diffusion_align.samplers.rollout import draw_noise, predict
 from diffusion_align.tensors import widen
 
 StepScore = Callable[[Tensor, list[str], Tensor], Tensor]
-"""`(clean predictions [B,...], prompts, timesteps [B]) -> [B]`: logits of a preference model; 0: a finished picture."""
+"""`(clean predictions [B,...], prompts, timesteps [B]) -> [B]`: logits of a preference model (t = 0: finished)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Comparisons:
-    """M pairs of transitions, any prompts and steps together.
+    """M pairs of transitions of any prompts and steps.
 
-    parent, child: [2,M,...] states before and after the step, the winner's and the loser's; before: [2,M,...] the
-    states before the parents, for a second-order step's history. k: [M] steps. text: [M,L,E]. gap: [M] winner's score
-    minus loser's. family: [M] ascending, alike for the pairs of one comparison and step. shared: whether the pairs of a
-    family have one parent, as all have in segments of one step. score, kept: [S,B] of every comparison that was made,
-    the children's mean score and whether it made pairs. final: [B,...] states of the chains behind their last
-    comparison.
+    parent, child: [2,M,...] states before and after the step, of winner and loser; before: [2,M,...] the states before
+    the parents, the history of second-order steps. k: [M] steps. text: [M,L,E]. gap: [M] winner's score minus loser's.
+    family: [M] ascending numbers, equal for the pairs of one comparison and step. shared: whether the pairs of a family
+    have one parent (true in segments of one step). score, kept: [S,B] of every comparison, the mean score of the
+    children and whether it made pairs. final: [B,...] states of the chains after their last comparison.
     """
 
     before: Tensor
@@ -56,17 +55,17 @@ class Comparisons:
         return len(self.k)
 
     def to(self, device: torch.device | str) -> Comparisons:
-        """The same pairs with their tensors elsewhere."""
+        """The same pairs with their tensors on this device."""
         names = ("before", "parent", "child", "k", "text", "gap", "family", "score", "kept", "final")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
-    def cut(self, times: int) -> list[Comparisons]:
-        """So many parts of whole families, or one of each family."""
+    def split(self, times: int) -> list[Comparisons]:
+        """Split into `times` chunks of complete families, or one per family if there are fewer."""
         _, sizes = self.family.cpu().unique_consecutive(return_counts=True)
         length = max(1, -(-len(sizes) // times))
         if length >= len(sizes):
             return [self]
-        ends = [int(part.sum()) for part in sizes.split(length)]
+        ends = [int(some.sum()) for some in sizes.split(length)]
         return [self.of(rows) for rows in torch.arange(len(self)).split(ends)]
 
     def of(self, rows: Tensor) -> Comparisons:
@@ -80,7 +79,7 @@ class Comparisons:
         return self.final[0].numel()
 
     def by_prompt(self) -> Tensor:
-        """The rows [M] by prompt, and by step within a prompt: one order however the prompts were cut into chunks."""
+        """The rows [M] sorted by prompt, then by step: an order that does not depend on the chunks."""
         prompts, family = len(self.final), self.family.cpu()
         return ((family % prompts) * (int(family.max()) + 1) + family).argsort(stable=True) if len(self) else family
 
@@ -89,9 +88,9 @@ class Comparisons:
 class Branching:
     """How SPO compares.
 
-    children: of each state. start: the first step compared at. threshold: by how much winner and loser must differ in
-    probability. segment: steps between comparisons. all_pairs: all pairs of children instead of best and worst.
-    lookahead: noise-free steps that a child goes on by before it is scored.
+    children: of each state. start: the first step at which it compares. threshold: the least difference in probability
+    of winner and loser. segment: steps between comparisons. all_pairs: all pairs of children instead of best and worst.
+    lookahead: noise-free steps by which a child is continued before it is scored.
     """
 
     children: int
@@ -114,17 +113,17 @@ def resample(
     seed: int,
     quiet: StepTable | None = None,
 ) -> Comparisons:
-    """Walk one chain a prompt and compare at the end of each segment.
+    """Walk one chain per prompt and compare at the end of each segment.
 
-    Compared are the steps with noise from `how.start` on, so a table with a noise window compares in the window only.
-    With `how.lookahead` each child goes on by so many steps of `quiet`, the table at eta = 0, or to its end, before it
-    is scored by the clean prediction there: a reward that knows finished pictures only can then judge early steps.
+    It compares at the steps with noise from `how.start` on, so a table with a noise window compares in the window only.
+    With `how.lookahead` each child is continued by that many steps of `quiet`, the table at eta = 0 (or to its end),
+    and scored by the clean prediction there: a reward for finished pictures can then judge early steps.
 
-    Network evaluations a prompt, with n the steps compared at and s those before: s + 1 + n K, and K for each step of
-    a look ahead but its last, where that is the end.
+    Network evaluations per prompt, for n steps with comparisons after s steps without: s + 1 + n K, and K for each step
+    of a look-ahead, except a last step to a finished picture.
 
-    Raises ValueError for fewer than 2 children, a start from which no step has a density, steps without one between
-    those that have, or a look ahead without the table for it; RewardError as `checked`.
+    Raises ValueError for fewer than 2 children, a start after which no step has noise, steps without noise between
+    those with noise, or a look-ahead without `quiet`; RewardError as `checked`.
     """
     text, prompts, samples, children = prompted.text, prompted.prompts, prompted.samples, how.children
     if how.lookahead and quiet is None:
@@ -157,7 +156,7 @@ def resample(
         length = len(states) - 2  # states[0] is the one before the parents
         seen, there = cleans[-1].flatten(0, 1), k + length
         if quiet is not None:
-            seen, there = walk.look(quiet, there, states[-1].flatten(0, 1), cleans[-2:], how.lookahead)
+            seen, there = walk.look_ahead(quiet, there, states[-1].flatten(0, 1), cleans[-2:], how.lookahead)
         time = table.timesteps[there] if there < len(table) else torch.zeros(())
         values = checked(_at(score, time.to(x).expand(len(seen))), seen, prompts * children)
         values = values.view(children, -1).T.to(x.device)  # [B,K]
@@ -172,14 +171,14 @@ def resample(
         before, x = (state[child, rows] for state in states[-2:])
         previous, clean = cleans[-2][child, rows], cleans[-1][child, rows]
         k += length
-    states, places = ([torch.cat(part, dim) for part in parts] for parts, dim in _columns(found))
+    states, places = ([torch.cat(column, dim) for column in columns] for columns, dim in _columns(found))
     return Comparisons(
         *states, *places, shared=how.segment == 1, score=torch.stack(scores), kept=torch.stack(passed), final=x
     )
 
 
 def _pairs(values: Tensor, threshold: float, every: bool) -> tuple[Tensor, ...]:
-    """Of scores [B,K]: (prompts, winners, losers) [P] each, those that are clearly apart."""
+    """(prompts, winners, losers) [P] each, from scores [B,K]: the pairs whose scores differ enough."""
     if every:
         of, win, lose = ordered_pairs(values)
     else:
@@ -191,19 +190,19 @@ def _pairs(values: Tensor, threshold: float, every: bool) -> tuple[Tensor, ...]:
 
 
 def _at(score: StepScore, t: Tensor) -> Score:
-    """The scores of one time."""
+    """The score at fixed timesteps."""
     return lambda clean, prompts: score(clean, prompts, t)
 
 
 def _columns(found: list[list[Tensor]]) -> list[tuple[list[tuple[Tensor, ...]], int]]:
-    """The states of all pairs, which lie along dim 1, and what goes with them, along dim 0."""
+    """The columns of `found` with the dim to join them along: 1 for states, 0 for the others."""
     columns = list(zip(*found, strict=True))
     return [(columns[:3], 1), (columns[3:], 0)]
 
 
 @dataclass(frozen=True, eq=False)
 class _Walk:
-    """Ordinary steps, of one state a prompt or of K; and a segment, K ways on from one state."""
+    """Steps of one or K states per prompt, and segments: K continuations of one state."""
 
     one: Denoiser
     several: Denoiser
@@ -212,30 +211,30 @@ class _Walk:
     children: int
 
     def step(self, k: int, x: Tensor, clean: Tensor, previous: Tensor | None, times: int) -> Tensor:
-        """The next states [times B,...]; each prompt's source is drawn from `times` times, in turn."""
+        """The next states [times B,...]; `times` draws from the generator of each prompt."""
         mean, std = step_gaussian(self.table, k, widen(x), clean, previous)
         if not self.table.stochastic[k]:
             return mean.to(x.dtype)
-        noise = torch.cat([draw_noise(self.sources, part) for part in x.chunk(times)])
+        noise = torch.cat([draw_noise(self.sources, some) for some in x.chunk(times)])
         return Gaussian(mean, std).sample(noise).to(x.dtype)
 
     def segment(
         self, k: int, length: int, before: Tensor, x: Tensor, clean: Tensor, previous: Tensor | None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """States [K,B,...] from the one before the parents to the segment's end, and clean predictions from the
-        parents to there. Behind the last step they are the finished pictures themselves."""
+        """States [K,B,...] from the one before the parents to the end of the segment, and clean predictions from the
+        parents to there. After the last step, the prediction is the finished picture itself."""
         drawn = branch(self.one, self.table, k, x, self.children, self.sources, previous, clean).children
         states = [before.expand_as(drawn), x.expand_as(drawn), drawn]
-        cleans = [clean.expand_as(drawn), self.ahead(k + 1, drawn)]
+        cleans = [clean.expand_as(drawn), self.predict(k + 1, drawn)]
         for i in range(k + 1, k + length):
-            flat = [part.flatten(0, 1) for part in (states[-1], cleans[-1], cleans[-2])]
+            flat = [tensor.flatten(0, 1) for tensor in (states[-1], cleans[-1], cleans[-2])]
             states.append(self.step(i, *flat, times=self.children).view_as(drawn))
-            cleans.append(self.ahead(i + 1, states[-1]))
+            cleans.append(self.predict(i + 1, states[-1]))
         return states, cleans
 
-    def look(self, quiet: StepTable, k: int, x: Tensor, cleans: list[Tensor], count: int) -> tuple[Tensor, int]:
-        """The clean prediction `count` noise-free steps on from states at step k, and the step it stands at."""
-        previous, clean = (part.flatten(0, 1) for part in cleans)
+    def look_ahead(self, quiet: StepTable, k: int, x: Tensor, cleans: list[Tensor], count: int) -> tuple[Tensor, int]:
+        """The clean prediction `count` noise-free steps after the states at step k, and the number of that step."""
+        previous, clean = (tensor.flatten(0, 1) for tensor in cleans)
         end = min(k + count, len(quiet))
         while k < end:
             x = step_gaussian(quiet, k, widen(x), clean, previous)[0].to(x.dtype)
@@ -243,7 +242,7 @@ class _Walk:
             previous, clean = clean, (x if k == len(quiet) else predict(self.several, self.table, k, x))
         return clean, k
 
-    def ahead(self, k: int, states: Tensor) -> Tensor:
+    def predict(self, k: int, states: Tensor) -> Tensor:
         if k == len(self.table):
             return states
         return predict(self.several, self.table, k, states.flatten(0, 1)).view_as(states)

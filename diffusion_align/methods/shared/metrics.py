@@ -1,4 +1,4 @@
-"""What the methods report of a step, under the names that all of them log it by."""
+"""The metrics of a step, under the names that all methods use."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from diffusion_align.train.method import Columns
 
 
 def quantiles(name: str, values: Tensor) -> dict[str, float]:
-    """The 5th, 50th and 95th percentile of values [M], under the names that all methods log them by."""
+    """The 5th, 50th and 95th percentile of values [M], under the names that all methods use."""
     low, middle, high = values.quantile(values.new_tensor([0.05, 0.5, 0.95])).tolist()
     return {f"{name}_p05": low, f"{name}_p50": middle, f"{name}_p95": high}
 
 
 class RunSums:
-    """Per-run sums over the steps of a walk, [B] each, and what is asked of each step on the way."""
+    """Sums over the steps of each run, [B] each: log_ratio, kl, clamped; and the maximum, drift."""
 
     def __init__(self, runs: Runs):
         self.runs = runs
@@ -27,8 +27,8 @@ class RunSums:
         self.log_ratio, self.kl, self.drift, self.clamped = (zeros.clone() for _ in range(4))
         self.steps = int(runs.trajectory.table.stochastic.sum())
 
-    def note(self, k: int, step: Gaussian) -> tuple[Tensor, Tensor, Gaussian]:
-        """Log-ratio of the stored next state [B] to the reference, to the policy that ran, and the reference's step."""
+    def add(self, k: int, step: Gaussian) -> tuple[Tensor, Tensor, Gaussian]:
+        """Add a step; its log-ratios [B] to the reference and to the policy that drew it, and the reference's step."""
         runs, after = self.runs, widen(self.runs.trajectory.states[k + 1])
         reference = runs.gaussian(k, runs.reference)
         assert runs.trajectory.clean is not None  # rollouts keep them
@@ -40,11 +40,11 @@ class RunSums:
         return ratio, drift, reference
 
 
-def facts_of(runs: Runs) -> Columns:
-    """What a round's pictures are like, whether learnt from or not.
+def round_columns(runs: Runs) -> Columns:
+    """Columns of all pictures of a round, also of those that no step learns from.
 
-    reward, one a picture (nan where it failed); spread, the rewards' standard deviation in each group; diversity, the
-    root mean square distance between two final latents of a group, over dims.
+    reward, one per picture (nan if it failed); spread, the standard deviation of the rewards of each group; diversity,
+    the root mean square distance between two final latents of a group, over dims.
     """
     ends = runs.trajectory.states[-1].flatten(1).unflatten(0, runs.reward.shape)  # [G,K,D]
     size = runs.reward.shape[1]
@@ -52,19 +52,20 @@ def facts_of(runs: Runs) -> Columns:
     return {"reward": runs.reward, "spread": runs.reward.std(1, correction=0), "diversity": apart.sqrt()}
 
 
-def summarise_runs(columns: Columns, facts: Columns, *, dims: int) -> dict[str, float]:
-    """Metrics of a step. All log-ratios are in nats, summed over dims and, for runs, over steps."""
+def summarise_runs(columns: Columns, drawn: Columns, *, dims: int) -> dict[str, float]:
+    """Metrics of a step, from the columns of its items and of the `drawn` round. Log-ratios are in nats, summed over
+    dims and, for runs, over steps."""
     metrics: dict[str, float] = {"dims": float(dims)}
-    if "reward" in facts:
-        known = facts["reward"][~facts["reward"].isnan()]
+    if "reward" in drawn:
+        known = drawn["reward"][~drawn["reward"].isnan()]
         metrics |= {
             "reward_mean": float(known.mean()),
-            "reward_spread": float(facts["spread"].nanmean()),
-            "reward_failed": float(len(facts["reward"]) - len(known)),
-            "diversity": float(facts["diversity"].mean()),
+            "reward_spread": float(drawn["spread"].nanmean()),
+            "reward_failed": float(len(drawn["reward"]) - len(known)),
+            "diversity": float(drawn["diversity"].mean()),
         }
-    if "score" in facts:
-        metrics |= {"score_mean": float(facts["score"].nanmean()), "kept": float(facts["kept"].mean())}
+    if "score" in drawn:
+        metrics |= {"score_mean": float(drawn["score"].nanmean()), "kept": float(drawn["kept"].mean())}
     if not columns:
         return metrics
     for name, values in columns.items():

@@ -1,6 +1,6 @@
-"""Noised pictures and their denoising errors, for every method that learns from given pictures.
+"""Noised pictures and their denoising errors, for methods that learn from given pictures.
 
-`noised_lists` and `denoising_errors` work for lists of any length K, a pair being K = 2, the winner first.
+`noised_lists` and `denoising_errors` work for lists of any length K. A pair is a list of K = 2, the winner first.
 """
 
 from __future__ import annotations
@@ -24,10 +24,7 @@ Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Networks:
-    """The trained network, its frozen reference, and the noise that both were made for.
-
-    `reference` may be None for a loss that compares with none.
-    """
+    """The trained network, its frozen reference (None for a loss without one), and their noise schedule."""
 
     policy: Predict
     reference: Predict | None
@@ -36,7 +33,7 @@ class Networks:
 
 
 class Noised(NamedTuple):
-    """A batch of lists, noised, as one batch of K*B rows: all first entries, then all second ones, and so on."""
+    """B noised lists as one batch of K*B rows: all first entries, then all second ones, and so on."""
 
     x: Tensor
     t: Tensor
@@ -56,9 +53,9 @@ def noised_lists(
 ) -> Noised:
     """Noise latents [B,K,C,h,w] with one timestep and one noise per list, addressed by (epoch, index).
 
-    Timesteps are uniform over 0..N-1. That timestep and noise are shared in the pair is the pseudo-code of
-    Diffusion-DPO's paper; sharing makes the margin a difference of the pictures only. Without `shared_noise` each
-    picture has its own, at (epoch, index, picture), as in RankDPO (Karthik et al. 2024, arXiv 2410.18013, eq. 5).
+    Timesteps are uniform over 0..N-1. The pictures of a pair share timestep and noise as in the pseudo-code of
+    Diffusion-DPO's paper, so the margin depends on the pictures only. Without `shared_noise` each picture has its own
+    noise, at (epoch, index, picture), as in RankDPO (Karthik et al. 2024, arXiv 2410.18013, eq. 5).
     """
     batch, entries = latents.shape[:2]
     addresses = list(samples)
@@ -87,7 +84,7 @@ def denoising_errors(predict: Predict, noised: Noised) -> Tensor:
 
 
 def drop_captions(text: Tensor, empty: Tensor, samples: Sequence[Sample], probability: float, seed: int) -> Tensor:
-    """Replace each text [B,L,E] by the empty prompt's [1,L,E] with this probability, addressed by (epoch, index)."""
+    """Replace each text [B,L,E] by the empty prompt [1,L,E] with this probability, addressed by (epoch, index)."""
     if probability == 0:
         return text
     dropped = rng.uniform_batch(seed, "caption", list(samples)) < probability

@@ -1,4 +1,4 @@
-"""An online run whose model is open: prompts, step tables, networks with guidance, and how its pictures are scored."""
+"""An online run with a loaded model: prompts, step tables, networks with guidance, and the reward."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from diffusion_align.train.rounds import RoundSizes, run_rounds
 
 
 class OnlineSetup:
-    """What every online method is built from."""
+    """Everything that the online methods have in common."""
 
     def __init__(self, o: TrainOnline, opened: Opened):
         model = opened.model
@@ -56,11 +56,11 @@ class OnlineSetup:
 
     @property
     def per_dim(self) -> bool:
-        """Whether beta and clip belong to log-ratios averaged over dims."""
+        """Whether beta and clip are for log-ratios averaged over dims."""
         return getattr(self.options, "log_ratio_unit", "mean") == "mean"
 
     def table_of(self, round: int) -> StepTable:
-        """The sampler of a round: with a noise window, one of the places where that may be."""
+        """The step table of a round; with a noise window, its place is drawn for each round."""
         tables = self.tables.of_rounds
         return tables[int(rng.integers_batch(0, len(tables), self.options.seed, "window", [round]))]
 
@@ -70,9 +70,9 @@ class OnlineSetup:
         return Prompted(prompts, self.opened.model.encode_text(prompts), samples)
 
     def rollouts(self, *, renewed: bool = False) -> Rollouts[Runs]:
-        """Runs of a round's prompts; with a `renewed` reference against the policy that drew them.
+        """Runs of the prompts of a round. `renewed`: the reference is the policy that drew them.
 
-        They are scored while the next are drawn where the two do not want the same processor.
+        They are scored while the next chunk is drawn, if drawing and scoring use different processors.
         """
         o, score = self.options, self.picture_score()
         reference = None if renewed else self.reference
@@ -94,7 +94,7 @@ class OnlineSetup:
 
 
 def start_with(build: Callable[[Any, OnlineSetup], OnlineMethod[Any]], o: TrainOnline, opened: Opened) -> Started:
-    """The rounds of the method that `build` makes of options and setup."""
+    """The rounds of the method that `build` makes from options and setup."""
     setup = OnlineSetup(o, opened)
     identity = {
         "model": opened.model.fingerprint(),
@@ -116,12 +116,12 @@ def online_length(
     plan: RoundPlan | None = None,
     evaluations: Callable[[Any, RunTables], dict[str, float]] = evaluations_of_runs,
 ) -> Length:
-    """Rounds, steps and evaluations; by default of a method whose steps take prompts with their group of pictures."""
+    """Rounds, steps and evaluations; by default of a method whose steps take all pictures of some prompts."""
     tables = run_tables(o, about.schedule)
     plan = plan or plan_prompts(o, about.processes, o.group_size)
-    asked = evaluations(o, tables)
-    counts = " + ".join(f"{n:g} {word}" for word, n in asked.items())
-    in_all = round(sum(asked.values()) * o.prompts_per_round) * plan.rounds
+    per_prompt = evaluations(o, tables)
+    counts = " + ".join(f"{n:g} {word}" for word, n in per_prompt.items())
+    in_all = round(sum(per_prompt.values()) * o.prompts_per_round) * plan.rounds
     chunk = max(1, o.sample_chunk // plan.pictures_per_prompt)
     sizes = RoundSizes(
         about.count or 0, o.prompts_per_round, plan.prompts_per_step, chunk, o.passes, plan.pairs_per_step,
@@ -132,7 +132,7 @@ def online_length(
 
 
 def describe_clamp(o: Any, about: About) -> list[str]:
-    """beta and clip of a stepwise logistic loss in nats, and what the loss can reach."""
+    """beta and clip of a stepwise logistic loss in nats, and the values that the loss can reach."""
     unit = about.dims if o.log_ratio_unit == "mean" else 1
     low, high = stepwise_range(o.beta, o.clip)
     nats = "none" if o.clip is None else f"{math.log1p(-o.clip) * unit:.4g} .. {math.log1p(o.clip) * unit:.4g} nats"

@@ -1,7 +1,7 @@
-"""What a loss may ask of a batch of pairs, and the losses that ask for more than the margin.
+"""Losses of pairs as functions of the networks' outputs.
 
-Diffusion-DPO and its siblings need one number of a pair, the margin. Others need the errors themselves or the
-network's outputs; here each becomes a function of the same `PairOutputs`, so that one loop trains them all.
+Diffusion-DPO and similar losses need one number per pair, the margin. Others need the errors or the outputs. Here all
+are functions of the same `PairOutputs`, so one loop trains them all.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from diffusion_align.tensors import sum_dims, widen
 
 @dataclass(frozen=True, eq=False)
 class PairOutputs:
-    """The networks' outputs on b noised pairs and what they were to be, [2b,...] each, winners first."""
+    """The networks' outputs on b noised pairs and their target, [2b,...] each, winners first."""
 
     policy: Tensor
-    reference: Tensor | None  # None where the loss needs none, so that nobody computed it
+    reference: Tensor | None  # None if the loss needs none
     target: Tensor
 
     @property
@@ -31,14 +31,14 @@ class PairOutputs:
 
     @cached_property
     def errors(self) -> Tensor:
-        """The policy's squared errors, summed over dims in float32 at least, [2,b]."""
+        """The squared errors of the policy, summed over dims in float32 at least, [2,b]."""
         return sum_dims((widen(self.policy) - widen(self.target)).square()).view(2, -1)
 
     @cached_property
     def reference_errors(self) -> Tensor:
-        """The reference's, [2,b]. Raises ValueError where there is no reference."""
+        """Those of the reference, [2,b]. Raises ValueError if there is no reference."""
         if self.reference is None:
-            raise ValueError("these pairs were given no reference's outputs")
+            raise ValueError("this loss needs the outputs of a reference")
         return sum_dims((widen(self.reference) - widen(self.target)).square()).view(2, -1)
 
 
@@ -59,8 +59,8 @@ def margin_of(pairs: PairOutputs) -> Tensor:
 
 
 def on_margin(loss: Callable[[Tensor], Tensor], *, keep: float | None = None) -> PairLoss:
-    """A loss of the margin [b] -> [b]. With `keep` the loser's gradient is scaled down to where the winner's error does
-    not rise (Diffusion-SDPO, `objectives.sdpo_scale` of the batch, whose share it keeps); the loss's value stays."""
+    """A loss of the margin [b] -> [b]. With `keep` the loser's gradient is scaled so that the winner's error does not
+    rise (Diffusion-SDPO, `objectives.sdpo_scale` over the batch); the value of the loss is the same."""
 
     def of_pairs(pairs: PairOutputs) -> Tensor:
         if keep is None:
@@ -75,9 +75,9 @@ def on_margin(loss: Callable[[Tensor], Tensor], *, keep: float | None = None) ->
 def kto_of_pairs(beta: float) -> PairLoss:
     """`objectives.kto` on pairs: the winner as a liked and the loser as a disliked picture; the mean of the two.
 
-    This is not how the authors train (that is `pictures.train_pictures`): both pictures of a pair share t and noise, as
-    many are liked as disliked, and the baseline is the mean log-ratio of one micro-batch, at least 0, so the loss
-    depends on how a batch is cut.
+    The authors train differently (see `methods.kto`). Here both pictures of a pair share t and noise, half of the
+    pictures are liked, and the baseline is the mean log-ratio of one micro-batch, at least 0, so the loss depends on
+    the size of micro-batches.
     """
 
     def of_pairs(pairs: PairOutputs) -> Tensor:
@@ -90,7 +90,7 @@ def kto_of_pairs(beta: float) -> PairLoss:
 
 
 def mapo_of_pairs(beta: float, steps: int) -> PairLoss:
-    """`objectives.mapo`, which knows no reference; errors as means over dims."""
+    """`objectives.mapo`, which needs no reference; errors as means over dims."""
 
     def of_pairs(pairs: PairOutputs) -> Tensor:
         return mapo(pairs.errors[0] / pairs.dims, pairs.errors[1] / pairs.dims, beta, steps)
@@ -99,10 +99,10 @@ def mapo_of_pairs(beta: float, steps: int) -> PairLoss:
 
 
 def dspo_of_pairs(beta: float, strength: float) -> PairLoss:
-    """`objectives.dspo` as a mean over dims, so that a learning rate means what it means for a denoising loss."""
+    """`objectives.dspo` as a mean over dims, so that learning rates of denoising losses fit."""
 
     def of_pairs(pairs: PairOutputs) -> Tensor:
-        margin = margin_of(pairs)  # first: it says so where there is no reference
+        margin = margin_of(pairs)  # first, because it raises if there is no reference
         assert pairs.reference is not None
         output, target, reference = (side.chunk(2)[0] for side in (pairs.policy, pairs.target, pairs.reference))
         return dspo(output, target, reference, margin, beta, strength) / pairs.dims

@@ -1,4 +1,4 @@
-"""How long an offline run is, and its beta in every unit: numbers that a person can check before it starts."""
+"""The length of an offline run, and its beta in every unit, to check before it starts."""
 
 from __future__ import annotations
 
@@ -33,39 +33,39 @@ class Steps:
 
 
 def processes_here() -> int:
-    """How many processes the launcher started; known before any of them is joined."""
+    """How many processes the launcher started, known before they communicate."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def accumulation_of(o: TrainOffline | TrainSpm, processes: int) -> int:
-    """Micro-batches that each device sums into one step: what was asked for, or what the effective batch leaves.
+    """Micro-batches of a step on each device, from gradient_accumulation_steps or effective_batch_size.
 
     Raises:
-        UsageError: an effective batch that the devices cannot share equally, or that contradicts what else was set.
+        UsageError: an effective batch that does not divide into equal micro-batches, or contradicts the other options.
     """
-    whole, cut = o.effective_batch_size, o.train_batch_size * processes
-    if whole is None:
+    batch, at_once = o.effective_batch_size, o.train_batch_size * processes
+    if batch is None:
         return o.gradient_accumulation_steps or 1
-    at_once = f"train_batch_size {o.train_batch_size} x {processes} {'process' if processes == 1 else 'processes'}"
-    if whole % cut:
-        low, high = whole // cut * cut, -(-whole // cut) * cut
+    product = f"train_batch_size {o.train_batch_size} x {processes} {'process' if processes == 1 else 'processes'}"
+    if batch % at_once:
+        low, high = batch // at_once * at_once, -(-batch // at_once) * at_once
         near = f"{low} or {high}" if low else f"{high}"
         raise UsageError(
-            f"effective_batch_size {whole} is no multiple of {at_once} = {cut}: take {near}, "
+            f"effective_batch_size {batch} is no multiple of {product} = {at_once}: take {near}, "
             "or another train_batch_size"
         )
-    if o.gradient_accumulation_steps not in (None, whole // cut):
+    if o.gradient_accumulation_steps not in (None, batch // at_once):
         raise UsageError(
-            f"effective_batch_size {whole} over {at_once} means gradient_accumulation_steps {whole // cut}, not "
+            f"effective_batch_size {batch} over {product} means gradient_accumulation_steps {batch // at_once}, not "
             f"{o.gradient_accumulation_steps}: leave one of the two out"
         )
-    return whole // cut
+    return batch // at_once
 
 
 def steps_of(
     per_device: int, processes: int, accumulation: int, epochs: int, max_steps: int | None, pairs: int | None
 ) -> Steps:
-    """The number of steps: `max_steps`, or as many as see every pair `epochs` times."""
+    """The number of steps: `max_steps`, or enough for `epochs` passes over the pairs."""
     batch = per_device * processes * accumulation
     steps = max_steps if max_steps is not None else None if pairs is None else math.ceil(epochs * pairs / batch)
     return Steps(per_device, processes, accumulation, steps, pairs)
@@ -74,8 +74,8 @@ def steps_of(
 def path_weight(schedule: Schedule) -> float:
     """T times the mean of omega: the sum over t of (SNR_{t-1} / SNR_t - 1) / 2, about 6.53 for Stable Diffusion.
 
-    The exact weights of the path's KL vary with t (Wallace et al. 2023, eq. 14, before omega is made constant); their
-    sum is what a constant weight stands for, and turns a beta per squared error into one per nat.
+    The exact weights of the path's KL vary with t (Wallace et al. 2023, eq. 14, before omega is made constant). A
+    constant weight replaces them by their mean; their sum converts a beta per squared error into one per nat.
     """
     lam = schedule.half_log_snr(torch.arange(schedule.num_timesteps, dtype=torch.float64))
     lam = lam[torch.isfinite(lam)]
@@ -88,7 +88,7 @@ def describe_steps(plan: Steps) -> list[str]:
     lines = [f"effective batch  {batch} = {plan.batch} pairs"]
     if plan.pairs and plan.batch > plan.pairs:
         lines.append(
-            f"                 each of the {plan.pairs} pairs comes {plan.batch / plan.pairs:.3g} times within one "
+            f"                 each of the {plan.pairs} pairs occurs {plan.batch / plan.pairs:.3g} times within one "
             "step, with other noise each time: use more pairs or a smaller batch"
         )
     if plan.steps is None:
@@ -104,7 +104,7 @@ def latent_beta(o: Any, shape: Sequence[int]) -> float:
 
 
 def describe_beta(o: Any, about: About) -> list[str]:
-    """beta in the unit it was given, per squared error summed over dims, in the other published unit, and per nat."""
+    """beta in its own unit, per squared error summed over dims, in the other published unit, and per nat."""
     per_sum, dims, schedule = latent_beta(o, about.shape), about.dims, about.schedule
     others = {"salesforce": 2 * dims * per_sum, "diffusers": dims * per_sum}
     same = ", ".join(f"{value:g} in the unit of {name}" for name, value in others.items() if name != o.beta_convention)
@@ -117,7 +117,7 @@ def describe_beta(o: Any, about: About) -> list[str]:
 
 
 def length_of(o: TrainOffline | TrainSpm, about: About, counted: str) -> Length:
-    """Batch and steps of an offline run; `counted`: what its batch counts."""
+    """Batch and steps of an offline run; `counted`: the items, such as pairs."""
     accumulation = accumulation_of(o, about.processes)
     plan = steps_of(
         o.train_batch_size, about.processes, accumulation, o.num_train_epochs, o.max_train_steps, about.count
@@ -127,5 +127,5 @@ def length_of(o: TrainOffline | TrainSpm, about: About, counted: str) -> Length:
 
 
 def require_accumulation(o: TrainOffline | TrainSpm) -> None:
-    """Refuse, early, a batch that the processes cannot share. Raises UsageError."""
+    """Raise UsageError for a batch that does not divide among the processes."""
     accumulation_of(o, processes_here())

@@ -1,4 +1,4 @@
-"""Labels of a step-aware model's pairs: those of the data, or what a reward says of the clean pictures."""
+"""Labels of the pairs of a step-aware model: those of the data, or from a reward's scores of the clean pictures."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ CHUNK = 16  # pairs whose pictures are in memory at a time
 
 
 def own_labels(pairs: Sequence[Pair]) -> Tensor:
-    """[N] float64: 1 where the first picture was preferred, 0.5 where neither was."""
+    """[N] float64: 1 if the first picture was preferred, 0.5 for a tie."""
     return torch.tensor([0.5 if pair.tie else 1.0 for pair in pairs], dtype=torch.float64)
 
 
 def labels_of_scores(scores: Tensor, margin: float) -> Tensor:
-    """Scores [N,2] -> labels [N] of the first: 1 or 0, or 0.5 where softmax's p_0 and p_1 differ by at most `margin`.
+    """Scores [N,2] -> labels [N]: 1 or 0, or 0.5 if the softmax probabilities p_0 and p_1 differ by at most `margin`.
 
-    p_0 - p_1 = tanh((s_0 - s_1) / 2), so the scores must be logits, as PickScore's are. The rule of SPO's training code
-    for SDXL, whose margin is 0.1.
+    p_0 - p_1 = tanh((s_0 - s_1) / 2), so the scores must be logits, as PickScore's are. This is the rule of SPO's
+    training code for SDXL, with a margin of 0.1.
 
     Raises:
         ValueError: a score that is not finite.
@@ -44,7 +44,7 @@ def labels_of_scores(scores: Tensor, margin: float) -> Tensor:
 
 
 def describe_labels(reward: str, own: Tensor, labels: Tensor, margin: float) -> str:
-    """One line: how many labels a reward kept, turned over, decided, and called a tie."""
+    """One line: how many labels of the data a reward confirmed and flipped, and how many ties it decided and made."""
     decided = own != 0.5
     same, flipped = (int((decided & (labels == side)).sum()) for side in (1.0, 0.0))
     new = int((~decided & (labels != 0.5)).sum())
@@ -59,10 +59,10 @@ def describe_labels(reward: str, own: Tensor, labels: Tensor, margin: float) -> 
 def scores_of_pairs(
     name: str, pairs: Sequence[Pair], folder: Path, load: Callable[[], Reward], *, progress: bool = False
 ) -> Tensor:
-    """Scores [N,2] float64 of the pairs' clean pictures, each whole and at its own size, by the reward `name`.
+    """Scores [N,2] float64 of the pairs' clean pictures, uncropped and at their own size, by the reward `name`.
 
-    They are kept in `folder`, a line a pair, under a name that follows from reward and pairs: a second call reads them,
-    and one that was interrupted goes on where it ended. `load` is asked for the reward only where a score is missing.
+    They are kept in `folder`, one line per pair, in a file named by reward and pairs: a second call reads them, and
+    continues after an interruption. `load` loads the reward and is called only if a score is missing.
 
     Raises:
         ValueError: a picture that cannot be decoded; whatever the reward raises.
@@ -84,19 +84,19 @@ def scores_of_pairs(
 
 
 def _identity(name: str) -> str:
-    """The reward's text, with the content of a Python one's file."""
+    """The text of the reward, and the content of the file of a Python reward."""
     files = [part.at.rpartition(":")[0] for part in read_spec(name).parts if part.kind == "python"]
     return name + "".join(digest(Path(file).read_bytes()) for file in files)
 
 
 def _lines(file: Path) -> list[list[float]]:
-    """The rows of a file; a last line that was cut is not one."""
+    """The rows of a file, without a torn last line."""
     text = file.read_text(encoding="utf-8") if file.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _scored(pairs: Sequence[Pair], reward: Reward) -> list[list[float]]:
-    """Two scores a pair. Pictures of one size share a call."""
+    """Two scores per pair. Pictures of one size are scored together."""
     pictures = [_picture(pair, side) for pair in pairs for side in (0, 1)]
     places: dict[torch.Size, list[int]] = {}
     for place, picture in enumerate(pictures):

@@ -1,4 +1,4 @@
-"""The sampler of an online run as step tables, and what a plan counts from them: rounds, steps and evaluations."""
+"""The step tables of an online run, and its plan: rounds, steps and network evaluations."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from diffusion_align.schedule import Schedule
 
 @dataclass(frozen=True, eq=False)
 class RunTables:
-    """whole: noise in every step that can have it. quiet: the same grid at eta = 0. of_rounds: the table of a round is
-    one of these, drawn anew each round; without a noise window it is always `whole`."""
+    """whole: noise in every step that can have it. quiet: the same grid at eta = 0. of_rounds: each round draws one of
+    these; without a noise window the only one is `whole`."""
 
     whole: StepTable
     quiet: StepTable
@@ -23,12 +23,12 @@ class RunTables:
 
     @property
     def noisy(self) -> int:
-        """How many steps of `whole` have noise, and so a density."""
+        """How many steps of `whole` have noise, and therefore a density."""
         return int(self.whole.stochastic.sum())
 
 
 def run_tables(o: TrainOnline, schedule: Schedule) -> RunTables:
-    """Raises ValueError where the grid leaves no place for the noise window that the options ask for."""
+    """Raises ValueError if the noise window of the options does not fit the grid."""
     order = o.order if o.solver == "dpmpp" else 1
     grid = {"solver": o.solver, "order": order, "spacing": o.spacing, "final": o.final}
     whole, quiet = (step_table(schedule, o.steps, eta=eta, **grid) for eta in (o.eta, 0.0))
@@ -45,7 +45,7 @@ def run_tables(o: TrainOnline, schedule: Schedule) -> RunTables:
 
 
 def evaluations_of_runs(o: TrainOnline, tables: RunTables) -> dict[str, float]:
-    """Network evaluations a prompt and round of a method that learns from the runs of a prompt."""
+    """Network evaluations per prompt and round, of a method that learns from the runs of a prompt."""
     drawn, learnt = mean_evaluations(o, tables, lambda table: _of_runs(o, table))
     return {"rollout": drawn, "policy with gradient": learnt * o.passes, "reference": learnt}
 
@@ -53,16 +53,15 @@ def evaluations_of_runs(o: TrainOnline, tables: RunTables) -> dict[str, float]:
 def mean_evaluations(
     o: TrainOnline, tables: RunTables, count: Callable[[StepTable], tuple[int, int]]
 ) -> tuple[float, float]:
-    """States that a prompt's rollout, and learning from it, ask the network about: a guided one counts twice, and of a
-    noise window the mean over its places is taken. `count`: the same two numbers under one table."""
+    """Network evaluations per prompt, of the rollout and of learning. Guidance counts twice; with a noise window it is
+    the mean over its places. `count`: the states evaluated in rollout and learning under one table."""
     guided = (1 if o.guidance == 1 else 2) / len(tables.of_rounds)
     drawn, learnt = (guided * sum(found) for found in zip(*map(count, tables.of_rounds), strict=True))
     return drawn, learnt
 
 
 def _of_runs(o: TrainOnline, table: StepTable) -> tuple[int, int]:
-    """Of a prompt's pictures: states that a rollout asks the network about, and states that learning asks about. One
-    state that the pictures share is asked about once."""
+    """States of a prompt's pictures that rollout and learning evaluate; a state that they share is evaluated once."""
     noisy = [k for k in range(len(table)) if table.stochastic[k]]
     learnt = noisy if o.learn_steps is None else [k for k in noisy if k < o.learn_steps]
     needed = {k - back for k in learnt for back in range(int(table.order[k]))}
@@ -75,11 +74,11 @@ def _of_runs(o: TrainOnline, table: StepTable) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """How long an online run is. `pictures_per_prompt` are those in the network together.
+    """How long an online run is. `pictures_per_prompt`: pictures that are drawn together.
 
-    With `pairs_per_step` a round has as many steps as its pairs fill, so `steps_per_round` is the most. The run then
-    ends after `max_rounds` rounds, and `steps` is the most; or, where that is None, after `steps`, and `rounds` are the
-    fewest.
+    With `pairs_per_step` the number of steps of a round depends on its pairs, and `steps_per_round` is a maximum. The
+    run then ends after `max_rounds` rounds, and `steps` is a maximum; or, if that is None, after `steps` steps, and
+    `rounds` is a minimum.
     """
 
     prompts_per_round: int
@@ -93,15 +92,15 @@ class RoundPlan:
 
     @property
     def batch(self) -> int:
-        """What a step takes: pairs where it is counted in them, else pictures."""
+        """Items of a step: pairs if `pairs_per_step` is set, else pictures."""
         return self.pairs_per_step or self.prompts_per_step * self.pictures_per_prompt
 
 
 def plan_prompts(o: TrainOnline, processes: int, pictures: int) -> RoundPlan:
-    """Rounds whose steps are counted in prompts. Raises ValueError where a step's prompts cannot be shared out."""
+    """Rounds whose steps take prompts. Raises ValueError if these cannot be divided equally among the processes."""
     per_step = o.prompts_per_step or o.prompts_per_round
     if per_step % processes:
-        raise ValueError(f"{per_step} prompts a step cannot be shared out to {processes} processes")
+        raise ValueError(f"{per_step} prompts per step cannot be divided equally among {processes} processes")
     per_round = o.passes * (o.prompts_per_round // per_step)
     rounds = math.ceil((o.max_train_steps or o.num_rounds * per_round) / per_round)
     return RoundPlan(o.prompts_per_round, per_step, pictures, per_round, per_round * rounds, rounds)
@@ -112,13 +111,13 @@ def describe_rounds(plan: RoundPlan) -> list[str]:
     if plan.pairs_per_step is None:
         return [
             f"rounds           {plan.rounds}, {what}",
-            f"steps            {plan.steps}, {plan.steps_per_round} a round, of {plan.prompts_per_step} prompts",
+            f"steps            {plan.steps}, {plan.steps_per_round} per round, of {plan.prompts_per_step} prompts",
         ]
     fewest, most = ("at least ", "") if plan.max_rounds is None else ("", "up to ")
     return [
         f"rounds           {fewest}{plan.rounds}, {what}",
-        f"steps            {most}{plan.steps}, up to {plan.steps_per_round} a round, of {plan.pairs_per_step} pairs: "
-        "as many as the kept pairs fill",
+        f"steps            {most}{plan.steps}, up to {plan.steps_per_round} per round, of {plan.pairs_per_step} pairs: "
+        "the number depends on the kept pairs",
     ]
 
 
@@ -130,5 +129,5 @@ def describe_sampler(o: TrainOnline, tables: RunTables) -> str:
     if o.noise_window is not None:
         starts = window_starts(o, tables.noisy)
         places = f"{starts[0]} .. {starts[-1]}" if len(starts) > 1 else str(starts[0])
-        noisy = f"noise in {o.noise_window} of them from step {places} on, drawn anew each round"
+        noisy = f"noise in {o.noise_window} of them from step {places} on, drawn for each round"
     return f"sampler          {solver}, eta {o.eta:g}, {len(tables.whole)} steps, {noisy}; ends {end}"

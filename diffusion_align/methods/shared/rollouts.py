@@ -1,4 +1,4 @@
-"""Runs as an online method is handed them: how they are drawn and scored, and by which networks they are compared."""
+"""How the runs of an online method are drawn and scored, and which networks they are compared under."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Generic
 import torch
 from torch import Tensor
 
-from diffusion_align.methods.shared.metrics import facts_of, summarise_runs
-from diffusion_align.methods.shared.runs import Bind, Runs, Score, asked_again
+from diffusion_align.methods.shared.metrics import round_columns, summarise_runs
+from diffusion_align.methods.shared.runs import Bind, Runs, Score, repredict
 from diffusion_align.methods.shared.start_checks import Allowed, require_equal_ratios
 from diffusion_align.rewards import Reward
 from diffusion_align.system.memory import in_parts
@@ -20,9 +20,7 @@ from diffusion_align.train.method import Chunk, Columns, OnlineMethod, Sample
 if TYPE_CHECKING:
     from diffusion_align.models import TextToImage
 
-ALL_TIED = (
-    "all pictures of every prompt had one reward, or it failed; draw more a prompt (--group_size), look at the reward"
-)
+ALL_TIED = "all pictures of each prompt had the same reward, or it failed; raise group_size, or check the reward"
 
 
 @dataclass(frozen=True)
@@ -30,9 +28,9 @@ class Rollouts(Generic[Chunk]):
     """What an online method learns from.
 
     draw: (samples (epoch, prompt), prompts used before the round) -> a chunk of runs or comparisons.
-    policy, reference: networks with guidance, waiting for a prompt. Without a reference it is the policy that drew the
-        round. dims: D, of a latent. allowed: what rounding explains at the start.
-    score: chunk -> the same with rewards, where drawing does not score. ahead: score while the next chunk is drawn.
+    policy, reference: networks with guidance, as functions of the prompt. reference None: the policy that drew the
+        round. dims: D, of a latent. allowed: differences at the start that rounding explains.
+    score: chunk -> the chunk with rewards; None if `draw` scores. score_ahead: score while the next chunk is drawn.
     """
 
     draw: Callable[[list[Sample], int], Chunk]
@@ -41,29 +39,29 @@ class Rollouts(Generic[Chunk]):
     dims: int
     allowed: Allowed
     score: Callable[[Chunk], Chunk] | None = None
-    ahead: bool = False
+    score_ahead: bool = False
 
 
 def method_on_runs(
     rollouts: Rollouts[Runs], learn: Callable[[Runs, float], Columns], items: Callable[[Runs], int]
 ) -> OnlineMethod[Runs]:
-    """A method that compares the finished pictures of a prompt. learn, items: as `OnlineMethod` has them."""
+    """A method that compares the finished pictures of a prompt. learn, items: as in `OnlineMethod`."""
     return OnlineMethod(
         collect=rollouts.draw,
         score=rollouts.score,
-        ahead=rollouts.ahead,
+        score_ahead=rollouts.score_ahead,
         items=items,
         learn=learn,
-        facts=facts_of,
+        round_columns=round_columns,
         summarise=partial(summarise_runs, dims=rollouts.dims),
         check_start=partial(require_equal_ratios, dims=rollouts.dims, allowed=rollouts.allowed),
-        nothing=ALL_TIED,
-        again=partial(asked_again, policy=rollouts.policy, reference=rollouts.reference),
+        empty_step_advice=ALL_TIED,
+        repredict=partial(repredict, policy=rollouts.policy, reference=rollouts.reference),
     )
 
 
 def reward_of_latents(model: TextToImage, reward: Reward, chunk: int) -> Score:
-    """`(latents [B,...], prompts) -> [B]`, decoded `chunk` at a time, or half as many after running out of memory."""
+    """`(latents [B,...], prompts) -> [B]`, decoded `chunk` at a time, or fewer if memory runs out."""
 
     def score(latents: Tensor, prompts: list[str]) -> Tensor:
         def score_rows(rows: slice) -> Tensor:

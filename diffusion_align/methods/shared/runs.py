@@ -1,7 +1,7 @@
-"""Runs of the sampler for online training: drawn by address, scored, and set beside the reference, in chunks.
+"""Runs of the sampler for online training, in chunks: drawn by address, scored, and evaluated under the reference.
 
-A chunk holds whole groups: the K runs of a prompt are rows g K .. g K + K - 1. It is also what is learnt from in one
-piece, so that the network sees the same batches in both and the importance ratio is 1 to the bit.
+A chunk holds complete groups: the K runs of prompt g are rows g K .. g K + K - 1. Drawing and learning use the same
+chunks, so the network sees the same batches in both and the importance ratio is exactly 1.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,17 +25,17 @@ from diffusion_align.train.method import Sample
 from diffusion_align.trajectory import Trajectory
 
 Bind = Callable[[Tensor], Denoiser]
-"""`text [B,L,E] -> denoiser`: a model with its guidance, waiting for a prompt."""
+"""`text [B,L,E] -> denoiser`: a model with its guidance, as a function of the prompt."""
 
 Score = Callable[[Tensor, list[str]], Tensor]
-"""`(final latents [B,...], prompts) -> [B]`: decode and reward, composed by the script."""
+"""`(final latents [B,...], prompts) -> [B]`: decode and reward."""
 
 
 def once_a_group(bind: Bind, text: Tensor, group: int) -> Denoiser:
-    """The denoiser of G groups of K rows, text [G,L,E]; asked once a group where its K states are one state.
+    """The denoiser of G groups of K rows, text [G,L,E]; evaluated once per group while its K states are equal.
 
-    That is so until the runs of a prompt part: at the first step where they share their start, and up to the first
-    noise in a window.
+    They are equal until the runs of a prompt get different noise: at the first step if they share the initial noise,
+    and up to the first noise of a window.
     """
     several, one = bind(text.repeat_interleave(group, 0)), bind(text)
 
@@ -49,7 +49,7 @@ def once_a_group(bind: Bind, text: Tensor, group: int) -> Denoiser:
 
 
 def binder(predict: Predict, schedule: Schedule, prediction_type: str, empty_text: Tensor, guidance: float) -> Bind:
-    """A network as `Bind`: one guidance, alike in rollout, log-probs and training."""
+    """A network as `Bind`: the same guidance in rollout, log-probs and training."""
     return lambda text: guided_denoiser(predict, text, empty_text, guidance, schedule, prediction_type)
 
 
@@ -57,8 +57,8 @@ def binder(predict: Predict, schedule: Schedule, prediction_type: str, empty_tex
 class Runs:
     """A chunk of G groups of K runs, B = G K rows.
 
-    text: [G,L,E]. reference: [T,B,...] the reference's clean predictions along the runs, 0 where no scored step uses
-    them. reward: [G,K]; nan where a reward failed.
+    text: [G,L,E]. reference: [T,B,...] clean predictions of the reference along the runs, 0 at steps that are not
+    scored. reward: [G,K]; nan if it failed.
     """
 
     trajectory: Trajectory[StepTable]
@@ -73,27 +73,27 @@ class Runs:
         return self.trajectory.states[0, 0].numel()
 
     def to(self, device: torch.device | str) -> "Runs":
-        """The same runs with their states, predictions and text elsewhere; rewards stay on the CPU."""
+        """The same runs with states, predictions and text on this device; rewards stay on the CPU."""
         run = self.trajectory
         there = {name: getattr(run, name).to(device) for name in ("states", "log_prob", "clean")}
         moved = {name: getattr(self, name).to(device) for name in ("text", "reference")}
         return replace(self, trajectory=replace(run, **there), **moved)
 
-    def cut(self, times: int) -> list["Runs"]:
-        """So many parts of whole groups, or one of each group."""
+    def split(self, times: int) -> list["Runs"]:
+        """Split into `times` chunks of complete groups, or one per group if there are fewer."""
         groups, size = self.reward.shape
         length = -(-groups // times)
-        return [self._part(slice(i, i + length), size) for i in range(0, groups, length)] if length < groups else [self]
+        return [self._of(slice(i, i + length), size) for i in range(0, groups, length)] if length < groups else [self]
 
-    def _part(self, groups: slice, size: int) -> "Runs":
+    def _of(self, groups: slice, size: int) -> "Runs":
         rows, run = slice(groups.start * size, groups.stop * size), self.trajectory
-        part = replace(
+        trajectory = replace(
             run,
             states=run.states[:, rows],
             log_prob=run.log_prob[:, rows],
             clean=None if run.clean is None else run.clean[:, rows],
         )
-        return Runs(part, self.text[groups], self.reference[:, rows], self.reward[groups], self.prompts[groups])
+        return Runs(trajectory, self.text[groups], self.reference[:, rows], self.reward[groups], self.prompts[groups])
 
     def under(self, bind: Bind) -> Denoiser:
         """A model's denoiser of the B rows."""
@@ -106,7 +106,7 @@ class Runs:
 
 
 def decided(runs: Runs) -> Tensor:
-    """[G] bool: the groups with a preference. One in which a reward failed has none, as a nan is equal to nothing."""
+    """[G] bool: the groups with a preference. A group with a failed reward (nan) has none."""
     return runs.reward.amax(1) > runs.reward.amin(1)
 
 
@@ -134,10 +134,10 @@ def draw_runs(
 ) -> Runs:
     """Run the policy `group` times for each prompt, and evaluate the reference along the runs. `scored` adds rewards.
 
-    The noise of a run is at the address (seed, "run", epoch, prompt, k), its start at (seed, "x_T", epoch, prompt, k)
-    or, shared by the group as D3PO has it and PRDP's optimum needs it, without the k. `learn_steps` keeps only the
-    first so many steps for learning: the others are walked, but neither scored nor asked of the reference. Without a
-    reference it is the policy that ran: renewed every round, it costs nothing.
+    The noise of a run has the address (seed, "run", epoch, prompt, k), its start (seed, "x_T", epoch, prompt, k), or
+    without k if the group shares it (as in D3PO; PRDP's optimum requires it). `learn_steps`: learn from this many first
+    steps only; the others are drawn, but neither scored nor evaluated by the reference. reference None: the reference
+    is the policy that drew the runs, which costs no evaluation.
     """
     text, samples = prompted.text, prompted.samples
     rows = [(*sample, k) for sample in samples for k in range(group)]
@@ -153,7 +153,7 @@ def draw_runs(
 
 
 def scored(runs: Runs, score: Score) -> Runs:
-    """The same runs with the rewards of where they end. Raises RewardError as `checked` does."""
+    """The same runs with the rewards of their final latents. Raises RewardError as `checked`."""
     rows = [prompt for prompt in runs.prompts for _ in range(runs.reward.shape[1])]
     reward = checked(score, runs.trajectory.states[-1], rows)
     return replace(runs, reward=reward.view(runs.reward.shape))
@@ -165,19 +165,19 @@ def _first_steps(table: StepTable, count: int) -> StepTable:
 
 
 def _along(denoiser: Denoiser, run: Trajectory[StepTable], elsewhere: Tensor) -> Tensor:
-    """Clean predictions [T,B,...] at the states of a run that its scored steps use, and `elsewhere` those given."""
+    """Clean predictions [T,B,...] at the states that the scored steps of a run use, and `elsewhere` at the others."""
     needed = scored_predictions(run, "recompute")
     found = {k: predict(denoiser, run.table, k, run.states[k]) for k in needed}
     return torch.stack([found.get(k, elsewhere[k]) for k in range(len(run.table))])
 
 
 @torch.no_grad()
-def asked_again(runs: Runs, unmoved: bool, *, policy: Bind, reference: Bind | None) -> tuple[Runs, float]:
-    """The same runs with their predictions made anew in a batch of this shape, as a larger one rounds differently; and
-    by how much those of the policy have changed, relative as in `path_gradient`.
+def repredict(runs: Runs, unmoved: bool, *, policy: Bind, reference: Bind | None) -> tuple[Runs, float]:
+    """The same runs with predictions repeated in a batch of this shape, because other shapes round differently; and by
+    how much those of the policy changed, relative as in `path_gradient`. States, noise and rewards stay the same.
 
-    Without `unmoved` the policy is no longer the one that ran, whose predictions then stay as they are. Without a
-    reference it is the policy that ran. States, noise and rewards stay.
+    unmoved: the policy is still the one that drew the runs; otherwise its predictions are kept. reference None: the
+    reference is the policy that drew the runs.
     """
     run, group, change = runs.trajectory, runs.reward.shape[1], 0.0
     assert run.clean is not None  # rollouts keep them
@@ -194,16 +194,16 @@ def asked_again(runs: Runs, unmoved: bool, *, policy: Bind, reference: Bind | No
 
 
 def checked(score: Score, latents: Tensor, prompts: list[str]) -> Tensor:
-    """[B] float32 scores on the CPU; what is not finite becomes nan and is left out by whoever selects.
+    """[B] float32 scores on the CPU; nan for scores or latents that are not finite.
 
-    Latents that are not finite have no score, for no picture of theirs shows it. Raises RewardError, in one line, when
-    the reward raises, answers with another shape, or has no finite number for any picture that is one.
+    Raises RewardError, in one line, if the reward raises, returns another shape, or gives no finite number for any
+    picture with finite latents.
     """
     try:
         values = score(latents, prompts)
     except Exception as error:
         if ran_out(error):
-            raise  # which is no fault of the reward: fewer pictures at a time may do
+            raise  # no fault of the reward: the caller retries with fewer pictures
         raise RewardError(f"the reward failed: {type(error).__name__}: {error}") from error
     values = one_each(values, len(prompts), "the reward")
     pictures = latents.flatten(1).isfinite().all(1).cpu()

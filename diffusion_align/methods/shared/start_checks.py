@@ -1,10 +1,10 @@
-"""Before the first update margin is 0 and ratio 1: checks of that, and how much of a difference rounding explains.
+"""Before the first update the margin is 0 and the ratio 1: checks of that, within what rounding explains.
 
 A kernel rounds in another order when the batch has another shape, or when gradients are on. The difference is relative
 to the network's output and grows with the unit roundoff of its arithmetic. Measured between autocast and float32, in
 units of 2^-8 (bfloat16) and 2^-11 (float16): 1.1 and 1.0 on the embedded model, 3.2 and 3.3 on a UNet with Stable
-Diffusion's blocks at half width; between batch shapes in float32, in units of 2^-24: 6 and 16. Allowed are 8 units, and
-1024 in float32, where convolutions by Winograd's algorithm lose more.
+Diffusion's blocks at half width; between batch shapes in float32, in units of 2^-24: 6 and 16. The limit is 8 units,
+and 1024 in float32, where Winograd convolutions lose more.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ NAMES = {"bf16": "bfloat16", "fp16": "float16", "tf32": "TF32", "no": "float32"}
 
 @dataclass(frozen=True)
 class Allowed:
-    """What rounding explains. prediction: of a guided prediction, relative (see `path_gradient`); step, run: of a
-    log-ratio between equal models, in nats summed over dims, at one step and summed over a run. name: the arithmetic.
+    """The differences that rounding explains. prediction: of a guided prediction, relative (see `path_gradient`); step,
+    run: of a log-ratio between equal models, in nats summed over dims, at one step and over a run. name: the precision.
     """
 
     prediction: float
@@ -41,7 +41,7 @@ class Allowed:
 
 
 def arithmetic(accelerator: Accelerator) -> str:
-    """What the network computes in: a key of `ROUNDING`."""
+    """The precision in which the network computes: a key of `ROUNDING`."""
     if accelerator.mixed_precision != "no":
         return accelerator.mixed_precision
     kind = accelerator.device.type
@@ -50,23 +50,23 @@ def arithmetic(accelerator: Accelerator) -> str:
 
 
 def between_outputs(accelerator: Accelerator) -> float:
-    """The relative difference that two outputs of one network may have: 0 in float32 on a CPU, where the kernels are
-    the same with and without gradients."""
+    """The largest relative difference between two outputs of one network: 0 in float32 on a CPU, where kernels are the
+    same with and without gradients."""
     name = arithmetic(accelerator)
     return 0.0 if name == "no" and accelerator.device.type == "cpu" else ROUNDING[name]
 
 
 def along_runs(name: str, table: StepTable, dims: int, guidance: float, prediction_type: str) -> Allowed:
-    """What rounding explains along runs of a sampler whose network computes in `name`, a key of `ROUNDING`.
+    """The limits for runs of a sampler whose network computes in `name`, a key of `ROUNDING`.
 
-    Guidance g adds g and 1 - g times the rounding of its two outputs, which are independent: a factor of
-    hypot(g, g - 1). An output's error moves the mean of a step by `gain` times as many standard deviations, delta a
-    dim. The log-ratio of two Gaussians that far apart is delta^2 D / 2 nats, give or take delta sqrt(D): six times that
-    is allowed. Outputs are taken to be of size 1 a dim.
+    Guidance g adds g and 1 - g times the independent rounding errors of its two outputs: a factor of hypot(g, g - 1).
+    The error of an output moves the mean of a step by delta standard deviations per dim. The log-ratio of two Gaussians
+    at that distance is delta^2 D / 2 nats, with a standard deviation of delta sqrt(D), of which six are allowed.
+    Outputs are assumed to be of size 1 per dim.
     """
     relative = ROUNDING[name] * math.hypot(guidance, guidance - 1)
     alpha, sigma = table.alpha[:-1], table.sigma[:-1]
-    # How much an error of the output weighs in the clean prediction: see prediction.py.
+    # The factor from an error of the output to one of the clean prediction: see prediction.py.
     weight = {"epsilon": sigma / alpha, "sample": torch.ones_like(sigma)}.get(prediction_type, sigma)
     nats = []
     for k in range(len(table)):
@@ -79,17 +79,16 @@ def along_runs(name: str, table: StepTable, dims: int, guidance: float, predicti
 
 @torch.no_grad()
 def apart(policy: Tensor, reference: Tensor, entries: int) -> Tensor:
-    """How far the outputs [K b,...] of two networks on lists of K are apart, [b]: the largest relative difference of a
-    list's entries, whose rows are in the order of `Noised`."""
+    """The relative difference [b] of the outputs [K b,...] of two networks, the largest over the K entries of a list.
+    Rows are in the order of `Noised`."""
     difference, size = (sum_dims(x.to(torch.float32).square()) for x in (policy - reference, reference))
     relative = torch.where(difference > 0, difference / size, difference).sqrt()
     return relative.view(entries, -1).amax(0)
 
 
 def require_equal_outputs(columns: Columns, *, allowed: float) -> None:
-    """Stop a fresh run whose policy is further `apart` from its reference than rounding explains: both are one function
-    then, so more is a difference that nobody meant."""
-    # A number that is not finite is the business of the step, which is then skipped.
+    """Raise RuntimeError if policy and reference, which are equal at the start, are further `apart` than `allowed`."""
+    # Values that are not finite are ignored here: the step is then skipped.
     largest = float(torch.where(columns["apart"].isfinite(), columns["apart"], 0).max())
     if largest > allowed:
         raise RuntimeError(
@@ -101,14 +100,13 @@ def require_equal_outputs(columns: Columns, *, allowed: float) -> None:
 
 
 def require_equal_ratios(columns: Columns, *, dims: int, allowed: Allowed) -> None:
-    """Stop a fresh run whose policy is not what drew the runs, or not its reference, before the first update.
+    """Raise RuntimeError if the policy differs from what drew the runs, or from its reference, before the first update.
 
-    Both ratios are those of a function to itself: 1 up to the rounding that is `allowed` where kernels differ with
-    gradients on. Raises RuntimeError, which says how much that is.
+    Both importance ratios must be 1 up to the rounding that is `allowed`, as kernels may differ with gradients on.
     """
 
     def largest(values: Tensor) -> float:
-        # A number that is not finite is the business of the step, which is then skipped.
+        # Values that are not finite are ignored here: the step is then skipped.
         return float(torch.where(values.isfinite(), values, 0).abs().max())
 
     drift = largest(columns.get("drift", torch.zeros(1)))

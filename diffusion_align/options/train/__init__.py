@@ -1,1 +1,1 @@
-"""The options of training: a file a method, which also declares its verb (`VERB`); `common` and `online` are shared."""
+"""The options of training: one file per method, with its verb (`VERB`); `common` and `online` are shared."""

@@ -1,4 +1,4 @@
-"""The options that training verbs share: names and defaults of the scripts that people know (diffusers' DPO script first).
+"""The options that training verbs share, with the names and defaults of known scripts (diffusers' DPO script first).
 
 Where a default differs from that script, the help says so. Numbers from papers live in presets, with unit and source.
 """
@@ -20,7 +20,7 @@ NO_UPLOAD = "nothing is uploaded; the run folder is what to upload"
 
 @dataclass(frozen=True)
 class TrainCommon:
-    """Those of every training."""
+    """Options of every training."""
 
     # fmt: off
     pretrained_model_name_or_path: str | None = option(None, "model", "folder or hub id in diffusers format, or tiny (the embedded model)", aliases=("model",), path="name")
@@ -29,14 +29,14 @@ class TrainCommon:
     pretrained_vae_model_name_or_path: str | None = option(None, "model", "another VAE", unused="the model's own VAE is used; give a model folder that holds the other one", path="name")
 
     resolution: int | None = option(None, "data", "side of the pictures in pixels (default: the model's own)", at_least=8)
-    cache_dir: str | None = option(None, "data", "where downloads and encoded pictures are kept (default: the hub's own place, and output_dir/cache)", path="folder")
+    cache_dir: str | None = option(None, "data", "folder for downloads and encoded pictures (default: the hub's cache, and output_dir/cache)", path="folder")
 
-    seed: int = option(0, "train", "every draw is keyed by it", at_least=0)
-    max_train_steps: int | None = option(None, "train", "steps of the optimizer; overrides num_train_epochs", at_least=1, one_of="length")
+    seed: int = option(0, "train", "seed of every random draw", at_least=0)
+    max_train_steps: int | None = option(None, "train", "optimizer steps; overrides num_train_epochs", at_least=1, one_of="length")
     learning_rate: float = option(5e-4, "train", "learning rate after warm-up", aliases=("lr", "unet_lr"), above=0)
     scale_lr: bool = option(False, "train", "multiply the learning rate by the effective batch size")
-    lr_scheduler: str = option("constant", "train", "course of the learning rate", choices=(*LR_SCHEDULES, WITH_WARMUP))
-    lr_warmup_steps: int | None = option(None, "train", "steps of warm-up (default: 500, but at most a tenth of the run; constant has none)", at_least=0)
+    lr_scheduler: str = option("constant", "train", "learning-rate schedule", choices=(*LR_SCHEDULES, WITH_WARMUP))
+    lr_warmup_steps: int | None = option(None, "train", "warm-up steps (default: 500, but at most a tenth of the run; constant has none)", at_least=0)
     lr_num_cycles: int = option(1, "train", "restarts of cosine_with_restarts", at_least=1)
     lr_power: float = option(1.0, "train", "power of polynomial", above=0)
     adam_beta1: float = option(0.9, "train", "AdamW's beta 1", at_least=0, below=1)
@@ -44,23 +44,23 @@ class TrainCommon:
     adam_weight_decay: float = option(1e-2, "train", "AdamW's weight decay", at_least=0)
     adam_epsilon: float = option(1e-8, "train", "AdamW's epsilon", above=0)
     max_grad_norm: float = option(1.0, "train", "gradients are clipped to this norm", above=0)
-    skip_spikes: float | None = option(None, "train", "skip steps whose gradient norm is so many standard deviations above that of the last 128 good steps (default: none is skipped)", above=0)
+    skip_spikes: float | None = option(None, "train", "skip steps whose gradient norm is more than this many standard deviations above the mean of the last 128 good steps (default: skip none)", above=0)
     use_8bit_adam: bool = option(False, "train", "AdamW in 8 bits; needs the extra [8bit]")
 
     device: str | None = option(None, "machine", DEVICE, fault=device_fault)
     threads: int | None = option(None, "machine", "CPU threads (default: OMP_NUM_THREADS, else one for each core that other programs leave free)", at_least=1)
     mixed_precision: str = option("no", "machine", "precision of the network", choices=("no", "fp16", "bf16"))
-    allow_tf32: bool = option(False, "machine", "TF32 in products and convolutions on NVIDIA GPUs; else neither has it")
-    process_timeout: int = option(1800, "machine", "with several processes: seconds they wait for one that does not come; more than the longest that one alone is busy (a grid, a reward)", at_least=10)
+    allow_tf32: bool = option(False, "machine", "use TF32 in matrix products and convolutions on NVIDIA GPUs (default: in neither)")
+    process_timeout: int = option(1800, "machine", "distributed timeout in seconds; must exceed the longest phase that only rank 0 runs (a sample grid, relabelling)", at_least=10)
     local_rank: int = option(-1, "machine", "set by old launchers", saved=False, unused="the rank is read from the environment")
 
     output_dir: str = option("runs/dpo", "output", "the run folder", path="folder")
     overwrite_output_dir: bool = option(False, "output", "delete the records of an earlier run in output_dir", saved=False)
     checkpointing_steps: int = option(500, "output", "steps between checkpoints", at_least=1)
     checkpoints_total_limit: int | None = option(None, "output", "newest checkpoints to keep (default: all)", at_least=1)
-    keep_best: str | None = option(None, "output", "also keep the checkpoint before which this metric was highest, such as reward_mean (-loss: lowest)")
+    keep_best: str | None = option(None, "output", "also keep the checkpoint with the highest mean of this metric since the previous checkpoint, such as reward_mean (-loss: the lowest)")
     resume_from_checkpoint: str | None = option(None, "output", "latest, auto (latest if there is one), a checkpoint of this run by name (step-00000300), or the path of a checkpoint or of a run", aliases=("resume",), saved=False, path="resume")
-    extend: bool = option(False, "output", "resume with more steps than the run was to have: a rate that decays follows its course drawn anew over all of them", saved=False)
+    extend: bool = option(False, "output", "resume with more steps than the run had planned: a decaying learning rate then follows its schedule over all of them", saved=False)
     report_to: str | None = option(None, "output", "trackers to report to beside metrics.jsonl: tensorboard, wandb, ... (several with commas), all, none")
     tracker_name: str | None = option(None, "output", "project name in a tracker", aliases=("tracker_project_name",))
     logging_dir: str | None = option(None, "output", "folder of trackers that write files, inside output_dir unless absolute (default: logs)", path="inside")
@@ -69,7 +69,7 @@ class TrainCommon:
 
 @dataclass(frozen=True)
 class TrainUnet(TrainCommon):
-    """Those of methods that train the UNet, or a LoRA on it."""
+    """Options of methods that train the UNet, or a LoRA on it."""
 
     # fmt: off
     mode: str = option("lora", "adapter", "train a LoRA, or the full UNet", choices=MODES)
@@ -77,18 +77,18 @@ class TrainUnet(TrainCommon):
     network_alpha: float | None = option(None, "adapter", "strength of the LoRA: its output is scaled by alpha / rank (default: the rank)", aliases=("lora_alpha",), above=0)
     lora_targets: str = option("attention", "adapter", "layers that get a LoRA: attention (its projections), or wide (also feed-forward layers and convolutions)", choices=tuple(LORA_TARGETS))
 
-    collapse_alarm: str = option("warn", "train", "where pictures that people like get worse, or a prompt's pictures ever more alike: warn, stop (a checkpoint is saved) or off", choices=("warn", "stop", "off"))
-    collapse_winner_error: float = option(0.01, "train", "alarm when the error on preferred pictures is so much above the reference's, mean over dims", above=0)
-    collapse_diversity: float = option(0.5, "train", "alarm when the pictures of a prompt differ by less than this share of how they did at first", at_least=0, at_most=1)
-    collapse_patience: int = option(20, "train", "steps whose mean the alarm judges", at_least=1)
-    use_ema: bool = option(False, "train", "keep a running average of the weights, and export it")
-    ema_decay: float = option(0.999, "train", "decay of that average; less in the first steps", at_least=0, below=1)
+    collapse_alarm: str = option("warn", "train", "if preferred pictures get worse, or the pictures of a prompt too similar: warn, stop (after a checkpoint) or off", choices=("warn", "stop", "off"))
+    collapse_winner_error: float = option(0.01, "train", "raise the alarm if the error on preferred pictures exceeds the reference's by more than this, mean over dims", above=0)
+    collapse_diversity: float = option(0.5, "train", "raise the alarm if the pictures of a prompt differ by less than this fraction of their difference at the start", at_least=0, at_most=1)
+    collapse_patience: int = option(20, "train", "number of steps that the alarm averages over", at_least=1)
+    use_ema: bool = option(False, "train", "keep an exponential moving average of the weights, and export it")
+    ema_decay: float = option(0.999, "train", "decay of that average; smaller in the first steps", at_least=0, below=1)
 
-    gradient_checkpointing: bool = option(False, "machine", "less memory, slower")
+    gradient_checkpointing: bool = option(False, "machine", "recompute activations in the backward pass: less memory, slower")
     enable_xformers_memory_efficient_attention: bool = option(False, "machine", "attention by xformers, on CUDA; torch's own is as fast")
     prior_generation_precision: str | None = option(None, "machine", "a leftover of DreamBooth scripts", choices=("no", "fp32", "fp16", "bf16"), unused="no prior is generated")
 
-    run_validation: bool | None = option(None, "validation", "sample grids: true, also every validation_steps; false, none at all (default: of the base at the start, and at the end)")
+    run_validation: bool | None = option(None, "validation", "sample grids: true, also every validation_steps; false, none (default: of the base model at the start, and at the end)")
     validation_steps: int = option(200, "validation", "steps between sample grids", at_least=1)
     validation_prompts: tuple[str, ...] = option((), "validation", "prompt of the sample grids; may be repeated (default: the first of the data)", aliases=("validation_prompt",))
     validation_guidance: float = option(7.5, "validation", "guidance of the sample grids", at_least=0)
@@ -102,14 +102,14 @@ class TrainUnet(TrainCommon):
 
 @dataclass(frozen=True)
 class GivenPictures:
-    """Those of methods that learn from given pictures."""
+    """Options of methods that learn from given pictures."""
 
     # fmt: off
     train_data_dir: str | None = option(None, "data", "pairs on disk: a folder or a file", aliases=("data",), one_of="source", path="name")
     dataset_name: str | None = option(None, "data", "pairs by name: a path, a data set on the hub, or tiny", one_of="source", path="name")
     dataset_split_name: str | None = option(None, "data", "split of a data set (default: train)", aliases=("split",))
     max_train_samples: int | None = option(None, "data", "use only the first N pairs", at_least=1)
-    max_bad_fraction: float = option(0.01, "data", "share of broken rows that is left out and listed; with more the run stops", at_least=0, at_most=1)
+    max_bad_fraction: float = option(0.01, "data", "largest fraction of broken rows; these are skipped and listed, and with more the run stops", at_least=0, at_most=1)
     encode_precision: str = option("no", "data", "precision in which pictures and prompts are encoded (no: float32); they are kept in float32", choices=("no", "fp16", "bf16"))
 
     train_batch_size: int = option(4, "train", "pairs per device and step of accumulation", at_least=1)
@@ -121,11 +121,11 @@ class GivenPictures:
 
 @dataclass(frozen=True)
 class TrainOffline(GivenPictures, TrainUnet):
-    """Those of methods that train the UNet on given pictures."""
+    """Options of methods that train the UNet on given pictures."""
 
     # fmt: off
     dataset_config_name: str | None = option(None, "data", "configuration of a data set on the hub", unused="the data set's default is read")
-    proportion_empty_prompts: float = option(0.0, "data", "share of prompts replaced by the empty one", at_least=0, at_most=1)
+    proportion_empty_prompts: float = option(0.0, "data", "fraction of prompts replaced by the empty one", at_least=0, at_most=1)
     vae_encode_batch_size: int = option(8, "data", "pictures encoded at a time", at_least=1, unused="the cache encodes as many at a time as are new among 16 pairs, in chunks of 16")
     random_crop: bool = option(False, "data", "crop at random", unused=CACHED)
     no_hflip: bool = option(False, "data", "do not flip pictures", unused=CACHED)
@@ -134,7 +134,7 @@ class TrainOffline(GivenPictures, TrainUnet):
 
 
 def check_train(options: TrainCommon, metrics: tuple[str, ...]) -> None:
-    """What no single option can know, for every method. `metrics`: those that the method writes.
+    """Checks of several options together, for every method. `metrics`: those that the method writes.
 
     Raises:
         UsageError: options that contradict each other, or no model.
@@ -142,16 +142,16 @@ def check_train(options: TrainCommon, metrics: tuple[str, ...]) -> None:
     if options.pretrained_model_name_or_path is None:
         raise UsageError("which model? --pretrained_model_name_or_path FOLDER, a hub id, or tiny")
     if options.resume_from_checkpoint is not None and options.overwrite_output_dir:
-        raise UsageError("--overwrite_output_dir deletes what --resume_from_checkpoint wants to continue")
+        raise UsageError("--overwrite_output_dir deletes what --resume_from_checkpoint continues: give one of them")
     if options.extend and options.resume_from_checkpoint is None:
-        raise UsageError("--extend lengthens a run that is resumed: give --resume_from_checkpoint as well")
+        raise UsageError("--extend lengthens a resumed run: give --resume_from_checkpoint as well")
     if options.mixed_precision == "fp16" and options.device == "cpu":
-        raise UsageError("machine.mixed_precision fp16 needs a GPU; take bf16 or no on a CPU")
+        raise UsageError("machine.mixed_precision fp16 needs a GPU; use bf16 or no on a CPU")
     check_metric(options.keep_best, metrics)
 
 
 def check_data(options: GivenPictures, what: str = "pairs", cure: str = "") -> None:
-    """Exactly one source of data. Raises UsageError."""
+    """Raise UsageError unless there is exactly one source of data."""
     if options.train_data_dir is None and options.dataset_name is None:
         raise UsageError(f"which {what}? --train_data_dir PATH or --dataset_name NAME{cure}")
     if options.train_data_dir is not None and options.dataset_name is not None:

@@ -20,7 +20,7 @@ class TrainD3po(TrainOnline):
     beta: float = option(0.1, "train", "scale of the log-ratios, in log_ratio_unit", above=0)
     clip: float | None = option(0.1, "train", "each ratio is clamped to 1 -+ this, in log_ratio_unit; none: no clamp", above=0, below=1)
     log_ratio_unit: str = option("mean", "train", UNITS, choices=("mean", "nats"))
-    reference: str = option("frozen", "train", "what log-ratios are against: frozen (the base model) or round (the policy at the start of each round, as in the paper's runs with people)", choices=("frozen", "round"))
+    reference: str = option("frozen", "train", "reference of the log-ratios: frozen (the base model) or round (the policy at the start of each round, as in the paper's runs with people)", choices=("frozen", "round"))
     # fmt: on
 
 

@@ -1,6 +1,6 @@
-"""Metrics that methods write to metrics.jsonl: known before a run, so that `--keep_best` can be checked.
+"""The names of the metrics in metrics.jsonl, so that `--keep_best` can be checked before a run.
 
-A test holds the methods' lists equal to what they write.
+A test compares them with what the methods write.
 """
 
 from __future__ import annotations
@@ -20,11 +20,7 @@ SIDES = (*quantiles_of("log_ratio_w"), *quantiles_of("log_ratio_l"), "implicit_a
 
 
 def check_metric(keep_best: str | None, known: tuple[str, ...]) -> None:
-    """Refuse a metric that the method will never write.
-
-    Raises:
-        UsageError: with the nearest name, or all of them.
-    """
+    """Raise UsageError, with the nearest name or all names, for a metric that the method does not write."""
     name = (keep_best or "").removeprefix("-")
     if keep_best is None or name in known:
         return

@@ -1,6 +1,6 @@
 """The options that online methods share: prompts, rollouts and rewards.
 
-Defaults are the papers' where there is one, in the papers' units: log-ratios averaged over the latent's dims.
+Defaults are those of the papers if they give one, in their units: log-ratios averaged over the latent's dims.
 """
 
 # ruff: noqa: E501  (a table: one option a line)
@@ -22,44 +22,44 @@ UNITS = "unit of beta and clip: mean (log-ratios averaged over dims, as publishe
 @dataclass(frozen=True)
 class TrainOnline(WithReward, TrainUnet):
     # fmt: off
-    prompts: str | None = option(None, "data", "file with one prompt a line, the name of a list (animals, spo-4k, hpdv2-train and more: assets/prompts/README.md), or tiny (captions of the embedded world's training split)", aliases=("prompts_file",), path="name")
+    prompts: str | None = option(None, "data", "file with one prompt per line, the name of a list (animals, spo-4k, hpdv2-train and more: assets/prompts/README.md), or tiny (captions of the embedded world's training split)", aliases=("prompts_file",), path="name")
     num_prompts: int | None = option(None, "data", "use the first N prompts (default: all; of tiny, 4000)", at_least=1)
 
     solver: str = option("ddim", "rollout", "sampler of the runs: ddim, or dpmpp (SDE-DPM-Solver++)", choices=SOLVERS)
     order: int = option(2, "rollout", "order of dpmpp", at_least=1, at_most=2)
-    eta: float = option(1.0, "rollout", "noise dial; log-probs need some", above=0)
+    eta: float = option(1.0, "rollout", "amount of noise, 0 excluded: log-probs need noise", above=0)
     steps: int = option(20, "rollout", "steps of a run", aliases=("num_inference_steps",), at_least=2)
-    spacing: str = option("trailing", "rollout", "where the steps lie", choices=SPACINGS)
-    final: str = option("zero", "rollout", "where a run ends: zero (noise-free, so its last step has no noise and is not learnt from), or sigma_min (at the noise level of t = 0, as diffusers' DDIM with set_alpha_to_one false: the last step has noise and is learnt from)", choices=FINALS)
-    guidance: float = option(5.0, "rollout", "classifier-free guidance in rollout, log-probs and training alike; 1 is none", aliases=("guidance_scale",), at_least=0)
-    prompts_per_round: int = option(16, "rollout", "prompts of a round, over all devices: drawn with one policy", at_least=1)
+    spacing: str = option("trailing", "rollout", "spacing of the steps", choices=SPACINGS)
+    final: str = option("zero", "rollout", "where a run ends: zero (noise-free, so the last step is not learned from), or sigma_min (at the noise level of t = 0, as diffusers' DDIM with set_alpha_to_one false: the last step has noise and is learned from)", choices=FINALS)
+    guidance: float = option(5.0, "rollout", "classifier-free guidance in rollout, log-probs and training; 1 is none", aliases=("guidance_scale",), at_least=0)
+    prompts_per_round: int = option(16, "rollout", "prompts of a round, over all devices; the policy that draws them stays the same", at_least=1)
     group_size: int = option(2, "rollout", "pictures of each prompt", at_least=2)
-    learn_steps: int | None = option(None, "rollout", "learn from the first N steps of a run only (default: all with a density); not for spo", at_least=1, one_of="learnt")
-    noise_window: int | None = option(None, "rollout", "noise, and learning, in N steps of a run only, a window drawn anew each round; the others are noise-free (default: noise in all). spo compares in the window only", at_least=1, one_of="learnt")
+    learn_steps: int | None = option(None, "rollout", "learn only from the first N steps of a run (default: all steps with noise); not for spo", at_least=1, one_of="learnt")
+    noise_window: int | None = option(None, "rollout", "noise and learning only in a window of N steps, whose place is drawn for each round; the other steps are noise-free (default: noise in all). spo compares in the window only", at_least=1, one_of="learnt")
     window_first: int = option(0, "rollout", "first step at which a noise_window may start", at_least=0)
-    window_last: int | None = option(None, "rollout", "last step at which it may start (default: where it ends with the last step that has noise)", at_least=0)
-    sample_chunk: int = option(16, "rollout", "pictures in the network at a time, in rollout and training; memory follows it", at_least=1)
+    window_last: int | None = option(None, "rollout", "last step at which it may start (default: so that it ends with the last step that has noise)", at_least=0)
+    sample_chunk: int = option(16, "rollout", "pictures in the network at a time, in rollout and training; it determines the memory", at_least=1)
     share_initial_noise: bool = option(True, "rollout", "the pictures of a prompt start from the same noise")
 
-    reward: str | None = option(None, "reward", "a name of `diffusion-align reward ls`, one of its forms, or several: 0.5:pickscore,0.5:hpsv2.1. people: you choose, in a page on this machine, while the run waits", path="reward")
+    reward: str | None = option(None, "reward", "a name of `diffusion-align reward ls`, one of its forms, or several: 0.5:pickscore,0.5:hpsv2.1. people: you choose in a browser page on this machine while the run waits", path="reward")
 
     prompts_per_step: int | None = option(None, "train", "prompts of an optimizer step, over all devices (default: those of a round)", at_least=1, one_of="step")
-    passes: int = option(1, "train", "times that a round's pictures are learnt from", aliases=("num_inner_epochs",), at_least=1)
+    passes: int = option(1, "train", "how often the pictures of a round are learned from", aliases=("num_inner_epochs",), at_least=1)
     checkpointing_steps: int = option(50, "output", "steps between checkpoints; each is written at the end of a round", at_least=1)
     num_rounds: int = option(100, "train", "rounds, where max_train_steps is not given", at_least=1, one_of="length")
     # fmt: on
 
 
 def check_online(options: TrainOnline, metrics: tuple[str, ...], pictures: str = "group_size") -> None:
-    """What no single option can know. `pictures`: the option that says how many of a prompt are drawn together.
+    """Check the options together. `pictures`: the option with the number of pictures per prompt.
 
     Raises:
-        UsageError: no prompts, or numbers that cannot be cut as asked.
+        UsageError: no prompts or reward, or numbers that do not fit together.
     """
     o = options
     check_train(o, metrics)
     if o.prompts is None:
-        raise UsageError("which prompts? --prompts FILE with one a line, or tiny")
+        raise UsageError("which prompts? --prompts FILE with one per line, or tiny")
     if o.solver == "ddim" and o.eta > 1:
         raise UsageError(f"rollout.eta of ddim is at most 1, not {o.eta:g}")
     if o.reward is None and getattr(o, "preference_model", None) is None:
@@ -67,7 +67,7 @@ def check_online(options: TrainOnline, metrics: tuple[str, ...], pictures: str =
             "which reward? --reward NAME: tiny, an open_clip name with its weights, judge, people or random"
         )
     if o.reward is not None:
-        _ = o.reward_spec  # raises where it is none
+        _ = o.reward_spec  # raises if it is not a reward
     per_step = o.prompts_per_step or o.prompts_per_round
     if o.prompts_per_round % per_step:
         raise UsageError(
@@ -83,10 +83,10 @@ def check_online(options: TrainOnline, metrics: tuple[str, ...], pictures: str =
 
 
 def noisy_steps(options: TrainOnline) -> int:
-    """How many of a run's steps have noise, as far as the options tell: all but a last one to a noise-free end.
+    """How many steps of a run have noise, as far as the options tell: all, except a last step to a noise-free end.
 
-    Three grids reach t = 0 by themselves: there `sigma_min` leaves the last step nothing to do, and the table of the
-    run has one step less. So has a leading one of a model without steps_offset, which only its table knows.
+    Some grids already end at t = 0: with `sigma_min` their last step would be empty, and the table has one step less.
+    That is also so for a leading grid of a model without steps_offset, which only the table shows.
     """
     o = options
     reaches = o.spacing in IN_NOISE or (o.spacing == "linspace" and o.solver == "ddim")
@@ -94,7 +94,7 @@ def noisy_steps(options: TrainOnline) -> int:
 
 
 def window_starts(options: TrainOnline, noisy: int | None = None) -> range:
-    """The steps at which a noise window may start. `noisy`: steps with noise, where the table of the run is known."""
+    """The steps at which a noise window may start. `noisy`: the number of steps with noise, if the table is known."""
     last = (noisy_steps(options) if noisy is None else noisy) - (options.noise_window or 1)
     return range(options.window_first, min(last, last if options.window_last is None else options.window_last) + 1)
 
@@ -114,7 +114,7 @@ def _check_window(o: TrainOnline) -> None:
 
 
 def notes_online(options: TrainOnline, given: Collection[str]) -> list[str]:
-    """One line for a place of a window that there is not."""
+    """One line for each option of a noise window if there is none."""
     return [
         f"{name} has no effect without noise_window"
         for name in ("window_first", "window_last")

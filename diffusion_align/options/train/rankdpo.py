@@ -29,27 +29,27 @@ class TrainRankdpo(TrainOffline):
 
     train_batch_size: int = option(4, "train", "prompts per device and step of accumulation, with all their pictures", at_least=1)
     num_train_epochs: int = option(1, "train", "passes over the rankings, where max_train_steps is not given", at_least=1, one_of="length")
-    beta_dpo: float = option(2500.0, "train", "pull towards the reference, in the unit of beta_convention", aliases=("beta",), above=0)
+    beta_dpo: float = option(2500.0, "train", "strength of the pull towards the reference, in the unit of beta_convention", aliases=("beta",), above=0)
     beta_convention: str = option("diffusers", "train", "unit of beta_dpo: diffusers (mean over dims), salesforce (mean over dims and a hidden 1/2, so 5000 there is 2500 here) or sum (over dims)", choices=BETA_CONVENTIONS)
     pair_norm: str = option("sum", "train", "the pairs of a prompt are added up (sum, the paper), averaged by weight (sum_weights) or divided by their number (num_pairs)", choices=PAIR_NORMS)
-    discount: str = option("ln", "train", "logarithm of the rank discount, which the paper does not name; log2 makes all weights 0.69 times as large", choices=DISCOUNTS)
+    discount: str = option("ln", "train", "logarithm of the rank discount, which the paper does not specify; log2 makes all weights 0.69 times as large", choices=DISCOUNTS)
     shared_noise: bool = option(False, "train", "one noise for all pictures of a prompt, as in train dpo; the paper draws one for each")
-    one_picture_at_a_time: bool = option(False, "machine", "keep the network's activations for one picture of each prompt at a time; the same gradient in a K-th of the memory, with half as many evaluations again")
+    one_picture_at_a_time: bool = option(False, "machine", "keep the network's activations for one picture of each prompt at a time: the same gradient with 1/K of the memory and 1.5 times the evaluations")
     # fmt: on
 
 
 def notes_train_rankdpo(options: TrainRankdpo, given: Collection[str]) -> list[str]:
-    """One line for each value that is not taken as a person may think. `given` are the options that somebody set."""
+    """One line if the unit of beta_dpo may be unexpected. `given`: the options that the user set."""
     if "beta_dpo" in given and "beta_convention" not in given:
         return [
-            f"beta_dpo {options.beta_dpo:g} is read in the unit of diffusers' script (mean over dims, no 1/2); "
+            f"beta_dpo {options.beta_dpo:g} is in the unit of diffusers' script (mean over dims, no 1/2); "
             "a number from the code of Diffusion-DPO's authors needs --beta_convention salesforce"
         ]
     return []
 
 
 def check_train_rankdpo(options: TrainRankdpo) -> None:
-    """What no single option can know.
+    """Check the options together.
 
     Raises:
         UsageError: no model, no rankings or two sources of them, or options that contradict each other.

@@ -23,15 +23,15 @@ METRICS = (*ALWAYS, "accuracy", "margin")
 class TrainSpm(GivenPictures, TrainCommon):
     # fmt: off
     reward: str = option("tiny", "reward", "CLIP reward to start from: tiny (the embedded one), a folder in open_clip's format, or an open_clip name", path="reward")
-    inputs: str = option("pictures", "reward", "what it reads: pictures (decoded predictions), or latents (no decoder; patches fitted to the reward's)", choices=("pictures", "latents"))
-    guidance: float = option(5.0, "reward", "classifier-free guidance of the base's predictions; use that of the runs to come", aliases=("guidance_scale",), at_least=0)
+    inputs: str = option("pictures", "reward", "input of the model: pictures (decoded predictions), or latents (no decoder; its patches are fitted to those of the reward)", choices=("pictures", "latents"))
+    guidance: float = option(5.0, "reward", "classifier-free guidance of the base's predictions; use the value of the later train spo", aliases=("guidance_scale",), at_least=0)
 
-    relabel: str | None = option(None, "labels", "reward that says anew which picture of a pair is better, on the clean pictures, in place of the data: a name of `diffusion-align reward ls`, or one of its forms (the authors take pickscore for SDXL)", path="reward")
-    tie_margin: float = option(0.1, "labels", "with relabel: a tie where the softmax of the two scores differs by no more (0.1: the authors' for SDXL)", at_least=0, below=1)
-    keep_ties: bool = option(False, "labels", "keep pairs that the data calls even: their label is a half, or what relabel says")
+    relabel: str | None = option(None, "labels", "reward that replaces the labels of the data, by its scores of the clean pictures: a name of `diffusion-align reward ls`, or one of its forms (the authors take pickscore for SDXL)", path="reward")
+    tie_margin: float = option(0.1, "labels", "with relabel: a tie if the softmax probabilities of the two scores differ by at most this (0.1: the authors' for SDXL)", at_least=0, below=1)
+    keep_ties: bool = option(False, "labels", "keep pairs that are ties in the data: their label is 0.5, or that of relabel")
 
     max_train_samples: int | None = option(None, "data", "use only the first N pairs, held-out ones among them", at_least=1)
-    held_out: int = option(100, "data", "pairs, at least, that are kept from training to measure accuracy; whole prompts", at_least=0)
+    held_out: int = option(100, "data", "least number of pairs that are held out to measure accuracy; all pairs of a prompt together", at_least=0)
 
     train_batch_size: int = option(16, "train", "pairs per device and step of accumulation", at_least=1)
     learning_rate: float = option(3e-6, "train", "learning rate after warm-up (the authors have 1e-6 for SDXL)", aliases=("lr", "unet_lr"), above=0)
@@ -45,7 +45,7 @@ class TrainSpm(GivenPictures, TrainCommon):
 
 
 def check_train_spm(options: TrainSpm) -> None:
-    """What no single option can know.
+    """Check the options together.
 
     Raises:
         UsageError: no model, no pairs or two sources of them, pairs that are all held out, or no such reward.
@@ -65,7 +65,7 @@ def check_train_spm(options: TrainSpm) -> None:
 
 
 def notes_train_spm(options: TrainSpm, given: Collection[str]) -> list[str]:
-    """One line for a margin that nothing is held against."""
+    """One line for a tie_margin without relabel."""
     unused = "tie_margin" in given and options.relabel is None
     return ["tie_margin has no effect without relabel: the labels are the data's"] if unused else []
 

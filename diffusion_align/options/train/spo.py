@@ -24,22 +24,22 @@ class TrainSpo(TrainOnline):
     log_ratio_unit: str = option("mean", "train", UNITS, choices=("mean", "nats"))
     children: int = option(4, "rollout", "continuations compared at each step; K of the paper", at_least=2)
     start: int = option(4, "rollout", "first step at which continuations are compared; with a noise_window they are compared there", at_least=0, one_of="learnt")
-    threshold: float = option(0.3, "rollout", "a pair is kept where the softmax of its scores differs by more", at_least=0, below=1)
-    pairs: str = option("best_worst", "rollout", "of a state's continuations: best_worst, one pair as published, or all, each that threshold lets through", choices=("best_worst", "all"))
+    threshold: float = option(0.3, "rollout", "keep a pair if the softmax probabilities of its scores differ by more than this", at_least=0, below=1)
+    pairs: str = option("best_worst", "rollout", "pairs of the continuations of a state: best_worst (one pair, as published), or all pairs above the threshold", choices=("best_worst", "all"))
     segment: int = option(1, "rollout", "steps between comparisons; above 1 it is the paper's MSPO for SDXL, which has 4", at_least=1)
-    lookahead: int = option(0, "rollout", "noise-free steps that each continuation goes on before its predicted picture is compared, for rewards of finished pictures; as many as steps: to the end", at_least=0)
-    pairs_per_step: int | None = option(None, "train", "an optimizer step for every N pairs of a round, over all devices, in an order drawn anew each round; the last step of a round takes what is left (default: a step for prompts_per_step prompts)", at_least=1, one_of="step")
+    lookahead: int = option(0, "rollout", "noise-free steps that continue each continuation before its predicted picture is compared, for rewards of finished pictures; with the value of steps: to the end", at_least=0)
+    pairs_per_step: int | None = option(None, "train", "pairs of an optimizer step, over all devices, in random order within the round; the last step of a round takes the rest (default: all pairs of prompts_per_step prompts)", at_least=1, one_of="step")
     preference_model: str | None = option(None, "reward", "a step-aware preference model: a folder of reward train-spm, a file as SPO's authors publish it, or theirs by name: spo-sd15, spo-sdxl; default: the reward, on the predicted picture at every step", path="name")
     # fmt: on
 
 
 def compared_from(options: TrainSpo) -> int:
-    """The first step that SPO may compare at: any, where a window says which have noise at all."""
+    """The first step at which SPO may compare: 0 with a noise window, which alone decides then."""
     return options.start if options.noise_window is None else 0
 
 
 def check_spo(options: TrainSpo) -> None:
-    """`check_online`, and steps left to compare at."""
+    """`check_online`, and whether there are steps to compare at."""
     check_online(options, METRICS, "children")
     if options.reward == "people":
         raise UsageError("reward people chooses between finished pictures, and spo compares steps: train d3po or prdp")
@@ -52,7 +52,7 @@ def check_spo(options: TrainSpo) -> None:
 
 
 def notes_spo(options: TrainSpo, given: Collection[str]) -> list[str]:
-    """One line for what another online method would heed."""
+    """One line for each option that has no effect, or an unexpected one, in SPO."""
     notes = [
         f"{name} has no effect: spo compares the children of one state"
         for name in ("group_size", "share_initial_noise")
@@ -60,8 +60,8 @@ def notes_spo(options: TrainSpo, given: Collection[str]) -> list[str]:
     ]
     if options.pairs_per_step and options.max_train_steps is None and not options.lr_scheduler.startswith("constant"):
         notes.append(
-            f"lr_scheduler {options.lr_scheduler} is laid over the most steps that num_rounds can have and ends above 0 "
-            "where pairs are not kept; with max_train_steps the run has exactly that many steps"
+            f"lr_scheduler {options.lr_scheduler} covers the most steps that num_rounds can have, so it ends above 0 if "
+            "pairs are not kept; with max_train_steps the run has exactly that many steps"
         )
     if options.noise_window is not None and "start" in given:
         notes.append("start has no effect with noise_window: spo compares in the window")

@@ -1,12 +1,12 @@
-"""The folder that checkpoints lie in: which names are checkpoints, and how everything else goes away.
+"""The folder of checkpoints: which names are checkpoints, and how old and unfinished ones are removed.
 
     step-00000200                a checkpoint
-    .old-step-00000200           one that is just being replaced by another of its step; it counts until it is
-    .tmp-...                     staged, or half removed: never a checkpoint
-    .part-<name>.safetensors     what another process adds to the next checkpoint
+    .old-step-00000200           a checkpoint that is being replaced by a new one of its step; valid until that exists
+    .tmp-...                     being written or removed: never a checkpoint
+    .part-<name>.safetensors     tensors that another process adds to the next checkpoint
 
-Nothing here raises for what cannot be removed: the checkpoint that was saved is not the worse for it, so a warning
-says what is in the way. Links are removed, never followed.
+A file that cannot be removed causes a warning, not an error, because the saved checkpoint is complete. Links are
+removed, never followed.
 """
 
 import logging
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def found(folder: Path) -> list[Path]:
-    """Checkpoint directories, newest first, one per step. Staged ones are not checkpoints."""
+    """Checkpoint directories, newest first, one per step."""
     by_step: dict[int, Path] = {}
     for path in folder.iterdir() if folder.is_dir() else []:
         name = path.name.removeprefix(".old-")
@@ -36,7 +36,7 @@ def found(folder: Path) -> list[Path]:
 def step_of(path: Path) -> int:
     name = _NAME.fullmatch(path.name.removeprefix(".old-"))
     if name is None:
-        raise CheckpointError(f"{path} is no checkpoint: those are named step- and eight digits")
+        raise CheckpointError(f"{path} is no checkpoint: their names are step- and eight digits")
     return int(name[1])
 
 
@@ -45,34 +45,34 @@ def staging(final: Path) -> Path:
 
 
 def put(staged: Path, final: Path) -> None:
-    """Make a staged checkpoint appear, in place of one of the same step if there is one."""
+    """Rename a staged checkpoint to its final name, replacing one of the same step."""
     if final.exists():
-        os.replace(final, final.with_name(f".old-{final.name}"))  # found under this name, should the next line fail
+        os.replace(final, final.with_name(f".old-{final.name}"))  # still found if the next line fails
     os.replace(staged, final)
     sync(final.parent)
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Raise OSError, before anything is written, where fewer bytes are free than `needed` and a little."""
+    """Raise OSError, before anything is written, if there is not room for `needed` bytes and 1 MiB."""
     disk = shutil.disk_usage(folder)
     needed += _SPARE_BYTES
-    if 0 < disk.total and disk.free < needed:  # a total of 0: a file system that does not say
+    if 0 < disk.total and disk.free < needed:  # a total of 0: the file system does not report it
         raise OSError(f"it needs {needed} bytes and {disk.free} are free: make room, or keep fewer checkpoints")
 
 
 def make(folder: Path) -> None:
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
-        sync(folder.parent)  # or a power cut could lose the folder with all that is synced in it
+        sync(folder.parent)  # or a power failure could lose the folder with everything in it
 
 
 def prune(folder: Path, step: int, keep: int, protect: Collection[int]) -> None:
-    """Remove all but the newest `keep` checkpoints up to `step`, and those of the `protect` steps."""
+    """Of the checkpoints up to `step`, remove all but the newest `keep` and those of the `protect` steps."""
     try:
-        # Later steps are of a run that was taken back to an earlier one: they neither count nor go.
+        # Checkpoints of later steps remain from before a resume at an earlier step: neither counted nor removed.
         until_now = [path for path in found(folder) if step_of(path) <= step]
     except OSError as error:
-        logger.warning("%s: older checkpoints stay (%s)", folder, error)
+        logger.warning("%s: older checkpoints could not be removed (%s)", folder, error)
         return
     for path in until_now[keep:]:
         if step_of(path) not in protect:
@@ -80,8 +80,8 @@ def prune(folder: Path, step: int, keep: int, protect: Collection[int]) -> None:
 
 
 def clean(folder: Path, spare: Collection[str] = ()) -> None:
-    """Remove what interrupted saves left, but the parts named in `spare`; a replaced checkpoint that nothing took the
-    place of gets its name back."""
+    """Remove what interrupted saves left, except the parts named in `spare`. A checkpoint whose replacement does not
+    exist gets its name back."""
     for old in _glob(folder, ".old-step-*"):
         final = folder / old.name.removeprefix(".old-")
         if final.exists():
@@ -96,14 +96,14 @@ def clean(folder: Path, spare: Collection[str] = ()) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a directory, a file or a link; what is not there is fine, what will not go is warned of."""
+    """Remove a directory, a file or a link, if it exists; warn if it cannot be removed."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
     except FileNotFoundError:
-        pass  # somebody else was faster
+        pass  # another process removed it
     except OSError as error:
         logger.warning("%s could not be removed (%s)", path, error)
 
@@ -130,5 +130,5 @@ def _glob(folder: Path, pattern: str) -> list[Path]:
     try:
         return list(folder.glob(pattern))
     except OSError as error:
-        logger.warning("%s: leftovers stay (%s)", folder, error)
+        logger.warning("%s: files of interrupted saves could not be listed (%s)", folder, error)
         return []

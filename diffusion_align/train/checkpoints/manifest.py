@@ -1,6 +1,6 @@
-"""The manifest of a checkpoint: size and sha256 of each of its files, under a sha256 of its own.
+"""The manifest of a checkpoint: size and sha256 of each of its files, and a sha256 of these.
 
-It is written last, so a directory that has one was complete; reading it checks every byte of every file.
+It is written last, so a directory with a manifest was complete; reading it verifies every byte of every file.
 """
 
 import errno
@@ -15,18 +15,18 @@ _FILE = "manifest.json"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written, or cannot be used; the message names the file."""
+    """A checkpoint could not be written or cannot be used; the message names the file."""
 
 
 def write_manifest(folder: Path, step: int) -> None:
-    """Seal every file of `folder` and sync the seal."""
-    body = {"format": FORMAT, "step": step, "files": {file.name: _seal(file) for file in sorted(folder.iterdir())}}
+    """Write and sync the manifest of all files in `folder`."""
+    body = {"format": FORMAT, "step": step, "files": {file.name: _measure(file) for file in sorted(folder.iterdir())}}
     (folder / _FILE).write_text(_text(body), encoding="utf-8")
     sync(folder / _FILE)
 
 
 def checked_files(path: Path, step: int) -> list[str]:
-    """The names of a checkpoint's files, once each is known to be as it was written.
+    """The names of a checkpoint's files, after verifying each of them.
 
     Raises:
         CheckpointError: naming the file that is missing, changed or cannot be read.
@@ -38,21 +38,21 @@ def checked_files(path: Path, step: int) -> list[str]:
             raise CheckpointError(f"{file} has format {body['format']}, this version reads {FORMAT}")
         if body["step"] != step:
             raise CheckpointError(f"{file} is of step {body['step']}: the directory was renamed")
-        seals = {name: (int(seal["size"]), str(seal["sha256"])) for name, seal in body["files"].items()}
+        files = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in body["files"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file} says nothing that this version understands") from error
-    for name, (size, digest) in seals.items():
+        raise CheckpointError(f"{file} has a content that this version cannot read") from error
+    for name, (size, digest) in files.items():
         _check(path, name, size, digest)
-    return list(seals)
+    return list(files)
 
 
 def sync(path: Path) -> None:
-    """Have a file or directory on the disk, not only on its way there."""
+    """Flush a file or directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some file systems cannot sync a directory; a sync that fails for any other reason must not pass.
+        # Some file systems cannot sync a directory; every other failure is an error.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -60,37 +60,37 @@ def sync(path: Path) -> None:
 
 
 def _body(file: Path) -> dict[str, Any]:
-    if not file.is_file():  # nor a pipe, which would be waited for
+    if not file.is_file():  # reading a pipe would block
         raise CheckpointError(f"{file} is missing")
     try:
         data = file.read_bytes()
         body = json.loads(data)["body"]
-        whole = data == _text(body).encode()
+        intact = data == _text(body).encode()
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror})") from error
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged") from error
-    # The text as a whole, so that not even a changed space passes.
-    if not whole:
+    # The complete text is compared, so even a changed space is noticed.
+    if not intact:
         raise CheckpointError(f"{file} is damaged")
     return body
 
 
 def _check(path: Path, name: str, size: int, digest: str) -> None:
-    part = path / name
+    file = path / name
     try:
-        if Path(name).name != name or part.is_symlink() or not part.is_file():
-            raise CheckpointError(f"{part} is missing")
-        now = _seal(part)
+        if Path(name).name != name or file.is_symlink() or not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        now = _measure(file)
     except OSError as error:
-        raise CheckpointError(f"{part} cannot be read ({error.strerror})") from error
+        raise CheckpointError(f"{file} cannot be read ({error.strerror})") from error
     if now["size"] != size:
-        raise CheckpointError(f"{part} has {now['size']} bytes instead of {size}")
+        raise CheckpointError(f"{file} has {now['size']} bytes instead of {size}")
     if now["sha256"] != digest:
-        raise CheckpointError(f"{part} is damaged (its sha256 differs)")
+        raise CheckpointError(f"{file} is damaged (its sha256 differs)")
 
 
-def _seal(file: Path) -> dict[str, Any]:
+def _measure(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         return {"size": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 

@@ -1,6 +1,7 @@
-"""A round's data as tensors for a checkpoint, and back: records within records, down to tensors and JSON.
+"""Convert the data of a round to tensors for a checkpoint, and back.
 
-What the records are is written in JSON, which goes as bytes among the tensors; only the classes below are made anew.
+The data are nested dataclasses. Their structure is written as JSON, stored as a tensor of bytes beside the other
+tensors; reading creates only objects of known classes.
 """
 
 import dataclasses
@@ -23,12 +24,12 @@ _SHAPE = "shape.json"
 
 
 def round_name(rank: int) -> str:
-    """The group of a checkpoint that holds what one process has of a round."""
+    """The name of the group in a checkpoint that holds the data of a round on one rank."""
     return f"round_{rank}"
 
 
 def write_round(folder: Path, rank: int, round: Round[Any]) -> CheckpointError | None:
-    """Write what this process has of a round beside the checkpoints; what went wrong, as another may have succeeded."""
+    """Write this rank's data of a round beside the checkpoints. Errors are returned: all ranks must agree on them."""
     try:
         files.write_part(folder, round_name(rank), pack_round(round))
     except CheckpointError as problem:
@@ -37,7 +38,7 @@ def write_round(folder: Path, rank: int, round: Round[Any]) -> CheckpointError |
 
 
 def round_of(checkpoint: Checkpoint, rank: int, processes: int, chunks: Sequence[type]) -> Round[Any]:
-    """A rank's data of the round in whose middle a checkpoint was saved. `chunks`: the classes they may be of.
+    """A rank's data of the round inside which a checkpoint was saved. `chunks`: the allowed classes of chunks.
 
     Raises:
         CheckpointError: it was saved by another number of processes, or cannot be read.
@@ -45,50 +46,51 @@ def round_of(checkpoint: Checkpoint, rank: int, processes: int, chunks: Sequence
     saved = checkpoint.state["processes"]
     if saved != processes:
         raise CheckpointError(
-            f"{checkpoint.path} is of the middle of a round, which {saved} processes had drawn, and there are now "
+            f"{checkpoint.path} was saved inside a round that {saved} processes drew, and there are now "
             f"{processes}: resume with {saved}, or from a checkpoint between rounds"
         )
     return unpack_round(checkpoint.tensors[round_name(rank)], chunks)
 
 
 def pack_round(data: Round[Any]) -> dict[str, Tensor]:
-    """One process's data of a round as named tensors, for `checkpoint.save`."""
+    """One rank's data of a round as named tensors, for `checkpoint.save`."""
     tensors: dict[str, Tensor] = {}
-    text = json.dumps(_down(data, "round", tensors)).encode()
+    text = json.dumps(_to_json(data, "round", tensors)).encode()
     return {**tensors, _SHAPE: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 
 
 def unpack_round(tensors: Mapping[str, Tensor], chunks: Sequence[type]) -> Round[Any]:
-    """The data again. Raises CheckpointError for tensors that are not those of a round."""
+    """The inverse of `pack_round`. Raises CheckpointError for tensors that are not those of a round."""
     try:
         kinds = {kind.__name__: kind for kind in (*_KINDS, *chunks)}
-        made = _up(json.loads(bytes(tensors[_SHAPE].tolist())), tensors, kinds)
+        made = _from_json(json.loads(bytes(tensors[_SHAPE].tolist())), tensors, kinds)
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"the checkpoint's data of a round cannot be read ({error!r})") from error
     if not isinstance(made, Round):
-        raise CheckpointError("the checkpoint's data of a round are something else")
+        raise CheckpointError("the checkpoint's data of a round have another type")
     return made
 
 
-def _down(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+def _to_json(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, list | tuple):
-        return [_down(part, f"{name}.{i}", tensors) for i, part in enumerate(value)]
+        return [_to_json(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
     if dataclasses.is_dataclass(value):
-        fields = {f.name: _down(getattr(value, f.name), f"{name}.{f.name}", tensors) for f in dataclasses.fields(value)}
+        names = [field.name for field in dataclasses.fields(value)]
+        fields = {field: _to_json(getattr(value, field), f"{name}.{field}", tensors) for field in names}
         return {"kind": type(value).__name__, "fields": fields}
     if value is None or isinstance(value, str | int | float):
         return value
-    raise TypeError(f"{name}: a {type(value).__name__} has no place in a checkpoint")
+    raise TypeError(f"{name}: a checkpoint cannot hold a {type(value).__name__}")
 
 
-def _up(shape: Any, tensors: Mapping[str, Tensor], kinds: Mapping[str, type]) -> Any:
+def _from_json(shape: Any, tensors: Mapping[str, Tensor], kinds: Mapping[str, type]) -> Any:
     if isinstance(shape, list):
-        return [_up(part, tensors, kinds) for part in shape]
+        return [_from_json(item, tensors, kinds) for item in shape]
     if not isinstance(shape, dict):
         return shape
     if "tensor" in shape:
         return tensors[shape["tensor"]]
-    return kinds[shape["kind"]](**{name: _up(part, tensors, kinds) for name, part in shape["fields"].items()})
+    return kinds[shape["kind"]](**{name: _from_json(item, tensors, kinds) for name, item in shape["fields"].items()})

@@ -1,4 +1,4 @@
-"""A training run as tensors and JSON, and back: weights, optimizer, learning-rate schedule, average and position."""
+"""Convert a training run to tensors and JSON, and back: weights, optimizer, learning-rate schedule, EMA, progress."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -20,7 +20,7 @@ def pack(
     progress: Progress,
     ema: Ema | None = None,
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(tensors, state) for `checkpoint.save`. `parameters` are named, in the order the optimizer was given them."""
+    """(tensors, state) for `checkpoint.save`. `parameters`: by name, in the order that the optimizer has them."""
     tensors: dict[str, dict[str, Tensor]] = {"model": {name: p.detach() for name, p in parameters.items()}}
     tensors["optimizer"], optimizer_state = _flatten(optimizer, list(parameters))
     state: dict[str, Any] = {"progress": asdict(progress), "optimizer": optimizer_state}
@@ -40,15 +40,15 @@ def restore(
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None,
     ema: Ema | None = None,
 ) -> Progress:
-    """Put a checkpoint into these objects, in place, and return where to go on.
+    """Load a checkpoint into these objects, in place, and return its progress.
 
-    Raises CheckpointError, before anything is changed, when names, shapes, types or parts do not match exactly.
+    Raises CheckpointError, before anything is changed, unless names, shapes, types and optional entries match exactly.
     """
     tensors, state = checkpoint.tensors, checkpoint.state
-    for part, present in (("ema", ema is not None), ("lr_scheduler", lr_scheduler is not None)):
-        if (part in state) != present:
+    for entry, present in (("ema", ema is not None), ("lr_scheduler", lr_scheduler is not None)):
+        if (entry in state) != present:
             raise CheckpointError(
-                f"{checkpoint.path}: was saved {'with' if part in state else 'without'} {part}, unlike this run"
+                f"{checkpoint.path}: was saved {'with' if entry in state else 'without'} {entry}, unlike this run"
             )
     _require_match(checkpoint, "model", dict(parameters))
     for name, tensor in tensors["model"].items():
@@ -74,7 +74,7 @@ def restore(
             average.copy_(tensors["ema"][name])
         ema.updates = state["ema"]["updates"]
     progress: dict[str, Any] = dict(state["progress"])
-    progress["norms"] = tuple(progress.get("norms", ()))  # JSON made a list of it
+    progress["norms"] = tuple(progress.get("norms", ()))  # JSON has lists only
     return Progress(**progress)
 
 
@@ -88,7 +88,7 @@ def _require_match(checkpoint: Checkpoint, group: str, wanted: Mapping[str, Tens
 
 
 def _flatten(optimizer: torch.optim.Optimizer, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state with tensors keyed "<parameter index>.<key>" and the rest as JSON."""
+    """The state of an optimizer: tensors under "<parameter index>.<key>", and the rest as JSON."""
     state = optimizer.state_dict()
     if sum(len(group["params"]) for group in state["param_groups"]) != len(names):
         raise ValueError(f"the optimizer holds another number of parameters than the {len(names)} named ones")
@@ -112,6 +112,6 @@ def _unflatten(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], 
         entries[int(index)][name] = tensor
     groups = []
     for now, group in zip(optimizer.state_dict()["param_groups"], saved["groups"], strict=True):
-        # JSON made lists of tuples such as betas.
+        # JSON has turned tuples, such as betas, into lists.
         groups.append({k: tuple(v) if isinstance(now.get(k), tuple) else v for k, v in group.items()})
     optimizer.load_state_dict({"state": entries, "param_groups": groups})

@@ -1,12 +1,12 @@
-"""Checkpoints that are whole or absent, and are never trusted unread.
+"""Save and load checkpoints. A checkpoint is complete or does not exist, and loading verifies it.
 
     <folder>/step-00000200/  model.safetensors, optimizer.safetensors, ...   one file per group of tensors
                              state.json                                      everything else
                              manifest.json                                   size and sha256 of each file; written last
 
-A checkpoint is staged in a hidden directory, every file and directory is synced, and one rename makes it appear; old
-ones go only afterwards. Reading checks every byte and falls back to the newest checkpoint that is whole. Only
-safetensors and JSON are written and read: nothing in a checkpoint can run code.
+A checkpoint is written to a hidden directory, every file and directory is synced, and one rename publishes it; old
+checkpoints are removed afterwards. Loading verifies every byte and falls back to the newest intact checkpoint. Only
+safetensors and JSON are written and read, so no checkpoint can run code.
 """
 
 import json
@@ -63,18 +63,18 @@ def save(
     protect: Collection[int] = (),
     parts: Sequence[Path] = (),
 ) -> Path:
-    """Write a checkpoint and, once it is durable, remove all but the newest `keep` (and those of the `protect` steps).
+    """Write a checkpoint and then remove all but the newest `keep` and those of the `protect` steps.
 
-    On the main process only; `parts` are what `write_part` returned on the others, and become groups like the rest.
-    When it fails (a full disk) the checkpoints from before are untouched, and CheckpointError says what happened; the
-    training may go on. It fails before anything is written where the disk has too little room.
+    Call it on the main process only; `parts` are the files that `write_part` wrote on all ranks, and become groups of
+    the checkpoint. CheckpointError reports a failure, such as a full disk: earlier checkpoints are untouched and
+    training can continue. If the disk has too little room, it fails before anything is written.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
     folder = Path(folder)
     taken = {part_name(folder, part): part for part in parts}
     _require_groups([*tensors, *(part_name(folder, part) for part in parts)])
-    text = json.dumps(dict(state), allow_nan=False, indent=1)  # what is no JSON fails here, with nothing written
+    text = json.dumps(dict(state), allow_nan=False, indent=1)  # raises before anything is written
     final = folder / f"step-{step:08d}"
     staged = staging(final)
     try:
@@ -101,7 +101,7 @@ def save(
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
-    """Load one checkpoint after checking every byte; CheckpointError names the file that is missing or changed."""
+    """Load one checkpoint after verifying every byte; CheckpointError names the file that is missing or changed."""
     path = Path(path)
     step = step_of(path)
     files = checked_files(path, step)
@@ -120,11 +120,10 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def latest_good(folder: str | os.PathLike[str]) -> Checkpoint | None:
-    """The newest checkpoint that is whole, or None where there is none at all.
+    """The newest intact checkpoint, or None if there is no checkpoint.
 
-    For each broken one a warning names its file. It only reads, so another process may be writing. Raises
-    CheckpointError when there are checkpoints but all are broken: starting afresh would then not be what anybody
-    meant.
+    For each damaged one a warning names its file. It only reads, so another process may be writing. Raises
+    CheckpointError if there are checkpoints but all are damaged: a fresh start would then hide the loss.
     """
     problems = []
     for path in found(Path(folder)):
@@ -134,18 +133,18 @@ def latest_good(folder: str | os.PathLike[str]) -> Checkpoint | None:
             problems.append(str(error))
             logger.warning("%s; falling back to the checkpoint before it", error)
     if problems:
-        raise CheckpointError(f"{folder}: no checkpoint is whole. " + "; ".join(problems))
+        raise CheckpointError(f"{folder}: no checkpoint is intact. " + "; ".join(problems))
     return None
 
 
 def require_same_identity(
     saved: Mapping[str, Any], current: Mapping[str, Any], words: Mapping[str, str] | None = None
 ) -> None:
-    """Raise CheckpointError, with both values of each differing field, unless a run is the one that was saved.
+    """Raise CheckpointError, with both values of each field that differs, unless a run is the one that was saved.
 
-    `words` say instead what a field's difference means, where two values, such as digests, do not.
+    `words`: by field, a sentence to print in place of two values that say nothing to a reader, such as digests.
     """
-    # Through JSON, as the saved one went: a tuple is a list there.
+    # Through JSON like the saved identity, which turns tuples into lists.
     current = json.loads(json.dumps(dict(current)))
     names = [*saved, *(name for name in current if name not in saved)]
     differ = [

@@ -1,4 +1,4 @@
-"""Tensors as files of a checkpoint, and those that other processes of a job write for it."""
+"""Tensor files of a checkpoint, and the parts that each process writes for it."""
 
 import os
 import re
@@ -17,9 +17,10 @@ _GROUP = re.compile(r"[a-z][a-z0-9_]*")
 
 
 def write_part(folder: str | os.PathLike[str], name: str, tensors: Mapping[str, Tensor]) -> Path:
-    """Write what this process adds to the next checkpoint, for the main one's `save`; each has a name of its own.
+    """Write a part: tensors of this process that `save` on the main process moves into the next checkpoint.
 
-    Until then it lies, synced, in the checkpoints' folder under a hidden name. CheckpointError says why it does not.
+    Until then the part is a synced hidden file in the folder of checkpoints. Each process uses a name of its own.
+    Raises CheckpointError if it cannot be written.
     """
     require_group(name)
     folder = Path(folder)
@@ -27,7 +28,7 @@ def write_part(folder: str | os.PathLike[str], name: str, tensors: Mapping[str, 
     unfinished = part.with_suffix(".tmp")
     try:
         make(folder)
-        remove(unfinished)  # of a save that was killed
+        remove(unfinished)  # left by a killed save
         require_space(folder, bytes_of(tensors))
         unfinished.mkdir()
         write_tensors(unfinished / part.name, tensors)
@@ -35,7 +36,7 @@ def write_part(folder: str | os.PathLike[str], name: str, tensors: Mapping[str, 
         os.replace(unfinished / part.name, part)
         sync(folder)
     except (OSError, safetensors.SafetensorError) as error:
-        remove(part)  # an earlier one, which must not pass for this one
+        remove(part)  # an older part must not be taken for this one
         raise CheckpointError(f"{part}: could not be saved ({error}); earlier checkpoints are untouched") from error
     finally:
         remove(unfinished)
@@ -43,41 +44,41 @@ def write_part(folder: str | os.PathLike[str], name: str, tensors: Mapping[str, 
 
 
 def part_path(folder: Path, name: str) -> Path:
-    """Where `write_part` puts it, on whichever process."""
+    """The file that `write_part` writes."""
     return folder / f"{_PART}{name}{SUFFIX}"
 
 
 def part_name(folder: Path, part: Path) -> str:
-    """The name a part was written by; ValueError for what is none of this folder's."""
+    """The name of a part; ValueError for a file that is not a part in this folder."""
     if part.parent != folder or not (part.name.startswith(_PART) and part.suffix == SUFFIX):
         raise ValueError(f"{part} is no part of a checkpoint in {folder}: write_part makes them")
     return part.stem.removeprefix(_PART)
 
 
 def take_part(part: Path, place: Path) -> None:
-    """Move a part into a staged checkpoint, if it is the file it says it is."""
+    """Move a part into a staged checkpoint; raises if it is a link or no complete safetensors file."""
     if part.is_symlink():
         raise OSError(f"{part} is a link")
     os.replace(part, place)
-    with safetensors.safe_open(place, "pt"):  # its header must fit its length, or a torn file would get a seal
+    with safetensors.safe_open(place, "pt"):  # raises for a torn file, which the manifest must not certify
         pass
 
 
 def require_group(name: str) -> None:
-    """ValueError for a name that could be more than a file's."""
+    """Raise ValueError for a name that is not a plain file name."""
     if not _GROUP.fullmatch(name):
         raise ValueError(f"group {name!r} is no name of lower-case letters, digits and _")
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     safetensors.torch.save_file(_separate(tensors), file)
-    # It is made for its owner's eyes only; others may read it if they may read the folder.
+    # safetensors makes files that only the owner can read; here they get the permissions of the folder.
     file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    # Copied: loaded tensors are views of the file, which will be pruned while they are in use; on a network disk, a
-    # removed file cannot be read on.
+    # Copied, because loaded tensors are views of the file: it may be removed while they are in use, and on a network
+    # disk they could then no longer be read.
     return {name: value.clone() for name, value in safetensors.torch.load_file(file).items()}
 
 
@@ -86,7 +87,7 @@ def bytes_of(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors on the CPU of which no two share memory, as safetensors wants them."""
+    """Contiguous tensors on the CPU, no two of which share memory, as safetensors requires."""
     made: dict[str, Tensor] = {}
     taken: set[int] = set()
     for name, value in tensors.items():

@@ -1,1 +1,1 @@
-"""Several processes of one job: what all of them decide together, and which one is at fault when the job ends."""
+"""Several processes of one job: decisions that all of them share, and which rank caused a failure."""

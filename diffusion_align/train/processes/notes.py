@@ -1,7 +1,7 @@
-"""What the processes of a job are doing, a note each, and who of them is at fault when one is left alone.
+"""A note for each process of a job says what it is doing; from the notes follows which rank is at fault.
 
-A note is a file of one line in .ranks of the run folder, written over in place. Its process holds a lock on it for as
-long as it lives, so a note that nobody holds is of a process that is gone, however it ended.
+A note is a file of one line in .ranks of the run folder, overwritten in place. Its process holds a lock on it as long
+as it lives, so an unlocked note belongs to a process that has ended, for whatever reason.
 """
 
 import fcntl
@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-LENGTH = 2048  # bytes of a note, whatever it says
+LENGTH = 2048  # bytes of a note, padded with spaces
 
 
 @dataclass
 class Note:
-    """What a process does, since `time`. `waiting`: it has come to where all meet. `error`: what ended it; one that
-    ended for want of another is `lost`. `locked`: the file system has locks. `gone`: nobody holds the note."""
+    """What a process is doing, since `time`. `waiting`: it is in a collective operation. `error`: what ended it;
+    `lost`: that was the loss of another process. `locked`: the file system has locks. `gone`: the note is unlocked."""
 
     rank: int
     step: int = 0
@@ -30,8 +30,8 @@ class Note:
     gone: bool = False
 
     @property
-    def guilty(self) -> bool:
-        """Whether it says by itself that its process has ended, and not for want of another."""
+    def at_fault(self) -> bool:
+        """Whether its process has ended, and not because it lost another one."""
         return not self.lost and (self.gone or bool(self.error))
 
 
@@ -39,37 +39,34 @@ def note_path(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}"
 
 
-def whence(note: Note) -> str:
+def describe_place(note: Note) -> str:
     return f"rank {note.rank} at step {note.step} ({note.doing})"
 
 
 def read_notes(folder: Path, ranks: Sequence[int]) -> list[Note]:
-    """The notes of these ranks; one that is missing is of a process that ended well."""
+    """The notes of these ranks; a process that finishes removes its note."""
     return [note for rank in ranks if (note := _read(note_path(folder, rank), rank)) is not None]
 
 
-def blame(others: Sequence[Note], now: float) -> str:
-    """Who of the others is at fault: those that failed, else those that are gone, else the one behind; and since when.
+def describe_fault(others: Sequence[Note], now: float) -> str:
+    """Which of the others is at fault, and since when: those that failed, else those that are gone, else the slowest.
 
-    Times are those of the processes' own machines.
+    Times are those of the clocks of their machines.
     """
     failed = [note for note in others if note.error and not note.lost]
     gone = [note for note in others if note.gone and not note.error]
     alive = [note for note in others if not note.error]
-    # Where all wait, one stands still within the meeting itself, or the connection does: most likely the first there.
+    # If all wait, one hangs inside the collective operation, most likely the first that entered it.
     behind = [note for note in alive if not note.waiting] or alive
     if failed:
-        return "; ".join(f"{whence(note)} failed: {note.error}" for note in failed)
+        return "; ".join(f"{describe_place(note)} failed: {note.error}" for note in failed)
     if gone:
-        return "; ".join(f"{whence(note)} is gone, killed perhaps, last heard of {_ago(note, now)}" for note in gone)
+        return "; ".join(f"{describe_place(n)} is gone, perhaps killed; last note {_ago(n, now)}" for n in gone)
     if behind:
         late = min(behind, key=lambda note: note.time)
         what = f"{late.doing}, waiting as all do" if late.waiting else late.doing
-        return (
-            f"rank {late.rank} has not moved since step {late.step} ({what}), {_ago(late, now)}; "
-            "if it is only slow, raise --process_timeout"
-        )
-    return "no other process is known to be at fault; see what they print, and the connection between them"
+        return f"rank {late.rank} has not moved since step {late.step} ({what}), {_ago(late, now)}"
+    return "no other process is known to be at fault; check their output and the network"
 
 
 def _read(path: Path, rank: int) -> Note | None:
@@ -80,13 +77,13 @@ def _read(path: Path, rank: int) -> Note | None:
     try:
         note = Note(**json.loads(os.pread(file, LENGTH, 0)))
         if note.locked:
-            note.gone = _unheld(file)
+            note.gone = _is_unlocked(file)
     finally:
         os.close(file)
     return note
 
 
-def _unheld(file: int) -> bool:
+def _is_unlocked(file: int) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,6 +1,7 @@
-"""Each process of a job notes what it does, and names the one at fault when it is left alone: no process waits here.
+"""Each process of a job records what it is doing, and its error messages name the rank that caused a failure.
 
-Where there is only one process nothing is written. A note costs one write of a page that the system keeps in memory.
+With one process nothing is written. A record is one small write into a file that the system caches in memory; no
+process waits for another here.
 """
 
 import fcntl
@@ -15,21 +16,23 @@ from pathlib import Path
 
 import torch.distributed
 
-from diffusion_align.train.processes.notes import LENGTH, Note, blame, note_path, read_notes, whence
+from diffusion_align.train.processes.notes import LENGTH, Note, describe_fault, describe_place, note_path, read_notes
 
-# Of RuntimeErrors that come of talking to another process; gloo has no class of its own for them.
+# In the messages of RuntimeErrors of communication, as gloo raises no class of its own.
 _LOST = ("gloo", "Application timeout caused pair closure", "NCCL")
-_SETTLING = 2.0  # seconds: the connections of a process that ends may close a little before its note says so
-_SAID = 300  # letters of an error that go into a note
+_SETTLING = 2.0  # seconds: the connections of a process that fails may close before it has written its note
+_ERROR_LENGTH = 300  # letters of an error in a note
 logger = logging.getLogger(__name__)
 
 
 class ProcessLost(RuntimeError):
-    """This process could not go on for want of another; the message says which, and where that was."""
+    """This process lost another one; the message says which, and what that one was doing."""
 
 
 class ProcessFailed(RuntimeError):
-    """This process, of several, has failed; the message begins with its rank."""
+    """This process, one of several, failed; the message begins with its rank. `unexpected`: the cause may be a bug."""
+
+    unexpected = False
 
 
 @dataclass
@@ -44,7 +47,7 @@ _watch: _Watch | None = None
 
 
 def start(folder: Path, rank: int, processes: int) -> None:
-    """Begin this process's note. Call it on all, and let all meet before anything can fail: then old notes are gone."""
+    """Begin the note of this process. Call it on all ranks, then a barrier: it also removes the notes of an old job."""
     global _watch
     stop()
     for old in folder.glob("rank-*"):
@@ -57,13 +60,13 @@ def start(folder: Path, rank: int, processes: int) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        note.locked = False  # a network disk without locks: who is gone can then not be told from who stands still
+        note.locked = False  # a network disk without locks: an ended process then looks like a stalled one
     _watch = _Watch(folder, processes, file, note)
     _write(_watch)
 
 
 def stop() -> None:
-    """Remove this process's note: all went well."""
+    """Remove the note of this process, which has finished."""
     global _watch
     if _watch is None:
         return
@@ -72,8 +75,8 @@ def stop() -> None:
     os.close(ended.file)
 
 
-def doing(what: str, step: int | None = None) -> None:
-    """Note what this process begins, and in which step; without one, in the step named last."""
+def record_activity(what: str, step: int | None = None) -> None:
+    """Record what this process begins to do, and in which step (None: in the step recorded last)."""
     if _watch is not None:
         note = _watch.note
         note.doing, note.step, note.waiting = what, note.step if step is None else step, False
@@ -81,8 +84,8 @@ def doing(what: str, step: int | None = None) -> None:
 
 
 @contextmanager
-def waiting() -> Iterator[None]:
-    """Around every place where all processes meet: who is in there does not hold the others up."""
+def in_collective() -> Iterator[None]:
+    """Record that this process is in a collective operation: then the others are not waiting for it."""
     if _watch is None:
         yield
         return
@@ -94,26 +97,29 @@ def waiting() -> Iterator[None]:
 
 
 @contextmanager
-def named(*alike: type[BaseException]) -> Iterator[None]:
-    """Errors within name the process at whose door they lie. Those that come `alike` on all stay what they are.
+def names_failed_rank(*on_all_ranks: type[BaseException]) -> Iterator[None]:
+    """Errors raised within name the rank that caused them. Errors of the classes `on_all_ranks` stay as they are.
 
     Raises:
-        ProcessFailed: for an error of this process.
-        ProcessLost: for one of talking to the others.
+        ProcessFailed: in place of an error of this process.
+        ProcessLost: in place of an error of communication.
     """
     try:
         yield
-    except (*alike, ProcessFailed, ProcessLost):
+    except (*on_all_ranks, ProcessFailed, ProcessLost):
         raise
     except Exception as error:
         if _watch is None:
             raise
         if _is_loss(error):
-            told = blame(_others(_watch, patient="imed out" not in str(error)), time.time())
-            _end(_watch, told, lost=True)
-            raise ProcessLost(f"{whence(_watch.note)} was left waiting: {told}") from error
-        _end(_watch, _text(error))
-        raise ProcessFailed(f"{whence(_watch.note)}: {_text(error)}") from error
+            fault = describe_fault(_others(_watch, patient="imed out" not in str(error)), time.time())
+            _end(_watch, fault, lost=True)
+            raise ProcessLost(f"{describe_place(_watch.note)} was left waiting: {fault}") from error
+        text, unexpected = _text(error)
+        _end(_watch, text)
+        failed = ProcessFailed(f"{describe_place(_watch.note)}: {text}")
+        failed.unexpected = unexpected
+        raise failed from error
     except BaseException as error:  # a second signal stops one process at once
         if _watch is not None:
             _end(_watch, str(error) or type(error).__name__)
@@ -121,11 +127,11 @@ def named(*alike: type[BaseException]) -> Iterator[None]:
 
 
 def _others(watch: _Watch, patient: bool) -> list[Note]:
-    """Their notes: at once, or `patient` until one tells why its process has ended."""
+    """The notes of the other ranks. If `patient`, wait up to two seconds for one whose process has ended."""
     end = time.monotonic() + (_SETTLING if patient else 0)
     while True:
         notes = read_notes(watch.folder, [rank for rank in range(watch.processes) if rank != watch.note.rank])
-        if any(note.guilty for note in notes) or time.monotonic() >= end:
+        if any(note.at_fault for note in notes) or time.monotonic() >= end:
             return notes
         time.sleep(0.05)
 
@@ -136,17 +142,17 @@ def _is_loss(error: Exception) -> bool:
     )
 
 
-def _text(error: Exception) -> str:
-    """One line; with the kind of an error that nobody meant."""
+def _text(error: Exception) -> tuple[str, bool]:
+    """The error in one line, and whether it is unexpected: then the line begins with its class."""
     text = " ".join(str(error).split())
-    if isinstance(error, torch.OutOfMemoryError):
-        return text
-    meant = type(error).__module__.startswith("diffusion_align.") or isinstance(error, ValueError | OSError)
-    return text if text and meant else f"{type(error).__name__}: {text} (--traceback shows where)"
+    ours = type(error).__module__.startswith("diffusion_align.")
+    if isinstance(error, torch.OutOfMemoryError) or (text and (ours or isinstance(error, ValueError | OSError))):
+        return text, False
+    return f"{type(error).__name__}: {text}", True
 
 
 def _end(watch: _Watch, error: str, *, lost: bool = False) -> None:
-    watch.note.error, watch.note.lost = error[:_SAID], lost
+    watch.note.error, watch.note.lost = error[:_ERROR_LENGTH], lost
     _write(watch)
 
 
@@ -155,5 +161,5 @@ def _write(watch: _Watch) -> None:
     line = json.dumps(asdict(watch.note), ensure_ascii=False).encode("utf-8", "replace")
     try:
         os.pwrite(watch.file, line.ljust(LENGTH), 0)
-    except OSError as error:  # no reason to lose a run
-        logger.warning("rank %d: its note in %s stands still (%s)", watch.note.rank, watch.folder, error)
+    except OSError as error:  # the run continues without a current note
+        logger.warning("rank %d: its note in %s could not be written (%s)", watch.note.rank, watch.folder, error)

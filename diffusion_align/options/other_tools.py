@@ -1,8 +1,8 @@
-"""Flags and values that people bring from other tools, and what each is here, or why it is not.
+"""Flags and values of other tools: their equivalent here, or why there is none.
 
-From diffusers' training scripts, the code of Diffusion-DPO's authors, kohya's sd-scripts, ddpo-pytorch, SPO's code, trl,
-and accelerate's launcher, read in their sources. Spelling alone cannot find these: `--lora_rank` looks most like
-`--local_rank`, and `--center_crop` like its opposite. An entry speaks only where the word is no option of the verb.
+From the sources of diffusers' training scripts, the code of Diffusion-DPO's authors, kohya's sd-scripts, ddpo-pytorch,
+SPO's code, trl, and accelerate's launcher. The nearest spelling would mislead: `--lora_rank` is most similar to
+`--local_rank`, and `--center_crop` to its opposite. An entry is used only if the word is no option of the verb.
 """
 
 # ruff: noqa: E501  (a table: one idea a line)
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from .schema import Option
 
-# What is here under another name; the first that the verb has. "option=value" where the words need a value.
+# Options with another name here: the first name that the verb has. "option=value" if the flag implies a value.
 MEANT: dict[str, tuple[str, ...]] = {
     # the LoRA
     "lora_rank": ("rank",), "lora_r": ("rank",), "lora_dim": ("rank",), "network_rank": ("rank",), "r": ("rank",), "dim": ("rank",),
@@ -80,13 +80,13 @@ NOT_HERE: dict[str, str] = {
     **dict.fromkeys(("dreamlike_pairs_only", "hard_skip_resume"), "it is of the authors' code only; a resumed run reads no pair twice"),
     **dict.fromkeys(("save_precision", "save_model_as", "output_kohya_format", "upcast_before_saving", "no_metadata"), "a LoRA is saved in diffusers' format in float32"),
     **dict.fromkeys(("max_token_length", "tokenizer_max_length", "clip_skip"), "text is encoded as the model's pipeline does"),
-    **dict.fromkeys(("scale_weight_norms", "network_weights", "dim_from_weights"), "a LoRA starts at zero; --resume_from_checkpoint goes on with a run"),
+    **dict.fromkeys(("scale_weight_norms", "network_weights", "dim_from_weights"), "a LoRA starts at zero; --resume_from_checkpoint continues a run"),
     **dict.fromkeys(("dataset_config", "dataset_repeats", "num_repeats", "repeats"), "a data set is one folder or file, each pair once an epoch"),
     **dict.fromkeys(("fp8_base", "full_bf16", "full_fp16", "offload", "quantize"), "weights are float32, the network runs in --mixed_precision"),
     **dict.fromkeys(("compile", "torch_compile", "enable_npu_flash_attention", "attention_backend"), "attention is PyTorch's own, and nothing is compiled"),
 }  # fmt: skip
 
-# Values of options with choices: the value here, or a whole sentence.
+# Values of options with choices: the value here, or a hint.
 VALUES: dict[str, dict[str, str]] = {
     "loss_type": {"dpo": "sigmoid", "diffusion_dpo": "sigmoid", "diffusion-dpo": "sigmoid", "logistic": "sigmoid", "bce": "sigmoid", "kto_pair": "kto", "rpo": "sigmoid",
                   "sdpo": "sigmoid, with --winner_share", "diffusion_kto": "kto", "cdpo": "sigmoid, with --label_smoothing", "d3po": "the verb `train d3po`", "spo": "the verb `train spo`", "rankdpo": "the verb `train rankdpo`", "ddpo": "the verb `train ddpo`", "prdp": "the verb `train prdp`"},
@@ -97,10 +97,10 @@ VALUES: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 
-def brought(word: str, names: Mapping[str, Option]) -> str | None:
-    """The end of the sentence about a flag of another tool: what it is here, or why it is not; None for others.
+def flag_hint(word: str, names: Mapping[str, Option]) -> str | None:
+    """The end of an error message about a flag of another tool: its equivalent here, or why there is none; else None.
 
-    `names` are those of the verb at hand: a flag that means an option of another verb only is none of these.
+    `names`: the options of the current verb. Equivalents in other verbs do not count.
     """
     for prefix in ("", "config.", "train."):
         key = word.removeprefix(prefix) if word.startswith(prefix) else ""
@@ -114,15 +114,15 @@ def brought(word: str, names: Mapping[str, Option]) -> str | None:
 
 
 def _switched_off(word: str, names: Mapping[str, Option]) -> str | None:
-    """`--no_scale_lr` is the opposite of what it looks like most."""
+    """A hint for flags such as `--no_scale_lr`, whose nearest spelling is its opposite."""
     for prefix in ("no_", "disable_", "dont_", "without_", "not_"):
         rest = word.removeprefix(prefix)
         if rest != word and rest in names:
-            return f"say --{rest}=false"
+            return f"use --{rest}=false"
     return None
 
 
-def brought_value(option: str, value: object) -> str | None:
-    """What a value of another tool is here; None for others."""
+def value_hint(option: str, value: object) -> str | None:
+    """The equivalent of a value of another tool; None for other values."""
     values: Mapping[str, str] = VALUES.get(option, {})
     return values.get(str(value).lower())

@@ -1,4 +1,4 @@
-"""Commands that are printed to be typed: quoted for a shell, and with the launcher of a job of several processes."""
+"""Commands that are printed for the user to copy: quoted for a shell, and with the launcher of several processes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pathlib import Path
 PROG = "diffusion-align"
 
 
-def pasted(*words: object) -> str:
-    """`diffusion-align WORDS` as a shell reads it, whatever a path holds."""
+def command_line(*words: object) -> str:
+    """`diffusion-align WORDS`, quoted for a shell."""
     return shlex.join([PROG, *map(str, words)])
 
 
-def again(verb: str, words: Sequence[str]) -> str:
-    """The command that starts this verb with these words, in as many processes as there are now.
+def restart_command(verb: str, words: Sequence[str]) -> str:
+    """The command that runs this verb with these words, with the current number of processes.
 
-    A launcher's command is repeated as this process's parent was given it, up to the script.
+    The command of a launcher is copied from the parent process, up to the script.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes == 1:
-        return pasted(*verb.split(), *words)
+        return command_line(*verb.split(), *words)
     given = sys.argv[1:]
-    # scripts/finetune.py is given the method without `train`, the scripts of one method only options.
+    # scripts/finetune.py takes the method without `train`; the scripts of one method take options only.
     forms = (verb.split(), verb.split()[1:], [])
     named = next(form for form in forms if given[: len(form)] == form)
     launcher = _launcher(given)
@@ -39,22 +39,22 @@ def again(verb: str, words: Sequence[str]) -> str:
 
 
 def _launcher(given: Sequence[str]) -> list[str] | None:
-    """The words of the parent process before those that this one was given; None where they are not to be had."""
+    """The words of the parent process before the arguments of this one; None if they cannot be read."""
     parent = _words_of(os.getppid())
     end = len(parent) - len(given)
-    # A fork has its parent's own words: that parent is no launcher.
+    # After a fork, both processes have the same words: that parent is no launcher.
     if not given or end < 1 or parent[end:] != list(given) or parent == _words_of(os.getpid()):
         return None
     before = parent[:end]
     python = Path(before[0]).name.startswith("python")
     if python and len(before) > 1 and Path(before[1]).is_absolute() and os.access(before[1], os.X_OK):
-        before = before[1:]  # a script that names its own interpreter
+        before = before[1:]  # an executable script, which the interpreter in its first line runs
     name = Path(before[0]).name
     return [name if shutil.which(name) == before[0] else before[0], *before[1:]]
 
 
 def _words_of(process: int) -> list[str]:
-    """A process's command line, where the system tells it (Linux)."""
+    """The command line of a process, on Linux; elsewhere []."""
     try:
         words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")[:-1]
     except OSError:
