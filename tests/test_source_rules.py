@@ -121,7 +121,7 @@ def of_call(node, names, safe, path):
 
 
 def sources():
-    """Path and text of every file of the package, scripts, examples and stress programs, and of the notebooks' cells."""
+    """Path and text of every file of package, scripts, examples and stress programs, and of the cells of notebooks."""
     for folder in ("diffusion_align", "scripts", "examples", "tests/stress"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             yield path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")

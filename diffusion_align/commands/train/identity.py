@@ -50,6 +50,7 @@ SETTLED = frozenset(
 )
 # Options that existed before checkpoints recorded them: their saved value may be unknown, and is then not compared.
 ADDED = ("lr_num_cycles", "lr_power")
+ROLLOUT_STEPS = "rollout.steps"
 Facts = dict[str, dict[str, Any]]
 
 
@@ -64,6 +65,9 @@ def identity_of(o: TrainCommon, found: Mapping[str, Any], *, learning_rate: floa
     identity = {name: getattr(o, name) for name in names} | dict(found) | {"learning_rate": learning_rate}
     if o.lr_warmup_steps is None:
         identity["lr_warmup_steps"] = WARMUP  # as in older checkpoints of runs with a constant rate, which ignores it
+    # "steps" is also an option, of the sampler; where the run's number of steps takes its place, it keeps another name.
+    if "steps" in names:
+        identity[ROLLOUT_STEPS] = identity["steps"]
     # The number of steps changes every learning-rate schedule except the constant one.
     return identity if o.lr_scheduler.startswith("constant") else identity | {"steps": steps}
 
@@ -102,13 +106,15 @@ def require_same_run(
     for name in now.keys() - saved.keys() & described.keys():
         if now[name] == described[name].default or name in ADDED:
             del now[name]
+    if ROLLOUT_STEPS not in saved:
+        now.pop(ROLLOUT_STEPS, None)
     for name in saved.keys() - now.keys() & (FREE | SETTLED):  # what earlier versions compared, and need not have
         del saved[name]
     for fields in (saved, now):
         if isinstance(fields.get("reward"), str):
             fields["reward"] = without_folders(fields["reward"])
     was, steps, extended = saved.get("steps"), now.get("steps"), None
-    if was is not None and steps is not None and steps > was and o.extend:
+    if was is not None and steps is not None and steps > was and o.extend and not o.lr_scheduler.startswith("constant"):
         extended, saved["steps"] = was, steps
     require_same_identity(saved, now, _words(resumed, saved, now, facts, processes))
     return extended
