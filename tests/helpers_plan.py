@@ -21,7 +21,7 @@ def rounds_of(options, processes, tables):
     """Rounds and steps of an online method."""
     if isinstance(options, TrainSpo):
         return branch_plan.plan_rounds(options, processes, tables)
-    return rollout_plan.plan_prompts(options, processes, options.group_size)
+    return rollout_plan.plan_prompts(options, processes)
 
 
 def evaluations(options, tables):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_what_saves_memory_is_counted():
     ],
 )
 def test_what_is_in_the_network_at_once(options, expected):
-    assert footprint._rows(options) == expected
+    assert astuple(options.network_batch) == expected
 
 
 def test_a_model_too_large_for_full_training_is_refused(monkeypatch):

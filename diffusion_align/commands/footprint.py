@@ -15,12 +15,9 @@ from typing import Any
 
 from diffusion_align.commands.model_facts import ModelFacts
 from diffusion_align.options import (
-    GivenPictures,
     TrainCommon,
     TrainOffline,
     TrainOnline,
-    TrainRankdpo,
-    TrainSpo,
     UsageError,
 )
 
@@ -28,7 +25,7 @@ SMALL = 1 << 30  # bytes that fit everywhere
 COPIES = 6  # of each picture's latents
 
 
-def require_memory(o: TrainCommon, facts: ModelFacts) -> None:
+def require_memory(o: Any, facts: ModelFacts) -> None:
     """Check that model and batch fit the memory of the device by the lower bound.
 
     Raises:
@@ -36,8 +33,8 @@ def require_memory(o: TrainCommon, facts: ModelFacts) -> None:
     """
     if not facts.known:
         return
-    option, count, unit, rows = _rows(o)
-    fixed, each = weights_bytes(o, facts), picture_bytes(o, facts) * rows
+    batch = o.network_batch
+    fixed, each, count = weights_bytes(o, facts), picture_bytes(o, facts) * batch.rows, batch.count
     if fixed + count * each < SMALL:
         return
     there, where = memory_of(o.device)
@@ -48,19 +45,9 @@ def require_memory(o: TrainCommon, facts: ModelFacts) -> None:
         fits = max(1, (there - fixed) // each)
         more = "" if isinstance(o, TrainOnline) else "; --gradient_accumulation_steps makes larger batches of them"
         raise UsageError(
-            f"--{option} {count} needs at least {_gb(fixed + count * each)} and {where} has {_gb(there)}: "
-            f"{fits} {unit} at most, and likely far fewer{more}"
+            f"--{batch.option} {count} needs at least {_gb(fixed + count * each)} and {where} has {_gb(there)}: "
+            f"{fits} {batch.unit} at most, and likely far fewer{more}"
         )
-
-
-def _rows(o: TrainCommon) -> tuple[str, int, str, int]:
-    """The option that sets the batch of the network, its value, what it counts, and rows of the network per count."""
-    if isinstance(o, TrainOnline):
-        pictures = o.prompts_per_round * (o.children if isinstance(o, TrainSpo) else o.group_size)
-        return "sample_chunk", min(o.sample_chunk, pictures), "pictures", 1 if o.guidance == 1 else 2
-    assert isinstance(o, GivenPictures)
-    rows = 1 if isinstance(o, TrainRankdpo) and o.one_picture_at_a_time else 2
-    return "train_batch_size", o.train_batch_size, "prompts" if isinstance(o, TrainRankdpo) else "pairs", rows
 
 
 def weights_bytes(o: TrainCommon, facts: ModelFacts) -> int:

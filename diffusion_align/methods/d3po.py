@@ -86,4 +86,5 @@ METHOD = Entry(
     length=partial(online_length, evaluations=evaluations),
     constants=describe_clamp,
     start=partial(start_with, build),
+    chunks=(Runs,),
 )

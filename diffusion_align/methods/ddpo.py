@@ -90,4 +90,5 @@ METHOD = Entry(
     length=online_length,
     constants=constants,
     start=partial(start_with, build),
+    chunks=(Runs,),
 )

@@ -128,6 +128,7 @@ class Entry(Generic[Options]):
     run is. constants: lines of the plan about the loss. start: data and model -> the loop. require: raises, before the
     model is loaded, for errors that the checks of the options cannot find. count: how many items it trains on if all
     are readable. needs_reference: whether the loss compares with the frozen model. unet: whether it trains the UNet.
+    chunks: of an online method, the classes of what it draws, which a checkpoint inside a round contains.
     """
 
     verb: str
@@ -140,3 +141,4 @@ class Entry(Generic[Options]):
     count: Callable[[Options, Sequence[Any]], int] = lambda o, items: len(items)
     needs_reference: Callable[[Options], bool] = lambda o: True
     unet: bool = True
+    chunks: tuple[type, ...] = ()

@@ -127,4 +127,5 @@ METHOD = Entry(
     length=partial(online_length, evaluations=evaluations),
     constants=constants,
     start=partial(start_with, build),
+    chunks=(Runs,),
 )

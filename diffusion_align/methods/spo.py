@@ -213,4 +213,5 @@ METHOD = Entry(
     length=length,
     constants=describe_clamp,
     start=start,
+    chunks=(Comparisons,),
 )

@@ -94,13 +94,16 @@ class AccuracyReport:
             times = [t for t in TIMESTEPS if t < self.aside.schedule.num_timesteps]
             score, device = step_aware_scorer(self.scorer), next(self.scorer.parameters()).device
             found = accuracy_by_noise(self.aside, score, seed=self.options.seed, timesteps=times, device=device)
-        self.write({**self.read(), when: found})
+        # Training that starts anew may find the file of an earlier run.
+        self.write({**(self.read() if when == "after" else self.header()), when: found})
         return found
 
     def read(self) -> dict[str, Any]:
         """The content of the file: in a resumed run, with the accuracy before training."""
-        if self.file.exists():
-            return json.loads(self.file.read_text(encoding="utf-8"))
+        return json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else self.header()
+
+    def header(self) -> dict[str, Any]:
+        """What the file says before anything is measured."""
         o, held = self.options, len(self.aside.prompts) if self.aside else 0
         labels = {"labels": o.relabel or "data", "tie_margin": o.tie_margin if o.relabel else None}
         return {"steps": 0, "guidance": o.guidance, "held_out": held, **labels}
@@ -111,8 +114,9 @@ class AccuracyReport:
     def finish(self, steps: int) -> None:
         """Measure again and print both."""
         after = self.measure("after")
-        self.write(self.read() | {"steps": steps})
-        before = {int(t): value for t, value in self.read().get("before", {}).items()}
+        known = {**self.read(), "steps": steps}
+        self.write(known)
+        before = {int(t): value for t, value in known.get("before", {}).items()}
         print("\n".join(accuracy_table(before, after)))
 
 

@@ -11,12 +11,14 @@ from helpers_train import in_processes
 from safetensors.torch import load_file, save_file
 
 from diffusion_align import rng
-from diffusion_align.commands.train.session import CHUNKS
+from diffusion_align.methods import d3po, spo
 from diffusion_align.methods.spo import learn_spo, pick_pairs
 from diffusion_align.train.checkpoints.round_data import pack_round, unpack_round
 from diffusion_align.train.rounds import NothingToLearn
 
 PAIRS = {"items_per_step": 5, "max_steps": 99, "max_rounds": 2}  # 12 pairs a round of 4 prompts: 5, 5 and 2
+
+CHUNKS = (*d3po.METHOD.chunks, *spo.METHOD.chunks)
 
 
 def filtered(**more):

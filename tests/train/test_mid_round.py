@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers_online import METHODS, Toy, darkness
 
-from diffusion_align.commands.train.session import CHUNKS
+from diffusion_align.methods import d3po, spo
 from diffusion_align.train.checkpoints import store as checkpoint
 from diffusion_align.train.checkpoints.round_data import pack_round, round_name, round_of, unpack_round
 from diffusion_align.train.checkpoints.state import pack, restore
@@ -14,6 +14,8 @@ from diffusion_align.train.checkpoints.store import CheckpointError
 from diffusion_align.train.method import Round
 
 ROUNDS = {"prompts_per_step": 2, "passes": 2, "max_steps": 8}  # 4 steps a round
+
+CHUNKS = (*d3po.METHOD.chunks, *spo.METHOD.chunks)
 
 
 def method_of(toy, name):

@@ -57,7 +57,7 @@ def open_session(o: Any, entry: Entry[Any], resumed: Checkpoint | None) -> Sessi
     set_tf32(o.allow_tf32)
     name = present_model(o.pretrained_model_name_or_path or "")
     model = load_pipeline(name, device=accelerator.device, revision=o.revision, variant=o.variant)
-    session = Session(o, entry.verb, Path(o.output_dir), resumed, accelerator, model, workers)
+    session = Session(o, entry.verb, Path(o.output_dir), resumed, accelerator, model, workers, entry.chunks)
     if entry.unet:
         _train_unet(session, entry.needs_reference(o))
     return session

@@ -11,7 +11,7 @@ from diffusion_align.commands.train.course import describe_course
 from diffusion_align.commands.train.items import items_on_disk, read_items, source_name
 from diffusion_align.methods.entry import About, Entry, Length
 from diffusion_align.methods.shared.plan import processes_here
-from diffusion_align.options import TrainUnet, to_yaml
+from diffusion_align.options import TrainCommon, TrainUnet, to_yaml
 from diffusion_align.schedule import Schedule
 
 
@@ -45,13 +45,18 @@ def about_run(entry: Entry[Any], o: Any, items: Sequence[Any] | None = None) -> 
 def plan_lines(entry: Entry[Any], o: Any, about: About, length: Length) -> list[str]:
     """Batch, steps, learning rate and the loss's constants."""
     factor = f" = {o.learning_rate:g} x {length.batch} (scale_lr)" if o.scale_lr else ""
-    rate = o.learning_rate * (length.batch if o.scale_lr else 1)
+    rate = effective_rate(o, length)
     return [
         *length.lines,
         f"learning rate    {rate:g}{factor}",
         *describe_course(o, length.steps, rate),
         *entry.constants(o, about),
     ]
+
+
+def effective_rate(o: TrainCommon, length: Length) -> float:
+    """The learning rate after warm-up."""
+    return o.learning_rate * (length.batch if o.scale_lr else 1)
 
 
 def _describe_trained(o: TrainUnet, facts: ModelFacts) -> str:

@@ -29,8 +29,6 @@ from diffusion_align.commands.train.course import extend_rate
 from diffusion_align.commands.train.identity import Facts, facts_of, require_same_run
 from diffusion_align.commands.versions import versions, warn_of_versions
 from diffusion_align.methods.entry import Trained
-from diffusion_align.methods.shared.branches import Comparisons
-from diffusion_align.methods.shared.runs import Runs
 from diffusion_align.options import to_yaml
 from diffusion_align.train.checkpoints import store as checkpoint
 from diffusion_align.train.checkpoints.round_data import round_name, round_of, write_round
@@ -46,13 +44,12 @@ if TYPE_CHECKING:
     from diffusion_align.models.guidance import Predict
 
 KEEP_ALL = sys.maxsize
-CHUNKS = (Runs, Comparisons)  # the classes of chunks that a checkpoint may contain
 logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
 class Session:
-    """All of a run except its data and its loss."""
+    """All of a run except its data and its loss. chunks: classes of what a round consists of, in a checkpoint."""
 
     options: Any
     verb: str
@@ -61,6 +58,7 @@ class Session:
     accelerator: Accelerator
     model: TextToImage
     threads: Threads
+    chunks: tuple[type, ...]
     trained: Trained = field(init=False)
     reference: Predict | None = field(init=False, default=None)
     ema: Ema | None = field(init=False, default=None)
@@ -131,7 +129,7 @@ class Session:
             if extended is not None:
                 self.accelerator.print(extend_rate(o, scheduler, extended, identity["steps"], at))
             if progress.in_round:
-                round = round_of(resumed, self.accelerator.process_index, self.accelerator.num_processes, CHUNKS)
+                round = round_of(resumed, self.accelerator.process_index, self.accelerator.num_processes, self.chunks)
         barrier(self.accelerator)
         return Run(
             self.parameters, optimizer, scheduler, self.accelerator, o.seed, steps, progress,

@@ -12,7 +12,7 @@ from diffusion_align.commands.train.follower import follow
 from diffusion_align.commands.train.identity import identity_of
 from diffusion_align.commands.train.items import read_items
 from diffusion_align.commands.train.opening import claim_early, open_session, require_ahead
-from diffusion_align.commands.train.plan import plan_lines
+from diffusion_align.commands.train.plan import effective_rate, plan_lines
 from diffusion_align.commands.train.session import Session
 from diffusion_align.methods.entry import About, Entry, Opened
 from diffusion_align.methods.shared.noising import Networks
@@ -46,7 +46,7 @@ def train(entry: Entry[Any], options: Any) -> int:
     length = entry.length(o, about)
     assert length.steps is not None  # the data are counted
     require_ahead(resumed, length.steps)
-    rate = o.learning_rate * (length.batch if o.scale_lr else 1)
+    rate = effective_rate(o, length)
     o = session.options = settle_warmup(o, length.steps)
     accelerator.print("\n".join(plan_lines(entry, o, about, length)))
     session.trains(started.trained)

@@ -13,7 +13,7 @@ from diffusion_align.samplers import StepTable
 
 def plan_rounds(o: TrainSpo, processes: int, tables: RunTables) -> RoundPlan:
     """Raises ValueError if the prompts cannot be divided equally among the processes."""
-    return plan_prompts(o, processes, o.children) if o.pairs_per_step is None else plan_pairs(o, processes, tables)
+    return plan_prompts(o, processes) if o.pairs_per_step is None else plan_pairs(o, processes, tables)
 
 
 def plan_pairs(o: TrainSpo, processes: int, tables: RunTables) -> RoundPlan:

@@ -37,7 +37,8 @@ class OnlineSetup:
 
     def __init__(self, o: TrainOnline, opened: Opened):
         model = opened.model
-        self.options, self.opened, self.prompts = o, opened, opened.items
+        self.opened, self.prompts = opened, opened.items
+        self.options: Any = o  # of one method, so with more than those that all have
         self.shape, self.dims = opened.shape, math.prod(opened.shape)
         self.tables = run_tables(o, model.schedule)
 
@@ -57,7 +58,7 @@ class OnlineSetup:
     @property
     def per_dim(self) -> bool:
         """Whether beta and clip are for log-ratios averaged over dims."""
-        return getattr(self.options, "log_ratio_unit", "mean") == "mean"
+        return self.options.log_ratio_unit == "mean"
 
     def table_of(self, round: int) -> StepTable:
         """The step table of a round; with a noise window, its place is drawn for each round."""
@@ -118,7 +119,7 @@ def online_length(
 ) -> Length:
     """Rounds, steps and evaluations; by default of a method whose steps take all pictures of some prompts."""
     tables = run_tables(o, about.schedule)
-    plan = plan or plan_prompts(o, about.processes, o.group_size)
+    plan = plan or plan_prompts(o, about.processes)
     per_prompt = evaluations(o, tables)
     counts = " + ".join(f"{n:g} {word}" for word, n in per_prompt.items())
     in_all = round(sum(per_prompt.values()) * o.prompts_per_round) * plan.rounds

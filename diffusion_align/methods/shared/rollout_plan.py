@@ -96,14 +96,14 @@ class RoundPlan:
         return self.pairs_per_step or self.prompts_per_step * self.pictures_per_prompt
 
 
-def plan_prompts(o: TrainOnline, processes: int, pictures: int) -> RoundPlan:
+def plan_prompts(o: TrainOnline, processes: int) -> RoundPlan:
     """Rounds whose steps take prompts. Raises ValueError if these cannot be divided equally among the processes."""
     per_step = o.prompts_per_step or o.prompts_per_round
     if per_step % processes:
         raise ValueError(f"{per_step} prompts per step cannot be divided equally among {processes} processes")
     per_round = o.passes * (o.prompts_per_round // per_step)
     rounds = math.ceil((o.max_train_steps or o.num_rounds * per_round) / per_round)
-    return RoundPlan(o.prompts_per_round, per_step, pictures, per_round, per_round * rounds, rounds)
+    return RoundPlan(o.prompts_per_round, per_step, o.pictures_per_prompt, per_round, per_round * rounds, rounds)
 
 
 def describe_rounds(plan: RoundPlan) -> list[str]:

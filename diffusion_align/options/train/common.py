@@ -101,6 +101,16 @@ class TrainUnet(TrainCommon):
 
 
 @dataclass(frozen=True)
+class NetworkBatch:
+    """What is in the network at once: the option that says so, its count, what it counts, and network rows of each."""
+
+    option: str
+    count: int
+    unit: str
+    rows: int
+
+
+@dataclass(frozen=True)
 class GivenPictures:
     """Options of methods that learn from given pictures."""
 
@@ -117,6 +127,10 @@ class GivenPictures:
     effective_batch_size: int | None = option(None, "train", "pairs in one optimizer step, over all devices: gradient_accumulation_steps follows from it", at_least=1, one_of="accumulation")
     num_train_epochs: int = option(1, "train", "passes over the pairs, where max_train_steps is not given", at_least=1, one_of="length")
     # fmt: on
+
+    @property
+    def network_batch(self) -> NetworkBatch:
+        return NetworkBatch("train_batch_size", self.train_batch_size, "pairs", 2)
 
 
 @dataclass(frozen=True)

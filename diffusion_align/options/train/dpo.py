@@ -21,11 +21,9 @@ _MARGIN = {"beta_dpo": 2500.0, "beta_convention": "diffusers"}
 # jacklishufan/diffusion-kto: the default of train_kto_sd_v1.5.py, a mean over dims without a 1/2; its launcher keeps it.
 _KTO = {"beta_dpo": 1000.0, "beta_convention": "diffusers"}
 
+OF_MARGIN = ("sigmoid", "ipo", "hinge", "robust")
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "sigmoid": _MARGIN,
-    "ipo": _MARGIN,
-    "hinge": _MARGIN,
-    "robust": _MARGIN,
+    **dict.fromkeys(OF_MARGIN, _MARGIN),
     "kto": _KTO,
     "kto_pairs": _KTO,
     "mapo": _MARGIN,  # it uses no beta_dpo
@@ -88,10 +86,10 @@ def check_train_dpo(options: TrainDpo) -> None:
         raise UsageError(
             f"train.label_smoothing has no effect for loss_type {options.loss_type}; use sigmoid or robust"
         )
-    if options.winner_share is not None and options.loss_type not in ("sigmoid", "ipo", "hinge", "robust"):
+    if options.winner_share is not None and options.loss_type not in OF_MARGIN:
         raise UsageError(
             f"train.winner_share is for losses of the margin, not loss_type {options.loss_type}; "
-            "use sigmoid, ipo, hinge or robust"
+            f"use {', '.join(OF_MARGIN[:-1])} or {OF_MARGIN[-1]}"
         )
 
 

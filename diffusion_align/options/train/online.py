@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import ClassVar
 
 from diffusion_align.vocabulary import FINALS, IN_NOISE, SOLVERS, SPACINGS
 
 from ..names import UsageError
 from ..reward import WithReward
 from ..schema import option
-from .common import TrainUnet, check_train
+from .common import NetworkBatch, TrainUnet, check_train
 
 UNITS = "unit of beta and clip: mean (log-ratios averaged over dims, as published) or nats (summed)"
 
@@ -48,10 +49,21 @@ class TrainOnline(WithReward, TrainUnet):
     checkpointing_steps: int = option(50, "output", "steps between checkpoints; each is written at the end of a round", at_least=1)
     num_rounds: int = option(100, "train", "rounds, where max_train_steps is not given", at_least=1, one_of="length")
     # fmt: on
+    pictures_option: ClassVar[str] = "group_size"
+
+    @property
+    def pictures_per_prompt(self) -> int:
+        """Pictures of a prompt that are in the network together."""
+        return getattr(self, self.pictures_option)
+
+    @property
+    def network_batch(self) -> NetworkBatch:
+        pictures = min(self.sample_chunk, self.prompts_per_round * self.pictures_per_prompt)
+        return NetworkBatch("sample_chunk", pictures, "pictures", 1 if self.guidance == 1 else 2)
 
 
-def check_online(options: TrainOnline, metrics: tuple[str, ...], pictures: str = "group_size") -> None:
-    """Check the options together. `pictures`: the option with the number of pictures per prompt.
+def check_online(options: TrainOnline, metrics: tuple[str, ...]) -> None:
+    """Check the options together. `metrics`: those that the method writes.
 
     Raises:
         UsageError: no prompts or reward, or numbers that do not fit together.
@@ -76,10 +88,9 @@ def check_online(options: TrainOnline, metrics: tuple[str, ...], pictures: str =
     if o.learn_steps is not None and o.learn_steps >= o.steps:
         raise UsageError(f"rollout.learn_steps {o.learn_steps} must be fewer than rollout.steps {o.steps}")
     _check_window(o)
-    if o.sample_chunk < getattr(o, pictures):
-        raise UsageError(
-            f"rollout.sample_chunk {o.sample_chunk} must hold the {getattr(o, pictures)} pictures of a prompt ({pictures})"
-        )
+    if o.sample_chunk < o.pictures_per_prompt:
+        pictures = f"the {o.pictures_per_prompt} pictures of a prompt ({o.pictures_option})"
+        raise UsageError(f"rollout.sample_chunk {o.sample_chunk} must hold {pictures}")
 
 
 def noisy_steps(options: TrainOnline) -> int:

@@ -13,7 +13,7 @@ from diffusion_align.vocabulary import BETA_CONVENTIONS, DISCOUNTS, PAIR_NORMS
 
 from ..schema import option
 from ..verb import Verb
-from .common import TrainOffline, check_data, check_train
+from .common import NetworkBatch, TrainOffline, check_data, check_train
 from .metric_names import PAIRS
 
 METRICS = (*PAIRS, "pair_weight")
@@ -36,6 +36,12 @@ class TrainRankdpo(TrainOffline):
     shared_noise: bool = option(False, "train", "one noise for all pictures of a prompt, as in train dpo; the paper draws one for each")
     one_picture_at_a_time: bool = option(False, "machine", "keep the network's activations for one picture of each prompt at a time: the same gradient with 1/K of the memory and 1.5 times the evaluations")
     # fmt: on
+
+    @property
+    def network_batch(self) -> NetworkBatch:
+        return NetworkBatch(
+            "train_batch_size", self.train_batch_size, "prompts", 1 if self.one_picture_at_a_time else 2
+        )
 
 
 def notes_train_rankdpo(options: TrainRankdpo, given: Collection[str]) -> list[str]:

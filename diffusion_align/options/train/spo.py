@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..names import UsageError
 from ..schema import option
@@ -31,6 +32,7 @@ class TrainSpo(TrainOnline):
     pairs_per_step: int | None = option(None, "train", "pairs of an optimizer step, over all devices, in random order within the round; the last step of a round takes the rest (default: all pairs of prompts_per_step prompts)", at_least=1, one_of="step")
     preference_model: str | None = option(None, "reward", "a step-aware preference model: a folder of reward train-spm, a file as SPO's authors publish it, or theirs by name: spo-sd15, spo-sdxl; default: the reward, on the predicted picture at every step", path="name")
     # fmt: on
+    pictures_option: ClassVar[str] = "children"
 
 
 def compared_from(options: TrainSpo) -> int:
@@ -40,7 +42,7 @@ def compared_from(options: TrainSpo) -> int:
 
 def check_spo(options: TrainSpo) -> None:
     """`check_online`, and whether there are steps to compare at."""
-    check_online(options, METRICS, "children")
+    check_online(options, METRICS)
     if options.reward == "people":
         raise UsageError("reward people chooses between finished pictures, and spo compares steps: train d3po or prdp")
     if options.learn_steps is not None:
