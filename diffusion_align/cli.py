@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from diffusion_align.options import VERBS, UsageError, build_parser, parse, preset_names, resolve, unknown
-from diffusion_align.options.paths import require_outputs
+from diffusion_align.options.reading.paths import require_outputs
 from diffusion_align.system.consoles import tolerant_output
 from diffusion_align.system.printable import printable
 

@@ -5,7 +5,7 @@ from test_options import read
 
 from diffusion_align import cli
 from diffusion_align.options import VERBS, TrainDpo, UsageError, by_any_name, options_of, to_yaml
-from diffusion_align.options.other_tools import MEANT, NOT_HERE, VALUES
+from diffusion_align.options.reading.other_tools import MEANT, NOT_HERE, VALUES
 
 
 def error(argv, verb="train dpo"):

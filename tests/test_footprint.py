@@ -14,7 +14,7 @@ from diffusion_align.commands import footprint
 from diffusion_align.commands.model_facts import read_model_facts
 from diffusion_align.models import add_lora, load_pipeline
 from diffusion_align.models.hub import asset
-from diffusion_align.models.lora_rank import RankError, require_rank
+from diffusion_align.models.lora.rank import RankError, require_rank
 from diffusion_align.options import TrainD3po, TrainDpo, TrainRankdpo, TrainSpo
 
 MAKERS = {"small": make_tiny_folder, "sdxl": make_tiny_sdxl_folder, "embedded": lambda path: asset("tiny")}

@@ -13,8 +13,8 @@ from diffusion_align.commands.train.items import source_path
 from diffusion_align.methods import dpo
 from diffusion_align.models.hub import locate, on_hub
 from diffusion_align.options import VERBS, TrainDpo, UsageError, options_of, parse, resolve, to_yaml
-from diffusion_align.options import paths as paths_module
-from diffusion_align.options.paths import KINDS, absolute_reward, require_outputs, without_folders
+from diffusion_align.options.reading import paths as paths_module
+from diffusion_align.options.reading.paths import KINDS, absolute_reward, require_outputs, without_folders
 
 # Texts that are no paths, whatever the verb. A new text option is one of these, or says what kind of path it is.
 WORDS = """revision variant device keep_best report_to tracker_name validation_prompts hub_model_id hub_token split

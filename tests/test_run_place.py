@@ -17,7 +17,7 @@ from diffusion_align.data.images import encode_png
 from diffusion_align.data.read import recognise
 from diffusion_align.models.hub import asset
 from diffusion_align.options import VERBS, TrainDpo, UsageError, options_of, parse, resolve, to_yaml
-from diffusion_align.options.place import step_named
+from diffusion_align.options.reading.place import step_named
 from diffusion_align.train.checkpoints import store as checkpoint
 from diffusion_align.train.checkpoints.store import CheckpointError
 

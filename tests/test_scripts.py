@@ -25,7 +25,7 @@ from diffusion_align.methods import dpo
 from diffusion_align.methods.entry import About
 from diffusion_align.methods.shared import plan
 from diffusion_align.methods.shared.pair_losses import PairOutputs
-from diffusion_align.models import adapters
+from diffusion_align.models.lora import adapters
 from diffusion_align.options import TrainDpo, read_yaml
 from diffusion_align.options.train.dpo import metrics_of
 from diffusion_align.schedule import Schedule

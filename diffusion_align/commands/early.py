@@ -13,7 +13,7 @@ from diffusion_align.commands.footprint import require_memory
 from diffusion_align.commands.model_facts import read_model_facts
 from diffusion_align.commands.sources import present_model
 from diffusion_align.models.hub import local_folder
-from diffusion_align.models.lora_rank import RankError, require_rank
+from diffusion_align.models.lora.rank import RankError, require_rank
 from diffusion_align.options import TrainCommon, TrainUnet, UsageError
 from diffusion_align.vocabulary import LORA_TARGETS
 

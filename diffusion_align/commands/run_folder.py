@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 from diffusion_align.commands.printed_commands import restart_command
-from diffusion_align.options.paths import absolute_reward
-from diffusion_align.options.place import CHECKPOINTS, CONFIG, LATEST, METRICS, step_named
+from diffusion_align.options.reading.paths import absolute_reward
+from diffusion_align.options.reading.place import CHECKPOINTS, CONFIG, LATEST, METRICS, step_named
 from diffusion_align.train import record
 from diffusion_align.train.checkpoints import store as checkpoint
 from diffusion_align.train.checkpoints.directory import found as checkpoints_in

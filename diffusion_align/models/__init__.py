@@ -6,13 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapters import add_lora, reference, trainable
     from .loading import load_pipeline, set_attention
+    from .lora.adapters import add_lora, reference, trainable
     from .pipeline import TextToImage
     from .saved_weights import load_lora, load_unet, save_lora, save_unet
 
 _MODULES = {
-    "adapters": ("add_lora", "reference", "trainable"),
+    "lora.adapters": ("add_lora", "reference", "trainable"),
     "loading": ("load_pipeline", "set_attention"),
     "pipeline": ("TextToImage",),
     "saved_weights": ("load_lora", "load_unet", "save_lora", "save_unet"),

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ..system.file_modes import readable
 from ..system.plain_json import read_json
-from .adapters import add_lora, require_no_lora
-from .lora_files import METADATA, read_lora
-from .lora_tensors import Source
+from .lora.adapters import add_lora, require_no_lora
+from .lora.files import METADATA, read_lora
+from .lora.tensors import Source
 from .pipeline import TextToImage
 
 LORA_FILE = "pytorch_lora_weights.safetensors"

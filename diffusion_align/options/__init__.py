@@ -5,10 +5,10 @@ Nothing here imports torch.
 
 from .annotate import Annotate
 from .data import DataCheck, DataConvert, DataInspect
-from .files import all_presets, preset_names, preset_path, read_yaml, to_yaml
 from .names import UsageError, nearest, unknown
-from .parse import Parsed, build_parser, parse
-from .resolve import Resolved, resolve
+from .reading.files import all_presets, preset_names, preset_path, read_yaml, to_yaml
+from .reading.parse import Parsed, build_parser, parse
+from .reading.resolve import Resolved, resolve
 from .reward import RewardScore, RewardServe
 from .sample import Evaluate, Sample
 from .schema import Option, by_any_name, options_of

@@ -42,7 +42,7 @@ class Verb:
             return _function("commands.train.plan:dry_run")(self.entry(), options)
         if self.plan:
             return _function(f"commands.{self.plan}")(options)
-        from .files import to_yaml
+        from .reading.files import to_yaml
 
         print(to_yaml(options, self.words), end="")
         return 0

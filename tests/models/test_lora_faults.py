@@ -13,7 +13,7 @@ from stress.lora.loaders import by_command, make_run, pictures_of_64, resumed
 from stress.loras import cases
 
 from diffusion_align.models import load_lora, load_pipeline, save_lora
-from diffusion_align.models.lora_names import flat, layer_names, of_text_encoder
+from diffusion_align.models.lora.names import flat, layer_names, of_text_encoder
 from diffusion_align.rng import normal
 
 TE = "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_linear_layer.down.weight"

@@ -11,7 +11,7 @@ from typing import Any
 
 from diffusion_align.commands.train.course import WARMUP
 from diffusion_align.options import GivenPictures, TrainCommon, TrainOnline
-from diffusion_align.options.paths import absolute_paths, without_folders
+from diffusion_align.options.reading.paths import absolute_paths, without_folders
 from diffusion_align.options.schema import options_of
 from diffusion_align.train.checkpoints.store import Checkpoint, require_same_identity
 

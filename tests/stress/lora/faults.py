@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from diffusion_align.models import save_lora
-from diffusion_align.models.lora_files import METADATA
+from diffusion_align.models.lora.files import METADATA
 from diffusion_align.rng import normal
 
 RANK, ALPHA = 4, 8.0

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .lora_names import flat, kind, layer_names, of_text_encoder, read_name
-from .lora_tensors import Pair, Source, alphas_of, one_rank, require_sound, shown
+from .names import flat, kind, layer_names, of_text_encoder, read_name
+from .tensors import Pair, Source, alphas_of, one_rank, require_sound, shown
 
 METADATA = "lora_adapter_metadata"  # the header key under which diffusers keeps rank and alpha
 

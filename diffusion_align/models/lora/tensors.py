@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ..system.printable import printable
+from diffusion_align.system.printable import printable
 
 Pair = tuple[Tensor, Tensor]
 Keys = Mapping[str, Mapping[str, str]]

@@ -8,11 +8,11 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..names import UsageError, nearest, unknown
+from ..schema import Option, by_any_name, options_of
 from .files import unknown_key
-from .names import UsageError, nearest, unknown
 from .other_tools import flag_hint
 from .resolve import FALSE, TRUE
-from .schema import Option, by_any_name, options_of
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 FLAG = re.compile(r"--[A-Za-z_][\w.-]*(=.*)?", re.DOTALL)

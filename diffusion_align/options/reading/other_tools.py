@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .schema import Option
+from ..schema import Option
 
 # Options with another name here: the first name that the verb has. "option=value" if the flag implies a value.
 MEANT: dict[str, tuple[str, ...]] = {

@@ -21,8 +21,8 @@ from typing import Any
 
 from diffusion_align.rewards.catalogue import CATALOGUE
 
-from .names import UsageError
-from .schema import Option, options_of
+from ..names import UsageError
+from ..schema import Option, options_of
 
 KINDS = ("in", "folder", "file", "name", "reward", "inside", "resume")
 _HOME = re.compile(r"(^|[=:,])(~[^/=:,]*)(?=/|$)")

@@ -7,12 +7,12 @@ import os
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from ..names import UsageError, nearest
+from ..schema import Option, by_any_name, options_of
 from .files import config_path, preset_path, read_yaml, settings_of
-from .names import UsageError, nearest
 from .other_tools import value_hint
 from .paths import expanded
 from .place import output_of
-from .schema import Option, by_any_name, options_of
 
 Options = TypeVar("Options")
 COMMAND_LINE = "command line"

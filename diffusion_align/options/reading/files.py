@@ -9,12 +9,12 @@ from typing import Any
 
 import yaml
 
-from .names import UsageError, unknown
+from ..names import UsageError, unknown
+from ..schema import by_any_name, options_of
 from .other_tools import flag_hint
 from .paths import absolute_paths
-from .schema import by_any_name, options_of
 
-PRESETS = Path(__file__).parent / "presets"
+PRESETS = Path(__file__).parent.parent / "presets"
 # Keys of a file beside options: the verb it is for, and one line about it.
 ABOUT_KEYS = ("verb", "about")
 

@@ -14,12 +14,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.nn import Parameter
 
+from diffusion_align.rng import normal
 from diffusion_align.vocabulary import LORA_TARGETS, MODES
 
-from ..rng import normal
-from .guidance import Predict
-from .lora_rank import require_rank
-from .pipeline import TextToImage
+from ..guidance import Predict
+from ..pipeline import TextToImage
+from .rank import require_rank
 
 
 def add_lora(
