@@ -125,7 +125,7 @@ def test_training_and_held_out_rewards_are_separate(run, tmp_path, monkeypatch):
         "mine": lambda images, prompts: images.mean((1, 2, 3)),
         "hub/other": lambda images, prompts: images[:, 0, 0, 0],
     }
-    monkeypatch.setattr(judging, "check_reward", lambda name: None)
+    monkeypatch.setattr("diffusion_align.options.sample.check_reward", lambda name: name)
     monkeypatch.setattr(judging, "load_reward", lambda name, *, device, seed: known[name])
     more = ["--prompts", prompts, "--num_images_per_prompt", "2", "--held_out_reward", "hub/other", "--sampler", "ddim"]
     code, report = evaluate(tmp_path / "out", run, *more, "--reward", "mine")

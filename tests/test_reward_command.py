@@ -15,7 +15,11 @@ from helpers_rewards import pictures
 from PIL import Image
 
 from diffusion_align import cli
+from diffusion_align.commands.evaluate.judging import check_judging, open_judging
 from diffusion_align.data.images import encode_png
+from diffusion_align.options import Evaluate, Synth, TrainSpm
+from diffusion_align.options.synth import check_synth
+from diffusion_align.options.train.spm import check_train_spm
 from diffusion_align.rewards import http_reward, load_reward, spec, to_uint8
 from diffusion_align.rewards.catalogue import CATALOGUE
 
@@ -91,6 +95,21 @@ def test_score_writes_one_line_a_picture(folder, tmp_path, capsys, batch):
     assert f"mean {sum(expected) / 3:.4f} +- " in said and "over 3 pictures" in said and "/s" in said
     assert "1 pictures have no score; the first: " in said
     assert sorted(path.name for path in out.parent.iterdir()) == ["scores.jsonl"]
+
+
+def test_options_that_name_rewards_parse_each_text_once(monkeypatch):
+    """`evaluate`, `data synth` and a relabelling pass what the check has parsed on to whatever loads the reward."""
+    made, real = [], spec.RewardSpec
+    monkeypatch.setattr(spec, "RewardSpec", lambda *args: made.append(real(*args)) or made[-1])
+    synth = Synth(models=("tiny",), prompts="tiny", rewards=("random", "jpeg-small"))
+    spm = TrainSpm(pretrained_model_name_or_path="tiny", train_data_dir="x", relabel="2:random")
+    evaluate = Evaluate(run=("x",), reward="random", held_out_reward=("jpeg-large",), features="none")
+    check_synth(synth)
+    check_train_spm(spm)
+    check_judging(evaluate, in_world=False)
+    assert [str(one) for one in made] == ["random", "jpeg-small", "2:random", "random", "jpeg-large"]
+    assert [synth.reward_specs["random"], spm.relabel_spec, *evaluate.reward_specs.values()] == [made[0], *made[2:]]
+    assert list(open_judging(evaluate, False, 64).rewards) == ["reward", "jpeg-large"] and len(made) == 5
 
 
 def test_the_text_of_a_reward_is_parsed_once(folder, tmp_path, monkeypatch):

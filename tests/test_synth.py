@@ -45,6 +45,7 @@ def use(monkeypatch, **rewards):
     def require(name):
         if name not in rewards:
             raise UsageError(f"there is no reward {name}")
+        return name
 
     monkeypatch.setattr(synth_chunks, "load_reward", by_name)
     monkeypatch.setattr("diffusion_align.options.synth.check_reward", require)

@@ -25,7 +25,6 @@ from diffusion_align.methods.shared.plan import length_of, require_accumulation
 from diffusion_align.methods.shared.preferences import TIMESTEPS, PreferencePairs, accuracy_by_noise, preference_method
 from diffusion_align.methods.shared.relabel import describe_labels, labels_of_scores, own_labels, scores_of_pairs
 from diffusion_align.options import TrainSpm
-from diffusion_align.rewards.spec import read_spec
 from diffusion_align.rewards.step_aware_load import step_aware_scorer
 from diffusion_align.rewards.step_aware_model import StepAware, save_step_aware, start_step_aware
 from diffusion_align.train.processes import watch
@@ -124,7 +123,7 @@ class AccuracyReport:
 def labels_of(pairs: Sequence[Pair], o: TrainSpm, opened: Opened) -> Tensor:
     """The probability [N] that the first picture of each pair is better, by the data or the reward `relabel`."""
     own, accelerator = own_labels(pairs), opened.accelerator
-    if o.relabel is None:
+    if o.relabel_spec is None:
         if o.keep_ties:
             accelerator.print(f"labels: of the data on {len(pairs)} pairs, of which {int((own == 0.5).sum())} are ties")
         return own
@@ -132,11 +131,11 @@ def labels_of(pairs: Sequence[Pair], o: TrainSpm, opened: Opened) -> Tensor:
     folder, main = Path(o.cache_dir or o.output_dir) / "labels", accelerator.is_main_process
     if not main:
         barrier(accelerator)  # rank 0 scores, the others read its file
-    scores = scores_of_pairs(o.relabel, pairs, folder, partial(opened.reward, read_spec(o.relabel)), progress=main)
+    scores = scores_of_pairs(o.relabel_spec, pairs, folder, partial(opened.reward, o.relabel_spec), progress=main)
     if main:
         barrier(accelerator)
     labels = labels_of_scores(scores, o.tie_margin)
-    accelerator.print(describe_labels(o.relabel, own, labels, o.tie_margin))
+    accelerator.print(describe_labels(o.relabel_spec.text, own, labels, o.tie_margin))
     return labels
 
 

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
+from diffusion_align.rewards.spec import RewardSpec
 from diffusion_align.vocabulary import SOLVERS, SPACINGS
 
 from .names import DEVICE, UsageError, device_fault, shard_of
+from .reward import check_reward
 from .schema import option
 
 
@@ -75,6 +78,11 @@ class Evaluate:
     mixed_precision: str = option("no", "machine", "precision of the network", choices=("no", "fp16", "bf16"))
     output_dir: str | None = option(None, "output", "folder for pictures and report (default: the run's own, where one run is evaluated; else evaluations/NAMES)", path="folder")
     # fmt: on
+
+    @cached_property
+    def reward_specs(self) -> dict[str, RewardSpec]:
+        """The rewards by their texts, the trained one first; raises UsageError if one is not a reward."""
+        return {name: check_reward(name) for name in rewards_of(self)}
 
 
 def check_sample(options: Sample) -> None:

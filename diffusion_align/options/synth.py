@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
+from diffusion_align.rewards.spec import RewardSpec
 from diffusion_align.vocabulary import SOLVERS, SPACINGS
 
 from .names import DEVICE, UsageError, device_fault, shard_of
@@ -41,6 +43,11 @@ class Synth:
     out: str = option("synth", "output", "folder for pictures, scores, rankings.parquet, pairs.parquet and report.json", aliases=("output_dir",), path="folder")
     # fmt: on
 
+    @cached_property
+    def reward_specs(self) -> dict[str, RewardSpec]:
+        """The rewards by their texts; raises UsageError if one is not a reward."""
+        return {name: check_reward(name) for name in self.rewards}
+
 
 def check_synth(options: Synth) -> None:
     """Check the options together.
@@ -63,6 +70,5 @@ def check_synth(options: Synth) -> None:
         raise UsageError("sampler.order 3 is for sampler.eta 0 only")
     if o.solver == "ddim" and o.eta > 1:
         raise UsageError(f"sampler.eta of ddim is at most 1, not {o.eta:g}")
-    for name in o.rewards:
-        check_reward(name)
+    _ = o.reward_specs
     shard_of(o.shard)

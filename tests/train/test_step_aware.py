@@ -353,6 +353,7 @@ def test_labels_by_a_reward_by_hand():
 def test_pairs_are_scored_once_at_their_own_size_and_kept(tmp_path):
     from diffusion_align.data.images import encode_png
     from diffusion_align.methods.shared.relabel import scores_of_pairs
+    from diffusion_align.rewards import read_spec
 
     def flat(level, height=8, width=8):
         return encode_png(torch.full((3, height, width), level / 255))
@@ -365,7 +366,7 @@ def test_pairs_are_scored_once_at_their_own_size_and_kept(tmp_path):
         return images.amax((1, 2, 3)) * 255  # of one level: its mean, but the same in a batch of any shape
 
     expected = [[float(i), 100.0 + i] for i in range(20)]
-    found = scores_of_pairs("tiny", pairs, tmp_path, lambda: reward)
+    found = scores_of_pairs(read_spec("tiny"), pairs, tmp_path, lambda: reward)
     assert torch.allclose(found, torch.tensor(expected).double(), atol=1e-4)
     assert {shape[2:] for shape, _ in seen} == {(8, 8), (8, 9)}
     assert sum(shape[0] for shape, _ in seen) == 40
@@ -373,17 +374,17 @@ def test_pairs_are_scored_once_at_their_own_size_and_kept(tmp_path):
     def never():
         raise AssertionError("scored again")
 
-    assert torch.equal(scores_of_pairs("tiny", pairs, tmp_path, never), found)
+    assert torch.equal(scores_of_pairs(read_spec("tiny"), pairs, tmp_path, never), found)
     (file,) = tmp_path.iterdir()
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:17]) + lines[17][:3])  # killed in the middle of a line
     seen.clear()
-    assert torch.equal(scores_of_pairs("tiny", pairs, tmp_path, lambda: reward), found)
+    assert torch.equal(scores_of_pairs(read_spec("tiny"), pairs, tmp_path, lambda: reward), found)
     assert sum(shape[0] for shape, _ in seen) == 6
     with pytest.raises(AssertionError, match="scored again"):
-        scores_of_pairs("clipscore", pairs, tmp_path, never)
+        scores_of_pairs(read_spec("clipscore"), pairs, tmp_path, never)
     with pytest.raises(ValueError, match="pair x: picture 1 is empty"):
-        scores_of_pairs("tiny", [Pair("x", "a", flat(1), b"")], tmp_path, lambda: reward)
+        scores_of_pairs(read_spec("tiny"), [Pair("x", "a", flat(1), b"")], tmp_path, lambda: reward)
 
 
 def test_the_command_relabels_and_keeps_ties(tmp_path, capsys, monkeypatch):

@@ -142,7 +142,7 @@ def score_pictures(o: Synth, out: Path, prompts: list[str], chunks: Sequence[int
         return
     (out / "scores").mkdir(exist_ok=True)
     device = torch.device(o.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    reward = load_reward(name, device=device, seed=o.seed)
+    reward = load_reward(o.reward_specs[name], device=device, seed=o.seed)
     for chunk in progress_bar(left, desc=f"score {name}", unit="chunk"):
         addresses = [(number, place) for number in numbers_of(chunk, prompts) for place in range(o.pictures)]
         values: list[float] = []

@@ -15,8 +15,6 @@ from diffusion_align.commands.prompt_lists import Prompt, caption_of
 from diffusion_align.data.images import decode_image
 from diffusion_align.evaluation.scoring import Judge
 from diffusion_align.options import Evaluate, UsageError
-from diffusion_align.options.reward import check_reward
-from diffusion_align.options.sample import rewards_of
 from diffusion_align.rewards import Reward, load_reward, to_uint8
 from diffusion_align.shapes import judge, render
 from diffusion_align.shapes.render import PIXELS
@@ -47,8 +45,7 @@ def check_judging(o: Evaluate, in_world: bool) -> None:
     Raises:
         UsageError: no such reward, the embedded one for other prompts than its own, people, or no reference pictures.
     """
-    for name in rewards_of(o):
-        check_reward(name)
+    for name in o.reward_specs:
         if name in ("tiny", "judge") and not in_world:
             raise UsageError(
                 f"the embedded {'reward' if name == 'tiny' else 'judge'} knows captions of the embedded world only; "
@@ -62,9 +59,11 @@ def check_judging(o: Evaluate, in_world: bool) -> None:
 
 def open_judging(o: Evaluate, in_world: bool, resolution: int) -> Judging:
     """Load the rewards, the judge and the features. Without any, pictures are only shown side by side."""
-    names = {name: "reward" if name == o.reward else name.split("/")[-1] for name in rewards_of(o)}
     place = torch.device(o.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    rewards = {word: load_reward(name, device=place, seed=o.seed) for name, word in names.items()}
+    rewards = {
+        "reward" if name == o.reward else name.split("/")[-1]: load_reward(spec, device=place, seed=o.seed)
+        for name, spec in o.reward_specs.items()
+    }
     judges: dict[str, Judge] = {"judge": judge} if in_world and resolution == PIXELS else {}
     known = o.features != "none" and (in_world or o.features != "tiny")
     return Judging(rewards, judges, _features(o.features, place) if known else None)

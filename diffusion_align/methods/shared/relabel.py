@@ -16,7 +16,7 @@ from diffusion_align.data.images import decode_image
 from diffusion_align.data.pairs_and_rankings import fingerprint
 from diffusion_align.data.raw_rows import read_bytes
 from diffusion_align.rewards import Reward
-from diffusion_align.rewards.spec import read_spec
+from diffusion_align.rewards.spec import RewardSpec
 from diffusion_align.system.progress import progress_bar
 
 CHUNK = 16  # pairs whose pictures are in memory at a time
@@ -57,9 +57,9 @@ def describe_labels(reward: str, own: Tensor, labels: Tensor, margin: float) -> 
 
 
 def scores_of_pairs(
-    name: str, pairs: Sequence[Pair], folder: Path, load: Callable[[], Reward], *, progress: bool = False
+    reward: RewardSpec, pairs: Sequence[Pair], folder: Path, load: Callable[[], Reward], *, progress: bool = False
 ) -> Tensor:
-    """Scores [N,2] float64 of the pairs' clean pictures, uncropped and at their own size, by the reward `name`.
+    """Scores [N,2] float64 of the pairs' clean pictures, uncropped and at their own size, by a reward.
 
     They are kept in `folder`, one line per pair, in a file named by reward and pairs: a second call reads them, and
     continues after an interruption. `load` loads the reward and is called only if a score is missing.
@@ -67,26 +67,26 @@ def scores_of_pairs(
     Raises:
         ValueError: a picture that cannot be decoded; whatever the reward raises.
     """
-    file = folder / f"scores-{digest((_identity(name) + fingerprint(pairs)).encode())}.jsonl"
+    file = folder / f"scores-{digest((_identity(reward) + fingerprint(pairs)).encode())}.jsonl"
     known = _lines(file)
     if len(known) < len(pairs):
-        reward = load()
+        loaded = load()
         folder.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(f"{json.dumps(row)}\n" for row in known), encoding="utf-8")
         with file.open("a", encoding="utf-8") as out:
             starts = range(len(known), len(pairs), CHUNK)
-            for start in progress_bar(starts, desc=f"score by {name}", unit="chunk", hidden=not progress):
-                rows = _scored(pairs[start : start + CHUNK], reward)
+            for start in progress_bar(starts, desc=f"score by {reward}", unit="chunk", hidden=not progress):
+                rows = _scored(pairs[start : start + CHUNK], loaded)
                 out.write("".join(f"{json.dumps(row)}\n" for row in rows))
                 out.flush()
                 known += rows
     return torch.tensor(known[: len(pairs)], dtype=torch.float64).view(-1, 2)
 
 
-def _identity(name: str) -> str:
+def _identity(reward: RewardSpec) -> str:
     """The text of the reward, and the content of the file of a Python reward."""
-    files = [part.at.rpartition(":")[0] for part in read_spec(name).parts if part.kind == "python"]
-    return name + "".join(digest(Path(file).read_bytes()) for file in files)
+    files = [part.at.rpartition(":")[0] for part in reward.parts if part.kind == "python"]
+    return reward.text + "".join(digest(Path(file).read_bytes()) for file in files)
 
 
 def _lines(file: Path) -> list[list[float]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 
-from diffusion_align.rewards.spec import read_spec
+from diffusion_align.rewards.spec import RewardSpec
 from diffusion_align.vocabulary import LR_SCHEDULES, WITH_WARMUP
 
 from ..names import UsageError
@@ -43,6 +44,11 @@ class TrainSpm(GivenPictures, TrainCommon):
     output_dir: str = option("runs/spm", "output", "the run folder: the model, accuracy.json, metrics.jsonl", path="folder")
     # fmt: on
 
+    @cached_property
+    def relabel_spec(self) -> RewardSpec | None:
+        """Raises UsageError if `relabel` is not a reward."""
+        return None if self.relabel is None else check_reward(self.relabel)
+
 
 def check_train_spm(options: TrainSpm) -> None:
     """Check the options together.
@@ -59,8 +65,7 @@ def check_train_spm(options: TrainSpm) -> None:
     if options.relabel is not None:
         if options.relabel == "people":
             raise UsageError("reward people chooses between pictures of a run: it cannot relabel pairs")
-        check_reward(options.relabel)
-        if read_spec(options.relabel).standardise:
+        if options.relabel_spec is not None and options.relabel_spec.standardise:
             raise UsageError("labels.relabel std: compares pictures of one call only; name rewards without std:")
 
 
