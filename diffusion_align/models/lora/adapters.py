@@ -94,13 +94,14 @@ def reference(model: TextToImage, mode: str) -> Predict:
     """The frozen model as `(x, t, text) -> output` float32, without gradients.
 
     With a LoRA it is the same network with the adapter switched off: it costs no memory, rounds as the policy does, and
-    equals it exactly before training. With full training it is a frozen copy, taken now.
+    equals it exactly before training. With full training it is a copy, taken now; call `trainable` before.
     """
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}: expected one of {', '.join(MODES)}")
     if mode == "full":
         frozen = copy.copy(model)
-        frozen.unet = copy.deepcopy(model.unet).requires_grad_(False)
+        # Its weights keep `requires_grad`: torch chooses a kernel by that, also where no gradient is taken.
+        frozen.unet = copy.deepcopy(model.unet)
         return torch.no_grad()(frozen.predict)
 
     if not any(isinstance(module, BaseTunerLayer) for module in model.unet.modules()):
