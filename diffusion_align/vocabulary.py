@@ -10,6 +10,9 @@ BETA_CONVENTIONS = ("diffusers", "salesforce", "sum")
 PAIR_NORMS = ("sum", "sum_weights", "num_pairs")
 DISCOUNTS = ("ln", "log2")
 
+LONG_PROMPTS = ("truncate", "chunk", "chunk_kohya")
+PROMPT_SYNTAXES = ("plain", "a1111", "a1111_no_norm")
+
 MODES = ("lora", "full")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # The feed-forward and projection layers of attention blocks, and the convolutions of residual blocks.

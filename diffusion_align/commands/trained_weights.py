@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_align.commands.sources import present_model
 from diffusion_align.models.hub import on_hub
+from diffusion_align.models.prompts.reading import Reading
 from diffusion_align.options import read_yaml
 
 if TYPE_CHECKING:
@@ -50,6 +51,22 @@ def base_of(
 def trained_at(config: dict[str, Any]) -> int | None:
     """The resolution of the training; None: the default of the model."""
     return (config.get("data") or {}).get("resolution")
+
+
+def reading_of(o: Any, config: dict[str, Any]) -> Reading:
+    """How prompts are read: as the options say, else as the run was trained, else as usual.
+
+    `o` has the options long_prompts, prompt_chunks, prompt_syntax and clip_skip; in training none of them is None.
+    """
+    saved = config.get("text") or {}
+
+    def chosen(name: str, usual: Any) -> Any:
+        given = getattr(o, name)
+        return saved.get(name, usual) if given is None else given
+
+    long = chosen("long_prompts", "truncate")
+    chunks = 1 if long == "truncate" else chosen("prompt_chunks", 3)
+    return Reading(long, chunks, chosen("prompt_syntax", "plain"), chosen("clip_skip", 1))
 
 
 def load_tuned(model: TextToImage, run: str | Path) -> None:

@@ -14,9 +14,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from ..schedule import Schedule
-from .conditioning import SIZES, SecondEncoder
 from .hub import locate, read_index
 from .pipeline import TextToImage
+from .prompts.conditioning import SIZES, SecondEncoder
 
 
 def load_pipeline(

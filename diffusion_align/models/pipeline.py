@@ -21,10 +21,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ..prediction import Denoiser
 from ..schedule import Schedule
 from ..system.memory import in_parts
-from .conditioning import SecondEncoder, last_states, pack, penultimate_states, unpack, with_sizes_of
 from .guidance import guided_denoiser
 from .hub import folder_digest
-from .token_limit import cut_captions
+from .prompts.conditioning import SecondEncoder, last_states, pack, penultimate_states, unpack, with_sizes_of
+from .prompts.reading import DEFAULT, Reading
+from .prompts.token_limit import cut_captions
 
 
 @dataclass(eq=False)
@@ -44,6 +45,7 @@ class TextToImage:
     device: torch.device
     dtype: torch.dtype
     second: SecondEncoder | None = None
+    reading: Reading = DEFAULT  # set it before anything is encoded
 
     @property
     def prediction_type(self) -> str:
@@ -76,15 +78,16 @@ class TextToImage:
         own size.
 
         Raises:
-            ValueError: sizes for a model that takes none, or sizes that cannot be.
+            ValueError: sizes for a model that takes none, or sizes that cannot be; prompts that `reading` cannot read.
         """
         if not prompts:
             return self.encode_text([""])[:0]
         if self.second is None:
             if sizes is not None:
                 raise ValueError(f"{self.source} takes no size of pictures: leave out sizes")
-            return last_states(self.tokenizer, self.text_encoder, prompts, chunk)
-        hidden, pooled = penultimate_states(self.tokenizer, self.text_encoder, self.second, prompts, chunk)
+            return last_states(self.tokenizer, self.text_encoder, prompts, chunk, self.reading)
+        first = (self.tokenizer, self.text_encoder)
+        hidden, pooled = penultimate_states(first, self.second, prompts, chunk, self.reading)
         return pack(hidden, pooled, sizes)
 
     @cached_property
@@ -98,7 +101,12 @@ class TextToImage:
 
     def cut_captions(self, prompts: Sequence[str]) -> tuple[int, int]:
         """How many prompts exceed the text encoders' limit, and that limit in tokens."""
-        return cut_captions([self.tokenizer, *([self.second.tokenizer] if self.second else [])], prompts)
+        return cut_captions(self.tokenizers, prompts, self.reading)
+
+    @property
+    def tokenizers(self) -> list[CLIPTokenizer]:
+        """One, or SDXL's two."""
+        return [self.tokenizer, *([self.second.tokenizer] if self.second else [])]
 
     @torch.no_grad()
     def encode_images(self, images: Tensor, noise: Tensor | None = None, chunk: int = 16) -> Tensor:
@@ -185,8 +193,9 @@ class TextToImage:
         return guided_denoiser(self.predict, text, without, guidance, self.schedule, self.prediction_type)
 
     def fingerprint(self) -> str:
-        """A digest of the files that the model was loaded from, for the keys of caches and a run's identity."""
-        return self._fingerprint
+        """A digest of the files that the model was loaded from, for the keys of caches and a run's identity. It names
+        how prompts are read if that is not the usual way."""
+        return self._fingerprint if self.reading == DEFAULT else f"{self._fingerprint}, prompts: {self.reading}"
 
     @cached_property
     def _fingerprint(self) -> str:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from diffusion_align.rewards.spec import RewardSpec
-from diffusion_align.vocabulary import SOLVERS, SPACINGS
+from diffusion_align.vocabulary import LONG_PROMPTS, PROMPT_SYNTAXES, SOLVERS, SPACINGS
 
 from .names import DEVICE, UsageError, device_fault, shard_of
+from .prompt_reading import AS_RUN, CHUNKS, LONG, SKIP, SYNTAX
 from .reward import check_reward
 from .schema import option
 
@@ -27,6 +28,10 @@ class Sample:
     num_prompts: int | None = option(None, "prompts", "of that list, use the first N", at_least=1)
     negative_prompt: str = option("", "prompts", "what guidance steers away from")
     num_images_per_prompt: int = option(1, "prompts", "pictures of each prompt", at_least=1)
+    long_prompts: str | None = option(None, "prompts", LONG + AS_RUN, choices=LONG_PROMPTS)
+    prompt_chunks: int | None = option(None, "prompts", CHUNKS + AS_RUN, at_least=1)
+    prompt_syntax: str | None = option(None, "prompts", SYNTAX + AS_RUN, choices=PROMPT_SYNTAXES)
+    clip_skip: int | None = option(None, "prompts", SKIP + AS_RUN, at_least=1)
 
     steps: int = option(25, "sampler", "steps", aliases=("num_inference_steps",), at_least=1)
     guidance: float = option(7.5, "sampler", "classifier-free guidance; 1 is none", aliases=("guidance_scale",), at_least=0)
@@ -58,6 +63,10 @@ class Evaluate:
     prompts: str = option("held-out", "prompts", "a list of prompts: a file or folder, a name (parti, geneval; hpdv2, drawbench, t2i-compbench, dpg-bench, which are fetched), or held-out (captions of the embedded world that no training set contains)", path="name")
     num_prompts: int = option(500, "prompts", "use the first N prompts", at_least=2)
     num_images_per_prompt: int = option(1, "prompts", "pictures of each prompt; diversity needs two", at_least=1)
+    long_prompts: str | None = option(None, "prompts", LONG + AS_RUN, choices=LONG_PROMPTS)
+    prompt_chunks: int | None = option(None, "prompts", CHUNKS + AS_RUN, at_least=1)
+    prompt_syntax: str | None = option(None, "prompts", SYNTAX + AS_RUN, choices=PROMPT_SYNTAXES)
+    clip_skip: int | None = option(None, "prompts", SKIP + AS_RUN, at_least=1)
 
     sampler: tuple[str, ...] = option(("dpmpp", "ddim"), "sampler", "dpmpp (DPM-Solver++ 2M), ddim, or both, because the sampler can reverse a ranking. The report starts with the first", choices=SOLVERS)
     steps: int = option(15, "sampler", "steps, trailing, for every model and sampler", aliases=("num_inference_steps",), at_least=1)

@@ -22,7 +22,7 @@ from diffusion_align.data.pairs_and_rankings import DataRow
 from diffusion_align.data.raw_rows import read_bytes
 from diffusion_align.data.read import read_rows, recognise
 from diffusion_align.models.hub import asset
-from diffusion_align.models.token_limit import tokenizers_in
+from diffusion_align.models.prompts.token_limit import tokenizers_in
 from diffusion_align.system import progress
 
 VOTES = [0.7, 0.25, 0.5, 1.0, 0.6]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusion_align.models.conditioning import pack, unpack, with_sizes_of
+from diffusion_align.models.prompts.conditioning import pack, unpack, with_sizes_of
 
 HIDDEN = torch.arange(2 * 3 * 7, dtype=torch.float64).view(2, 3, 7)
 POOLED = torch.tensor([[-1.0, -2.0, -3.0, -4.0], [-5.0, -6.0, -7.0, -8.0]], dtype=torch.float64)

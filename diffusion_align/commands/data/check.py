@@ -75,7 +75,7 @@ def data_check(options: DataCheck) -> int:
 def _cut_counter(model: str) -> Callable[[list[str]], tuple[int, int]]:
     """captions -> how many of them this model's text encoder cuts, and after how many tokens. Loads only tokenizers."""
     from diffusion_align.models.hub import asset
-    from diffusion_align.models.token_limit import cut_captions, tokenizers_in
+    from diffusion_align.models.prompts.token_limit import cut_captions, tokenizers_in
 
     return partial(cut_captions, tokenizers_in(asset("tiny") if model == "tiny" else Path(model).expanduser()))
 

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from diffusion_align.commands import threads
+from diffusion_align.commands.data.long_captions import describe_long_captions
 from diffusion_align.commands.evaluate.contenders import Contender, base_contender, contender
 from diffusion_align.commands.evaluate.judging import Judging, check_judging, open_judging, settle_reward
 from diffusion_align.commands.evaluate.results import report
 from diffusion_align.commands.prompt_lists import Prompt, caption_of, evaluation_prompts
 from diffusion_align.commands.threads import Threads
+from diffusion_align.commands.trained_weights import reading_of
 from diffusion_align.evaluation import (
     Drawing,
     Measured,
@@ -28,6 +30,7 @@ from diffusion_align.evaluation import (
     score,
 )
 from diffusion_align.evaluation.report import versions
+from diffusion_align.models.prompts.reading import Reading
 from diffusion_align.options import Evaluate
 from diffusion_align.options.names import shard_of
 from diffusion_align.options.sample import check_evaluate
@@ -55,17 +58,21 @@ def evaluate(options: Evaluate) -> int:
     out = Path(o.output_dir or _default_folder(models))
 
     resolution = _resolution(o, [*models, base])
+    reading = _reading(o, models)
     facts: dict[str, Any] = _facts(o, prompts) | ({"resolution": resolution} if resolution else {})
     workers = threads.set_threads(o.threads)
     folders: dict[tuple[str, str], Path] = {}
     side = 0
     for name, who in named.items():
         model = who.load(o.device)
+        model.reading = reading
         side = resolution or model.resolution
         about = {"model": who.base["pretrained_model_name_or_path"], "fingerprint": model.fingerprint()}
         about["weights"] = who.weights()
         key = _key({**facts, **about, "prompts": [prompt.text for prompt in prompts]})
-        facts.setdefault("models", {})[name] = about
+        if "models" not in facts:
+            facts |= _cut_prompts(model, prompts) | {"models": {}}
+        facts["models"][name] = about
         for solver in o.sampler:
             folder = folders[name, solver] = out / "evaluation" / f"{'base' if who is base else 'tuned'}-{key}" / solver
             _draw(model, prompts, (name, solver), folder, o, about["weights"], workers, resolution)
@@ -80,6 +87,17 @@ def evaluate(options: Evaluate) -> int:
     texts = [prompt.text for prompt in prompts for _ in range(o.num_images_per_prompt)]
     measured = {place: _measure(place, folder, texts, judging, o, workers) for place, folder in folders.items()}
     return report(o, out, named, prompts, texts, judging, measured, folders, facts)
+
+
+def _reading(o: Evaluate, models: Sequence[Contender]) -> Reading:
+    """How all models read prompts: as the options say, else as the runs were trained; ValueError if those differ."""
+    readings = {reading_of(o, model.config) for model in models}
+    if len(readings) > 1:
+        raise ValueError(
+            f"the runs were trained with prompts read in different ways ({'; '.join(sorted(map(str, readings)))}): "
+            "choose one with --long_prompts, --prompt_chunks, --prompt_syntax and --clip_skip"
+        )
+    return readings.pop()
 
 
 def _resolution(o: Evaluate, models: Sequence[Contender]) -> int | None:
@@ -107,6 +125,16 @@ def _default_folder(models: Sequence[Contender]) -> Path:
 def _unused(name: str, i: int, models: Sequence[Contender]) -> str:
     """The name of a model in tables, with a number where another model has the name, or where it is "base"."""
     return name if name != "base" and sum(m.name == name for m in models) == 1 else f"{name} ({i + 1})"
+
+
+def _cut_prompts(model: TextToImage, prompts: Sequence[Prompt]) -> dict[str, str]:
+    """How many prompts the text encoder truncates, printed and for the report; nothing if it truncates none."""
+    texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+    cut, limit = model.cut_captions(texts)
+    if not cut:
+        return {}
+    print(describe_long_captions(cut, len(texts), limit))
+    return {"prompts_cut": f"{cut} of {len(texts)}, after {limit} tokens"}
 
 
 def _facts(o: Evaluate, prompts: Sequence[Prompt]) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from diffusion_align.commands.sample.benchmark import check_layout, draw_folder,
 from diffusion_align.commands.sample.drawing import Draw, draw
 from diffusion_align.commands.sample.folder import LISTING, claim, listing
 from diffusion_align.commands.sources import present_model
-from diffusion_align.commands.trained_weights import base_of, load_tuned, run_config, weights_digest
+from diffusion_align.commands.trained_weights import base_of, load_tuned, reading_of, run_config, weights_digest
 from diffusion_align.data.images import encode_png
 from diffusion_align.data.prompts import Prompt
 from diffusion_align.evaluation.report import versions
+from diffusion_align.models.prompts.reading import DEFAULT
 from diffusion_align.options import Sample
 from diffusion_align.samplers import step_table
 from diffusion_align.system.progress import progress_bar
@@ -35,7 +36,7 @@ def sample(options: Sample) -> int:
     name = base.get("pretrained_model_name_or_path") or present_model(o.pretrained_model_name_or_path or "")
     revision, variant = o.revision or base.get("revision"), o.variant or base.get("variant")
 
-    resolution = side_of(o)
+    resolution, reading = side_of(o), reading_of(o, run_config(o.run) if o.run else {})
     order = o.order if o.solver == "dpmpp" else 1
     about: dict[str, Any] = {
         "pictures": listing([prompt.text for prompt in prompts], o.num_images_per_prompt),
@@ -48,6 +49,7 @@ def sample(options: Sample) -> int:
         "sampler": {"solver": o.solver, "order": order, "steps": o.steps, "eta": o.eta, "spacing": o.spacing},
         "mixed_precision": o.mixed_precision,
     } | ({"resolution": resolution} if resolution else {})
+    about |= {} if reading == DEFAULT else {"prompts": str(reading)}
     if o.layout == "samples":
         claim(Path(o.out), about, overwrite=o.overwrite)
 
@@ -55,6 +57,7 @@ def sample(options: Sample) -> int:
 
     threads.set_threads(o.threads)
     model = load_pipeline(name, device=o.device, revision=revision, variant=variant)
+    model.reading = reading
     if o.run:
         load_tuned(model, o.run)
     table = step_table(model.schedule, o.steps, solver=o.solver, order=order, eta=o.eta, spacing=o.spacing)

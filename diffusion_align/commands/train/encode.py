@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
-from diffusion_align.commands.data.long_captions import describe_long_captions
+from diffusion_align.commands.data.long_captions import describe_long_captions, opposite_pairs
 from diffusion_align.data import DataError, EncodingSettings, Pair, PairCache, Ranking, build_cache
 from diffusion_align.data.bad_rows import BadRow
 from diffusion_align.data.disk import NoRoom
@@ -38,7 +38,11 @@ def encoded(
     if accelerator.is_main_process:
         long, limit = model.cut_captions(captions)
         if long:
-            print(describe_long_captions(long, len(captions), limit))
+            from diffusion_align.models.prompts.token_limit import kept_tokens
+
+            pairs = [entry for entry in lists if isinstance(entry, Pair)]
+            opposite = opposite_pairs(pairs, partial(kept_tokens, model.tokenizers, reading=model.reading))
+            print(describe_long_captions(long, len(captions), limit, opposite))
     dtype = PRECISIONS[o.encode_precision]
     _ = model.empty_text  # encoded here in full precision; the model keeps it for drawing pictures
     settings = EncodingSettings(o.resolution or model.resolution, o.seed, precision=o.encode_precision)

@@ -15,6 +15,7 @@ from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.train.job import join
 from diffusion_align.commands.train.session import Session
 from diffusion_align.commands.train.tracking import tracker_names
+from diffusion_align.commands.trained_weights import reading_of
 from diffusion_align.methods.entry import Entry, Trained
 from diffusion_align.options import GivenPictures, TrainCommon, UsageError
 from diffusion_align.train.checkpoints.store import Checkpoint
@@ -57,6 +58,7 @@ def open_session(o: Any, entry: Entry[Any], resumed: Checkpoint | None) -> Sessi
     set_tf32(o.allow_tf32)
     name = present_model(o.pretrained_model_name_or_path or "")
     model = load_pipeline(name, device=accelerator.device, revision=o.revision, variant=o.variant)
+    model.reading = reading_of(o, {})
     session = Session(o, entry.verb, Path(o.output_dir), resumed, accelerator, model, workers, entry.chunks)
     if entry.unet:
         _train_unet(session, entry.needs_reference(o))

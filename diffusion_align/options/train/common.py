@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diffusion_align.vocabulary import LORA_TARGETS, LR_SCHEDULES, MODES, WITH_WARMUP
+from diffusion_align.vocabulary import LONG_PROMPTS, LORA_TARGETS, LR_SCHEDULES, MODES, PROMPT_SYNTAXES, WITH_WARMUP
 
 from ..names import DEVICE, UsageError, device_fault
+from ..prompt_reading import CHUNKS, LONG, SKIP, SYNTAX
 from ..schema import option
 from .metric_names import check_metric
 
@@ -29,6 +30,11 @@ class TrainCommon:
     pretrained_vae_model_name_or_path: str | None = option(None, "model", "another VAE", unused="the model's own VAE is used; give a model folder that holds the other one", path="name")
 
     resolution: int | None = option(None, "data", "side of the pictures in pixels (default: the model's own)", at_least=8)
+    long_prompts: str = option("truncate", "text", LONG, choices=LONG_PROMPTS)
+    prompt_chunks: int = option(3, "text", CHUNKS, at_least=1)
+    prompt_syntax: str = option("plain", "text", SYNTAX, choices=PROMPT_SYNTAXES)
+    clip_skip: int = option(1, "text", SKIP, at_least=1)
+
     cache_dir: str | None = option(None, "data", "folder for downloads and encoded pictures (default: the hub's cache, and output_dir/cache)", path="folder")
 
     seed: int = option(0, "train", "seed of every random draw", at_least=0)

@@ -1,6 +1,7 @@
 """What the network reads of a prompt, as one tensor: CLIP's hidden states and, for SDXL, an embedding and sizes.
 
-Prompts are padded to the tokenizer's length, and truncated to it, as when these models were trained.
+Prompts are padded to the tokenizer's length, and truncated to it, as when these models were trained; `reading.py` says
+what else can be asked for.
 
 SDXL's UNet also takes a pooled embedding and six numbers of size (Podell et al. 2023, arXiv 2307.01952, section 2.2).
 They are stored as two more rows of the text, because the floors above handle text as one `[B,L,E]`: caches store it,
@@ -19,11 +20,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
+
+from .chunks import Tokens, joined, tokens_of, weighed
+from .reading import Reading
 
 SIZES = 6
 
@@ -41,33 +46,50 @@ class SecondEncoder:
         return int(self.text_encoder.config.projection_dim)  # type: ignore[arg-type]
 
 
-def last_states(tokenizer: CLIPTokenizer, encoder: CLIPTextModel, prompts: list[str], chunk: int) -> Tensor:
+def last_states(
+    tokenizer: CLIPTokenizer, encoder: CLIPTextModel, prompts: list[str], chunk: int, how: Reading
+) -> Tensor:
     """The last hidden states `[B,L,E]` float32, `chunk` prompts at a time: what Stable Diffusion 1.x/2.x reads."""
-    chunks = _tokens(tokenizer, prompts, chunk, encoder)
-    return torch.cat([encoder(tokens).last_hidden_state.float() for tokens in chunks])
+    tokens, states = tokens_of(tokenizer, prompts, how), []
+    for ids in tokens.ids.flatten(0, 1).split(chunk):
+        if how.clip_skip == 1:
+            states.append(encoder(ids.to(encoder.device)).last_hidden_state.float())
+        else:
+            normed = getattr(encoder, "text_model", encoder).final_layer_norm(
+                _states_at(encoder, ids, how.clip_skip)[0]
+            )
+            states.append(normed.float())
+    return _put_together(torch.cat(states), tokens, how)
 
 
 def penultimate_states(
-    tokenizer: CLIPTokenizer, encoder: CLIPTextModel, second: SecondEncoder, prompts: list[str], chunk: int
+    first: tuple[CLIPTokenizer, CLIPTextModel], second: SecondEncoder, prompts: list[str], chunk: int, how: Reading
 ) -> tuple[Tensor, Tensor]:
     """What SDXL reads, float32: the hidden states before the last layer of both encoders, side by side `[B,L,E]`, and
-    the second encoder's projected embedding `[B,P]` (Podell et al. 2023, arXiv 2307.01952, section 2.1)."""
+    the second encoder's projected embedding `[B,P]` (Podell et al. 2023, arXiv 2307.01952, section 2.1). Of several
+    chunks the embedding is that of the first."""
     hidden, pooled = [], []
-    for first_tokens, second_tokens in zip(
-        _tokens(tokenizer, prompts, chunk, encoder),
-        _tokens(second.tokenizer, prompts, chunk, second.text_encoder),
-        strict=True,
-    ):
-        one = encoder(first_tokens, output_hidden_states=True)
-        two = second.text_encoder(second_tokens, output_hidden_states=True)
-        hidden.append(torch.cat([one.hidden_states[-2], two.hidden_states[-2]], -1).float())
-        pooled.append(two.text_embeds.float())
-    return torch.cat(hidden), torch.cat(pooled)
+    encoders: tuple[tuple[CLIPTokenizer, PreTrainedModel], ...] = (first, (second.tokenizer, second.text_encoder))
+    for tokenizer, encoder in encoders:
+        tokens = tokens_of(tokenizer, prompts, how)
+        found = [_states_at(encoder, ids, how.clip_skip + 1) for ids in tokens.ids.flatten(0, 1).split(chunk)]
+        hidden.append(_put_together(torch.cat([states.float() for states, _ in found]), tokens, how))
+        pooled = [output.text_embeds.float() for _, output in found if encoder is second.text_encoder]
+    return torch.cat(hidden, -1), torch.cat(pooled)[:: how.chunks]
 
 
-def _tokens(tokenizer: CLIPTokenizer, prompts: list[str], chunk: int, encoder: PreTrainedModel) -> list[Tensor]:
-    tokens = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    return [rows.to(encoder.device) for rows in tokens.split(chunk)]
+def _states_at(encoder: PreTrainedModel, ids: Tensor, back: int) -> tuple[Tensor, Any]:
+    """The hidden states `back` layers from the end (1 is the last, before its norm), and all that came with them."""
+    output: Any = encoder(ids.to(encoder.device), output_hidden_states=True)
+    if back > len(output.hidden_states) - 1:
+        raise ValueError(f"clip_skip skips all {len(output.hidden_states) - 1} layers of a text encoder")
+    return output.hidden_states[-back], output
+
+
+def _put_together(states: Tensor, tokens: Tokens, how: Reading) -> Tensor:
+    if how.syntax != "plain":
+        states = weighed(states, tokens.weights.flatten(0, 1), keep_mean=how.syntax == "a1111")
+    return joined(states, tokens.ids.shape[1], how)
 
 
 def pack(hidden: Tensor, pooled: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
