@@ -13,6 +13,7 @@ import torch
 from diffusion_align.commands import run_folder, threads
 from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.train.job import join
+from diffusion_align.commands.train.launcher import overruled
 from diffusion_align.commands.train.session import Session
 from diffusion_align.commands.train.tracking import tracker_names
 from diffusion_align.commands.trained_weights import reading_of
@@ -25,10 +26,13 @@ from diffusion_align.vocabulary import LORA_TARGETS
 
 
 def claim_early(o: TrainCommon) -> Checkpoint | None:
-    """Check trackers, run folder and checkpoint before diffusers is imported; the checkpoint to resume from."""
+    """Check launcher, trackers and run folder before diffusers is imported; the checkpoint to resume from."""
     if o.cache_dir and "huggingface_hub" not in sys.modules:
         os.environ["HF_HUB_CACHE"] = o.cache_dir  # the hub's client reads it when it is imported
     tracker_names(o.report_to)
+    lines = overruled(o, os.environ)
+    if lines and os.environ.get("RANK", "0") == "0":
+        print("\n".join(lines))
     run = Path(o.output_dir)
     run_folder.require_free(run, resuming=o.resume_from_checkpoint is not None, overwrite=o.overwrite_output_dir)
     found = run_folder.find_checkpoint(run, o.resume_from_checkpoint)
