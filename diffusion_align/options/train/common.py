@@ -15,7 +15,6 @@ from ..prompt_reading import CHUNKS, LONG, SKIP, SYNTAX
 from ..schema import option
 from .metric_names import check_metric
 
-CACHED = "pictures are encoded once, centre-cropped and unflipped, before training"
 NO_UPLOAD = "nothing is uploaded; the run folder is what to upload"
 
 
@@ -147,8 +146,13 @@ class TrainOffline(GivenPictures, TrainUnet):
     dataset_config_name: str | None = option(None, "data", "configuration of a data set on the hub", unused="the data set's default is read")
     proportion_empty_prompts: float = option(0.0, "data", "fraction of prompts replaced by the empty one", at_least=0, at_most=1)
     vae_encode_batch_size: int = option(8, "data", "pictures encoded at a time", at_least=1, unused="the cache encodes as many at a time as are new among 16 pairs, in chunks of 16")
-    random_crop: bool = option(False, "data", "crop at random", unused=CACHED)
-    no_hflip: bool = option(False, "data", "do not flip pictures", unused=CACHED)
+    aspect_buckets: bool = option(False, "data", "crop each pair to a shape that is near its pictures' own, in place of a square; a micro-batch holds one shape", aliases=("enable_bucket",))
+    bucket_step: int | None = option(None, "data", "with aspect_buckets: sides are multiples of this many pixels (default: 64, or what the model needs for small pictures)", aliases=("bucket_reso_steps",), at_least=1)
+    random_crop: bool = option(False, "data", "crop at random places, in place of the middle; both pictures of a pair alike")
+    crop_variants: int = option(4, "data", "with random_crop: crops of each picture that are encoded and kept; each use takes one of them", at_least=1)
+    random_flip: bool = option(False, "data", "also keep the mirror image of each crop; each use takes one of the two, both pictures of a pair alike", aliases=("flip_aug",))
+    size_conditioning: str = option("latents", "data", "what SDXL is told as a picture's size: that of its latents, uncropped (as the authors of Diffusion-DPO do), or the picture's own size and crop", choices=("latents", "pictures"))
+    no_hflip: bool = option(False, "data", "do not flip pictures", unused="pictures are flipped with --random_flip only")
     dataloader_num_workers: int = option(0, "data", "processes that load data", at_least=0, unused="batches come from the cache; there is nothing to load")
     # fmt: on
 
