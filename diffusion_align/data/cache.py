@@ -31,6 +31,7 @@ from diffusion_align.data import encoding
 from diffusion_align.data.bad_rows import BadRow, DataError, bad_row_lines, require_few_bad
 from diffusion_align.data.disk import digest, require_room, write_bytes
 from diffusion_align.data.pairs_and_rankings import Pair, Ranking, fingerprint
+from diffusion_align.data.picture_numbers import PictureNumbers
 from diffusion_align.data.shards import (
     VALUES,
     Encoders,
@@ -215,7 +216,7 @@ def _encode(
         encoding.run_pass(job, texts, partial(encoding.encode_prompts, job), report)
     with _progress(f"read {job.kind}s", len(job.lists), job.kind, progress) as report:
         encoding.run_pass(job, lists, partial(encoding.write_digests, job), report)
-    numbers = encoding.PictureNumbers.read(job)
+    numbers = PictureNumbers.read(job)
     # Until the end each rank lists the bad rows that it knows of.
     rank, listed = job.ranks.rank, job.home / "bad_rows.jsonl"
     own = job.home / f"bad_rows-{rank}.jsonl" if rank else listed

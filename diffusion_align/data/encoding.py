@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,13 @@ from diffusion_align.data.bad_rows import BadRow, DataError
 from diffusion_align.data.disk import digest, write_bytes
 from diffusion_align.data.frames import Frame, fit, size_of, told_sizes
 from diffusion_align.data.images import ImageError, decode_image
-from diffusion_align.data.pairs_and_rankings import Pair
+from diffusion_align.data.picture_numbers import UNREAD, PictureNumbers, digests_path
 from diffusion_align.data.raw_rows import StoredPicture, read_bytes
 from diffusion_align.data.shards import VALUES, EncodingJob, finished_shard, write_shard
 
 # Lists whose bytes are in memory together; the largest batch for the VAE is K times that.
 LISTS_AT_A_TIME = 16
 _PROMPTS_AT_A_TIME = 64
-_UNREAD = "cannot be read"  # no digest begins with it
 
 
 def run_pass(
@@ -77,7 +75,7 @@ def encode_prompts(job: EncodingJob, shard: int) -> Iterator[int]:
 
 def write_digests(job: EncodingJob, shard: int) -> Iterator[int]:
     """Write the digests of a shard's pictures."""
-    path, rows, digests = _digests_path(job, shard), job.rows(shard), []
+    path, rows, digests = digests_path(job, shard), job.rows(shard), []
     if path.is_file():
         return
     for i in rows:
@@ -95,66 +93,13 @@ def _names(job: EncodingJob, i: int, data: list[bytes | str]) -> list[str]:
         return names
     sizes = [size_of(d) if isinstance(d, bytes) else None for d in data]
     frames = job.settings.frames.of_list(sizes, job.settings.seed, i)
-    return [name if name.startswith(_UNREAD) else f"{name} {frame}" for frame in frames for name in names]
+    return [name if name.startswith(UNREAD) else f"{name} {frame}" for frame in frames for name in names]
 
 
 def forget_digests(job: EncodingJob) -> None:
     """Remove the files of `write_digests`."""
     for shard in job.list_shards:
-        _digests_path(job, shard).unlink(missing_ok=True)
-
-
-def _digests_path(job: EncodingJob, shard: int) -> Path:
-    return job.home / f"names-{shard:05d}.json"
-
-
-@dataclass(frozen=True)
-class PictureNumbers:
-    """The pictures of all lists, numbered in the order in which they are first met.
-
-    Attributes:
-        of: [lists][K], the number of each picture, or the reason why it cannot be read.
-        before: [lists], how many pictures are met before a list.
-        digests: of each picture, by number.
-    """
-
-    of: list[list[int | str]]
-    before: list[int]
-    digests: list[str]
-
-    @classmethod
-    def read(cls, job: EncodingJob) -> PictureNumbers:
-        """From the digests of all shards."""
-        number: dict[str, int] = {}
-        of: list[list[int | str]] = []
-        before = []
-        for shard in job.list_shards:
-            for row in json.loads(_digests_path(job, shard).read_text(encoding="utf-8")):
-                before.append(len(number))
-                of.append([d if d.startswith(_UNREAD) else number.setdefault(d, len(number)) for d in row])
-        return cls(of, before, list(number))
-
-    def first_met(self, job: EncodingJob, rows: range) -> dict[int, StoredPicture]:
-        """The pictures that are met in these rows and not before, in order."""
-        new: dict[int, StoredPicture] = {}
-        for i in rows:
-            for number, picture in zip(self.of[i], job.lists[i].pictures * job.variants, strict=True):
-                if isinstance(number, int) and number >= self.before[rows.start]:
-                    new.setdefault(number, picture)
-        return new
-
-    def bad_row(self, job: EncodingJob, i: int, broken: Mapping[str, str]) -> BadRow | None:
-        """What is wrong with a row. `broken`: digests of broken pictures, and why they are."""
-        entry = job.lists[i]
-        once = self.of[i][: len(entry.pictures)]  # a picture is broken in every frame
-        why = [number if isinstance(number, str) else broken.get(self.digests[number]) for number in once]
-        sides = ("winner", "loser") if isinstance(entry, Pair) else [f"picture {k}" for k in range(len(why))]
-        reasons = [
-            f"{side} ({picture}) {reason}" if isinstance(picture, Path) else f"{side} {reason}"
-            for side, picture, reason in zip(sides, entry.pictures, why, strict=True)
-            if reason is not None
-        ]
-        return BadRow(entry.id, "; ".join(reasons)) if reasons else None
+        digests_path(job, shard).unlink(missing_ok=True)
 
 
 def picture_pass(
@@ -237,7 +182,7 @@ def _read(picture: StoredPicture) -> bytes | str:
     try:
         return read_bytes(picture)
     except (DataError, OSError) as error:
-        return f"{_UNREAD} ({error})"
+        return f"{UNREAD} ({error})"
 
 
 def list_pictures(job: EncodingJob, numbers: PictureNumbers) -> Iterator[tuple[list[int], list[BadRow]]]:
