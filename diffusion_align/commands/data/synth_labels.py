@@ -53,14 +53,15 @@ def write_best_and_worst(path: str | os.PathLike[str], rankings: Sequence[Rankin
 
 
 def decided_fraction(rankings: Sequence[Ranking]) -> float:
-    """Of all two pictures of one prompt, the fraction of which one is more relevant."""
+    """Of all pairs of pictures of one prompt, the fraction in which one picture is more relevant."""
     lists = [torch.tensor(ranking.relevance) for ranking in rankings]
     told = sum(int((phi[:, None] > phi).sum()) for phi in lists)
     return told / sum(len(phi) * (len(phi) - 1) // 2 for phi in lists)
 
 
 def scorer_figures(scores: Tensor, names: list[str]) -> dict[str, Any]:
-    """For each scorer: pictures without a number, mean and deviation, and the fraction of pairs that it tells apart."""
+    """For each reward: pictures without a score, mean and standard deviation, and the fraction of pairs that it
+    tells apart."""
     _, decides = _orders(scores)
     figures = {}
     for name, given, told in zip(names, scores, decides, strict=True):
@@ -76,7 +77,8 @@ def scorer_figures(scores: Tensor, names: list[str]) -> dict[str, Any]:
 
 
 def agreement(scores: Tensor, names: list[str]) -> dict[str, Any]:
-    """For every two scorers, how many pairs of pictures of one prompt both decide, and for what fraction they agree."""
+    """For every two rewards: how many pairs of pictures of one prompt both tell apart, and the fraction of these in
+    which they agree."""
     signs, decides = _orders(scores)
     figures = {}
     for a in range(len(names)):
