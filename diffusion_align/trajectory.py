@@ -24,7 +24,7 @@ class Trajectory(Generic[Table]):
     step table.
 
     states: [T+1,B,...], as stored: a rounded state is the one that was fed back and scored.
-    log_prob: [T,B] nats summed over dims, of the policy that ran; 0 at deterministic steps (see `table.stochastic`).
+    log_prob: [T,B] nats summed over dims, of the policy that ran; 0 at steps without noise (see `table.stochastic`).
     clean: [T,B,...] the clean predictions along the trajectory, or None.
     seeds: of the generators, one per sample; set by the caller, for information.
     parents: [B] int64 index of the trajectory each one was branched from, or None.

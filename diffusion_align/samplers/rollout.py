@@ -90,7 +90,7 @@ def rollout(
     """Run the sampler from noise `x_T` [B,...] without gradients and record it.
 
     States are stored, fed back and scored in the dtype of `x_T`; arithmetic is in float32 at least. `log_prob` [T,B] is
-    in nats, summed over dims, and 0 at deterministic steps. `generator` is one torch.Generator, or a list of B so that
+    in nats, summed over dims, and 0 at steps without noise. `generator` is one torch.Generator, or a list of B so that
     no sample depends on the rest of the batch; None for a table without stochastic steps. `threshold` maps each clean
     prediction before it is used (`dynamic_threshold`, pixels only); to score such a trajectory again, bind the same map
     into the denoiser.
@@ -144,7 +144,7 @@ def path_log_prob(
 ) -> Tensor:
     """Log-probs [T,B] in nats of the stored states, from given clean predictions, without calling a network.
 
-    `measure` replaces the log-prob by another number; deterministic steps give 0.
+    `measure` replaces the log-prob by another number; steps without noise give 0.
     """
     table, states = trajectory.table, trajectory.states
     past = clean if history_from == "recompute" or trajectory.clean is None else trajectory.clean
@@ -160,7 +160,7 @@ def path_log_prob(
 
 
 def replay(denoiser: Denoiser, trajectory: Trajectory[StepTable], *, history: str = "recompute") -> Tensor:
-    """Log-probs [T,B] in nats of a stored trajectory under `denoiser`, differentiable; 0 at deterministic steps.
+    """Log-probs [T,B] in nats of a stored trajectory under `denoiser`, differentiable; 0 at steps without noise.
 
     Under the denoiser that ran, they equal `trajectory.log_prob`. At second order the density of a step depends on two
     clean predictions: "recompute" takes both from `denoiser`, with gradient through both, which is the density of the

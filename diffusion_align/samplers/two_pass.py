@@ -60,7 +60,7 @@ def path_gradient(
 ) -> Tensor:
     """Add the gradient of `loss(replay(denoiser, trajectory))` to the `.grad` of the denoiser's parameters.
 
-    `loss` maps log-probs [T,B] (nats, 0 at deterministic steps) to a scalar, and may depend on the parameters only
+    `loss` maps log-probs [T,B] (nats, 0 at steps without noise) to a scalar, and may depend on the parameters only
     through them; scale it there for gradient accumulation. `history` as in `replay`. The network runs twice at each
     scored step, in order, and once backward; predictions of the two passes may differ by `tolerance` (relative, see
     `relative_change`), for kernels that are not deterministic.

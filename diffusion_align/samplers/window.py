@@ -22,7 +22,7 @@ def noise_window(table: StepTable, quiet: StepTable, first: int, count: int) -> 
     if not same or not torch.equal(table.order, quiet.order):
         raise ValueError("the two tables of a noise window must have the same grid and orders, and differ in eta only")
     if bool(quiet.stochastic.any()):
-        raise ValueError("outside of a noise window steps are noise-free: build that table with eta=0")
+        raise ValueError("outside of a noise window steps are without noise: build that table with eta=0")
     steps = torch.arange(len(table))
     inside = (steps >= first) & (steps < first + count)
     if count < 1 or int(inside.sum()) < count or not bool(table.stochastic[inside].all()):

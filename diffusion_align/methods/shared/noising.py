@@ -37,7 +37,7 @@ class Networks:
 
 
 class Noised(NamedTuple):
-    """B noised lists as one batch of K*B rows: all first entries, then all second ones, and so on."""
+    """B noised pairs or rankings as one batch of K*B rows: all first entries, then all second ones, and so on."""
 
     x: Tensor
     t: Tensor
@@ -85,7 +85,7 @@ def noised_lists(
     shared_noise: bool = True,
     told: Tensor | None = None,
 ) -> Noised:
-    """Noise latents [B,K,C,h,w] with one timestep and one noise per list, addressed by (epoch, index).
+    """Noise latents [B,K,C,h,w] with one timestep and one noise per row, addressed by (epoch, index).
 
     Timesteps are uniform over 0..N-1. The pictures of a pair share timestep and noise as in the pseudo-code of
     Diffusion-DPO's paper, so the margin depends on the pictures only. Without `shared_noise` each picture has its own

@@ -124,7 +124,7 @@ def describe_rounds(plan: RoundPlan) -> list[str]:
 def describe_sampler(o: TrainOnline, tables: RunTables) -> str:
     """The sampler, how many steps a trajectory has, which of them have noise, and where it ends."""
     solver = f"{o.solver} order {o.order}" if o.solver == "dpmpp" else o.solver
-    end = "noise-free" if o.final == "zero" else "at the noise level of t = 0"
+    end = "without noise" if o.final == "zero" else "at the noise level of t = 0"
     noisy = f"noise in {tables.noisy} of them"
     if o.noise_window is not None:
         starts = window_starts(o, tables.noisy)

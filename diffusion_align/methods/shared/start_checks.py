@@ -80,8 +80,8 @@ def along_runs(name: str, table: StepTable, dims: int, guidance: float, predicti
 
 @torch.no_grad()
 def apart(policy: Tensor, reference: Tensor, entries: int) -> Tensor:
-    """The relative difference [b] of the outputs [K b,...] of two networks, the largest over the K entries of a list.
-    Rows are in the order of `Noised`."""
+    """The relative difference [b] of the outputs [K b,...] of two networks, the largest over the K pictures of
+    a row. The order is that of `Noised`."""
     difference, size = (sum_dims(x.to(torch.float32).square()) for x in (policy - reference, reference))
     relative = torch.where(difference > 0, difference / size, difference).sqrt()
     return relative.view(entries, -1).amax(0)
