@@ -1,6 +1,6 @@
-"""From scores to relevance, and to figures of how far the scorers can be trusted.
+"""From scores to relevance, and to figures of how far the rewards can be trusted.
 
-Scores are [M,P,K]: M scorers, P prompts, K pictures of each; NaN where a scorer failed. Higher is better.
+Scores are [M,P,K]: M rewards, P prompts, K pictures of each; NaN where a reward failed. Higher is better.
 """
 
 import os
@@ -16,10 +16,10 @@ from diffusion_align.objectives import win_counts
 
 
 def relevances(scores: Tensor) -> Iterator[tuple[list[int], list[float]]]:
-    """For each prompt, the places of the pictures that every scorer answered for, and their relevance.
+    """For each prompt, the places of the pictures that every reward scored, and their relevance.
 
     It is the fraction of comparisons won (Karthik et al. 2024, arXiv 2410.18013, alg. 1), over those pictures alone;
-    empty if fewer than two are left. Without scorers (M = 0) the places themselves are ranked, for labels by chance.
+    empty if fewer than two are left. Without rewards (M = 0) the places themselves are ranked, for labels by chance.
     """
     for number in range(scores.shape[1]):
         given = scores[:, number]

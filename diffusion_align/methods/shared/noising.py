@@ -1,6 +1,6 @@
-"""Noised pictures and their denoising errors, for methods that learn from given pictures.
+"""Noised pictures and their squared errors, for methods that learn from given pictures.
 
-`noised_lists` and `denoising_errors` work for lists of any length K. A pair is a list of K = 2, the winner first.
+`noised_lists` and `denoising_errors` work for rankings of any K pictures. A pair is one of K = 2, the winner first.
 """
 
 from __future__ import annotations
