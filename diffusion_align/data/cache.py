@@ -104,8 +104,7 @@ class PairCache:
         """
         sizes = sorted({self.lengths[int(index)] for index in indices})
         if len(sizes) > 1:
-            found = " and ".join(map(str, sizes))
-            raise ValueError(f"all rankings of a batch must have the same number of pictures, not {found}")
+            raise ValueError(f"all rankings of a batch must have one K, not {' and '.join(map(str, sizes))}")
         if self.groups is not None and len({self.groups[int(index)] for index in indices}) > 1:
             raise ValueError("all pictures of a batch must have one shape")
         latents = [torch.stack([self._latent(i) for i in pictures]) for pictures in self._pictures(indices, variants)]
@@ -244,8 +243,7 @@ def _encode(
 def _progress(what: str, total: int, unit: str, show: bool) -> Iterator[Callable[[int], object]]:
     """A progress bar on stderr. Yields a function that takes the number of items that all ranks have done."""
     if not show:
-        # Not even a disabled bar: forked processes share tqdm's lock, and one that is killed while it holds the lock
-        # blocks all others.
+        # Not even a disabled bar: if a forked process is killed while it holds tqdm's lock, all others are blocked.
         yield lambda done: None
         return
     with progress_bar(total=total, desc=what, unit=unit) as bar:

@@ -237,7 +237,7 @@ def test_a_batch_of_several_lengths_is_refused(tmp_path):
         Encoders(), [ranking(1, [0, 1, 2]), ranking(2, [3, 4])], tmp_path, EncodingSettings(SIZE), progress=False
     )
     assert cache.lengths == [3, 2] and cache.batch([1])[0].shape[1] == 2
-    with pytest.raises(ValueError, match="the same number of pictures, not 2 and 3"):
+    with pytest.raises(ValueError, match="rankings of a batch must have one K, not 2 and 3"):
         cache.batch([0, 1])
 
 
