@@ -27,7 +27,7 @@ from diffusion_align.data.bad_rows import BadRow, DataError
 from diffusion_align.data.disk import digest, write_bytes
 from diffusion_align.data.images import ImageError, load_picture
 from diffusion_align.data.pairs_and_rankings import Pair
-from diffusion_align.data.raw_rows import StoredPicture, read_bytes
+from diffusion_align.data.rows.raw_rows import StoredPicture, read_bytes
 from diffusion_align.data.shards import EncodingJob, finished_shard, write_shard
 
 # Lists whose bytes are in memory together; the largest batch for the VAE is K times that.

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffusion_align.data import disk
-from diffusion_align.data.raw_rows import ParquetItem, StoredPicture, TarMember, read_bytes
+from diffusion_align.data.rows.raw_rows import ParquetItem, StoredPicture, TarMember, read_bytes
 
 
 @dataclass(frozen=True, slots=True)

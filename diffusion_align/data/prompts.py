@@ -13,9 +13,16 @@ from typing import Any
 import pyarrow as pa
 
 from diffusion_align.data.bad_rows import BadRow, DataError
-from diffusion_align.data.known_layouts import PROMPT_LIST, layout_of, why_no_layout
-from diffusion_align.data.raw_rows import PROMPT_COLUMNS, prompt_fault
-from diffusion_align.data.table_rows import SUFFIXES, columns_of, parquet_rows, parquet_schema, prompt_lines, table_rows
+from diffusion_align.data.rows.known_layouts import PROMPT_LIST, layout_of, why_no_layout
+from diffusion_align.data.rows.raw_rows import PROMPT_COLUMNS, prompt_fault
+from diffusion_align.data.rows.table_rows import (
+    SUFFIXES,
+    columns_of,
+    parquet_rows,
+    parquet_schema,
+    prompt_lines,
+    table_rows,
+)
 
 PROMPT_KEYS = (*PROMPT_COLUMNS, "prompts")
 # In any case of letters: PartiPrompts has Category and Challenge, GenEval tag, GenEval 2 skills.

@@ -19,8 +19,9 @@ from diffusion_align.commands.data.summary import summarise_data
 from diffusion_align.data import read_pairs, read_rankings
 from diffusion_align.data.bad_rows import DataError
 from diffusion_align.data.pairs_and_rankings import DataRow
-from diffusion_align.data.raw_rows import read_bytes
-from diffusion_align.data.read import read_rows, recognise
+from diffusion_align.data.read import read_rows
+from diffusion_align.data.rows.raw_rows import read_bytes
+from diffusion_align.data.rows.recognise import recognise
 from diffusion_align.models.hub import asset
 from diffusion_align.models.prompts.token_limit import tokenizers_in
 from diffusion_align.system import progress

@@ -12,10 +12,11 @@ import zipfile
 import pytest
 from helpers_data import comma_separated, dump, lines, pictures, png, table, tar
 
-from diffusion_align.data import tar_rows
 from diffusion_align.data.bad_rows import BadRow, DataError
-from diffusion_align.data.raw_rows import read_bytes
-from diffusion_align.data.read import read_rows, recognise
+from diffusion_align.data.read import read_rows
+from diffusion_align.data.rows import tar_rows
+from diffusion_align.data.rows.raw_rows import read_bytes
+from diffusion_align.data.rows.recognise import recognise
 
 GOOD = [("good.png", png(7)), ("good.txt", b"fine")]
 SECRET = png(99)

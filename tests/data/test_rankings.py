@@ -15,7 +15,7 @@ from diffusion_align.data import EncodingSettings, Ranking, build_cache, read_pa
 from diffusion_align.data.bad_rows import DataError
 from diffusion_align.data.images import encode_png, load_picture
 from diffusion_align.data.pairs_and_rankings import fingerprint, write_rankings_parquet
-from diffusion_align.data.raw_rows import read_bytes
+from diffusion_align.data.rows.raw_rows import read_bytes
 
 SIZE = 16
 

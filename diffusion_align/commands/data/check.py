@@ -14,8 +14,9 @@ from diffusion_align.data.bad_rows import BadRow, DataError, bad_row_lines, requ
 from diffusion_align.data.disk import digest, replacing
 from diffusion_align.data.images import ImageError, decode_image
 from diffusion_align.data.pairs_and_rankings import DataRow, is_tie
-from diffusion_align.data.raw_rows import StoredPicture, read_bytes
-from diffusion_align.data.read import DataSource, read_rows, recognise
+from diffusion_align.data.read import read_rows
+from diffusion_align.data.rows.raw_rows import StoredPicture, read_bytes
+from diffusion_align.data.rows.recognise import DataSource, recognise
 from diffusion_align.options.data import DataCheck
 from diffusion_align.system.progress import progress_bar
 

@@ -25,8 +25,9 @@ from diffusion_align.commands.printed_commands import command_line
 from diffusion_align.data.bad_rows import BadRow, DataError, bad_row_lines, require_few_bad
 from diffusion_align.data.disk import digest, file_digest, replacing, write_bytes
 from diffusion_align.data.pairs_and_rankings import DataRow, is_tie, row_pairs
-from diffusion_align.data.raw_rows import read_bytes
-from diffusion_align.data.read import UNFINISHED, DataSource, read_rows, recognise_preferences
+from diffusion_align.data.read import read_rows
+from diffusion_align.data.rows.raw_rows import read_bytes
+from diffusion_align.data.rows.recognise import UNFINISHED, DataSource, recognise_preferences
 from diffusion_align.options.data import DataConvert
 from diffusion_align.system.progress import progress_bar
 

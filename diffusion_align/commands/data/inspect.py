@@ -10,10 +10,10 @@ from diffusion_align.commands.data.summary import DataSummary, summarise_data
 from diffusion_align.commands.printed_commands import command_line
 from diffusion_align.commands.sources import fetch_pairs, pairs_on_disk, present_pairs
 from diffusion_align.data.bad_rows import DataError
-from diffusion_align.data.known_layouts import Layout
-from diffusion_align.data.raw_rows import PROMPT_COLUMNS
-from diffusion_align.data.read import DataSource, recognise
-from diffusion_align.data.table_rows import SUFFIXES, columns_of
+from diffusion_align.data.rows.known_layouts import Layout
+from diffusion_align.data.rows.raw_rows import PROMPT_COLUMNS
+from diffusion_align.data.rows.recognise import DataSource, recognise
+from diffusion_align.data.rows.table_rows import SUFFIXES, columns_of
 from diffusion_align.models.hub import on_hub
 from diffusion_align.options.data import DataInspect
 from diffusion_align.system.printable import printable

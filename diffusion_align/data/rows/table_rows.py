@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffusion_align.data.bad_rows import BadRow, DataError
-from diffusion_align.data.known_layouts import Layout
-from diffusion_align.data.raw_rows import RawRow, open_parquet, parquet_damage
+from diffusion_align.data.rows.known_layouts import Layout
+from diffusion_align.data.rows.raw_rows import RawRow, open_parquet, parquet_damage
 from diffusion_align.system.printable import printable
 
 SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json", ".csv")

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from diffusion_align.data.bad_rows import BadRow, DataError
-from diffusion_align.data.known_layouts import CAPTIONS, PICK_A_PIC, Layout
-from diffusion_align.data.raw_rows import PROMPT_COLUMNS, RawRow, TarMember
+from diffusion_align.data.rows.known_layouts import CAPTIONS, PICK_A_PIC, Layout
+from diffusion_align.data.rows.raw_rows import PROMPT_COLUMNS, RawRow, TarMember
 from diffusion_align.system.printable import printable
 
 PICTURE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff"))
