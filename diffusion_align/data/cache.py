@@ -30,7 +30,7 @@ from diffusion_align.data import encoding
 from diffusion_align.data.bad_rows import BadRow, DataError, bad_row_lines, require_few_bad
 from diffusion_align.data.disk import digest, require_room, write_bytes
 from diffusion_align.data.pairs_and_rankings import Pair, Ranking, fingerprint
-from diffusion_align.data.rows.table_rows import json_lines
+from diffusion_align.data.rows.tables.json_rows import json_lines
 from diffusion_align.data.shards import (
     Encoders,
     EncodingJob,

@@ -414,9 +414,9 @@ def test_splits_of_lists_and_tables(tmp_path):
 
 def test_a_long_json_list_is_read_in_chunks(tmp_path, monkeypatch):
     """With pieces of 7 characters every number, text and space is cut somewhere."""
-    from diffusion_align.data.rows import table_rows
+    from diffusion_align.data.rows.tables import json_rows, table_rows
 
-    monkeypatch.setattr(table_rows, "_CHARACTERS_AT_A_TIME", 7)
+    monkeypatch.setattr(json_rows, "_CHARACTERS_AT_A_TIME", 7)
     values = [{"prompt": f"p{i}" * (i % 5), "n": i * 10**i, "u": 'é\u2028"]},['} for i in range(40)]
     path = tmp_path / "x.json"
     path.write_text("  [ " + " ,\n".join(json.dumps(value) for value in values) + "  ]  ", encoding="utf-8")

@@ -15,7 +15,7 @@ from diffusion_align.data.disk import digest, replacing
 from diffusion_align.data.images import ImageError, decode_image
 from diffusion_align.data.pairs_and_rankings import DataRow, is_tie
 from diffusion_align.data.read import read_rows
-from diffusion_align.data.rows.raw_rows import StoredPicture, read_bytes
+from diffusion_align.data.rows.raw_rows import StoredPicture, picture_name, read_bytes
 from diffusion_align.data.rows.recognise import DataSource, recognise
 from diffusion_align.options.data import DataCheck
 from diffusion_align.system.progress import progress_bar
@@ -100,7 +100,8 @@ def checked_rows(source: DataSource) -> Iterator[tuple[DataRow | BadRow, bool]]:
 
 
 def _judge(row: DataRow, faults: list[tuple[str, str]]) -> tuple[DataRow | BadRow, bool]:
-    reasons = [f"picture {place} {why}" for place, (_, why) in enumerate(faults) if why]
+    named = zip(map(picture_name, row.pictures), faults, strict=True)
+    reasons = [f"picture {name or place} {why}" for place, (name, (_, why)) in enumerate(named) if why]
     if reasons:
         return BadRow(row.id, "; ".join(reasons)), False
     return row, len({name for name, _ in faults}) < len(faults)

@@ -81,7 +81,7 @@ def data_convert(options: DataConvert) -> int:
 def _claim(source: DataSource, o: DataConvert) -> dict[str, int] | None:
     """Write down what the folder is for; its counts if it is complete, DataError if it holds something else."""
     out = Path(o.out or "")
-    files = [[file.name, file_digest(file)] for file in source.files]
+    files = [[file.name, file_digest(file if isinstance(file, Path) else file.file)] for file in source.files]
     facts = {
         "format": CONVERSION_FORMAT,
         "layout": source.layout.name,

@@ -13,7 +13,7 @@ from diffusion_align.data.bad_rows import DataError
 from diffusion_align.data.rows.known_layouts import Layout
 from diffusion_align.data.rows.raw_rows import PROMPT_COLUMNS
 from diffusion_align.data.rows.recognise import DataSource, recognise
-from diffusion_align.data.rows.table_rows import SUFFIXES, columns_of
+from diffusion_align.data.rows.tables.table_rows import is_table, our_columns
 from diffusion_align.models.hub import on_hub
 from diffusion_align.options.data import DataInspect
 from diffusion_align.system.printable import printable
@@ -45,7 +45,7 @@ def describe(source: DataSource, found: DataSummary, by_name: str | None = None)
     first, *others = source.files
     files = f"{len(source.files):,} files" if others else first.name
     yield f"layout     {layout.name}, in {files}"
-    columns = columns_of(first) if first.suffix in SUFFIXES else None
+    columns = list(our_columns(first, source.options)) if is_table(first) else None
     mapping = layout.mapping if columns is None else present(layout, columns)
     width = max(len(theirs) for theirs, _ in mapping)
     for number, (theirs, ours) in enumerate(mapping):
