@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from diffusion_align.data.rows.tables.columns import unknown_column
+from diffusion_align.data.rows.tables.text import ReadOptions
 from diffusion_align.models.hub import MOVED, asset, on_hub
+from diffusion_align.options import UsageError
 
 # Pick-a-Pic's own address has not answered since 2025-04-30; this is a copy by others.
 MOVED_DATA = {"yuvalkirstain/pickapic_v1": "pickapic-anonymous/pickapic_v1"}
@@ -26,6 +30,18 @@ def pairs_on_disk(name: str, *, hub: bool = True) -> Path | None:
         return asset("tiny_pairs.parquet")
     path = Path(name).expanduser()
     return None if hub and not path.exists() and not path.suffix and on_hub(name) else path
+
+
+def read_options(o: Any) -> ReadOptions:
+    """What the options say of files that the files do not tell.
+
+    Raises:
+        UsageError: a column of ours that no layout has.
+    """
+    columns = {ours: theirs for ours, _, theirs in (pair.partition("=") for pair in o.columns)}
+    if fault := unknown_column(columns):
+        raise UsageError(f"--columns: {fault}")
+    return ReadOptions(o.encoding or "", columns)
 
 
 def fetch_pairs(name: str, split: str, cache_dir: str | None) -> Path:

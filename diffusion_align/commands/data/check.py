@@ -10,6 +10,7 @@ from pathlib import Path
 
 from diffusion_align.commands.data.long_captions import describe_long_captions
 from diffusion_align.commands.data.summary import summarise_data
+from diffusion_align.commands.sources import read_options
 from diffusion_align.data.bad_rows import BadRow, DataError, bad_row_lines, require_few_bad
 from diffusion_align.data.disk import digest, replacing
 from diffusion_align.data.images import ImageError, decode_image
@@ -35,7 +36,7 @@ def data_check(options: DataCheck) -> int:
     """
     o = options
     assert o.path is not None  # the options' own check requires it
-    source = recognise(Path(o.path).expanduser(), o.split)
+    source = recognise(Path(o.path).expanduser(), o.split, options=read_options(o))
     total = summarise_data(source).rows
     if not total:
         raise DataError(f"{source.path}: holds no rows; is this the right file?")

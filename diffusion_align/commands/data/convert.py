@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from diffusion_align.commands.data.summary import summarise_data
 from diffusion_align.commands.printed_commands import command_line
+from diffusion_align.commands.sources import read_options
 from diffusion_align.data.bad_rows import BadRow, DataError, bad_row_lines, require_few_bad
 from diffusion_align.data.disk import digest, file_digest, replacing, write_bytes
 from diffusion_align.data.pairs_and_rankings import DataRow, is_tie, row_pairs
@@ -57,7 +58,7 @@ def data_convert(options: DataConvert) -> int:
     """
     o = options
     assert o.path is not None and o.out is not None  # the options' own check requires them
-    source, out = recognise_preferences(Path(o.path).expanduser(), o.split), Path(o.out)
+    source, out = _source(o), Path(o.out)
     found = summarise_data(source)
     if not found.used:
         raise DataError(
@@ -76,6 +77,10 @@ def data_convert(options: DataConvert) -> int:
         f"next, or with train rankdpo: {command_line('train', 'dpo', '--model', 'MODEL', '--train_data_dir', out)}"
     )
     return 0
+
+
+def _source(o: DataConvert) -> DataSource:
+    return recognise_preferences(Path(o.path or "").expanduser(), o.split, options=read_options(o))
 
 
 def _claim(source: DataSource, o: DataConvert) -> dict[str, int] | None:

@@ -21,19 +21,13 @@ _OURS = {name for known in (*PREFERENCES, CAPTIONS, PROMPT_LIST) for names in kn
 _OURS |= {name for known in PREFERENCES for name in known.may}
 
 
-def mapping_fault(pairs: Sequence[str]) -> str | None:
-    """What is wrong with a mapping OURS=THEIRS in words; None if nothing is."""
-    seen: set[str] = set()
-    for pair in pairs:
-        ours, equals, theirs = pair.partition("=")
-        if not equals or not ours or not theirs:
-            return f"holds {pair!r}, which is not OURS=THEIRS, such as chosen=winner_path"
+def unknown_column(asked: Mapping[str, str]) -> str | None:
+    """What is wrong with our names for columns (ours -> theirs): one that no layout has; None if nothing is."""
+    for ours, theirs in asked.items():
         if ours not in _OURS:
-            turned = f"; did you mean {theirs}={ours}?" if theirs in _OURS else ""
-            return f"holds {pair!r}, and {ours!r} is no column of a layout{turned}"
-        if ours in seen:
-            return f"holds {ours} twice"
-        seen.add(ours)
+            known = f"they have {', '.join(sorted(_OURS))}"
+            cure = f"did you mean {theirs}={ours}?" if theirs in _OURS else known
+            return f"{ours!r} is no column of a layout; {cure}"
     return None
 
 

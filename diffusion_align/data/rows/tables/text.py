@@ -53,15 +53,6 @@ class ReadOptions:
 PLAIN = ReadOptions()
 
 
-def encoding_fault(name: str) -> str | None:
-    """What is wrong with the name of an encoding; None if texts can be read in it."""
-    try:
-        "".encode(name)
-    except (LookupError, ValueError):
-        return "is no encoding of text that Python knows, such as cp1252, utf-16, gb18030 or shift_jis"
-    return None
-
-
 def kind_of(file: TextFile) -> str:
     """The suffix of a file in small letters, without that of its compression: pairs.JSONL.gz -> .jsonl."""
     suffix = file.suffix.lower()
