@@ -59,14 +59,15 @@ def _like(root: Path, name: str) -> Path | str:
         return f"{absent}: it is an address, so download the picture and give the name of its file"
     if name.startswith("data:"):
         return f"picture {name[:40]!r} is written as text: save it as a file and give its name"
-    place = root
-    for part in name.strip().replace("\\", "/").split("/"):
+    place, parts = root, name.strip().replace("\\", "/").split("/")
+    if ".." in parts:
+        path = inside(root, "/".join(parts))
+        return path if path.is_file() else absent
+    if parts[0][1:2] == ":":
+        return f"{absent}; it is a path of another machine, so make it relative to the list"
+    for part in parts:
         if part in ("", "."):
             continue
-        if part == ".." or part[1:2] == ":":
-            inside(root, name.replace("\\", "/"))
-            hint = "it is a path of another machine, so make it relative to the list" if part != ".." else ""
-            return f"{absent}; {hint}" if hint else absent
         if os.path.lexists(place / part):
             place /= part
             continue

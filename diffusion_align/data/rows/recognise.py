@@ -134,6 +134,9 @@ def _folder(folder: Path, split: str, readable: str, options: ReadOptions) -> Da
         return source
     if (folder / split).is_dir():
         return replace(_folder(folder / split, split, readable, options), path=folder)
+    for file in every:
+        if file.parent == folder and table_rows.is_table(file) and file.name not in _NOT_DATA:
+            table_rows.our_columns(file, options)  # if it cannot be read, its reason is the better answer
     found = ", ".join(path.name for path in entries_of(folder)[:5]) or "nothing"
     hidden = f" and {sum(passed.values())} hidden, which are left out" if passed else ""
     raise DataError(f"{folder}: holds no preference data known here (found {found}{hidden}); give {readable}")

@@ -69,7 +69,9 @@ def _with_first(first: str, rest: Iterator[str]) -> Iterator[str]:
 
 def _row(names: list[str], row: list[str]) -> dict[str, str | None] | ValueError:
     if len(row) > len(names) and any(cell.strip() for cell in row[len(names) :]):
-        return ValueError(f"has {len(row)} cells for {len(names)} columns: put texts with commas into quotation marks")
+        return ValueError(
+            f"has {len(row)} cells for {len(names)} columns: put texts with separators into quotation marks"
+        )
     for cell in row:
         try:
             cell.encode()

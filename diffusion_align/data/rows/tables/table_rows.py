@@ -37,11 +37,17 @@ def columns_of(file: TextFile, encoding: str = "") -> list[str]:
     """The columns of a table; where each row names its own, those of the first 100 rows. A bare text is a prompt.
 
     They are names to compare and to print: characters that a terminal would act on are escaped.
+
+    Raises:
+        DataError: none of these rows can be read; with the reason of the first.
     """
     if isinstance(file, Path) and kind_of(file) in COLUMNAR:
         return list(map(printable, parquet_schema(file).names))
-    rows = islice((row for _, row in _rows(file, encoding)), _ROWS_FOR_COLUMNS)
-    return list(dict.fromkeys(printable(str(name)) for row in rows if isinstance(row, dict) for name in row))
+    rows = list(islice(_rows(file, encoding), _ROWS_FOR_COLUMNS))
+    names = list(dict.fromkeys(printable(str(name)) for _, row in rows if isinstance(row, dict) for name in row))
+    if not names and rows and isinstance(rows[0][1], ValueError):
+        raise DataError(f"{file}: row {rows[0][0]} {rows[0][1]}")
+    return names
 
 
 def our_columns(file: TextFile, options: ReadOptions = PLAIN) -> dict[str, str]:
@@ -89,7 +95,7 @@ def prompt_lines(file: TextFile, encoding: str = "") -> Iterator[BadRow | RawRow
 def text_beside(picture: Path) -> Path | None:
     """The text of a picture: x.txt or x.caption beside x.png, in any case of letters."""
     for suffix in CAPTION_SUFFIXES:
-        for form in (suffix, suffix.upper(), suffix.capitalize()):
+        for form in (suffix, suffix.upper(), suffix[:2].upper() + suffix[2:]):
             found = picture.with_suffix(form)
             if found.is_file():
                 return found
