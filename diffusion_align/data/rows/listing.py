@@ -38,5 +38,5 @@ def files_of(folder: Path, passed: Counter[str] | None = None) -> list[Path]:
 
 
 def entries_of(folder: Path) -> list[Path]:
-    """The files and folders directly in a folder, sorted, without the hidden ones."""
-    return sorted(path for path in folder.iterdir() if not is_side(path.name))
+    """The files and folders directly in a folder, sorted, without the hidden ones; none if it is no folder."""
+    return sorted(path for path in folder.iterdir() if not is_side(path.name)) if folder.is_dir() else []
