@@ -40,6 +40,7 @@ from diffusion_align.data.shards import (
     finished_shard,
     write_shard,
 )
+from diffusion_align.data.stored_caches import hold
 from diffusion_align.system.progress import progress_bar
 
 ONE_RANK = Ranks()
@@ -60,6 +61,7 @@ class PairCache:
     """
 
     def __init__(self, folder: Path):
+        self._held = hold(folder)  # so that nobody removes it while this object lives
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         self.folder = folder
         self.identity: dict[str, Any] = manifest["identity"]
@@ -77,6 +79,11 @@ class PairCache:
         self.pictures = len(self._picture)
         self.lengths = [len(pictures) for *pictures, _ in self._lists]
         self.empty_text = self._shards.row("dropped", 0).to(torch.float32)[None]
+
+    @property
+    def alike(self) -> int:
+        """How many pairs or rankings have one picture twice: they compare it with itself."""
+        return sum(len(set(pictures)) < len(pictures) for *pictures, _ in self._lists)
 
     def __len__(self) -> int:
         return len(self._lists)
@@ -111,6 +118,7 @@ def build_cache(
     known_bad: Sequence[BadRow] = (),
     progress: bool = True,
     ranks: Ranks = ONE_RANK,
+    before_encoding: Callable[[Path, int], object] | None = None,
 ) -> PairCache:
     """Encode pairs, or rankings, to disk, or open what is already there.
 
@@ -121,6 +129,7 @@ def build_cache(
         max_bad_fraction: stop once more than this fraction of the rows (pairs and `known_bad`) is broken.
         known_bad: rows that the reader left out (`Counts.bad_rows`), so that they are counted and listed too.
         ranks: with several processes, which this one is; each calls this function.
+        before_encoding: called on rank 0 with the cache's folder and its size in bytes, if it must be encoded.
 
     Raises:
         DataError: too many broken pictures, no pair left, a damaged shard, or a picture that has changed meanwhile.
@@ -133,9 +142,12 @@ def build_cache(
     home = Path(folder) / digest(json.dumps(identity, sort_keys=True).encode())[:16]
     job = EncodingJob(model, pairs, home, settings, ranks)
     # All ranks must find it, or all build it: a network disk may show it to some first.
+    held = hold(home)
     missing = ranks.total(not (home / "manifest.json").is_file())
     if missing:
-        home.mkdir(parents=True, exist_ok=True)
+        if before_encoding is not None and ranks.rank == 0:
+            before_encoding(home, job.size())
+        ranks.total(0)
         require_room(home, job.size())
     else:
         # The ceiling is that of this run, not of the run that built the cache.
@@ -147,7 +159,10 @@ def build_cache(
     if missing:
         _encode(job, identity, known_bad, max_bad_fraction, progress)
     ranks.total(0)
-    return PairCache(home)
+    cache = PairCache(home)
+    if held is not None:
+        held.close()
+    return cache
 
 
 def _identity(model: Encoders, pairs: Sequence[Pair] | Sequence[Ranking], settings: EncodingSettings) -> dict[str, Any]:
