@@ -148,7 +148,9 @@ def test_ls_and_rm_on_the_command_line(tmp_path, capsys, three):
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[0] for line in lines[:3]] == [home.name for home in (three[2], three[0], three[1])]
         assert (
-            lines[0].endswith("in use") and f"4 pairs or rankings at {SIZE}" in lines[1] and lines[3].startswith("3 caches")
+            lines[0].endswith("in use")
+            and f"4 pairs or rankings at {SIZE}" in lines[1]
+            and lines[3].startswith("3 caches")
         )
         (run / folder).unlink()
     rm = ["cache", "rm", str(tmp_path)]

@@ -30,8 +30,8 @@ def data_inspect(options: DataInspect) -> int:
     name = present_pairs(o.dataset_name or o.path or "")
     path = pairs_on_disk(name, hub=o.dataset_name is not None)
     if path is None:
-        print(f"fetching the parquet files of {name}, split {o.split}, as a training would", flush=True)
-        path = fetch_pairs(name, o.split, None)
+        print(f"fetching {name}, split {o.split}, as a training would", flush=True)
+        path = fetch_pairs(name, o.split, None, options=read_options(o))
     if o.dataset_name is None and not path.exists() and on_hub(name):
         raise DataError(f"{name}: no such file or folder here; for a data set on the hub: --dataset_name {name}")
     source = recognise(path, o.split, options=read_options(o))

@@ -148,7 +148,7 @@ class TrainOffline(GivenPictures, TrainUnet):
     """Options of methods that train the UNet on given pictures."""
 
     # fmt: off
-    dataset_config_name: str | None = option(None, "data", "configuration of a data set on the hub", unused="the data set's default is read")
+    dataset_config_name: str | None = option(None, "data", "configuration of a data set on the hub (default: the set's own)")
     proportion_empty_prompts: float = option(0.0, "data", "fraction of prompts replaced by the empty one", at_least=0, at_most=1)
     vae_encode_batch_size: int = option(8, "data", "pictures encoded at a time", at_least=1, unused="the cache encodes as many at a time as are new among 16 pairs, in chunks of 16")
     random_crop: bool = option(False, "data", "crop at random", unused=CACHED)
