@@ -10,7 +10,7 @@ import pytest
 from helpers_data import STRUCT, lines, pictures, png, structs, table, tar
 
 from diffusion_align.cli import main
-from diffusion_align.commands import sources
+from diffusion_align.commands.data import fetch
 from diffusion_align.data import read_pairs, read_rankings
 from diffusion_align.data.hub_sets import DONE
 from diffusion_align.data.images import decode_image
@@ -84,11 +84,11 @@ def arrow(root):
 def test_a_set_of_another_format_is_streamed_once(hub, tmp_path, make):
     root, asked = hub
     make(root / "me" / "set")
-    found = sources.fetch_pairs("me/set", "train", str(tmp_path / "cache"))
+    found = fetch.fetch_pairs("me/set", "train", str(tmp_path / "cache"))
     assert asked == [["*train*.parquet"]] and found.parent == tmp_path / "cache" / "streamed"
     assert shades(found) == ROWS
     written = {path: path.stat().st_mtime_ns for path in found.iterdir()}
-    assert sources.fetch_pairs("me/set", "train", str(tmp_path / "cache")) == found
+    assert fetch.fetch_pairs("me/set", "train", str(tmp_path / "cache")) == found
     assert {path: path.stat().st_mtime_ns for path in found.iterdir()} == written
     assert sorted(path.name for path in written) == [DONE, "train-00000.parquet"]
 
@@ -110,14 +110,14 @@ def two_folders(root):
 def test_a_set_whose_columns_hold_no_pictures_is_downloaded_whole(hub, tmp_path, make):
     root, asked = hub
     make(root / "me" / "set")
-    found = sources.fetch_pairs("me/set", "train", str(tmp_path / "cache"))
+    found = fetch.fetch_pairs("me/set", "train", str(tmp_path / "cache"))
     assert asked == [["*train*.parquet"], None] and shades(found) == ROWS
 
 
 def test_parquet_files_without_a_split_in_their_names(hub, tmp_path):
     root, _ = hub
     unnamed_parquet(root / "me" / "set")
-    found = sources.fetch_pairs("me/set", "train", str(tmp_path / "cache"))
+    found = fetch.fetch_pairs("me/set", "train", str(tmp_path / "cache"))
     assert shades(found) == ROWS
 
 
@@ -132,7 +132,7 @@ def test_rankings_are_streamed_too(hub, tmp_path):
     }
     read = pq.read_table(path)
     pq.write_table(read.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})}), path)
-    found = sources.fetch_pairs("me/set", "train", str(tmp_path / "cache"))
+    found = fetch.fetch_pairs("me/set", "train", str(tmp_path / "cache"))
     (ranking,) = read_rankings(found)[0]
     assert found.parent.name == "streamed" and ranking.relevance == (1.0, 0.5, 0.0)
     assert [decode_image(read_bytes(one)).getpixel((0, 0))[0] for one in ranking.pictures] == [1, 2, 3]
@@ -146,9 +146,9 @@ def test_no_more_is_streamed_than_the_pairs_that_are_wanted(hub, tmp_path, monke
     lines(many / "metadata.jsonl", [{**row, "prompt": f"p{n}"} for n in range(100)])
     monkeypatch.setattr("diffusion_align.data.hub_sets._ROWS_PER_FILE", 20)
     monkeypatch.setattr("diffusion_align.data.hub_sets._ROWS_AT_A_TIME", 10)
-    some = sources.fetch_pairs("me/set", "train", str(tmp_path / "cache"), most=25)
+    some = fetch.fetch_pairs("me/set", "train", str(tmp_path / "cache"), most=25)
     assert [pair.prompt for pair in read_pairs(some)[0]] == [f"p{n}" for n in range(40)]
-    every = sources.fetch_pairs("me/set", "train", str(tmp_path / "cache"))
+    every = fetch.fetch_pairs("me/set", "train", str(tmp_path / "cache"))
     assert every != some and len(read_pairs(every)[0]) == 100
 
 
@@ -162,9 +162,9 @@ def test_a_stream_that_breaks_leaves_no_set_behind(hub, tmp_path, monkeypatch):
     with pytest.raises(
         FileNotFoundError, match=r"the hub says: reset; `hf download me/set --repo-type dataset` fetches it"
     ):
-        sources.fetch_pairs("me/set", "train", str(tmp_path / "cache"))
+        fetch.fetch_pairs("me/set", "train", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.table, "embed_table_storage", embed)
-    assert shades(sources.fetch_pairs("me/set", "train", str(tmp_path / "cache"))) == ROWS
+    assert shades(fetch.fetch_pairs("me/set", "train", str(tmp_path / "cache"))) == ROWS
 
 
 def test_a_configuration_is_the_one_that_is_read(hub, tmp_path):
@@ -182,10 +182,10 @@ def test_a_configuration_is_the_one_that_is_read(hub, tmp_path):
     )
     (root / "me" / "set" / "README.md").write_text(f"---\n{card}---\n")
     for name, shade in (("one", 1), ("two", 5)):
-        found = sources.fetch_pairs("me/set", "train", str(tmp_path / "cache"), config=name)
+        found = fetch.fetch_pairs("me/set", "train", str(tmp_path / "cache"), config=name)
         assert shades(found) == [("a", shade, shade + 1)]
     with pytest.raises(FileNotFoundError, match="configuration three has no pictures that are compared"):
-        sources.fetch_pairs("me/set", "train", str(tmp_path / "cache"), config="three")
+        fetch.fetch_pairs("me/set", "train", str(tmp_path / "cache"), config="three")
     assert asked == []
 
 
@@ -195,7 +195,7 @@ def test_columns_of_a_streamed_set_are_mapped(hub, tmp_path):
     text = (root / "me" / "set" / "metadata.jsonl").read_text()
     (root / "me" / "set" / "metadata.jsonl").write_text(text.replace("chosen_", "left_").replace("rejected_", "right_"))
     options = ReadOptions("", {"chosen": "left", "rejected": "right"})
-    found = sources.fetch_pairs("me/set", "train", str(tmp_path / "cache"), options=options)
+    found = fetch.fetch_pairs("me/set", "train", str(tmp_path / "cache"), options=options)
     assert found.parent.name == "streamed" and shades(found, options=options) == ROWS
 
 
@@ -206,5 +206,5 @@ def test_a_set_that_is_not_there_is_one_line_with_the_command(hub, capsys):
 
 
 def test_reading_from_this_disk_does_not_import_datasets():
-    program = "import sys, diffusion_align.commands.sources; assert 'datasets' not in sys.modules"
+    program = "import sys, diffusion_align.commands.data.fetch; assert 'datasets' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -8,9 +8,9 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from diffusion_align.commands.data.fetch import read_options
 from diffusion_align.commands.data.long_captions import describe_long_captions
 from diffusion_align.commands.data.summary import summarise_data
-from diffusion_align.commands.sources import read_options
 from diffusion_align.data.bad_rows import BadRow, DataError, bad_row_lines, require_few_bad
 from diffusion_align.data.disk import digest, replacing
 from diffusion_align.data.images import ImageError, decode_image

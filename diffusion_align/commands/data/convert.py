@@ -20,9 +20,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diffusion_align.commands.data.fetch import read_options
 from diffusion_align.commands.data.summary import summarise_data
 from diffusion_align.commands.printed_commands import command_line
-from diffusion_align.commands.sources import read_options
 from diffusion_align.data.bad_rows import BadRow, DataError, bad_row_lines, require_few_bad
 from diffusion_align.data.disk import digest, file_digest, replacing, write_bytes
 from diffusion_align.data.pairs_and_rankings import DataRow, is_tie, row_pairs

@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from diffusion_align.commands.data.fetch import fetch_pairs, read_options
 from diffusion_align.commands.data.summary import DataSummary, summarise_data
 from diffusion_align.commands.printed_commands import command_line
-from diffusion_align.commands.sources import fetch_pairs, pairs_on_disk, present_pairs, read_options
+from diffusion_align.commands.sources import pairs_on_disk, present_pairs
 from diffusion_align.data.bad_rows import DataError
 from diffusion_align.data.rows.known_layouts import Layout
 from diffusion_align.data.rows.listing import HIDDEN

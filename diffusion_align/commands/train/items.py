@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusion_align.commands.sources import fetch_pairs, pairs_on_disk, present_pairs, read_options, read_prompts
+from diffusion_align.commands.data.fetch import fetch_pairs, read_options
+from diffusion_align.commands.sources import pairs_on_disk, present_pairs, read_prompts
 from diffusion_align.data import read_pairs, read_rankings
 from diffusion_align.data.bad_rows import BadRow
 from diffusion_align.methods.entry import Entry
