@@ -480,6 +480,7 @@ def test_a_compressed_list_that_is_cut_or_no_such_file_is_one_line(tmp_path, nam
         ("x.csv", "", "holds no rows"), ("x.csv", "prompt,chosen,rejected\n", "holds no rows"),
         ("x.jsonl", "", "holds no rows"), ("x.json", "", "not a JSON list"), ("x.json", "null", "not a JSON list"),
         ("x.json", '{"prompt": "a"', "neither a JSON list nor an object a line"), ("x.json", "[", "is no JSON, or does not end"),
+        ("x.json", LIST + LIST, "goes on after its list"), ("x.jsonl", '["a"]\n["b"]\n', "goes on after its list"),
         ("x.json", '{"a": {"b": 1}}\n', "is missing"), ("x.xlsx", b"PK", "save it as CSV"), ("x.pkl", b"\x80", "save it as parquet"),
         ("x.parquet.gz", b"\x1f", "unpack it first"), ("x.tar.gz", b"\x1f", "unpack it first"), ("x.rar", b"R", "unpack it first"),
         ("1.png", png(1), "give the folder that holds it"), ("x", "a", "file without suffix"), ("x.arrow", b"ARROW1", "cannot be read as arrow"),
@@ -489,6 +490,26 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, name, content, mat
     with pytest.raises(DataError, match=match) as error:
         read_pairs(put(tmp_path, name, content))
     assert "\n" not in str(error.value)
+
+
+def test_files_kept_beside_the_data_are_not_taken_for_it(tmp_path):
+    """The archive that a folder was unpacked from, a cache of `datasets`, a table of other things."""
+    put(tmp_path, "metadata.jsonl", json_lines(("prompt", "chosen_file_name", "rejected_file_name")))
+    pack(tmp_path / "original.zip", named(("1", 1)))
+    (tmp_path / "cache-12.arrow").write_bytes(b"\x00")
+    (tmp_path / "ratings.csv").write_text("name,value\nx,1\n")
+    assert pairs_of(tmp_path) == ROWS
+    two_sides(tmp_path / "two")
+    (tmp_path / "two" / "prompts.txt").write_text("a cat\na dog\n")
+    pack(tmp_path / "two" / "original.zip", named(("1", 1)))
+    assert pairs_of(tmp_path / "two") == ROWS
+
+
+def test_spaces_at_the_start_of_a_cell_stay_unless_the_names_have_them_too(tmp_path):
+    text = "prompt,chosen,rejected\n a cat,1.png,2.png\n"
+    assert pairs_of(put(tmp_path, "x.csv", text)) == [(" a cat", 1, 2)]
+    spaced = 'prompt, chosen, rejected\n"a cat, on", 1.png, "2.png"\n'
+    assert pairs_of(put(tmp_path, "x.csv", spaced)) == [("a cat, on", 1, 2)]
 
 
 def test_quoted_cells_hold_separators_and_line_ends(tmp_path):

@@ -128,7 +128,8 @@ def _folder(folder: Path, split: str, readable: str, options: ReadOptions) -> Da
         return _one_layout(folder, list(saved), split, options)
     passed: Counter[str] = Counter()
     every = files_of(folder, passed)
-    source = _known_files(folder, every, split, options) or _known_folder(folder, every, split, options)
+    ways = (_known_files, _known_folder, _zip_in)
+    source = next((found for way in ways if (found := way(folder, every, split, options)) is not None), None)
     if source is not None:
         source.unread.update(passed)
         return source
@@ -148,20 +149,24 @@ def _known_files(folder: Path, every: list[Path], split: str, options: ReadOptio
                 if file.parent == folder and file.name.lower() == name]  # fmt: skip
     if metadata and two_folders(folder) is not None and not _compares(metadata[0], options):
         return None  # the prompts of pairs in two folders
-    of_kind = [[file for file in every if file.suffix.lower() == suffix] for suffix in (*COLUMNAR, ".tar", ".zip")]
+    of_kind = [[file for file in every if file.suffix.lower() == suffix] for suffix in (".parquet", ".tar")]
     kinds = [kind for kind in (metadata[:1], metadata[1:], *of_kind) if kind]
     if len(kinds) > 1:
         raise DataError(f"{folder}: holds both {kinds[0][0].name} and {kinds[1][0].name}; name the file that is meant")
     if metadata:
         return DataSource(folder, _layout_of(metadata[0], options), tuple(metadata), split, options=options)
-    if not kinds:
-        return None
-    files = of_split(folder, kinds[0], split)
-    if files[0].suffix.lower() != ".zip":
-        return _one_layout(folder, files, split, options)
+    # Arrow files beside others are most likely a cache of `datasets`.
+    arrow = [file for file in every if file.suffix.lower() == ".arrow" and not file.name.startswith("cache-")]
+    files = of_split(folder, kinds[0] if kinds else arrow, split)
+    return _one_layout(folder, files, split, options) if files else None
+
+
+def _zip_in(folder: Path, every: list[Path], split: str, options: ReadOptions) -> DataSource | None:
+    """The zip archive of a folder that holds nothing else that is known; None if there is none."""
+    files = of_split(folder, [file for file in every if file.suffix.lower() == ".zip"], split)
     if len(files) > 1:
         raise DataError(f"{folder}: holds {files[0].name} and {files[1].name}; name the file that is meant")
-    return replace(_zip(files[0], split, options), path=folder)
+    return replace(_zip(files[0], split, options), path=folder) if files else None
 
 
 def _known_folder(folder: Path, every: list[Path], split: str, options: ReadOptions) -> DataSource | None:

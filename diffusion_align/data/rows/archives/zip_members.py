@@ -19,7 +19,7 @@ from diffusion_align.data.rows.listing import is_side_path
 from diffusion_align.system.printable import printable
 
 _TABLES = frozenset(("jsonl", "ndjson", "csv", "tsv"))
-_MAX_TABLE = 1 << 30
+_MAX_TABLE = 256 << 20
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError, ValueError)
 
 

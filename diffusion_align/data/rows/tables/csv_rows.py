@@ -31,7 +31,8 @@ def csv_rows(file: TextFile, encoding: str = "") -> Iterator[tuple[int, Any]]:
             separator = _separator(first)
         literal = kind_of(file) == ".tsv"
         lines = _with_first(first, stream)
-        rows = csv.reader(lines, delimiter="\t" if literal else separator, skipinitialspace=not literal,
+        spaced = not literal and f"{separator} " in first
+        rows = csv.reader(lines, delimiter="\t" if literal else separator, skipinitialspace=spaced,
                           quoting=csv.QUOTE_NONE if literal else csv.QUOTE_MINIMAL)  # fmt: skip
         try:
             names = [name.strip() for name in next(rows, [])]

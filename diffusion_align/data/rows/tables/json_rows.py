@@ -138,6 +138,10 @@ def _json_items(file: TextFile, encoding: str) -> Iterator[tuple[int, Any]]:
                 yield number, item
                 number += 1
                 if mark == "]":
+                    rest = text[place:] + stream.read(_CHARACTERS_AT_A_TIME)
+                    if rest.strip():
+                        what = f"goes on after its list, with {rest.strip()[:20]!r}"
+                        raise DataError(f"{file}: {what}: give one list, or an object a line")
                     return
     except UnicodeDecodeError as error:
         bad = error.object[max(0, error.start - 500) : error.start + 500]

@@ -10,8 +10,8 @@ from typing import Any
 
 from diffusion_align.data.bad_rows import BadRow, DataError
 from diffusion_align.data.rows.find_picture import inside
-from diffusion_align.data.rows.known_layouts import Layout
-from diffusion_align.data.rows.raw_rows import RawRow
+from diffusion_align.data.rows.known_layouts import PROMPT_LIST, Layout
+from diffusion_align.data.rows.raw_rows import PROMPT_COLUMNS, RawRow
 from diffusion_align.data.rows.tables.columnar import COLUMNAR, columnar_rows, parquet_schema
 from diffusion_align.data.rows.tables.columns import renamed, renaming
 from diffusion_align.data.rows.tables.csv_rows import csv_rows
@@ -65,6 +65,8 @@ def table_rows(
         DataError: the file is damaged, so that it is not known where its rows end.
     """
     names = renaming(file, columns_of(file, options.encoding), options.columns)
+    if layout is PROMPT_LIST:  # what else it has stays as it is
+        names = {theirs: ours for theirs, ours in names.items() if ours in PROMPT_COLUMNS}
     if isinstance(file, Path) and kind_of(file) in COLUMNAR:
         yield from columnar_rows(file, layout, names, under)
         return
