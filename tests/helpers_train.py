@@ -53,7 +53,9 @@ class MemoryPairs:
     def __len__(self):
         return len(self.latents)
 
-    def batch(self, indices):
+    groups, variants = None, 1
+
+    def batch(self, indices, variants=None):
         rows = torch.as_tensor(indices)
         return self.latents[rows], self.text[rows]
 

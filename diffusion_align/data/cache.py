@@ -18,7 +18,7 @@ finished shard. Pictures are recognised by their bytes, whatever their file or r
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,10 @@ from diffusion_align.data import encoding
 from diffusion_align.data.bad_rows import BadRow, DataError, bad_row_lines, require_few_bad
 from diffusion_align.data.disk import digest, require_room, write_bytes
 from diffusion_align.data.pairs_and_rankings import Pair, Ranking, fingerprint
+from diffusion_align.data.picture_numbers import PictureNumbers
 from diffusion_align.data.rows.tables.json_rows import json_lines
 from diffusion_align.data.shards import (
+    VALUES,
     Encoders,
     EncodingJob,
     EncodingSettings,
@@ -41,7 +43,7 @@ from diffusion_align.data.shards import (
     write_shard,
 )
 from diffusion_align.data.stored_caches import hold
-from diffusion_align.system.progress import progress_bar
+from diffusion_align.system.progress import total_bar
 
 ONE_RANK = Ranks()
 CACHE_FORMAT = 1
@@ -54,6 +56,8 @@ class PairCache:
         identity: all that the encodings depend on (model, resolution, data, seed, precision).
         kept: [len] places of the pairs in the list that the cache was built from; broken pairs are missing.
         lengths: [len] how many pictures each has: 2, or a ranking's K.
+        groups: [len] numbers of the shapes of the latents; None if all have one shape.
+        variants: how many crops of each picture are encoded.
         pictures: how many different pictures were encoded.
         bad: how many rows were left out; they are listed in bad_rows.jsonl.
         empty_text: [1,L,E] float32, the encoding of the empty prompt: what a dropped caption becomes. For SDXL too, as
@@ -68,16 +72,25 @@ class PairCache:
         self.bad: int = manifest["bad"]
         self.kept: list[int] = []
         self._lists: list[list[int]] = []
-        self._picture: list[tuple[str, int]] = []
+        self._picture: list[tuple[str, int, str]] = []
+        self._told: list[list[int]] = []
+        self.variants: int = self.identity.get("variants", 1)
         self._prompts_per_shard: int = self.identity["shards"][1]
         self._shards = Shards(folder)
         for name in manifest["pair_shards"]:
             facts = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
             self.kept += facts["kept"]
             self._lists += facts["pairs"]
-            self._picture += [(name, row) for row in range(len(facts["digests"]))]
+            self._picture += [
+                (name, row, key)
+                for key, row in facts.get("rows", [(VALUES, row) for row in range(len(facts["digests"]))])
+            ]
+            self._told += facts.get("told", [])
         self.pictures = len(self._picture)
-        self.lengths = [len(pictures) for *pictures, _ in self._lists]
+        self.lengths = [len(pictures) // self.variants for *pictures, _ in self._lists]
+        shapes = [self.shape(index) for index in range(len(self._lists))]
+        numbers = {shape: number for number, shape in enumerate(sorted(set(shapes)))}
+        self.groups = [numbers[shape] for shape in shapes] if len(numbers) > 1 else None
         self.empty_text = self._shards.row("dropped", 0).to(torch.float32)[None]
 
     @property
@@ -88,17 +101,38 @@ class PairCache:
     def __len__(self) -> int:
         return len(self._lists)
 
-    def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Sequence[int] | Tensor, variants: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Pairs by index -> latents [B,2,C,h,w] float32, winner first, and text [B,L,E] float32, both on the CPU.
 
-        Rankings -> [B,K,C,h,w], in the order of their relevance [K]; ValueError unless all B have one length K.
+        Rankings -> [B,K,C,h,w], in the order of their relevance [K]. `variants`: which crop of each, by default the
+        first. ValueError unless all B have one length K and one shape.
         """
         sizes = sorted({self.lengths[int(index)] for index in indices})
         if len(sizes) > 1:
             raise ValueError(f"one batch holds lists of one length, not of {' and '.join(map(str, sizes))} pictures")
-        rows = [self._lists[int(index)] for index in indices]
-        latents = [torch.stack([self._latent(picture) for picture in pictures]) for *pictures, _ in rows]
-        return torch.stack(latents), torch.stack([self._text(prompt) for *_, prompt in rows])
+        if self.groups is not None and len({self.groups[int(index)] for index in indices}) > 1:
+            raise ValueError("one batch holds pictures of one shape")
+        latents = [torch.stack([self._latent(i) for i in pictures]) for pictures in self._pictures(indices, variants)]
+        return torch.stack(latents), torch.stack([self._text(self._lists[int(index)][-1]) for index in indices])
+
+    def told(self, indices: Sequence[int], variants: Sequence[int] | None = None) -> Tensor:
+        """The sizes [B,K,6] of the pictures of a batch, as SDXL is told them; `frames.told_sizes`.
+
+        Raises ValueError for a cache without them.
+        """
+        if not self._told:
+            raise ValueError("this cache has no sizes of pictures: encode with frames")
+        return torch.tensor([[self._told[i] for i in pictures] for pictures in self._pictures(indices, variants)])
+
+    def shape(self, index: int) -> str:
+        """Width and height of the pictures of a list as they were encoded, or "values" if there was no choice."""
+        return self._picture[self._lists[index][0]][2]
+
+    def _pictures(self, indices: Sequence[int] | Tensor, variants: Sequence[int] | None) -> Iterator[list[int]]:
+        """The numbers of the pictures of each list, in one variant."""
+        for index, variant in zip(indices, variants or [0] * len(indices), strict=True):
+            k = self.lengths[int(index)]
+            yield self._lists[int(index)][variant * k : (variant + 1) * k]
 
     def _latent(self, picture: int) -> Tensor:
         return self._shards.row(*self._picture[picture]).to(torch.float32)
@@ -174,6 +208,7 @@ def _identity(model: Encoders, pairs: Sequence[Pair] | Sequence[Ranking], settin
         "seed": settings.seed,
         "dtype": str(settings.dtype).removeprefix("torch."),
         "shards": [settings.pairs_per_shard, settings.prompts_per_shard],
+        **({"frames": asdict(settings.frames), "variants": settings.frames.variants} if settings.frames else {}),
         # Not in every key: caches that were built before there was such a setting must be found.
         **({} if settings.precision == "no" else {"precision": settings.precision}),
     }
@@ -191,15 +226,15 @@ def _encode(
 
     texts = {shard: len(job.texts(shard)) for shard in job.mine(job.text_shards)}
     lists = {shard: len(job.rows(shard)) for shard in job.mine(job.list_shards)}
-    with _progress("encode prompts", len(job.prompts), "prompt", progress) as report:
+    with total_bar("encode prompts", len(job.prompts), "prompt", progress) as report:
         encoding.run_pass(job, texts, partial(encoding.encode_prompts, job), report)
-    with _progress(f"read {job.kind}s", len(job.lists), job.kind, progress) as report:
+    with total_bar(f"read {job.kind}s", len(job.lists), job.kind, progress) as report:
         encoding.run_pass(job, lists, partial(encoding.write_digests, job), report)
-    numbers = encoding.PictureNumbers.read(job)
+    numbers = PictureNumbers.read(job)
     # Until the end each rank lists the bad rows that it knows of.
     rank, listed = job.ranks.rank, job.home / "bad_rows.jsonl"
     own = job.home / f"bad_rows-{rank}.jsonl" if rank else listed
-    with _progress(f"encode {job.kind}s", len(job.lists), job.kind, progress) as report:
+    with total_bar(f"encode {job.kind}s", len(job.lists), job.kind, progress) as report:
         encoding.run_pass(job, lists, encoding.picture_pass(job, numbers, partial(list_bad, own)), report)
     if rank:
         own.unlink(missing_ok=True)
@@ -215,14 +250,3 @@ def _encode(
     manifest = {"identity": identity, "bad": len(known_bad) + len(bad), "pair_shards": shards}
     write_bytes(job.home / "manifest.json", json.dumps(manifest, indent=1).encode())
     encoding.forget_digests(job)
-
-
-@contextmanager
-def _progress(what: str, total: int, unit: str, show: bool) -> Iterator[Callable[[int], object]]:
-    """A progress bar on stderr as a function of how many items all ranks have done."""
-    if not show:
-        # Not even a disabled bar: tqdm's lock is shared with forked processes, and one killed with it blocks all.
-        yield lambda done: None
-        return
-    with progress_bar(total=total, desc=what, unit=unit) as bar:
-        yield lambda done: bar.update(done - bar.n)

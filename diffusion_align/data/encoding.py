@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,15 @@ from torch import Tensor
 from diffusion_align import rng
 from diffusion_align.data.bad_rows import BadRow, DataError
 from diffusion_align.data.disk import digest, write_bytes
-from diffusion_align.data.images import ImageError, load_picture
-from diffusion_align.data.pairs_and_rankings import Pair
+from diffusion_align.data.frames import Frame, fit, size_of, told_sizes
+from diffusion_align.data.images import ImageError, decode_image
+from diffusion_align.data.picture_numbers import UNREAD, PictureNumbers, digests_path
 from diffusion_align.data.rows.raw_rows import StoredPicture, read_bytes
-from diffusion_align.data.shards import EncodingJob, finished_shard, write_shard
+from diffusion_align.data.shards import VALUES, EncodingJob, finished_shard, write_shard
 
 # Lists whose bytes are in memory together; the largest batch for the VAE is K times that.
 LISTS_AT_A_TIME = 16
 _PROMPTS_AT_A_TIME = 64
-_UNREAD = "cannot be read"  # no digest begins with it
 
 
 def run_pass(
@@ -76,73 +75,31 @@ def encode_prompts(job: EncodingJob, shard: int) -> Iterator[int]:
 
 def write_digests(job: EncodingJob, shard: int) -> Iterator[int]:
     """Write the digests of a shard's pictures."""
-    path, rows, digests = _digests_path(job, shard), job.rows(shard), []
+    path, rows, digests = digests_path(job, shard), job.rows(shard), []
     if path.is_file():
         return
     for i in rows:
         data = [_read(picture) for picture in job.lists[i].pictures]
-        digests.append([digest(d) if isinstance(d, bytes) else d for d in data])
+        digests.append(_names(job, i, data))
         if len(digests) % LISTS_AT_A_TIME == 0 and len(digests) < len(rows):
             yield len(digests)
     write_bytes(path, json.dumps(digests).encode())
 
 
+def _names(job: EncodingJob, i: int, data: list[bytes | str]) -> list[str]:
+    """The names of a list's pictures, for each variant: their digests, with a frame if there is a choice of frames."""
+    names = [digest(d) if isinstance(d, bytes) else d for d in data]
+    if job.settings.frames is None:
+        return names
+    sizes = [size_of(d) if isinstance(d, bytes) else None for d in data]
+    frames = job.settings.frames.of_list(sizes, job.settings.seed, i)
+    return [name if name.startswith(UNREAD) else f"{name} {frame}" for frame in frames for name in names]
+
+
 def forget_digests(job: EncodingJob) -> None:
     """Remove the files of `write_digests`."""
     for shard in job.list_shards:
-        _digests_path(job, shard).unlink(missing_ok=True)
-
-
-def _digests_path(job: EncodingJob, shard: int) -> Path:
-    return job.home / f"names-{shard:05d}.json"
-
-
-@dataclass(frozen=True)
-class PictureNumbers:
-    """The pictures of all lists, numbered in the order in which they are first met.
-
-    Attributes:
-        of: [lists][K], the number of each picture, or the reason why it cannot be read.
-        before: [lists], how many pictures are met before a list.
-        digests: of each picture, by number.
-    """
-
-    of: list[list[int | str]]
-    before: list[int]
-    digests: list[str]
-
-    @classmethod
-    def read(cls, job: EncodingJob) -> PictureNumbers:
-        """From the digests of all shards."""
-        number: dict[str, int] = {}
-        of: list[list[int | str]] = []
-        before = []
-        for shard in job.list_shards:
-            for row in json.loads(_digests_path(job, shard).read_text(encoding="utf-8")):
-                before.append(len(number))
-                of.append([d if d.startswith(_UNREAD) else number.setdefault(d, len(number)) for d in row])
-        return cls(of, before, list(number))
-
-    def first_met(self, job: EncodingJob, rows: range) -> dict[int, StoredPicture]:
-        """The pictures that are met in these rows and not before, in order."""
-        new: dict[int, StoredPicture] = {}
-        for i in rows:
-            for number, picture in zip(self.of[i], job.lists[i].pictures, strict=True):
-                if isinstance(number, int) and number >= self.before[rows.start]:
-                    new.setdefault(number, picture)
-        return new
-
-    def bad_row(self, job: EncodingJob, i: int, broken: Mapping[str, str]) -> BadRow | None:
-        """What is wrong with a row. `broken`: digests of broken pictures, and why they are."""
-        entry = job.lists[i]
-        why = [number if isinstance(number, str) else broken.get(self.digests[number]) for number in self.of[i]]
-        sides = ("winner", "loser") if isinstance(entry, Pair) else [f"picture {k}" for k in range(len(why))]
-        reasons = [
-            f"{side} ({picture}) {reason}" if isinstance(picture, Path) else f"{side} {reason}"
-            for side, picture, reason in zip(sides, entry.pictures, why, strict=True)
-            if reason is not None
-        ]
-        return BadRow(entry.id, "; ".join(reasons)) if reasons else None
+        digests_path(job, shard).unlink(missing_ok=True)
 
 
 def picture_pass(
@@ -155,14 +112,18 @@ def picture_pass(
     def work_on(shard: int) -> Iterator[int]:
         rows, facts = job.rows(shard), finished_shard(job.home, job.name(shard))
         if facts is None:
-            latents, facts = [torch.empty(0, *job.latent_shape)], {"digests": [], "broken": {}}
+            latents: dict[str, list[Tensor]] = {}
+            facts = {"digests": [], "broken": {}} | ({"rows": [], "told": []} if job.settings.frames else {})
             with ThreadPoolExecutor(4) as pool:
                 for start in range(rows.start, rows.stop, LISTS_AT_A_TIME):
                     if start > rows.start:
                         yield start - rows.start
                     new = numbers.first_met(job, range(start, min(start + LISTS_AT_A_TIME, rows.stop)))
-                    latents += _encode(job, numbers, new, pool, facts)
-            write_shard(job.home, job.name(shard), torch.cat(latents).to(job.settings.dtype), facts)
+                    for key, some in _encode(job, numbers, new, pool, facts):
+                        latents.setdefault(key, []).append(some)
+            stored = {key: torch.cat(some).to(job.settings.dtype) for key, some in latents.items()}
+            empty = {VALUES: torch.empty(0, *job.latent_shape, dtype=job.settings.dtype)}
+            write_shard(job.home, job.name(shard), stored or empty, facts)
         broken.update(facts["broken"])
         bad.extend(row for i in rows if (row := numbers.bad_row(job, i, broken)) is not None)
         check(bad)
@@ -176,32 +137,44 @@ def _encode(
     new: dict[int, StoredPicture],
     pool: ThreadPoolExecutor,
     facts: dict[str, Any],
-) -> list[Tensor]:
-    """Latents of the pictures that can be decoded, if any; the digests of all go into the facts."""
+) -> Iterator[tuple[str, Tensor]]:
+    """Latents of the pictures that can be decoded, by the key of their shape; names, rows and sizes go into facts."""
     decode = partial(_decode, resolution=job.settings.resolution, home=job.home)
-    digests = [numbers.digests[number] for number in new]
-    good, good_numbers = [], []
-    for number, name, picture in zip(new, digests, pool.map(decode, digests, new.values()), strict=True):
-        if isinstance(picture, str):
-            facts["broken"][name] = picture
-        else:
-            facts["digests"].append(name)
-            good_numbers.append(number)
-            good.append(picture)
-    if not good:
-        return []
-    noise = rng.normal_batch(job.latent_shape, job.settings.seed, "vae", good_numbers)
-    return [job.model.encode_images(torch.stack(good), noise).cpu()]
+    names = [numbers.digests[number] for number in new]
+    good: dict[str, list[tuple[int, Tensor]]] = {}
+    for number, name, decoded in zip(new, names, pool.map(decode, names, new.values()), strict=True):
+        if isinstance(decoded, str):
+            facts["broken"][name] = decoded
+            continue
+        picture, told = decoded
+        facts["digests"].append(name)
+        key = VALUES if job.settings.frames is None else f"{picture.shape[2]}x{picture.shape[1]}"
+        if job.settings.frames is not None:
+            facts["rows"].append([key, sum(other == key for other, _ in facts["rows"])])
+            facts["told"].append(told)
+        good.setdefault(key, []).append((number, picture))
+    for key, some in good.items():
+        pictures = torch.stack([picture for _, picture in some])
+        shape = job.model.latent_shape(job.settings.resolution)
+        if job.settings.frames is not None:
+            factor = job.settings.resolution // shape[1]
+            shape = (shape[0], pictures.shape[2] // factor, pictures.shape[3] // factor)
+        noise = rng.normal_batch(shape, job.settings.seed, "vae", [number for number, _ in some])
+        yield key, job.model.encode_images(pictures, noise).cpu()
 
 
-def _decode(name: str, picture: StoredPicture, *, resolution: int, home: Path) -> Tensor | str:
-    data = _read(picture)
-    if isinstance(data, str) or digest(data) != name:
-        raise DataError(f"{picture}: has changed since encoding began; delete {home} and start again")
+def _decode(name: str, stored: StoredPicture, *, resolution: int, home: Path) -> tuple[Tensor, list[int]] | str:
+    """A picture in its frame, and what SDXL is told of its sizes; or why it cannot be decoded."""
+    data = _read(stored)
+    own, _, framed = name.partition(" ")
+    if isinstance(data, str) or digest(data) != own:
+        raise DataError(f"{stored}: has changed since encoding began; delete {home} and start again")
+    frame = Frame.read(framed) if framed else Frame(resolution, resolution)
     try:
-        return load_picture(data, resolution)
+        image = decode_image(data)
     except ImageError as error:
         return str(error)
+    return fit(image, frame), told_sizes(image.size, frame)
 
 
 def _read(picture: StoredPicture) -> bytes | str:
@@ -209,7 +182,7 @@ def _read(picture: StoredPicture) -> bytes | str:
     try:
         return read_bytes(picture)
     except (DataError, OSError) as error:
-        return f"{_UNREAD} ({error})"
+        return f"{UNREAD} ({error})"
 
 
 def list_pictures(job: EncodingJob, numbers: PictureNumbers) -> Iterator[tuple[list[int], list[BadRow]]]:

@@ -6,7 +6,6 @@ becomes a half-grey training picture.
 """
 
 import io
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -109,27 +108,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
-
-
-def to_square(image: Image.Image, resolution: int) -> Tensor:
-    """Centre-crop an RGB picture to a square and resize it -> float32 [3,resolution,resolution] in [0, 1].
-
-    The crop comes first, inside the resize: a 10 x 10000 picture must not pass through a resolution x 1000 resolution
-    one.
-    """
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    if image.size != (resolution, resolution):
-        box = (left, top, left + side, top + side)
-        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=box)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float32).div_(255.0)
-
-
-def load_picture(source: bytes | Path, resolution: int) -> Tensor:
-    """One picture, decoded and squared -> float32 [3,resolution,resolution] in [0, 1]; ImageError when it is broken."""
-    data = source if isinstance(source, bytes) else source.read_bytes()
-    return to_square(decode_image(data), resolution)
 
 
 def encode_png(picture: Tensor) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,8 +17,11 @@ from torch import Tensor
 
 from diffusion_align.data.bad_rows import DataError
 from diffusion_align.data.disk import sha256, write_bytes
+from diffusion_align.data.frames import Frames
 from diffusion_align.data.pairs_and_rankings import Pair, Ranking
 from diffusion_align.system.file_modes import readable
+
+VALUES = "values"  # the key of a shard's tensor, if it has one
 
 
 class NotFinite(DataError):
@@ -43,6 +46,7 @@ class EncodingSettings:
     Attributes:
         dtype: precision on disk; batches are float32 in any case.
         precision: what the encoders compute in; "no" is float32. The caller opens the autocast.
+        frames: how pictures are cropped; None crops the largest square in the middle.
     """
 
     resolution: int
@@ -51,6 +55,7 @@ class EncodingSettings:
     precision: str = "no"
     pairs_per_shard: int = 1024
     prompts_per_shard: int = 1024
+    frames: Frames | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,11 @@ class EncodingJob:
         return self.model.latent_shape(self.settings.resolution)
 
     @property
+    def variants(self) -> int:
+        """How many times each picture is encoded."""
+        return self.settings.frames.variants if self.settings.frames else 1
+
+    @property
     def list_shards(self) -> range:
         return range(-(-len(self.lists) // self.settings.pairs_per_shard))
 
@@ -113,7 +123,10 @@ class EncodingJob:
         """Bytes of all encodings at most: pictures that are equal only by their bytes are not known before they are
         read."""
         pictures = len({picture for entry in self.lists for picture in entry.pictures})
-        numbers = pictures * math.prod(self.latent_shape) + (len(self.prompts) + 1) * self.model.empty_text.numel()
+        numbers = (
+            pictures * self.variants * math.prod(self.latent_shape)
+            + (len(self.prompts) + 1) * self.model.empty_text.numel()
+        )
         return numbers * self.settings.dtype.itemsize
 
 
@@ -127,15 +140,17 @@ def finished_shard(folder: Path, name: str) -> dict[str, Any] | None:
     return None
 
 
-def write_shard(folder: Path, name: str, values: Tensor, facts: dict[str, Any]) -> None:
-    """Write tensors [N,...], and then the facts about them, which finish the shard. NotFinite if they are not."""
-    if not torch.isfinite(values).all():
+def write_shard(folder: Path, name: str, values: Tensor | Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write tensors [N,...], by key if their shapes differ, and then the facts about them, which finish the shard.
+    NotFinite if they are not."""
+    tensors = {VALUES: values} if isinstance(values, Tensor) else values
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
         raise NotFinite(
             f"{name}: the encoder gave values that are not finite (the SDXL VAE overflows in float16: load it in "
             "float32, or take madebyollin/sdxl-vae-fp16-fix)"
         )
     staged = folder / f".tmp-{name}.safetensors"
-    save_file({"values": values.detach().cpu().contiguous()}, staged)
+    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, staged)
     readable(staged)
     facts = {"sha256": sha256(staged)} | facts
     os.replace(staged, folder / f"{name}.safetensors")
@@ -149,8 +164,8 @@ class Shards:
         self._folder = folder
         self._open: dict[str, Any] = {}
 
-    def row(self, name: str, row: int) -> Tensor:
-        """Row `row` of shard `name`, as stored; DataError if the shard is missing or damaged."""
+    def row(self, name: str, row: int, key: str = VALUES) -> Tensor:
+        """Row `row` of a tensor of shard `name`, as stored; DataError if the shard is missing or damaged."""
         if name not in self._open:
             tensors = self._folder / f"{name}.safetensors"
             # safetensors itself loads most flipped bits without an error.
@@ -161,5 +176,6 @@ class Shards:
                 raise DataError(
                     f"{tensors}: is missing or damaged; delete {self._folder / 'manifest.json'} to encode it again"
                 )
-            self._open[name] = safe_open(tensors, framework="pt").get_slice("values")
-        return self._open[name][row]
+            file = safe_open(tensors, framework="pt")
+            self._open[name] = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
+        return self._open[name][key][row]

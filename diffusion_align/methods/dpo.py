@@ -13,7 +13,7 @@ from diffusion_align.data.cache import PairCache
 from diffusion_align.methods import kto
 from diffusion_align.methods.entry import About, Entry, Length, Opened, Started
 from diffusion_align.methods.shared.metrics import quantiles
-from diffusion_align.methods.shared.noising import Networks, drop_captions, noised_lists
+from diffusion_align.methods.shared.noising import Networks, drop_captions, noised_lists, pick
 from diffusion_align.methods.shared.pair_losses import (
     PairLoss,
     PairOutputs,
@@ -78,10 +78,10 @@ def pairs_method(
         raise ValueError(f"expected {len(cache)} weights, finite and not below 0, one per pair")
 
     def micro_batch(samples: list[Sample], _: list[Sample]) -> Columns:
-        latents, text = cache.batch([index for _, index in samples])
+        latents, text, told = pick(cache, samples, networks, run.seed)
         latents, text = latents.to(run.accelerator.device), text.to(run.accelerator.device)
         text = drop_captions(text, cache.empty_text, samples, caption_dropout, run.seed)
-        noised = noised_lists(latents, text, samples, networks, run.seed)
+        noised = noised_lists(latents, text, samples, networks, run.seed, told=told)
         dims[:] = [latents[0, 0].numel()]
         with run.accelerator.autocast():
             with torch.no_grad():
@@ -108,7 +108,7 @@ def pairs_method(
         }
 
     check = partial(require_equal_outputs, allowed=between_outputs(run.accelerator)) if check_start and frozen else None
-    return OfflineMethod(len(cache), micro_batch, summarise, check)
+    return OfflineMethod(len(cache), micro_batch, summarise, check, groups=cache.groups)
 
 
 def make_loss(o: TrainDpo, beta: float, timesteps: int) -> PairLoss:

@@ -16,7 +16,7 @@ from torch import Tensor
 from diffusion_align import rng
 from diffusion_align.data.cache import PairCache
 from diffusion_align.methods.shared.metrics import quantiles
-from diffusion_align.methods.shared.noising import Networks, Noised, drop_captions, noised_lists
+from diffusion_align.methods.shared.noising import Networks, Noised, drop_captions, noised_lists, pick
 from diffusion_align.methods.shared.start_checks import apart, between_outputs, require_equal_outputs
 from diffusion_align.objectives import implicit_accuracy, kto
 from diffusion_align.tensors import sum_dims, widen
@@ -91,7 +91,8 @@ def pictures_method(
         }
 
     check = partial(require_equal_outputs, allowed=between_outputs(run.accelerator)) if check_start else None
-    return OfflineMethod(len(cache), micro_batch, summarise, check, Survey(visits.measure, visits.receive))
+    survey = Survey(visits.measure, visits.receive)
+    return OfflineMethod(len(cache), micro_batch, summarise, check, survey, cache.groups)
 
 
 class _Visits:
@@ -108,12 +109,14 @@ class _Visits:
     def noised(self, samples: list[Sample]) -> tuple[Noised, Tensor]:
         """The pictures of these visits, noised, and which are liked [b]."""
         seed, device = self.run.seed, self.run.accelerator.device
-        latents, text = self.cache.batch([index for _, index in samples])
+        latents, text, told = pick(self.cache, samples, self.networks, seed)
         liked = liked_of(samples, self.liked_share, seed)
-        shown = latents[torch.arange(len(samples)), (~liked).long()].to(device)
+        side = torch.arange(len(samples)), (~liked).long()
+        shown = latents[side].to(device)
         text = drop_captions(text.to(device), self.cache.empty_text, samples, self.caption_dropout, seed)
         self.dims = shown[0].numel()
-        return noised_lists(shown[:, None], text, samples, self.networks, seed), liked.to(device)
+        told = None if told is None else told[side][:, None]
+        return noised_lists(shown[:, None], text, samples, self.networks, seed, told=told), liked.to(device)
 
     def policy(self, noised: Noised) -> Tensor:
         with self.run.accelerator.autocast():

@@ -29,6 +29,7 @@ from diffusion_align.methods.shared.noising import (
     denoising_errors,
     drop_captions,
     noised_lists,
+    pick,
 )
 from diffusion_align.methods.shared.plan import describe_beta, latent_beta, length_of, require_accumulation
 from diffusion_align.methods.shared.start_checks import apart, between_outputs, require_equal_outputs
@@ -112,9 +113,10 @@ def rankings_method(
 
     def of_one_length(samples: list[Sample]) -> Columns:
         indices = [index for _, index in samples]
-        latents, text = (tensor.to(run.accelerator.device) for tensor in cache.batch(indices))
+        picked = pick(cache, samples, networks, run.seed)
+        latents, text = (tensor.to(run.accelerator.device) for tensor in picked[:2])
         text = drop_captions(text, cache.empty_text, samples, caption_dropout, run.seed)
-        noised = noised_lists(latents, text, samples, networks, run.seed, shared_noise=shared_noise)
+        noised = noised_lists(latents, text, samples, networks, run.seed, shared_noise=shared_noise, told=picked.told)
         dims[:] = [latents[0, 0].numel()]
         mine: list[Tensor] = []
         theirs: list[Tensor] = []
@@ -145,7 +147,7 @@ def rankings_method(
         }
 
     check = partial(require_equal_outputs, allowed=between_outputs(run.accelerator)) if check_start else None
-    return OfflineMethod(len(cache), micro_batch, summarise, check)
+    return OfflineMethod(len(cache), micro_batch, summarise, check, groups=cache.groups)
 
 
 def recording(predict: Predict, outputs: list[Tensor]) -> Predict:

@@ -61,11 +61,22 @@ class TextToImage:
     def _factor(self) -> int:
         return 2 ** (len(_config(self.vae)["block_out_channels"]) - 1)
 
+    @property
+    def size_step(self) -> int:
+        """Sides of pictures are multiples of this: the VAE reduces them, and the UNet halves them at each level."""
+        return self._factor * 2 ** (len(_config(self.unet)["block_out_channels"]) - 1)
+
     def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
-        """(C,h,w) of the latents of square pictures. Raises ValueError for a size that the VAE cannot reduce evenly."""
+        """(C,h,w) of the latents of square pictures. Raises ValueError for a size that the VAE and the UNet cannot
+        halve evenly, with the nearest that they can."""
         pixels = self.resolution if resolution is None else resolution
-        if pixels <= 0 or pixels % self._factor:
-            raise ValueError(f"resolution {pixels} is not a positive multiple of {self._factor}, the VAE's reduction")
+        if pixels <= 0 or pixels % self.size_step:
+            below = max(pixels // self.size_step, 1) * self.size_step
+            near = f"{below} or {below + self.size_step}" if pixels > self.size_step else f"{below}"
+            raise ValueError(
+                f"resolution {pixels} is not a positive multiple of {self.size_step}, which this model's VAE and UNet "
+                f"need: use {near}"
+            )
         side = pixels // self._factor
         return int(_config(self.unet)["in_channels"]), side, side
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from .names import UsageError
 from .schema import option
 
-PATH = "a file or folder in any layout of docs/data.md, recognised without a flag"
-SPLIT = "split to read, where files are named by it (train-00000.parquet, test.json)"
+PATH = "a file or folder in any layout of docs/data.md; the layout is recognised without a flag"
+SPLIT = "split to read, if files are named by split (train-00000.parquet, test.json)"
+MAX_BAD = "largest fraction of bad rows; these are left out and listed; with more, the command fails"
 ENCODING = "encoding of texts and tables that have no byte order mark, such as cp1252 or gb18030 (default: UTF-8)"
 COLUMNS = "what the data calls a column, as OURS=THEIRS, such as chosen=winner_path; may be repeated (default: usual names are known)"
-MAX_BAD = "largest fraction of broken rows; these are skipped and listed, and with more the command fails"
 
 
 def encoding_fault(name: str) -> str | None:
@@ -57,7 +57,7 @@ class DataCheck:
 
     pretrained_model_name_or_path: str | None = option(None, "model", "a model folder, or tiny: also count the captions that are longer than its text encoder reads", aliases=("model",), path="name")
 
-    bad_rows: str = option("bad_rows.jsonl", "output", "file for the broken rows and their reasons", path="file")
+    bad_rows: str = option("bad_rows.jsonl", "output", "file for the bad rows and their reasons", path="file")
     # fmt: on
 
 
@@ -71,7 +71,7 @@ class DataConvert:
     max_bad_fraction: float = option(0.01, "data", MAX_BAD, at_least=0, at_most=1)
 
     out: str | None = option(None, "output", "folder for the shards", aliases=("output_dir",), path="folder")
-    to: str = option("rankings", "output", "rankings: all pictures of a row together; pairs: one row for every two pictures of which one is preferred", choices=("rankings", "pairs"))
+    to: str = option("rankings", "output", "rankings: all pictures of a row together; pairs: one row for each pair", choices=("rankings", "pairs"))
     rows_per_shard: int = option(4096, "output", "source rows per file; a killed conversion loses at most one file", at_least=1)
     # fmt: on
 

@@ -25,7 +25,7 @@ class Sample:
 
     prompt: tuple[str, ...] = option((), "prompts", "a prompt; may be repeated")
     prompts_file: str | None = option(None, "prompts", "file with one prompt per line, or another list of prompts: a file, a folder, or a name such as parti, hpdv2 or dpg-bench (docs/evaluation.md)", aliases=("prompts",), path="name")
-    num_prompts: int | None = option(None, "prompts", "of that list, use the first N", at_least=1)
+    num_prompts: int | None = option(None, "prompts", "use the first N prompts of that list", at_least=1)
     negative_prompt: str = option("", "prompts", "what guidance steers away from")
     num_images_per_prompt: int = option(1, "prompts", "pictures of each prompt", at_least=1)
     long_prompts: str | None = option(None, "prompts", LONG + AS_RUN, choices=LONG_PROMPTS)
@@ -74,18 +74,18 @@ class Evaluate:
     seed: int = option(0, "sampler", "in every model prompt i starts from the noise of (seed, i)", at_least=0)
     resolution: int | None = option(None, "sampler", "side of all pictures in pixels (default: as the runs were trained, else the model's default)", at_least=8)
 
-    reward: str = option("auto", "score", "reward beside the judge, usually the one trained on: any of `diffusion-align reward ls`, none, or auto (tiny for captions of the embedded world, none for other prompts)", path="reward")
+    reward: str = option("auto", "score", "reward beside the judge, usually the one that was trained on: any of `diffusion-align reward ls`, none, or auto (tiny for captions of the embedded world, none for other prompts)", path="reward")
     held_out_reward: tuple[str, ...] = option((), "score", "further rewards that training did not use: a gain only in the trained reward is reward hacking", path="reward")
     features: str = option("tiny", "score", "network whose features measure diversity and distances: tiny, an open_clip name such as ViT-L-14-336:openai, or none", path="reward")
     reference_pictures: str | None = option(None, "score", "folder of real pictures to measure distances to (default: for the embedded world its renderings, else none)", path="in")
     pictures: int = option(24, "score", "pairs of pictures shown in the report", at_least=0)
 
-    shard: str | None = option(None, "machine", "K/N: draw one of N shards of the prompts, K from 0 to N - 1; all shards fill one folder, and the last one to end writes the report", saved=False)
+    shard: str | None = option(None, "machine", "K/N: draw one of N shards of the prompts, K from 0 to N - 1; all shards fill one folder, and the last one to finish writes the report", saved=False)
     batch_size: int = option(64, "machine", "pictures at a time", at_least=1)
     device: str | None = option(None, "machine", DEVICE, fault=device_fault)
     threads: int | None = option(None, "machine", "CPU threads (default: OMP_NUM_THREADS, else one for each core that other programs leave free)", at_least=1)
     mixed_precision: str = option("no", "machine", "precision of the network", choices=("no", "fp16", "bf16"))
-    output_dir: str | None = option(None, "output", "folder for pictures and report (default: the run's own, where one run is evaluated; else evaluations/NAMES)", path="folder")
+    output_dir: str | None = option(None, "output", "folder for pictures and report (default: for one run, its own folder; else evaluations/NAMES)", path="folder")
     # fmt: on
 
     @cached_property

@@ -38,7 +38,7 @@ VERBS = {
             "data check",
             DataCheck,
             check_data,
-            "Read all data as a training would, decode every picture, and list broken rows.",
+            "Read all data as a training would, decode every picture, and list bad rows.",
             run="data.check:data_check",
             positional="path",
         ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, Self, TypeVar
 
@@ -36,6 +36,7 @@ class OfflineMethod:
     summarise: the columns of the whole batch [batch_size], in stream order -> metrics.
     check_start: called with those columns in the first step of a fresh run, before the update; raises to stop.
     survey: runs before the gradients of each step, unless one micro-batch holds the whole step.
+    groups: [n] the group of each item, where a micro-batch must hold one group, such as pictures of one shape.
     """
 
     n: int
@@ -43,6 +44,7 @@ class OfflineMethod:
     summarise: Callable[[Columns], dict[str, float]]
     check_start: Callable[[Columns], None] | None = None
     survey: Survey | None = None
+    groups: Sequence[int] | None = None
 
 
 class Movable(Protocol):

@@ -2,7 +2,8 @@
 
 The stream is the concatenation of all epochs, each in its own addressed order. A position in it is one number, so a run
 continues exactly where it was, also inside an epoch. One step takes the next `batch_size` samples and splits them, in
-that order, into accumulation x processes equal micro-batches. So two processes do what accumulation 2 does.
+that order, into accumulation x processes equal micro-batches. So two processes do what accumulation 2 does. Where the
+method's items have groups, the stream is that of `groups`, whose micro-batches hold one group.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from diffusion_align import rng
 from diffusion_align.system.memory import free, halved, ran_out
+from diffusion_align.train.groups import grouped_samples_at, members_of
 from diffusion_align.train.method import Columns, OfflineMethod, Sample, Survey
 from diffusion_align.train.processes.agree import on_any_rank
 from diffusion_align.train.processes.watch import record_activity
@@ -57,9 +59,13 @@ def run_steps(method: OfflineMethod, run: Run, *, batch_size: int, accumulation:
     accelerator, progress = run.accelerator, run.progress
     _check_settings(method.n, batch_size, accumulation, accelerator)
     rows = batch_size // (accumulation * accelerator.num_processes)
+    members = members_of(method.groups) if method.groups is not None else ()
     while progress.step < run.max_steps:
         record_activity("learning", progress.step + 1)
-        samples = samples_at(progress.samples, batch_size, method.n, run.seed)
+        if len(members) > 1:
+            samples = grouped_samples_at(progress.samples, batch_size, members, rows, run.seed)
+        else:
+            samples = samples_at(progress.samples, batch_size, method.n, run.seed)
         starts = range(accelerator.process_index * rows, batch_size, accelerator.num_processes * rows)
         mine = [samples[first : first + rows] for first in starts]
         while True:

@@ -15,7 +15,7 @@ from diffusion_align import rng
 from diffusion_align.data.bad_rows import BadRow, DataError
 from diffusion_align.data.cache import PairCache
 from diffusion_align.data.disk import require_room
-from diffusion_align.data.images import load_picture
+from diffusion_align.data.frames import load_picture
 from diffusion_align.data.pairs_and_rankings import Pair, Ranking
 from diffusion_align.system import progress
 

@@ -96,6 +96,20 @@ def test_rankings_of_files_and_their_pairs(tmp_path):
     assert [row.models for row in own(tmp_path / "pairs")] == [("x", "z"), ("y", "z")]
 
 
+def test_a_flipped_bit_in_a_shard_is_noticed(tmp_path):
+    """In the bytes of a caption, where without page checksums nothing would tell."""
+    rapidata(tmp_path / "soft.parquet")
+    assert convert(tmp_path / "soft.parquet", tmp_path / "out") == 0
+    (shard,) = (tmp_path / "out").glob("*.parquet")
+    data = bytearray(shard.read_bytes())
+    caption = read_rankings(shard)[0][0].prompt.encode()
+    assert caption in data
+    data[data.index(caption)] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(OSError, match="CRC|checksum"):
+        pq.ParquetFile(shard, page_checksum_verification=True).read()
+
+
 def shards(out):
     return {file.name: file.read_bytes() for file in sorted(out.glob("*.parquet")) + [out / "bad_rows.jsonl"]}
 

@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageFile
 from torchvision.transforms import v2
 
-from diffusion_align.data.images import ImageError, decode_image, encode_png, load_picture, to_square
+from diffusion_align.data.frames import Frame, fit, load_picture
+from diffusion_align.data.images import ImageError, decode_image, encode_png
 
 
 def smooth(width=60, height=40):
@@ -53,7 +54,7 @@ def test_crop_and_resize_agree_with_torchvision(size):
     theirs = v2.Compose(
         [v2.Resize(32, antialias=True), v2.CenterCrop(32), v2.ToImage(), v2.ToDtype(torch.float32, True)]
     )
-    difference = (to_square(image, 32) - theirs(image)).abs()
+    difference = (fit(image, Frame(32, 32)) - theirs(image)).abs()
     assert difference[:, 2:-2, 2:-2].max() < 4 / 255 and difference.mean() < 1 / 255
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 from diffusion_align import rng
 from diffusion_align.data import EncodingSettings, Ranking, build_cache, read_pairs, read_rankings, write_pairs_parquet
 from diffusion_align.data.bad_rows import DataError
-from diffusion_align.data.images import encode_png, load_picture
+from diffusion_align.data.frames import load_picture
+from diffusion_align.data.images import encode_png
 from diffusion_align.data.pairs_and_rankings import fingerprint, write_rankings_parquet
 from diffusion_align.data.rows.raw_rows import read_bytes
 

@@ -89,8 +89,8 @@ def offline(kind: str, spoilt: set[int], value: float) -> list[str]:
         return at[0] + 1 in spoilt
 
     class Latents(MemoryPairs):
-        def batch(self, indices: Any) -> Any:
-            latents, text = super().batch(indices)
+        def batch(self, indices: Any, variants: Any = None) -> Any:
+            latents, text = super().batch(indices, variants)
             return (latents.index_fill(0, torch.tensor([1]), value) if kind == "latent" and now() else latents), text
 
     plain = run.settings["loss"]

@@ -50,7 +50,9 @@ class MemoryRankings:
     def __len__(self):
         return len(self.lengths)
 
-    def batch(self, indices):
+    groups, variants = None, 1
+
+    def batch(self, indices, variants=None):
         return torch.stack([self.latents[i] for i in indices]), self.text[list(indices)]
 
 

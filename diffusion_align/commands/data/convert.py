@@ -143,7 +143,7 @@ def _good(source: DataSource, bad: list[BadRow], counts: dict[str, int]) -> Iter
 def _write(path: Path, rows: list[DataRow], to: str) -> dict[str, Any]:
     """Write one shard without the rows whose pictures cannot be read; its facts, which `_facts` reads back."""
     facts: dict[str, Any] = {"written": 0, "bad": []}
-    with replacing(path) as staged, pq.ParquetWriter(staged, SCHEMA) as writer:
+    with replacing(path) as staged, pq.ParquetWriter(staged, SCHEMA, write_page_checksum=True) as writer:
         for group in _groups(_entries(rows, to, facts["bad"])):
             writer.write_table(pa.Table.from_pylist(group, schema=SCHEMA))
             facts["written"] += len(group)

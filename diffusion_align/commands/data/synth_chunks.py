@@ -23,7 +23,8 @@ from torch import Tensor
 from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.trained_weights import base_of, load_tuned, run_config, weights_digest
 from diffusion_align.data.disk import digest, write_bytes
-from diffusion_align.data.images import ImageError, decode_image, encode_png, to_square
+from diffusion_align.data.frames import Frame, fit
+from diffusion_align.data.images import ImageError, decode_image, encode_png
 from diffusion_align.models.hub import folder_digest, locate
 from diffusion_align.options import Synth
 from diffusion_align.rewards import Reward, RewardError, load_reward, one_each
@@ -204,4 +205,4 @@ def _stored(path: Path) -> Tensor:
         image = decode_image(path.read_bytes())
     except ImageError as error:
         raise ValueError(f"{path} {error}; delete it to draw it again") from error
-    return to_square(image, image.width)
+    return fit(image, Frame(image.width, image.width))

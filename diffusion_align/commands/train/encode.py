@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,10 @@ from diffusion_align.commands.data.long_captions import describe_long_captions, 
 from diffusion_align.data import DataError, EncodingSettings, Pair, PairCache, Ranking, build_cache
 from diffusion_align.data.bad_rows import BadRow
 from diffusion_align.data.disk import NoRoom
+from diffusion_align.data.frames import Frames
 from diffusion_align.data.shards import NotFinite, Ranks
 from diffusion_align.data.stored_caches import OverLimit, make_room
+from diffusion_align.options import TrainOffline
 from diffusion_align.train.processes import watch
 from diffusion_align.train.processes.agree import sum_over_ranks
 
@@ -23,6 +26,33 @@ if TYPE_CHECKING:
     from diffusion_align.models import TextToImage
 
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def frames_of(o: Any, model: TextToImage) -> Frames | None:
+    """How the options crop pictures; None for the largest square in the middle.
+
+    Raises:
+        ValueError: a step of buckets that does not fit the model, or sizes for a model that is not told any.
+    """
+    if not isinstance(o, TrainOffline):
+        return None
+    told = o.size_conditioning == "pictures"
+    if told and model.second is None:
+        raise ValueError("size_conditioning pictures is for SDXL: this model is not told the size of a picture")
+    if not (o.aspect_buckets or o.random_crop or o.random_flip or told):
+        return None
+    resolution = o.resolution or model.resolution
+    step = o.bucket_step or max(model.size_step, 64 if resolution >= 256 else 0)
+    if step % model.size_step:
+        raise ValueError(f"bucket_step {step} is not a multiple of {model.size_step}, which this model needs")
+    return Frames(resolution, o.aspect_buckets, step, o.crop_variants if o.random_crop else 0, o.random_flip)
+
+
+def describe_buckets(cache: PairCache) -> str:
+    """A line aligned with those of a plan: how many entries of the data each shape has."""
+    counts = Counter(cache.shape(index) for index in range(len(cache)))
+    shown = ", ".join(f"{shape} ({count})" for shape, count in counts.most_common(8))
+    return f"buckets          {len(counts)} shapes: {shown}{', ...' if len(counts) > 8 else ''}"
 
 
 @watch.names_failed_rank()
@@ -46,7 +76,8 @@ def encoded(
             print(describe_long_captions(long, len(captions), limit, opposite))
     dtype = PRECISIONS[o.encode_precision]
     _ = model.empty_text  # encoded here in full precision; the model keeps it for drawing pictures
-    settings = EncodingSettings(o.resolution or model.resolution, o.seed, precision=o.encode_precision)
+    frames = frames_of(o, model)
+    settings = EncodingSettings(o.resolution or model.resolution, o.seed, precision=o.encode_precision, frames=frames)
     ranks = Ranks(accelerator.process_index, accelerator.num_processes, partial(sum_over_ranks, accelerator))
     limit = o.cache_limit_gb
     try:
@@ -68,6 +99,8 @@ def encoded(
         no_room = "or give --cache_dir on another disk"
         cure = no_room if isinstance(error, NoRoom) else "encode in float32 with --encode_precision no"
         raise DataError(f"{error}; {cure}") from error
+    if frames is not None and frames.buckets and accelerator.is_main_process:
+        print(describe_buckets(cache))
     if cache.alike and accelerator.is_main_process:
         print(f"pictures         {cache.alike} of {len(cache)} compare a picture with itself, which teaches nothing")
     return cache

@@ -36,7 +36,7 @@ FREE = frozenset(
     threads device local_rank process_timeout prior_generation_precision gradient_checkpointing
     enable_xformers_memory_efficient_attention one_picture_at_a_time sample_chunk
     collapse_alarm collapse_winner_error collapse_diversity collapse_patience
-    cache_dir cache_limit_gb max_bad_fraction vae_encode_batch_size random_crop no_hflip dataloader_num_workers
+    cache_dir cache_limit_gb max_bad_fraction vae_encode_batch_size no_hflip dataloader_num_workers
     """.split()
 )
 # Options whose effect the identity holds in another form: model and data by content; beta, batch, steps as numbers.

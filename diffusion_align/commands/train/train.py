@@ -16,6 +16,7 @@ from diffusion_align.commands.train.plan import effective_rate, plan_lines
 from diffusion_align.commands.train.session import Session
 from diffusion_align.methods.entry import About, Entry, Opened
 from diffusion_align.methods.shared.noising import Networks
+from diffusion_align.options import TrainOffline
 from diffusion_align.rewards import Reward, load_reward
 from diffusion_align.rewards.spec import RewardSpec
 
@@ -32,7 +33,9 @@ def train(entry: Entry[Any], options: Any) -> int:
     shape = model.latent_shape(o.resolution)
     opened = Opened(
         model=model,
-        networks=Networks(model.predict, session.reference, model.schedule, model.prediction_type),
+        networks=Networks(
+            model.predict, session.reference, model.schedule, model.prediction_type, told_sizes=_tells_sizes(o)
+        ),
         accelerator=accelerator,
         shape=shape,
         items=read.items,
@@ -51,7 +54,8 @@ def train(entry: Entry[Any], options: Any) -> int:
     accelerator.print("\n".join(plan_lines(entry, o, about, length)))
     session.trains(started.trained)
     optimizer, scheduler = make_optimizer(o, session.parameters, rate, length.steps)
-    identity = identity_of(o, started.identity | length.identity, learning_rate=rate, steps=length.steps)
+    found = started.identity | length.identity | _micro_batch(o)
+    identity = identity_of(o, found, learning_rate=rate, steps=length.steps)
     prompts = [item if isinstance(item, str) else item.prompt for item in read.items]
     run = session.start(optimizer, scheduler, identity, prompts, length.steps)
     return follow(session, started.loop(run, length), run, entry.shown, started.report)
@@ -65,3 +69,12 @@ def _reward(session: Session, spec: RewardSpec) -> Reward:
     if session.accelerator.num_processes > 1:
         raise ValueError("reward people has one page for its questions; train with one process")
     return people(session.run / "choices", o.group_size, seed=o.seed)
+
+
+def _micro_batch(o: Any) -> dict[str, int]:
+    """What the stream of samples depends on beside the batch: with buckets a micro-batch holds one shape."""
+    return {"micro_batch": o.train_batch_size} if isinstance(o, TrainOffline) and o.aspect_buckets else {}
+
+
+def _tells_sizes(o: Any) -> bool:
+    return isinstance(o, TrainOffline) and o.size_conditioning == "pictures"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,12 +24,16 @@ Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Networks:
-    """The trained network, its frozen reference (None for a loss without one), and their noise schedule."""
+    """The trained network, its frozen reference (None for a loss without one), and their noise schedule.
+
+    told_sizes: whether the text of a picture ends with its sizes, in place of those of its latents (SDXL).
+    """
 
     policy: Predict
     reference: Predict | None
     schedule: Schedule
     prediction_type: str
+    told_sizes: bool = False
 
 
 class Noised(NamedTuple):
@@ -42,6 +46,35 @@ class Noised(NamedTuple):
     entries: int
 
 
+class Cache(Protocol):
+    """What methods ask of the cache of given pictures; `data.PairCache`."""
+
+    empty_text: Tensor
+    groups: list[int] | None
+    variants: int
+
+    def __len__(self) -> int: ...
+    def batch(self, indices: Sequence[int], variants: Sequence[int] | None = None) -> tuple[Tensor, Tensor]: ...
+    def told(self, indices: Sequence[int], variants: Sequence[int] | None = None) -> Tensor: ...
+
+
+class Picked(NamedTuple):
+    """Latents [B,K,C,h,w], text [B,L,E] and, if the network is told the sizes of pictures, these [B,K,6]."""
+
+    latents: Tensor
+    text: Tensor
+    told: Tensor | None
+
+
+def pick(cache: Cache, samples: Sequence[Sample], networks: Networks, seed: int) -> Picked:
+    """What the cache has of these samples. Which crop of a picture is taken is addressed by (epoch, index)."""
+    indices, variants = [index for _, index in samples], None
+    if cache.variants > 1:
+        variants = rng.integers_batch(0, cache.variants, seed, "variant", list(samples)).tolist()
+    latents, text = cache.batch(indices, variants)
+    return Picked(latents, text, cache.told(indices, variants) if networks.told_sizes else None)
+
+
 def noised_lists(
     latents: Tensor,
     text: Tensor,
@@ -50,12 +83,14 @@ def noised_lists(
     seed: int,
     *,
     shared_noise: bool = True,
+    told: Tensor | None = None,
 ) -> Noised:
     """Noise latents [B,K,C,h,w] with one timestep and one noise per list, addressed by (epoch, index).
 
     Timesteps are uniform over 0..N-1. The pictures of a pair share timestep and noise as in the pseudo-code of
     Diffusion-DPO's paper, so the margin depends on the pictures only. Without `shared_noise` each picture has its own
-    noise, at (epoch, index, picture), as in RankDPO (Karthik et al. 2024, arXiv 2410.18013, eq. 5).
+    noise, at (epoch, index, picture), as in RankDPO (Karthik et al. 2024, arXiv 2410.18013, eq. 5). `told` [B,K,6] are
+    the sizes of the pictures, for the last row of their texts.
     """
     batch, entries = latents.shape[:2]
     addresses = list(samples)
@@ -66,11 +101,14 @@ def noised_lists(
     noise = torch.stack([drawn[place] for place in places]).to(latents)
     levels = networks.schedule.alpha(t), networks.schedule.sigma(t)
     alpha, sigma = (level.to(latents).repeat(entries) for level in levels)
+    text = text.repeat(entries, *[1] * (text.ndim - 1))
+    if told is not None:
+        text[:, -1, : told.shape[-1]] = told.transpose(0, 1).flatten(0, 1).to(text)
     clean = latents.transpose(0, 1).reshape(entries * batch, *latents.shape[2:])
     return Noised(
         x=add_noise(clean, noise, alpha, sigma),
         t=t.to(latents.device).repeat(entries),
-        text=text.repeat(entries, *[1] * (text.ndim - 1)),
+        text=text,
         target=target(clean, noise, alpha, sigma, networks.prediction_type),
         entries=entries,
     )

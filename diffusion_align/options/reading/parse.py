@@ -1,4 +1,4 @@
-"""Parses the command line of a verb into flags, `key=value` overrides and positional words; values stay text."""
+"""Parses the command line of a verb into flags, `key=value` overrides and positional words. Values stay text."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Parsed:
 
 
 def build_parser(options_class: type, prog: str, about: str, positional: str = "") -> argparse.ArgumentParser:
-    """The help of one verb; `parse` reads its command line."""
+    """The argparse parser of one verb, of which only the help is used; `parse` reads the command line."""
     several = " ..." if positional and options_of(options_class)[positional].kind is tuple else ""
     word = f"{positional.upper()}{several} " if positional else ""
     usage = f"{prog} {word}[--preset NAME] [--config FILE] [--flag VALUE | key=value ...]"
@@ -83,19 +83,20 @@ def parse(options_class: type, argv: list[str], verb: str, positional: str = "")
     """Parse the command line of a verb.
 
     `--learning_rate` and `--learning-rate` are the same, and so are `train.learning_rate=...` and `learning_rate=...`.
-    The word after a flag is its value, even if it begins with a dash or contains an equals sign, unless it is a flag.
+    The word after a flag is the flag's value, even if that begins with a dash or contains an equals sign. Another flag
+    is no value.
 
     Args:
-        positional: the option that a bare word sets ("": none); if it is a list, it takes several words.
+        positional: the option that a word without a flag sets ("": none); a list takes several words.
 
     Raises:
-        UsageError: an unknown flag or key (with the nearest valid one), a missing value, an unexpected word, or two
-            presets or files.
+        UsageError: an unknown flag or key (the message names the nearest valid one), a missing value, an unexpected
+            word, or two different values of --preset or of --config.
     """
     names, words = by_any_name(options_class), deque(argv)
     start: dict[str, str] = {}
     values: dict[str, Any] = {}
-    prompted = ""  # the prompt just read: a bare word after it is probably the rest of it
+    prompted = ""  # the prompt just read: a word without a flag is probably its unquoted rest
     while words:
         word = words.popleft()
         key, equals, value = word.partition("=")
@@ -135,7 +136,7 @@ def parse(options_class: type, argv: list[str], verb: str, positional: str = "")
 
 
 def _value_of(key: str, switch: bool, words: deque[str], positional: str) -> str:
-    """The value of a flag without an equals sign: the next word; for a switch only if that is a truth value."""
+    """The value of a flag without an equals sign: the next word. A switch takes it only if it is a truth value."""
     if switch:
         # If positional words are expected, 1 may be one of them.
         values = ("true", "false") if positional else TRUE + FALSE
@@ -146,7 +147,7 @@ def _value_of(key: str, switch: bool, words: deque[str], positional: str) -> str
 
 
 def _more(key: str, option: Option, words: deque[str], names: dict[str, Option], positional: str) -> list[str]:
-    """Further words of a list. If the verb has a positional option, only words among the choices of the list."""
+    """Further words of a list. If the verb has a positional option, only words that are choices of the list."""
     taken: list[str] = []
     while words and key not in ONE_PROMPT and not words[0].startswith("-"):
         if OVERRIDE.match(words[0]) and words[0].partition("=")[0] in names:
@@ -158,7 +159,7 @@ def _more(key: str, option: Option, words: deque[str], names: dict[str, Option],
 
 
 def unknown_flag(word: str, options_class: type, verb: str) -> UsageError:
-    """The error for a flag that the verb does not have: with its equivalent, or the nearest flag."""
+    """The error for a flag that the verb does not have; it names the equivalent option, or the nearest flag."""
     names, key = by_any_name(options_class), _spelled(word)
     if not word.startswith("--") and (key in names or key in START_FLAGS):
         return UsageError(f"unknown flag -{key}; a flag has two dashes: --{key}")

@@ -1,6 +1,6 @@
 """The options that training verbs share, with the names and defaults of known scripts (diffusers' DPO script first).
 
-Where a default differs from that script, the help says so. Numbers from papers live in presets, with unit and source.
+If a default differs from that script, the help says so. Numbers from papers are in presets, with unit and source.
 """
 
 # ruff: noqa: E501  (a table: one option a line)
@@ -16,7 +16,6 @@ from ..prompt_reading import CHUNKS, LONG, SKIP, SYNTAX
 from ..schema import option
 from .metric_names import check_metric
 
-CACHED = "pictures are encoded once, centre-cropped and unflipped, before training"
 NO_UPLOAD = "nothing is uploaded; the run folder is what to upload"
 
 
@@ -38,7 +37,7 @@ class TrainCommon:
 
     cache_dir: str | None = option(None, "data", "folder for downloads and encoded pictures (default: the hub's cache, and output_dir/cache)", path="folder")
 
-    seed: int = option(0, "train", "seed of every random draw", at_least=0)
+    seed: int = option(0, "train", "seed of every random number", at_least=0)
     max_train_steps: int | None = option(None, "train", "optimizer steps; overrides num_train_epochs", at_least=1, one_of="length")
     learning_rate: float = option(5e-4, "train", "learning rate after warm-up", aliases=("lr", "unet_lr"), above=0)
     scale_lr: bool = option(False, "train", "multiply the learning rate by the effective batch size")
@@ -67,7 +66,7 @@ class TrainCommon:
     checkpoints_total_limit: int | None = option(None, "output", "newest checkpoints to keep (default: all)", at_least=1)
     keep_best: str | None = option(None, "output", "also keep the checkpoint with the highest mean of this metric since the previous checkpoint, such as reward_mean (-loss: the lowest)")
     resume_from_checkpoint: str | None = option(None, "output", "latest, auto (latest if there is one), a checkpoint of this run by name (step-00000300), or the path of a checkpoint or of a run", aliases=("resume",), saved=False, path="resume")
-    extend: bool = option(False, "output", "resume with more steps than the run had planned: a decaying learning rate then follows its schedule over all of them", saved=False)
+    extend: bool = option(False, "output", "resume with more steps than the run had planned; if the learning rate decays, its schedule then covers all of them", saved=False)
     report_to: str | None = option(None, "output", "trackers to report to beside metrics.jsonl: tensorboard, wandb, ... (several with commas), all, none")
     tracker_name: str | None = option(None, "output", "project name in a tracker", aliases=("tracker_project_name",))
     logging_dir: str | None = option(None, "output", "folder of trackers that write files, inside output_dir unless absolute (default: logs)", path="inside")
@@ -126,16 +125,16 @@ class GivenPictures:
     dataset_name: str | None = option(None, "data", "pairs by name: a path, a data set on the hub, or tiny", one_of="source", path="name")
     dataset_split_name: str | None = option(None, "data", "split of a data set (default: train)", aliases=("split",))
     max_train_samples: int | None = option(None, "data", "use only the first N pairs", at_least=1)
-    max_bad_fraction: float = option(0.01, "data", "largest fraction of broken rows; these are skipped and listed, and with more the run stops", at_least=0, at_most=1)
+    max_bad_fraction: float = option(0.01, "data", "largest fraction of bad rows; these are left out and listed; with more, the run stops", at_least=0, at_most=1)
     columns: tuple[str, ...] = option((), "data", COLUMNS, fault=columns_fault)
     encoding: str | None = option(None, "data", ENCODING, fault=encoding_fault)
     cache_limit_gb: float | None = option(None, "data", "largest size in GB of all encoded sets in the cache's folder; before a new set is encoded, those that were not used for longest are removed, never one that a process uses (default: no limit)", above=0)
     encode_precision: str = option("no", "data", "precision in which pictures and prompts are encoded (no: float32); they are kept in float32", choices=("no", "fp16", "bf16"))
 
-    train_batch_size: int = option(4, "train", "pairs per device and step of accumulation", at_least=1)
+    train_batch_size: int = option(4, "train", "pairs in a micro-batch, on each device", at_least=1)
     gradient_accumulation_steps: int | None = option(None, "train", "micro-batches summed into one step on each device (default: 1, or what effective_batch_size asks for)", at_least=1, one_of="accumulation")
-    effective_batch_size: int | None = option(None, "train", "pairs in one optimizer step, over all devices: gradient_accumulation_steps follows from it", at_least=1, one_of="accumulation")
-    num_train_epochs: int = option(1, "train", "passes over the pairs, where max_train_steps is not given", at_least=1, one_of="length")
+    effective_batch_size: int | None = option(None, "train", "pairs in one optimizer step, over all devices: the accumulation follows from it", at_least=1, one_of="accumulation")
+    num_train_epochs: int = option(1, "train", "epochs over the pairs, if max_train_steps is not given", at_least=1, one_of="length")
     # fmt: on
 
     @property
@@ -151,8 +150,13 @@ class TrainOffline(GivenPictures, TrainUnet):
     dataset_config_name: str | None = option(None, "data", "configuration of a data set on the hub (default: the set's own)")
     proportion_empty_prompts: float = option(0.0, "data", "fraction of prompts replaced by the empty one", at_least=0, at_most=1)
     vae_encode_batch_size: int = option(8, "data", "pictures encoded at a time", at_least=1, unused="the cache encodes as many at a time as are new among 16 pairs, in chunks of 16")
-    random_crop: bool = option(False, "data", "crop at random", unused=CACHED)
-    no_hflip: bool = option(False, "data", "do not flip pictures", unused=CACHED)
+    aspect_buckets: bool = option(False, "data", "crop each pair to a shape that is near its pictures' own, in place of a square; a micro-batch holds one shape", aliases=("enable_bucket",))
+    bucket_step: int | None = option(None, "data", "with aspect_buckets: sides are multiples of this many pixels (default: 64, or what the model needs for small pictures)", aliases=("bucket_reso_steps",), at_least=1)
+    random_crop: bool = option(False, "data", "crop at random places, in place of the middle; both pictures of a pair alike")
+    crop_variants: int = option(4, "data", "with random_crop: crops of each picture that are encoded and kept; each use takes one of them", at_least=1)
+    random_flip: bool = option(False, "data", "also keep the mirror image of each crop; each use takes one of the two, both pictures of a pair alike", aliases=("flip_aug",))
+    size_conditioning: str = option("latents", "data", "what SDXL is told as a picture's size: that of its latents, uncropped (as the authors of Diffusion-DPO do), or the picture's own size and crop", choices=("latents", "pictures"))
+    no_hflip: bool = option(False, "data", "do not flip pictures", unused="pictures are flipped with --random_flip only")
     dataloader_num_workers: int = option(0, "data", "processes that load data", at_least=0, unused="batches come from the cache; there is nothing to load")
     # fmt: on
 

@@ -20,7 +20,7 @@ class TrainD3po(TrainOnline):
     beta: float = option(0.1, "train", "scale of the log-ratios, in log_ratio_unit", above=0)
     clip: float | None = option(0.1, "train", "each ratio is clamped to 1 -+ this, in log_ratio_unit; none: no clamp", above=0, below=1)
     log_ratio_unit: str = option("mean", "train", UNITS, choices=("mean", "nats"))
-    reference: str = option("frozen", "train", "reference of the log-ratios: frozen (the base model) or round (the policy at the start of each round, as in the paper's runs with people)", choices=("frozen", "round"))
+    reference: str = option("frozen", "train", "reference of the log-ratios: frozen (the base model) or round (the policy at the start of each round, as in the paper's experiments with people)", choices=("frozen", "round"))
     # fmt: on
 
 
@@ -33,7 +33,7 @@ VERB = Verb(
     "train d3po",
     TrainD3po,
     check_d3po,
-    "D3PO: learn from pairs of the model's own runs, the better one by a reward.",
+    "D3PO: learn from pairs of the model's own trajectories, ordered by a reward.",
     method="d3po",
     notes=notes_online,
 )

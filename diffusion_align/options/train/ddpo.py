@@ -17,7 +17,7 @@ METRICS = RUNS
 class TrainDdpo(TrainOnline):
     # fmt: off
     output_dir: str = option("runs/ddpo", "output", "the run folder", path="folder")
-    clip: float = option(1e-4, "train", "the ratio to the policy that drew a run is clipped to 1 -+ this, in log_ratio_unit", above=0, below=1)
+    clip: float = option(1e-4, "train", "the ratio to the policy that drew the trajectory is clipped to 1 -+ this, in log_ratio_unit", above=0, below=1)
     advantage_std: str = option("group", "train", "rewards are centred in their group and divided by the group's standard deviation (GRPO), or by none", choices=("group", "none"))
     kl_weight: float = option(0.0, "train", "weight of the KL to the reference, in nats per step (DPOK, GRPO)", at_least=0)
     log_ratio_unit: str = option("mean", "train", "unit of clip: mean (over dims, as published) or nats (summed)", choices=("mean", "nats"))
@@ -33,7 +33,7 @@ VERB = Verb(
     "train ddpo",
     TrainDdpo,
     check_ddpo,
-    "DDPO, GRPO, DPOK: policy gradients with a clipped surrogate; a baseline.",
+    "DDPO, GRPO, DPOK: policy gradients with a clipped ratio, as a baseline.",
     method="ddpo",
     notes=notes_online,
 )

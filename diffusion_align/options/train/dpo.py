@@ -41,7 +41,7 @@ _METRICS = {
 class TrainDpo(TrainOffline):
     # fmt: off
     beta_dpo: float = option(2500.0, "train", "strength of the pull towards the reference, in the unit of beta_convention (default by loss: 2500, kto 1000 diffusers, dspo 0.001 salesforce)", aliases=("beta",), above=0)
-    beta_convention: str = option("diffusers", "train", "unit of beta_dpo: diffusers (mean over dims), salesforce (mean over dims and a hidden 1/2, so 5000 there is 2500 here) or sum (over dims)", choices=BETA_CONVENTIONS)
+    beta_convention: str = option("diffusers", "train", "unit of beta_dpo: diffusers (mean over dims), salesforce (mean over dims, and a factor of 1/2, so its 5000 is 2500 of diffusers) or sum (over dims)", choices=BETA_CONVENTIONS)
     loss_type: str = option("sigmoid", "train", "objective: of the margin (sigmoid, ipo, hinge, robust); of single liked and disliked pictures (kto), or of both of a pair (kto_pairs); without a reference (mapo); of the winner alone (dspo)", choices=tuple(PUBLISHED), brings=PUBLISHED)
     label_smoothing: float = option(0.0, "train", "assumed fraction of flipped labels, for sigmoid and robust", at_least=0, below=0.5)
     winner_share: float | None = option(None, "train", "Diffusion-SDPO: scale the loser's gradient so that the winner's error does not rise, and keeps this fraction of its decrease; for losses of the margin (default: no scaling)", at_least=0, at_most=1)

@@ -1,6 +1,6 @@
 """The options that online methods share: prompts, rollouts and rewards.
 
-Defaults are those of the papers if they give one, in their units: log-ratios averaged over the latent's dims.
+Defaults are those of the papers if they give one, in their units: log-ratios averaged over dims.
 """
 
 # ruff: noqa: E501  (a table: one option a line)
@@ -26,28 +26,28 @@ class TrainOnline(WithReward, TrainUnet):
     prompts: str | None = option(None, "data", "file with one prompt per line, the name of a list (animals, spo-4k, hpdv2-train and more: assets/prompts/README.md), or tiny (captions of the embedded world's training split)", aliases=("prompts_file",), path="name")
     num_prompts: int | None = option(None, "data", "use the first N prompts (default: all; of tiny, 4000)", at_least=1)
 
-    solver: str = option("ddim", "rollout", "sampler of the runs: ddim, or dpmpp (SDE-DPM-Solver++)", choices=SOLVERS)
+    solver: str = option("ddim", "rollout", "sampler that draws trajectories: ddim, or dpmpp (SDE-DPM-Solver++)", choices=SOLVERS)
     order: int = option(2, "rollout", "order of dpmpp", at_least=1, at_most=2)
-    eta: float = option(1.0, "rollout", "amount of noise, 0 excluded: log-probs need noise", above=0)
-    steps: int = option(20, "rollout", "steps of a run", aliases=("num_inference_steps",), at_least=2)
+    eta: float = option(1.0, "rollout", "amount of noise; above 0, because a log-probability needs noise", above=0)
+    steps: int = option(20, "rollout", "steps of a trajectory", aliases=("num_inference_steps",), at_least=2)
     spacing: str = option("trailing", "rollout", "spacing of the steps", choices=SPACINGS)
-    final: str = option("zero", "rollout", "where a run ends: zero (noise-free, so the last step is not learned from), or sigma_min (at the noise level of t = 0, as diffusers' DDIM with set_alpha_to_one false: the last step has noise and is learned from)", choices=FINALS)
-    guidance: float = option(5.0, "rollout", "classifier-free guidance in rollout, log-probs and training; 1 is none", aliases=("guidance_scale",), at_least=0)
+    final: str = option("zero", "rollout", "where a trajectory ends: zero (at noise level zero: the last step has no noise and is not learned from), or sigma_min (at the noise level of t = 0, as diffusers' DDIM with set_alpha_to_one false: the last step has noise and is learned from)", choices=FINALS)
+    guidance: float = option(5.0, "rollout", "classifier-free guidance in rollout, log-probabilities and training; 1 is none", aliases=("guidance_scale",), at_least=0)
     prompts_per_round: int = option(16, "rollout", "prompts of a round, over all devices; the policy that draws them stays the same", at_least=1)
     group_size: int = option(2, "rollout", "pictures of each prompt", at_least=2)
-    learn_steps: int | None = option(None, "rollout", "learn only from the first N steps of a run (default: all steps with noise); not for spo", at_least=1, one_of="learnt")
-    noise_window: int | None = option(None, "rollout", "noise and learning only in a window of N steps, whose place is drawn for each round; the other steps are noise-free (default: noise in all). spo compares in the window only", at_least=1, one_of="learnt")
+    learn_steps: int | None = option(None, "rollout", "learn only from the first N steps of a trajectory (default: all steps with noise); not for spo", at_least=1, one_of="learned")
+    noise_window: int | None = option(None, "rollout", "noise and learning only in a window of N steps, whose place is drawn for each round; the other steps are deterministic (default: noise in all). spo compares in the window only", at_least=1, one_of="learned")
     window_first: int = option(0, "rollout", "first step at which a noise_window may start", at_least=0)
-    window_last: int | None = option(None, "rollout", "last step at which it may start (default: so that it ends with the last step that has noise)", at_least=0)
+    window_last: int | None = option(None, "rollout", "last step at which a noise_window may start (default: the window then ends with the last step that has noise)", at_least=0)
     sample_chunk: int = option(16, "rollout", "pictures in the network at a time, in rollout and training; it determines the memory", at_least=1)
     share_initial_noise: bool = option(True, "rollout", "the pictures of a prompt start from the same noise")
 
     reward: str | None = option(None, "reward", "a name of `diffusion-align reward ls`, one of its forms, or several: 0.5:pickscore,0.5:hpsv2.1. people: you choose in a browser page on this machine while the run waits", path="reward")
 
-    prompts_per_step: int | None = option(None, "train", "prompts of an optimizer step, over all devices (default: those of a round)", at_least=1, one_of="step")
+    prompts_per_step: int | None = option(None, "train", "prompts of an optimizer step, over all devices (default: all of a round)", at_least=1, one_of="step")
     passes: int = option(1, "train", "how often the pictures of a round are learned from", aliases=("num_inner_epochs",), at_least=1)
     checkpointing_steps: int = option(50, "output", "steps between checkpoints; each is written at the end of a round", at_least=1)
-    num_rounds: int = option(100, "train", "rounds, where max_train_steps is not given", at_least=1, one_of="length")
+    num_rounds: int = option(100, "train", "rounds, if max_train_steps is not given", at_least=1, one_of="length")
     # fmt: on
     pictures_option: ClassVar[str] = "group_size"
 
@@ -94,7 +94,7 @@ def check_online(options: TrainOnline, metrics: tuple[str, ...]) -> None:
 
 
 def noisy_steps(options: TrainOnline) -> int:
-    """How many steps of a run have noise, as far as the options tell: all, except a last step to a noise-free end.
+    """How many steps of a trajectory have noise, as far as the options tell: all, except a last step to noise level zero.
 
     Some grids already end at t = 0: with `sigma_min` their last step would be empty, and the table has one step less.
     That is also so for a leading grid of a model without steps_offset, which only the table shows.

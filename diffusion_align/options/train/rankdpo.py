@@ -27,10 +27,10 @@ class TrainRankdpo(TrainOffline):
     dataset_name: str | None = option(None, "data", "rankings by name: a path, a data set on the hub, or tiny", one_of="source", path="name")
     max_train_samples: int | None = option(None, "data", "use only the first N rankings", at_least=1)
 
-    train_batch_size: int = option(4, "train", "prompts per device and step of accumulation, with all their pictures", at_least=1)
-    num_train_epochs: int = option(1, "train", "passes over the rankings, where max_train_steps is not given", at_least=1, one_of="length")
+    train_batch_size: int = option(4, "train", "prompts in a micro-batch, on each device, with all their pictures", at_least=1)
+    num_train_epochs: int = option(1, "train", "epochs over the rankings, if max_train_steps is not given", at_least=1, one_of="length")
     beta_dpo: float = option(2500.0, "train", "strength of the pull towards the reference, in the unit of beta_convention", aliases=("beta",), above=0)
-    beta_convention: str = option("diffusers", "train", "unit of beta_dpo: diffusers (mean over dims), salesforce (mean over dims and a hidden 1/2, so 5000 there is 2500 here) or sum (over dims)", choices=BETA_CONVENTIONS)
+    beta_convention: str = option("diffusers", "train", "unit of beta_dpo: diffusers (mean over dims), salesforce (mean over dims, and a factor of 1/2, so its 5000 is 2500 of diffusers) or sum (over dims)", choices=BETA_CONVENTIONS)
     pair_norm: str = option("sum", "train", "the pairs of a prompt are added up (sum, the paper), averaged by weight (sum_weights) or divided by their number (num_pairs)", choices=PAIR_NORMS)
     discount: str = option("ln", "train", "logarithm of the rank discount, which the paper does not specify; log2 makes all weights 0.69 times as large", choices=DISCOUNTS)
     shared_noise: bool = option(False, "train", "one noise for all pictures of a prompt, as in train dpo; the paper draws one for each")

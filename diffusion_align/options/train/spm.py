@@ -31,12 +31,12 @@ class TrainSpm(GivenPictures, TrainCommon):
     tie_margin: float = option(0.1, "labels", "with relabel: a tie if the softmax probabilities of the two scores differ by at most this (0.1: the authors' for SDXL)", at_least=0, below=1)
     keep_ties: bool = option(False, "labels", "keep pairs that are ties in the data: their label is 0.5, or that of relabel")
 
-    max_train_samples: int | None = option(None, "data", "use only the first N pairs, held-out ones among them", at_least=1)
-    held_out: int = option(100, "data", "least number of pairs that are held out to measure accuracy; all pairs of a prompt together", at_least=0)
+    max_train_samples: int | None = option(None, "data", "use only the first N pairs, including the held-out ones", at_least=1)
+    held_out: int = option(100, "data", "smallest number of held-out pairs, which measure accuracy; all pairs of a prompt are held out together", at_least=0)
 
-    train_batch_size: int = option(16, "train", "pairs per device and step of accumulation", at_least=1)
+    train_batch_size: int = option(16, "train", "pairs in a micro-batch, on each device", at_least=1)
     learning_rate: float = option(3e-6, "train", "learning rate after warm-up (the authors have 1e-6 for SDXL)", aliases=("lr", "unet_lr"), above=0)
-    lr_scheduler: str = option("linear", "train", "course of the learning rate", choices=(*LR_SCHEDULES, WITH_WARMUP))
+    lr_scheduler: str = option("linear", "train", "learning-rate schedule", choices=(*LR_SCHEDULES, WITH_WARMUP))
     adam_weight_decay: float = option(0.3, "train", "AdamW's weight decay", at_least=0)
 
     mixed_precision: str = option("no", "machine", "precision of the networks; the weights stay in float32", choices=("no", "fp16", "bf16"))

@@ -23,13 +23,13 @@ class TrainSpo(TrainOnline):
     beta: float = option(10.0, "train", "scale of the log-ratios, in log_ratio_unit", above=0)
     clip: float | None = option(0.1, "train", "each ratio is clamped to 1 -+ this, in log_ratio_unit; none: no clamp", above=0, below=1)
     log_ratio_unit: str = option("mean", "train", UNITS, choices=("mean", "nats"))
-    children: int = option(4, "rollout", "continuations compared at each step; K of the paper", at_least=2)
-    start: int = option(4, "rollout", "first step at which continuations are compared; with a noise_window they are compared there", at_least=0, one_of="learnt")
+    children: int = option(4, "rollout", "children of a state, which are compared at each step; K of the paper", at_least=2)
+    start: int = option(4, "rollout", "first step at which children are compared; with a noise_window they are compared in the window", at_least=0, one_of="learned")
     threshold: float = option(0.3, "rollout", "keep a pair if the softmax probabilities of its scores differ by more than this", at_least=0, below=1)
-    pairs: str = option("best_worst", "rollout", "pairs of the continuations of a state: best_worst (one pair, as published), or all pairs above the threshold", choices=("best_worst", "all"))
+    pairs: str = option("best_worst", "rollout", "pairs of the children of a state: best_worst (one pair, as published), or all pairs above the threshold", choices=("best_worst", "all"))
     segment: int = option(1, "rollout", "steps between comparisons; above 1 it is the paper's MSPO for SDXL, which has 4", at_least=1)
-    lookahead: int = option(0, "rollout", "noise-free steps that continue each continuation before its predicted picture is compared, for rewards of finished pictures; with the value of steps: to the end", at_least=0)
-    pairs_per_step: int | None = option(None, "train", "pairs of an optimizer step, over all devices, in random order within the round; the last step of a round takes the rest (default: all pairs of prompts_per_step prompts)", at_least=1, one_of="step")
+    lookahead: int = option(0, "rollout", "deterministic steps that continue each child before its predicted picture is scored, for rewards of finished pictures; with the value of steps: to the end", at_least=0)
+    pairs_per_step: int | None = option(None, "train", "pairs of an optimizer step, over all devices, in random order within the round; the last step of a round takes the remaining pairs (default: all pairs of prompts_per_step prompts)", at_least=1, one_of="step")
     preference_model: str | None = option(None, "reward", "a step-aware preference model: a folder of reward train-spm, a file as SPO's authors publish it, or theirs by name: spo-sd15, spo-sdxl; default: the reward, on the predicted picture at every step", path="name")
     # fmt: on
     pictures_option: ClassVar[str] = "children"
@@ -74,7 +74,7 @@ VERB = Verb(
     "train spo",
     TrainSpo,
     check_spo,
-    "SPO: learn at each step from continuations of one state, compared by a step-aware preference model.",
+    "SPO: learn at each step from the children of one state, compared by a step-aware preference model.",
     method="spo",
     notes=notes_spo,
 )
