@@ -176,7 +176,7 @@ def build_cache(
     home = Path(folder) / digest(json.dumps(identity, sort_keys=True).encode())[:16]
     job = EncodingJob(model, pairs, home, settings, ranks)
     # All ranks must find it, or all build it: a network disk may show it to some first.
-    held = hold(home)
+    _held = hold(home)  # until this function ends; then the PairCache holds it
     missing = ranks.total(not (home / "manifest.json").is_file())
     if missing:
         if before_encoding is not None and ranks.rank == 0:
@@ -193,10 +193,7 @@ def build_cache(
     if missing:
         _encode(job, identity, known_bad, max_bad_fraction, progress)
     ranks.total(0)
-    cache = PairCache(home)
-    if held is not None:
-        held.close()
-    return cache
+    return PairCache(home)
 
 
 def _identity(model: Encoders, pairs: Sequence[Pair] | Sequence[Ranking], settings: EncodingSettings) -> dict[str, Any]:
