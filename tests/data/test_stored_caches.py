@@ -1,5 +1,6 @@
 """Caches on disk are listed and removed, the oldest first, and never while a process uses them."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -88,15 +89,17 @@ def test_another_process_that_uses_a_cache_keeps_it_and_a_killed_one_does_not(tm
     assert not is_in_use(three[0]) and remove(three[0])
 
 
-def test_a_cache_that_is_removed_while_it_is_opened_is_made_again(tmp_path, monkeypatch, three):
-    """The remover comes between the opening of the lock's file and its lock."""
-    import fcntl
-
+@pytest.mark.parametrize("again", [False, True])
+def test_a_cache_that_is_removed_while_it_is_opened_is_made_again(monkeypatch, three, again):
+    """The remover comes between the opening of the lock's file and its lock; another process may make a new file."""
     lock, done = fcntl.flock, []
 
     def slow(descriptor, operation):
         if operation == fcntl.LOCK_SH and not done:
             done.append(remove(three[0]))
+            if again:
+                three[0].mkdir()
+                (three[0] / IN_USE).touch()
         lock(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", slow)
