@@ -14,7 +14,7 @@ from .tensors import expand_to, require_same_shape, sum_dims, widen
 class Gaussian:
     """N(mean, std^2 I) for each sample: `mean` [B,...], `std` [B] > 0. Sums over dims, in nats, float32 at least.
 
-    Raises ValueError when `std` is not [B] of `mean`, or not positive and finite: a deterministic step has no density.
+    Raises ValueError when `std` is not [B] of `mean`, or not positive and finite: a step without noise has no density.
     """
 
     mean: Tensor
@@ -26,7 +26,7 @@ class Gaussian:
         object.__setattr__(self, "std", self.std.to(self.mean.dtype).to(self.mean.device))
         expand_to(self.std, self.mean)
         if not bool(((self.std > 0) & self.std.isfinite()).all()):
-            raise ValueError("a Gaussian needs positive, finite std: a deterministic step (std 0) has no density")
+            raise ValueError("a Gaussian needs positive, finite std: a step without noise (std 0) has no density")
 
     def _standard(self, x: Tensor) -> Tensor:
         """`x` [B,...] in units of std from the mean, [B,...]."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from .tensors import expand_to, require_same_shape, widen
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-"""`(x [B,...], t [B]) -> x0 [B,...]`, with prompt, guidance, adapters and thresholding already bound."""
+"""`(x [B,...], t [B]) -> x0 [B,...]`, with prompt, guidance, LoRA and thresholding already bound."""
 
 KINDS = ("epsilon", "sample", "v_prediction", "flow_prediction")
 

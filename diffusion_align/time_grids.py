@@ -55,8 +55,8 @@ def time_grid(
         linspace      from 1 to the shifted 1/N: `FlowMatchEulerDiscreteScheduler`, which shifts its end twice
         flow          from 1 - 1/N towards 0: `DPMSolverMultistepScheduler(use_flow_sigmas=True)`
 
-    `final` is "zero" (noise-free) or "sigma_min" (the level of t = 0; on flow, of the shifted 1/N). If a grid already
-    ends at sigma_min, that level is repeated; `solver_table` leaves the empty step out.
+    `final` is "zero" (without noise) or "sigma_min" (the level of t = 0; on flow, of the shifted 1/N). If a grid
+    already ends at sigma_min, that level is repeated; `solver_table` leaves the empty step out.
 
     Raises ValueError for an unknown name, a spacing that the schedule has not, or steps that do not fit.
     """

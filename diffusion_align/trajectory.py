@@ -1,4 +1,4 @@
-"""The record of a run of the sampler, without rewards, prompts, groups and preferences."""
+"""The record of one pass of the sampler, without rewards, prompts, groups and preferences."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Table = TypeVar("Table", bound=Sized)
 
 @dataclass(frozen=True, eq=False)
 class Trajectory(Generic[Table]):
-    """One batch of runs from noise (`states[0]`) to the clean sample (`states[-1]`); `table` is the sampler's step
-    table.
+    """One batch of trajectories from noise (`states[0]`) to the clean sample (`states[-1]`); `table` is the sampler's
+    step table.
 
     states: [T+1,B,...], as stored: a rounded state is the one that was fed back and scored.
-    log_prob: [T,B] nats summed over dims, of the policy that ran; 0 at deterministic steps (see `table.stochastic`).
-    clean: [T,B,...] the clean predictions along the run, or None.
+    log_prob: [T,B] nats summed over dims, of the policy that ran; 0 at steps without noise (see `table.stochastic`).
+    clean: [T,B,...] the clean predictions along the trajectory, or None.
     seeds: of the generators, one per sample; set by the caller, for information.
-    parents: [B] int64 index of the run each one was branched from, or None.
+    parents: [B] int64 index of the trajectory each one was branched from, or None.
 
     Raises ValueError when the lengths disagree.
     """
@@ -48,4 +48,4 @@ class Trajectory(Generic[Table]):
             raise ValueError(f"clean is {list(self.clean.shape)}, expected {list(self.states[1:].shape)}")
         for name, field in (("seeds", self.seeds), ("parents", self.parents)):
             if field is not None and len(field) != batch:
-                raise ValueError(f"{name} has {len(field)} entries for {batch} runs")
+                raise ValueError(f"{name} has {len(field)} entries for {batch} trajectories")

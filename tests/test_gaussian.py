@@ -107,7 +107,7 @@ def test_precision():
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
 def test_refuses_a_std_without_density(bad):
-    with pytest.raises(ValueError, match="deterministic step"):
+    with pytest.raises(ValueError, match="a step without noise"):
         Gaussian(torch.zeros(2, 3), torch.tensor([1.0, bad]))
 
 

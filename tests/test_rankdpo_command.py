@@ -175,7 +175,7 @@ def test_dry_run_says_what_will_happen_and_is_a_config(toys, tmp_path, capsys, m
     said = capsys.readouterr().out
     assert not (tmp_path / "run").exists()
     for line in (
-        "# rankings         10 rows: 10 rankings, 0 ties dropped, 0 broken, of which the first 5",
+        "# rankings         10 rows: 10 rankings, 0 ties dropped, 0 bad, of which the first 5",
         "4 per device x 2 devices x 3 accumulation = 24 prompts",
         "# pictures         2 for each of 1 prompts, 3 for each of 3 prompts, 4 for each of 1 prompts",
         "of 4 pictures: 4 policy with gradient + 4 without + 4 reference, 6 pairs",

@@ -319,7 +319,7 @@ def test_dry_run_prints_the_plan_which_is_a_config(toys, finished, tmp_path, cap
     assert not run.exists()
     for line in (
         "4 per device x 2 devices x 3 accumulation = 24 pairs",
-        "12 rows: 11 pairs, 1 ties dropped, 0 broken",
+        "12 rows: 11 pairs, 1 ties dropped, 0 bad",
         "steps            6, 144 samples, 13.1 epochs of 11 pairs",
         "learning rate    0.024 = 0.001 x 24",
         "4 x 16 x 16 = 1024",

@@ -1,10 +1,10 @@
 """A lower bound for the memory of a training, so that a run that cannot fit is refused before it starts.
 
-Counted are: the UNet's weights in half precision; with --mode full also float32 weights, gradients, AdamW's moments;
-latents, noise, noised latents, target and two outputs of every picture in the network; and of its activations the
-skip connections, which every pass holds, or in training without checkpointing two tensors of each residual block of
-the upward path and four of each attention block. The real need is several times that. torch is imported only if the
-device may be a GPU and the need is large.
+It counts the UNet's weights in half precision, and with --mode full also float32 weights, gradients and AdamW's
+moments. For every picture in the network it counts latents, noise, noised latents, target and two outputs. Of the
+activations it counts the skip connections, which every forward pass holds. In offline training without gradient
+checkpointing it counts instead two tensors of each residual block of the upward path and four of each attention block.
+The real need is several times that. torch is imported only if the device may be a GPU and the need is large.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from diffusion_align.options import (
 )
 
 SMALL = 1 << 30  # bytes that fit everywhere
-COPIES = 6  # of each picture's latents
+COPIES = 6  # tensors of the size of a picture's latents: latents, noise, noised latents, target, two outputs
 
 
 def require_memory(o: Any, facts: ModelFacts) -> None:
     """Check that model and batch fit the memory of the device by the lower bound.
 
     Raises:
-        UsageError: they do not; with the largest batch that would.
+        UsageError: they do not fit; the message names the largest batch that would.
     """
     if not facts.known:
         return
@@ -43,7 +43,7 @@ def require_memory(o: Any, facts: ModelFacts) -> None:
         raise UsageError(f"this model needs {_gb(fixed)} for its weights alone and {where} has {_gb(there)}; {cure}")
     if fixed + count * each > there:
         fits = max(1, (there - fixed) // each)
-        more = "" if isinstance(o, TrainOnline) else "; --gradient_accumulation_steps makes larger batches of them"
+        more = "" if isinstance(o, TrainOnline) else "; for a larger batch use --gradient_accumulation_steps"
         raise UsageError(
             f"--{batch.option} {count} needs at least {_gb(fixed + count * each)} and {where} has {_gb(there)}: "
             f"{fits} {batch.unit} at most, and likely far fewer{more}"
@@ -51,7 +51,7 @@ def require_memory(o: Any, facts: ModelFacts) -> None:
 
 
 def weights_bytes(o: TrainCommon, facts: ModelFacts) -> int:
-    """Bytes of the UNet: in half precision if it is frozen; in full training float32, gradients and moments as well."""
+    """Bytes of the UNet's weights in half precision. With --mode full also float32 weights, gradients and moments."""
     if getattr(o, "mode", "lora") != "full":
         return 2 * facts.full_parameters()
     moments = 2 if getattr(o, "use_8bit_adam", False) else 8
@@ -59,7 +59,7 @@ def weights_bytes(o: TrainCommon, facts: ModelFacts) -> int:
 
 
 def picture_bytes(o: TrainCommon, facts: ModelFacts) -> int:
-    """Bytes of one row of the network: its latents and activations."""
+    """Bytes that one picture of the network's batch needs: its latents and activations."""
     channels, side, _ = facts.latent_shape(o.resolution)
     size = 4 if o.mixed_precision == "no" else 2
     graph = isinstance(o, TrainOffline) and not o.gradient_checkpointing
@@ -67,7 +67,10 @@ def picture_bytes(o: TrainCommon, facts: ModelFacts) -> int:
 
 
 def activations(unet: dict[str, Any], side: int, *, graph: bool) -> int:
-    """The fewest numbers that one row of a UNet with this config.json holds at once, with or without a graph."""
+    """A lower bound for the activations of one picture that are in memory at once, with or without an autograd graph.
+
+    `unet` is the content of the UNet's config.json.
+    """
     channels, layers = unet["block_out_channels"], unet.get("layers_per_block", 2)
     per = layers if isinstance(layers, list) else [layers] * len(channels)
     kinds = unet.get("down_block_types", [])

@@ -1,4 +1,4 @@
-"""`presets {ls,show,cp,check}`: named starting points as commented YAML, and what they need on this machine."""
+"""`presets {ls,show,cp,check}`: lists, prints and copies presets, and checks what they need."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def presets(word: str, argv: list[str]) -> int:
 
 
 def _path(name: str) -> Path:
-    """A preset's file from METHOD/NAME; a bare name is one of Diffusion-DPO's."""
+    """The file of the preset METHOD/NAME; a NAME without METHOD is a preset of `dpo`."""
     method, _, bare = name.rpartition("/")
     return preset_path(bare, f"train {method or 'dpo'}")
 

@@ -1,4 +1,4 @@
-"""What a preset needs, under which licences, and what of it is on this machine. The network is never used."""
+"""Lists what a preset needs, the licences, and what of it is on this disk. The internet is never used."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from diffusion_align.rewards.catalogue import CATALOGUE
 from diffusion_align.rewards.spec import read_spec
 from diffusion_align.system.network import offline
 
-UNKNOWN = "not known here: look at its page"
+UNKNOWN = "unknown to this package: see its page on the hub"
 CLIP_L = "timm/vit_large_patch14_clip_224.openai"  # where open_clip has OpenAI's ViT-L-14
 _SHARDS = re.compile(r"-(\d{5})-of-(\d{5})")
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """One thing that a run needs. `here`: it is on this disk; else `how` is the command that fetches or makes it."""
+    """One thing that a run needs. `here`: it is on this disk. `how`: what fetches or makes it, or why it is missing."""
 
     what: str
     name: str
@@ -39,7 +39,11 @@ class Need:
             state = "here"
         else:
             size = f", {self.size}" if self.size else ""
-            state = f"to fetch{size}; the run does it, or `{self.how}`" if self.by_itself else f"missing: {self.how}"
+            state = (
+                f"not here{size}; the run fetches it, or `{self.how}` does"
+                if self.by_itself
+                else f"missing: {self.how}"
+            )
         return f"{self.what:16} {self.name}: {state}; licence: {self.licence}"
 
 
@@ -64,7 +68,7 @@ def needs_of(preset: str) -> list[Need]:
 
 
 def report(presets: list[str]) -> list[str]:
-    """Lines for a terminal: each preset, what it needs, and how much of that is here."""
+    """Text lines that name for each preset what it needs and how much of it is on this disk."""
     lines: list[str] = []
     for preset in presets:
         needs = needs_of(preset)
@@ -97,7 +101,7 @@ def _data(name: str) -> Need:
     if name == "tiny" or Path(name).expanduser().exists():
         return Need("data", name, True, licence)
     if known is None or known.make:
-        how = f"it is on nobody's page; `{known.make}` makes its counterpart" if known else "no such path here"
+        how = f"it is not published; `{known.make}` makes a substitute" if known else "no such path here"
         if known is None and "/" in name:
             return Need("data", name, False, licence, how=f"hf download {name} --repo-type dataset")
         return Need("data", name, False, licence, how=how, by_itself=False)
@@ -128,7 +132,7 @@ def _step_aware(name: str) -> Need:
     known = STEP_AWARE.get(name)
     if known is None or Path(name).expanduser().exists():
         here = Path(name).expanduser().exists()
-        how = "`diffusion-align reward train-spm` makes one"
+        how = "no such file; `diffusion-align reward train-spm` trains one"
         return Need("preference model", name, here, "your own", how=how, by_itself=False)
     here = _has(_snapshot(known.repo, "models"), list(known.files))
     how = f"hf download {known.repo} {' '.join(known.files)}"
@@ -150,7 +154,7 @@ def _rewards(text: str) -> list[Need]:
             here = any(_has(snapshot, [file]) for file in entry.files)
             how = f"hf download {entry.repo} {entry.files[0]}"
             found.append(Need("reward", part.kind, here, entry.licence, size, how))
-        else:  # clipscore, and aesthetic, whose head lies on the web
+        else:  # clipscore, and aesthetic, whose head is downloaded from GitHub
             here = _has(_snapshot(CLIP_L, "models"), ["open_clip_model.safetensors"])
             here = here and (part.kind != "aesthetic" or any(_torch_cache().glob("*-sac*logos*ava1-l14-linearMSE.pth")))
             how = f"hf download {CLIP_L} open_clip_model.safetensors"
@@ -181,7 +185,7 @@ def _web_cache(sha256: str) -> Path:
 
 
 def _snapshot(repo: str, kind: str, revision: str | None = None) -> Path | None:
-    """The folder of a repository's revision in the hub's cache, as its client keeps it; None where there is none."""
+    """The snapshot folder of a repository's revision in huggingface_hub's cache, or None if it is not there."""
     from huggingface_hub import constants
 
     home = Path(constants.HF_HUB_CACHE) / f"{kind}--{repo.replace('/', '--')}"
@@ -197,7 +201,7 @@ def _has(snapshot: Path | None, files: list[str]) -> bool:
 
 
 def _all_shards(snapshot: Path | None, pattern: str) -> bool:
-    """Whether files match the pattern and, if their names say i of N, all N of them exist."""
+    """Whether files match the pattern. If their names have the form i-of-N, all N of them must exist."""
     found = [path for path in snapshot.rglob(pattern) if path.is_file()] if snapshot else []
     numbers = [match.groups() for path in found if (match := _SHARDS.search(path.name))]
     return bool(found) and all(len(numbers) >= int(of) for _, of in numbers)

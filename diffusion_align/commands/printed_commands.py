@@ -42,7 +42,7 @@ def _launcher(given: Sequence[str]) -> list[str] | None:
     """The words of the parent process before the arguments of this one; None if they cannot be read."""
     parent = _words_of(os.getppid())
     end = len(parent) - len(given)
-    # After a fork, both processes have the same words: that parent is no launcher.
+    # After a fork, parent and child have the same command line: such a parent is no launcher.
     if not given or end < 1 or parent[end:] != list(given) or parent == _words_of(os.getpid()):
         return None
     before = parent[:end]

@@ -1,4 +1,4 @@
-"""Pairs, prompts and models by name: the embedded ones, paths, and repositories on the hub."""
+"""Finds pairs, prompts and models by name: the embedded ones, paths on this disk, and repositories on the hub."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ MOVED_DATA = {"yuvalkirstain/pickapic_v1": "pickapic-anonymous/pickapic_v1"}
 
 
 def present_model(name: str) -> str:
-    """The name of a model, or its new address if the name is one that has moved."""
+    """The name of a model, or its new hub id if its repository has moved."""
     return MOVED[name] if name in MOVED and not Path(name).exists() else name
 
 
 def present_pairs(name: str) -> str:
-    """The name of a data set, or its new address if the name is one that has moved."""
+    """The name of a data set, or its new hub id if its repository has moved."""
     return MOVED_DATA[name] if name in MOVED_DATA and not Path(name).exists() else name
 
 
 def pairs_on_disk(name: str, *, hub: bool = True) -> Path | None:
-    """The path of a source of pairs on this disk; None for a data set on the hub, if `hub` allows one."""
+    """The path of pairs on this disk; None if `hub` is true and `name` is a data set on the hub."""
     if name == "tiny":
         return asset("tiny_pairs.parquet")
     path = Path(name).expanduser()

@@ -37,7 +37,7 @@ def bad_row_lines(bad: Sequence[BadRow]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How many rows were used, tied or broken. A row that ranks K pictures gives several pairs, so `used` may be more
+    """How many rows were used, tied or bad. A row that ranks K pictures gives several pairs, so `used` may be more
     than there are rows."""
 
     rows: int
@@ -48,11 +48,11 @@ class Counts:
     what: str = "pairs"
 
     def __str__(self) -> str:
-        return f"{self.rows} rows: {self.used} {self.what}, {self.ties} ties dropped, {self.broken} broken"
+        return f"{self.rows} rows: {self.used} {self.what}, {self.ties} ties dropped, {self.broken} bad"
 
 
 def require_usable(source: str, counts: Counts, tie: str, max_bad_fraction: float) -> None:
-    """Raise DataError if the rows leave nothing to learn from, or too many are broken. `tie`: what a tie is."""
+    """Raise DataError if the rows leave nothing to learn from, or too many are bad. `tie`: what a tie is."""
     if counts.rows == 0:
         raise DataError(f"{source}: holds no rows; is this the right file?")
     if counts.ties == counts.rows:
@@ -67,6 +67,6 @@ def require_few_bad(source: str, bad: Sequence[BadRow], rows: int, max_bad_fract
     """Raise DataError, naming the first bad row, if more than `max_bad_fraction` of the rows are bad."""
     if len(bad) > max_bad_fraction * rows:
         raise DataError(
-            f"{source}: {len(bad)} of {rows} rows are broken, more than max_bad_fraction={max_bad_fraction:g} allows; "
+            f"{source}: {len(bad)} of {rows} rows are bad, more than max_bad_fraction={max_bad_fraction:g} allows; "
             f"the first: {bad[0]}; repair or remove them, or raise max_bad_fraction"
         )

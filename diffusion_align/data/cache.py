@@ -1,18 +1,19 @@
 """The cache of encodings: each picture and each prompt is encoded once.
 
     <folder>/<key>/text-00000.safetensors    text [N,L,E] of unique prompts
-                   pairs-00000.safetensors   latents [M,C,h,w] of pictures first met in this stretch of pairs
-                   pairs-00000.json          their digests, and for each good pair its two pictures and its prompt
-                   names-00000.json          while encoding: the digests of all pictures of a stretch
+                   pairs-00000.safetensors   latents [M,C,h,w] of the pictures that occur first in this shard of pairs
+                   pairs-00000.json          their digests; for each kept pair the numbers of its pictures and prompt
+                   names-00000.json          only while encoding: the digests of all pictures of a shard
                    bad_rows.jsonl            the rows left out, with reasons
                    manifest.json             what the cache depends on; written last
 
-Rankings have files rankings-00000 and so on, with K pictures in place of two. How good a picture is is not kept: the
-same picture files under other labels have the same cache.
+Rankings have files rankings-00000 and so on, with K pictures in place of two. Relevance is not stored: rankings of the
+same picture files with another relevance have the same cache. A pair's weight, the order of its pictures, or the
+content of a parquet file do change the key (`fingerprint`).
 
-The key is a digest of the model, the resolution, the data and the seed, so a changed input gets another folder. A shard
-is finished once its JSON exists, which is written after its tensors: an interrupted build goes on after the last
-finished shard. Pictures are recognised by their bytes, whatever their file or row.
+The key is a digest of the model, the resolution, the data and the seed, so a changed input gets another folder. The
+JSON of a shard is written after its tensors, so a shard with a JSON is complete. An interrupted build continues after
+the last complete shard. Two pictures with the same bytes are one picture in the cache, whatever their file or row.
 """
 
 import json
@@ -54,14 +55,14 @@ class PairCache:
 
     Attributes:
         identity: all that the encodings depend on (model, resolution, data, seed, precision).
-        kept: [len] places of the pairs in the list that the cache was built from; broken pairs are missing.
-        lengths: [len] how many pictures each has: 2, or a ranking's K.
+        kept: [len] indices of the kept pairs in the list that the cache was built from; bad rows are left out.
+        lengths: [len] number of pictures of each pair or ranking: 2, or K.
         groups: [len] numbers of the shapes of the latents; None if all have one shape.
         variants: how many crops of each picture are encoded.
         pictures: how many different pictures were encoded.
         bad: how many rows were left out; they are listed in bad_rows.jsonl.
-        empty_text: [1,L,E] float32, the encoding of the empty prompt: what a dropped caption becomes. For SDXL too, as
-            in the public code of Diffusion-DPO and its relatives; guidance may use zeros.
+        empty_text: [1,L,E] float32, the encoding of the empty prompt, which replaces dropped captions. For SDXL too, as
+            in the public code of Diffusion-DPO and related methods; guidance may use zeros instead.
     """
 
     def __init__(self, folder: Path):
@@ -102,16 +103,16 @@ class PairCache:
         return len(self._lists)
 
     def batch(self, indices: Sequence[int] | Tensor, variants: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """Pairs by index -> latents [B,2,C,h,w] float32, winner first, and text [B,L,E] float32, both on the CPU.
+        """Latents [B,2,C,h,w] float32, winner first, and text [B,L,E] float32 of these pairs, both on the CPU.
 
-        Rankings -> [B,K,C,h,w], in the order of their relevance [K]. `variants`: which crop of each, by default the
-        first. ValueError unless all B have one length K and one shape.
+        Of rankings [B,K,C,h,w], in the order of their relevance [K]. `variants`: which crop of each, by default the
+        first. ValueError unless all B have the same K and one shape.
         """
         sizes = sorted({self.lengths[int(index)] for index in indices})
         if len(sizes) > 1:
-            raise ValueError(f"one batch holds lists of one length, not of {' and '.join(map(str, sizes))} pictures")
+            raise ValueError(f"all rankings of a batch must have one K, not {' and '.join(map(str, sizes))}")
         if self.groups is not None and len({self.groups[int(index)] for index in indices}) > 1:
-            raise ValueError("one batch holds pictures of one shape")
+            raise ValueError("all pictures of a batch must have one shape")
         latents = [torch.stack([self._latent(i) for i in pictures]) for pictures in self._pictures(indices, variants)]
         return torch.stack(latents), torch.stack([self._text(self._lists[int(index)][-1]) for index in indices])
 
@@ -125,11 +126,11 @@ class PairCache:
         return torch.tensor([[self._told[i] for i in pictures] for pictures in self._pictures(indices, variants)])
 
     def shape(self, index: int) -> str:
-        """Width and height of the pictures of a list as they were encoded, or "values" if there was no choice."""
+        """Width and height of the pictures of an entry as they were encoded, or "values" if there was no choice."""
         return self._picture[self._lists[index][0]][2]
 
     def _pictures(self, indices: Sequence[int] | Tensor, variants: Sequence[int] | None) -> Iterator[list[int]]:
-        """The numbers of the pictures of each list, in one variant."""
+        """The numbers of the pictures of each pair or ranking, in one variant."""
         for index, variant in zip(indices, variants or [0] * len(indices), strict=True):
             k = self.lengths[int(index)]
             yield self._lists[int(index)][variant * k : (variant + 1) * k]
@@ -154,19 +155,19 @@ def build_cache(
     ranks: Ranks = ONE_RANK,
     before_encoding: Callable[[Path, int], object] | None = None,
 ) -> PairCache:
-    """Encode pairs, or rankings, to disk, or open what is already there.
+    """Open the cache of these pairs or rankings. If it does not exist, encode them to disk first.
 
-    The VAE's posterior is sampled once, with noise addressed by (seed, "vae", the picture's number among those that
-    could be read). The files are the same bits for any number of ranks.
+    The VAE's posterior is sampled once for each picture, with noise at the seed address (seed, "vae", the picture's
+    number among the readable pictures). The files are the same bits for any number of ranks.
 
     Args:
-        max_bad_fraction: stop once more than this fraction of the rows (pairs and `known_bad`) is broken.
+        max_bad_fraction: stop once more than this fraction of the rows (pairs and `known_bad`) is bad.
         known_bad: rows that the reader left out (`Counts.bad_rows`), so that they are counted and listed too.
-        ranks: with several processes, which this one is; each calls this function.
+        ranks: the rank of this process and the number of processes. Each process calls this function.
         before_encoding: called on rank 0 with the cache's folder and its size in bytes, if it must be encoded.
 
     Raises:
-        DataError: too many broken pictures, no pair left, a damaged shard, or a picture that has changed meanwhile.
+        DataError: too many bad rows, no pair left, a damaged shard, or a picture that has changed meanwhile.
         NotFinite: encodings that are not finite.
         NoRoom: the disk has less room than the encodings will take.
     """
@@ -175,8 +176,8 @@ def build_cache(
     identity = _identity(model, pairs, settings)
     home = Path(folder) / digest(json.dumps(identity, sort_keys=True).encode())[:16]
     job = EncodingJob(model, pairs, home, settings, ranks)
-    # All ranks must find it, or all build it: a network disk may show it to some first.
     _held = hold(home)  # until this function ends; then the PairCache holds it
+    # All ranks find the manifest, or all build the cache: a network disk may show a new file to some ranks first.
     missing = ranks.total(not (home / "manifest.json").is_file())
     if missing:
         if before_encoding is not None and ranks.rank == 0:
@@ -184,10 +185,10 @@ def build_cache(
         ranks.total(0)
         require_room(home, job.size())
     else:
-        # The ceiling is that of this run, not of the run that built the cache.
+        # max_bad_fraction of this run applies, not that of the run that built the cache.
         bad = [BadRow(row["row"], row["reason"]) for _, row in json_lines(home / "bad_rows.jsonl")]
         require_few_bad(str(home / "bad_rows.jsonl"), bad, len(pairs) + len(known_bad), max_bad_fraction)
-    # What a dropped caption becomes. It has a file of its own: older caches have SDXL's zeros in their "empty".
+    # It replaces dropped captions. It is not in the file "empty", because that of older caches has zeros for SDXL.
     if ranks.rank == 0 and finished_shard(home, "dropped") is None:
         write_shard(home, "dropped", model.encode_text([""]).to(settings.dtype), {})
     if missing:
@@ -206,7 +207,7 @@ def _identity(model: Encoders, pairs: Sequence[Pair] | Sequence[Ranking], settin
         "dtype": str(settings.dtype).removeprefix("torch."),
         "shards": [settings.pairs_per_shard, settings.prompts_per_shard],
         **({"frames": asdict(settings.frames), "variants": settings.frames.variants} if settings.frames else {}),
-        # Not in every key: caches that were built before there was such a setting must be found.
+        # Left out of the key if it is "no", so that caches built before this setting existed are still found.
         **({} if settings.precision == "no" else {"precision": settings.precision}),
     }
 
@@ -228,7 +229,7 @@ def _encode(
     with total_bar(f"read {job.kind}s", len(job.lists), job.kind, progress) as report:
         encoding.run_pass(job, lists, partial(encoding.write_digests, job), report)
     numbers = PictureNumbers.read(job)
-    # Until the end each rank lists the bad rows that it knows of.
+    # While encoding, each rank lists the bad rows that it found in its own file; at the end rank 0 lists all.
     rank, listed = job.ranks.rank, job.home / "bad_rows.jsonl"
     own = job.home / f"bad_rows-{rank}.jsonl" if rank else listed
     with total_bar(f"encode {job.kind}s", len(job.lists), job.kind, progress) as report:

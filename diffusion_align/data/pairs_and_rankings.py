@@ -28,7 +28,7 @@ class DataRow:
         id: file:row, or file:key.
         pictures: [K]; none for a prompt alone, one for a caption.
         relevance: [K] in [0, 1], higher is better; all equal is a tie. Empty if nobody compared, as for captions.
-        scores: [M][K], of M scorers, if they were kept.
+        scores: [M][K], of M rewards, if they were kept.
         weight: how much the preference counts, 1 if the layout has no weight; 0 is a tie.
         source: the layout, or what the data itself names.
         models: [K] who made the pictures, or empty.
@@ -61,7 +61,7 @@ class Pair:
 
     @property
     def pictures(self) -> tuple[StoredPicture, ...]:
-        """[winner, loser]: a pair is a list of two."""
+        """[winner, loser]: a pair is a ranking of two."""
         return self.winner, self.loser
 
 
@@ -69,7 +69,7 @@ class Pair:
 class Ranking:
     """K >= 2 pictures of one prompt and how good each is: `relevance` [K] in [0, 1], higher is better, not all equal.
 
-    Relevance is phi of RankDPO. `id` is file:row; `scores` [M][K] are those of M scorers, if they were kept.
+    Relevance is phi of RankDPO. `id` is file:row; `scores` [M][K] are those of M rewards, if they were kept.
     """
 
     id: str

@@ -1,4 +1,4 @@
-"""The pictures of all lists, numbered in the order in which they are first met."""
+"""The pictures of all pairs or rankings, numbered in the order in which they first occur."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def digests_path(job: EncodingJob, shard: int) -> Path:
 
 @dataclass(frozen=True)
 class PictureNumbers:
-    """The pictures of all lists, numbered in the order in which they are first met.
+    """The pictures of all pairs or rankings, numbered in the order in which they first occur.
 
     Attributes:
-        of: [lists][K], the number of each picture, or the reason why it cannot be read.
-        before: [lists], how many pictures are met before a list.
+        of: [rows][K], the number of each picture, or the reason why it cannot be read.
+        before: [rows], how many pictures occur before a row.
         digests: of each picture, by number.
     """
 
@@ -47,7 +47,7 @@ class PictureNumbers:
         return cls(of, before, list(number))
 
     def first_met(self, job: EncodingJob, rows: range) -> dict[int, StoredPicture]:
-        """The pictures that are met in these rows and not before, in order."""
+        """The pictures that occur in these rows and not before, in order."""
         new: dict[int, StoredPicture] = {}
         for i in rows:
             for number, picture in zip(self.of[i], job.lists[i].pictures * job.variants, strict=True):
@@ -56,7 +56,7 @@ class PictureNumbers:
         return new
 
     def bad_row(self, job: EncodingJob, i: int, broken: Mapping[str, str]) -> BadRow | None:
-        """What is wrong with a row. `broken`: digests of broken pictures, and why they are."""
+        """What is wrong with a row. `broken`: digests of pictures that cannot be used, and the reasons."""
         entry = job.lists[i]
         once = self.of[i][: len(entry.pictures)]  # a picture is broken in every frame
         why = [number if isinstance(number, str) else broken.get(self.digests[number]) for number in once]

@@ -1,7 +1,7 @@
 """From a path to rows, pairs and rankings: its layout is recognised without a flag, by names and columns.
 
-No picture is read here. Rows that cannot be used are counted with their reason; broken pictures are found when the
-cache is built, or by `data check`.
+No picture is read here. Rows that cannot be used are counted with their reason; pictures that cannot be read are found
+when the cache is built, or by `data check`.
 """
 
 import os
@@ -50,7 +50,7 @@ def read_pairs(
 
     Raises:
         DataError: unknown layout, missing column, a path outside the data's folder, nothing left, only ties, no
-            preference at all, or more than `max_bad_fraction` of the rows broken. The message is one line with the
+            preference at all, or more than `max_bad_fraction` of the rows bad. The message is one line with the
             file, the row or key, and the cure.
     """
     source = recognise_preferences(path, split, _PAIRS, options)

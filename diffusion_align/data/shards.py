@@ -107,7 +107,7 @@ class EncodingJob:
         return shards[self.ranks.rank :: self.ranks.count]
 
     def rows(self, shard: int) -> range:
-        """The places of a shard's lists."""
+        """The indices of a shard's pairs or rankings."""
         first = shard * self.settings.pairs_per_shard
         return range(first, min(first + self.settings.pairs_per_shard, len(self.lists)))
 

@@ -154,7 +154,7 @@ def save_pictures(
     """Generate into a folder in GenEval's layout; see `fill` for what resumes, `extras` and `shard`.
 
     Written down are seed, guidance, sampler, model, prompts and a resolution that is given. `facts` joins them: name
-    the adapter there, for the model's fingerprint knows files only. `progress` is called as in `generate`.
+    the LoRA there, for the model's fingerprint knows files only. `progress` is called as in `generate`.
 
     Raises:
         ValueError: the folder holds other pictures, there is no such shard, and as `generate`.

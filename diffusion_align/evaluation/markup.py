@@ -60,7 +60,7 @@ def templates(folder: Path) -> Environment:
 
 
 def number(value: float | None, share: bool = False, signed: bool = False) -> str:
-    """A figure as a page shows it: shares in percent, others to four digits, a dash for nothing."""
+    """A figure as a page shows it: fractions in percent, others to four digits, a dash for nothing."""
     if value is None:
         return "–"
     return (f"{100 * value:{'+' * signed}.1f}" if share else f"{value:{'+' * signed}.4g}").replace("-", "−")

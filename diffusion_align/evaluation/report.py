@@ -66,7 +66,8 @@ def plain(value: Any) -> Any:
 def headline_sentence(metric: str, c: Comparison, *, share: bool, model: str = "tuned") -> str:
     """The result in a sentence: both means, the paired difference, its interval and the number of pairs."""
     unit, points = (" %", " points") if share else ("", "")
-    what = "the share of pictures that hold their whole prompt" if metric.endswith("/all") else f"the mean of {metric}"
+    whole = "the fraction of pictures that show their whole prompt"
+    what = whole if metric.endswith("/all") else f"the mean of {metric}"
     sentence = (
         f"From base to {model}, {what} goes from {number(c.base, share)}{unit} to {number(c.tuned, share)}{unit}: "
         f"{number(c.difference, share, signed=True)}{points}"
@@ -108,7 +109,7 @@ def summarise(
 ) -> dict[str, Any]:
     """Every figure of a report, from two results of `score` on the same prompts.
 
-    A name with a "/" is a judge's attribute, a share; the others are rewards. `headline` is None where nothing was
+    A name with a "/" is a judge's attribute, a fraction; the others are rewards. `headline` is None where nothing was
     scored: the pairs to look at then come at random. Raises ValueError when the headline is not among the metrics, when
     there is no prompt, or when a vector is not [N].
     """

@@ -22,8 +22,8 @@ from .markup import STYLE, escape, render
 
 CURVES = (
     ("Loss", ("loss",)),
-    ("Squared error above the reference, mean over dims: down is learnt", ("winner_error_gap", "loser_error_gap")),
-    ("Implicit accuracy: share of pairs whose winner gained more than its loser", ("implicit_accuracy",)),
+    ("Squared error above the reference, mean over dims: down is learned", ("winner_error_gap", "loser_error_gap")),
+    ("Implicit accuracy: fraction of pairs whose winner gained more than its loser", ("implicit_accuracy",)),
 )
 CONFIG_LIMIT = 50_000  # characters
 MAX_SIDE = 256  # pixels of a picture in the page; larger ones are reduced

@@ -47,8 +47,8 @@ def learn_d3po(
     """Add the gradient of factor x the sum over pairs of D3PO's loss, averaged over steps; columns of the M pairs.
 
     `per_dim`: beta and clip are for log-ratios averaged over dims, as published; otherwise for nats. Columns: loss;
-    log_ratio_w, log_ratio_l and kl_w, kl_l, sums over the run in nats; clamped_w, clamped_l, fractions of the steps;
-    drift, the largest |log-ratio| of a step, in nats, to the policy that drew it.
+    log_ratio_w, log_ratio_l and kl_w, kl_l, sums over the trajectory in nats; clamped_w, clamped_l, fractions of the
+    steps; drift, the largest |log-ratio| of a step, in nats, to the policy that drew it.
     """
     winner, loser = (rows.to(runs.text.device) for rows in pairs_of(runs))
     sums = RunSums(runs)

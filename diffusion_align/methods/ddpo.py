@@ -42,11 +42,12 @@ def learn_policy_gradient(
     max_advantage: float = 5.0,
     per_dim: bool = True,
 ) -> Columns:
-    """Add the gradient of factor x the sum over runs of PPO's clipped surrogate, averaged over steps; columns of runs.
+    """Add the gradient of factor x the sum over trajectories of PPO's clipped surrogate, averaged over steps; a column
+    entry for each trajectory.
 
     DDPO and GRPO take advantages within the group; DPOK adds `kl_weight` times the exact KL, in nats, between the
     Gaussians of policy and reference. Only decided groups count, so the result does not depend on the chunks. Columns
-    as in `learn_d3po`, one per run instead of _w and _l, for the runs of those groups.
+    as in `learn_d3po`, one per trajectory instead of _w and _l, for the trajectories of those groups.
     """
     advantage = advantages(runs.reward, std).flatten().clamp(-max_advantage, max_advantage).to(runs.text.device)
     counts = decided(runs).repeat_interleave(runs.reward.shape[1]).to(runs.text.device)
@@ -69,7 +70,7 @@ def learn_policy_gradient(
 
 
 def advantages(reward: Tensor, std: str) -> Tensor:
-    """`group_advantage`, and 0 for all runs of a group in which a reward failed."""
+    """`group_advantage`, and 0 for all trajectories of a group in which a reward failed."""
     return group_advantage(torch.where(reward.isnan().any(1, keepdim=True), 0.0, reward), std)
 
 

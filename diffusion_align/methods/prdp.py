@@ -1,6 +1,7 @@
 """`train prdp`: PRDP (Deng et al. 2024, arXiv 2402.08714), regression of log-ratio differences on reward differences.
 
-The loss couples all steps of all runs of a group. Its gradient is exact, and only one network graph is in memory.
+The loss couples all steps of all trajectories of a group. Its gradient is exact, and only one network graph is in
+memory.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def prdp_method(
     rollouts: Rollouts[Runs], *, beta: float, clip: float | None, mean: bool, fresh: bool
 ) -> OnlineMethod[Runs]:
     """PRDP on groups of runs. Constants as in `learn_prdp`. `fresh`: each round is used for one step only, so the
-    predictions stored with its runs are those of the policy and save a pass."""
+    predictions stored with its trajectories are those of the policy and save a pass."""
 
     def learn(runs: Runs, factor: float) -> Columns:
         constants = {"beta": beta, "clip": clip, "mean": mean, "fresh": fresh}
@@ -43,11 +44,11 @@ def learn_prdp(
     """Add the gradient of factor x the sum over decided groups of PRDP's loss; columns of those groups.
 
     With `mean`, beta and clip are those of the paper's printed code, for log-ratios averaged over dims and steps;
-    otherwise for nats summed over both, where beta is the weight of the KL. `fresh`: no update since the runs were
-    drawn, so their stored predictions replace the first pass. `tolerance`: see `path_gradient`.
+    otherwise for nats summed over both, where beta is the weight of the KL. `fresh`: no update since the trajectories
+    were drawn, so their stored predictions replace the first pass. `tolerance`: see `path_gradient`.
 
-    Columns: loss; log_ratio and kl, in nats, summed over each run and averaged over the runs of the group; clamped, the
-    fraction of steps beyond the clip; drift, as in `learn_d3po`.
+    Columns: loss; log_ratio and kl, in nats, summed over each trajectory and averaged over the trajectories of the
+    group; clamped, the fraction of steps beyond the clip; drift, as in `learn_d3po`.
     """
     groups, size = runs.reward.shape
     table, states, clean = runs.trajectory.table, runs.trajectory.states, runs.trajectory.clean
@@ -117,7 +118,7 @@ def constants(o: TrainPrdp, about: About) -> list[str]:
     noisy = o.noise_window or o.learn_steps or run_tables(o, about.schedule).noisy
     over = unit * (noisy if o.log_ratio_unit == "mean" else 1)
     clip = "none" if o.clip is None else f"{o.clip * unit:.4g} nats a step"
-    return [f"beta             {o.beta / over:.4g} per nat of a run", f"clip             {clip}"]
+    return [f"beta             {o.beta / over:.4g} per nat of a trajectory", f"clip             {clip}"]
 
 
 METHOD = Entry(

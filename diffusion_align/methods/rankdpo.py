@@ -1,6 +1,6 @@
 """`train rankdpo`: RankDPO on rankings of pictures (Karthik et al. 2024, arXiv 2410.18013).
 
-The score of a picture is by how much the policy's denoising error is below the reference's (minus the paper's s). The
+The score of a picture is by how much the policy's squared error is below the reference's (minus the paper's s). The
 loss couples the K scores of a prompt, but its gradient is a sum over pictures of dL/dscore_i times the gradient of one
 error, so K pictures need no more network memory than one.
 """
@@ -43,9 +43,9 @@ from diffusion_align.train.steps import run_steps
 def ranking_scores(predict_policy: Predict, predict_reference: Predict, noised: Noised, *, one_graph: bool) -> Tensor:
     """Squared errors, reference minus policy, summed over dims in float32, [B,K]; gradients flow to the policy only.
 
-    By default each network is called once on all K B rows. With `one_graph` it is called on one picture of each list at
-    a time; the graph is discarded and recomputed in the backward pass. The gradient is the same, activations are those
-    of B rows instead of K B, and the policy is evaluated twice.
+    By default each network is called once on all K B rows. With `one_graph` it is called on one picture of each ranking
+    at a time; the graph is discarded and recomputed in the backward pass. The gradient is the same, activations are
+    those of B rows instead of K B, and the policy is evaluated twice.
     """
     if not one_graph:
         with torch.no_grad():
@@ -205,7 +205,7 @@ def length(o: TrainRankdpo, about: About) -> Length:
 
 
 def describe_lists(o: TrainRankdpo, rankings: Sequence[Ranking]) -> list[str]:
-    """How long the lists are, what they cost, and where the loss starts (all scores are 0)."""
+    """How many pictures the rankings have, what they cost, and where the loss starts (all scores are 0)."""
     lengths = Counter(len(ranking.pictures) for ranking in rankings)
     start = weight = 0.0
     for ranking in rankings:

@@ -1,6 +1,6 @@
 """A text-to-image model whose encoders, decoder and denoisers are plain functions, for every model family.
 
-Between floors pictures are float32 `[B,3,H,W]` in [0, 1], and latents are float32 and already times the VAE's scaling
+Between levels pictures are float32 `[B,3,H,W]` in [0, 1], and latents are float32 and already times the VAE's scaling
 factor. Text is one tensor `[B,L,E]`; `conditioning` describes what SDXL adds to it.
 """
 

@@ -41,12 +41,13 @@ def ppo_clip(log_ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
 
 @torch.no_grad()
 def group_advantage(reward: Tensor, std: str = "group", eps: float = 1e-6, *, leave_one_out: bool = False) -> Tensor:
-    """Rewards [G,K] of K runs of each of G prompts, centred in their group and scaled -> advantages [G,K].
+    """Rewards [G,K] of K trajectories of each of G prompts, centred in their group and scaled -> advantages [G,K].
 
     `std`: divide by the standard deviation of the "group" (GRPO, Shao et al. 2024, arXiv 2402.03300) or of all rewards,
     "global"; both population ones, plus `eps`; or "none". `leave_one_out` takes the mean of the other K - 1 as baseline
-    (RLOO, Kool et al. 2019), which does not depend on the run's own reward; it is K / (K - 1) times the centred reward.
-    A group without spread gives 0. Raises ValueError unless rewards are [G,K] with K >= 2, and for an unknown `std`.
+    (RLOO, Kool et al. 2019), which does not depend on the trajectory's own reward; it is K / (K - 1) times the centred
+    reward. A group without spread gives 0. Raises ValueError unless rewards are [G,K] with K >= 2, and for an unknown
+    `std`.
     """
     if std not in SPREADS:
         raise ValueError(f"unknown std {std!r}: expected one of {', '.join(SPREADS)}")

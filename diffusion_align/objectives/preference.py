@@ -23,7 +23,7 @@ def diffusion_dpo_margin(err_w: Tensor, err_l: Tensor, ref_err_w: Tensor, ref_er
 
         -((err_w - ref_err_w) - (err_l - ref_err_l))
 
-    Wallace et al. 2023, arXiv 2311.12908, eq. 14, before beta T omega. Errors [B] are squared denoising errors of
+    Wallace et al. 2023, arXiv 2311.12908, eq. 14, before beta T omega. Errors [B] are squared errors of
     policy and reference at the same noise and timestep; the margin has their unit (summed over dims here) and no factor
     1/2. Raises ValueError unless all four are [B]: [B] and [B,1] would broadcast, unnoticed while the margin is 0.
     """

@@ -1,4 +1,4 @@
-"""RankDPO: all pairs of a ranked list, weighted by how much swapping them would cost the ranking."""
+"""RankDPO: all pairs of a ranking, weighted by how much the ranking's DCG changes if the two are swapped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOGARITHMS = {"ln": torch.log, "log2": torch.log2}
 
 @torch.no_grad()
 def gain_weights(relevance: Tensor, discount: str = "ln") -> Tensor:
-    """The weight of each pair of a list: relevance phi [B,K], higher is better -> [B,K,K], symmetric, no gradient.
+    """The weight of each pair of a ranking: relevance phi [B,K], higher is better -> [B,K,K], symmetric, no gradient.
 
         Delta_ij = |2^phi_i - 2^phi_j| |1/D(tau_i) - 1/D(tau_j)|,   D(tau) = log(1 + tau)
 
@@ -36,17 +36,17 @@ def gain_weights(relevance: Tensor, discount: str = "ln") -> Tensor:
 
 
 def rank_dpo(scores: Tensor, relevance: Tensor, beta: float, *, pair_norm: str = "sum", discount: str = "ln") -> Tensor:
-    """RankDPO's loss of each list of K pictures of one prompt, [B].
+    """RankDPO's loss of each ranking of K pictures of one prompt, [B].
 
         - sum over pairs with i preferred to j of Delta_ij log sigmoid(beta (score_i - score_j))
 
-    Karthik et al. 2024, arXiv 2410.18013, eq. 7. `scores` [B,K], higher is better: reference minus policy denoising
-    errors at one timestep per list (**minus** the paper's s), or log-ratios. beta is in the unit 1/score.
+    Karthik et al. 2024, arXiv 2410.18013, eq. 7. `scores` [B,K], higher is better: reference minus policy squared
+    errors at one timestep per ranking (**minus** the paper's s), or log-ratios. beta is in the unit 1/score.
     `relevance` phi [B,K], higher is better; it takes no gradient, and i is preferred to j when phi_i > phi_j.
 
     `pair_norm`: "sum" (the paper), "sum_weights" (a mean weighted by Delta) or "num_pairs" (over the pairs with a
-    preference). A list without a preference gives 0. Raises ValueError unless both are [B,K], and for beta <= 0 or an
-    unknown name.
+    preference). A ranking without a preference gives 0. Raises ValueError unless both are [B,K], and for beta <= 0 or
+    an unknown name.
     """
     if pair_norm not in PAIR_NORMS:
         raise ValueError(f"unknown pair_norm {pair_norm!r}: expected one of {', '.join(PAIR_NORMS)}")

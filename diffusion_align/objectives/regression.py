@@ -1,8 +1,9 @@
-"""PRDP: regress the difference of two runs' log-ratios on the difference of their rewards.
+"""PRDP: regress the difference of two trajectories' log-ratios on the difference of their rewards.
 
 The target is the optimum of "reward minus beta KL", whose log-ratio is r / beta - log Z. Z depends only on the initial
 noise, so it cancels in a pair that **shares x_T**, and the loss is 0 only at that optimum. It does not cancel in pairs
-with different initial noise: their minimum is elsewhere, unless the result of a run does not depend on its start.
+with different initial noise: their minimum is elsewhere, unless the result of a trajectory does not depend on its
+start.
 
 Everything is in nats summed over dims and steps, where beta is the weight of that KL. The paper's printed code averages
 over the T steps (and, by its constants, over the D dims too). Its loss is the one here with converted constants:
@@ -23,15 +24,16 @@ from .checks import require_positive
 
 
 def prdp(log_ratio: Tensor, log_ratio_old: Tensor, reward: Tensor, beta: float, clip: float | None) -> Tensor:
-    """PRDP's loss of each group, [G]: the mean over ordered pairs of its runs with r_i > r_j of max(l_ij, lc_ij).
+    """PRDP's loss of each group, [G]: the mean over ordered pairs of its trajectories with r_i > r_j of max(l_ij,
+    lc_ij).
 
         l_ij = (R_i - R_j - (r_i - r_j) / beta)^2,   R_i = sum over steps of log_ratio[i]
 
     and lc_ij the same with each step's log-ratio clamped to log_ratio_old +- clip. Deng et al. 2024, arXiv 2402.08714,
-    eq. 10-21. `log_ratio` and `log_ratio_old` [G,K,T] in nats, of the policy and of the policy that drew the runs, each
-    over the frozen reference; `reward` [G,K]. Only `log_ratio` takes a gradient. A step beyond the clip has none if it
-    moved towards its target; if it moved away, it is pulled back. If the clip changes nothing, the gradient is that of
-    l_ij.
+    eq. 10-21. `log_ratio` and `log_ratio_old` [G,K,T] in nats, of the policy and of the policy that drew the
+    trajectories, each over the frozen reference; `reward` [G,K]. Only `log_ratio` takes a gradient. A step beyond the
+    clip has none if it moved towards its target; if it moved away, it is pulled back. If the clip changes nothing, the
+    gradient is that of l_ij.
 
     Ties are dropped, and a group without a preference gives 0. With clip None, a group without ties costs O(K): its
     loss is twice the unbiased variance of R - r / beta. Arithmetic is in float64 on the CPU; the loss is returned on
@@ -80,7 +82,7 @@ def prdp_clip_fraction(log_ratio: Tensor, log_ratio_old: Tensor, clip: float) ->
 def _require_groups(log_ratio: Tensor, log_ratio_old: Tensor) -> None:
     require_same_shape(log_ratio=log_ratio, log_ratio_old=log_ratio_old)
     if log_ratio.ndim != 3:
-        raise ValueError(f"log-ratios must be [G,K,T], groups of runs of steps, got {list(log_ratio.shape)}")
+        raise ValueError(f"log-ratios must be [G,K,T], groups of trajectories of steps, got {list(log_ratio.shape)}")
 
 
 def _exact(values: Tensor) -> Tensor:

@@ -69,11 +69,11 @@ def pareto(first: Tensor, second: Tensor) -> Tensor:
 
 @torch.no_grad()
 def win_counts(rewards: Tensor) -> Tensor:
-    """RankDPO's relevance, the fraction of comparisons that a picture wins: [M,G,K] of M scorers -> [G,K] in [0, 1].
+    """RankDPO's relevance, the fraction of comparisons that a picture wins: [M,G,K] of M rewards -> [G,K] in [0, 1].
 
         phi_i = #{(m, j != i): r_m(i) > r_m(j)} / (M (K - 1))
 
-    Karthik et al. 2024, arXiv 2410.18013, alg. 1. A tie counts as no win. Scores of different scorers are not compared,
+    Karthik et al. 2024, arXiv 2410.18013, alg. 1. A tie counts as no win. Scores of different rewards are not compared,
     so they need no common scale. Raises ValueError unless rewards are [M,G,K] with K >= 2.
     """
     if rewards.ndim != 3 or rewards.shape[0] < 1 or rewards.shape[2] < 2:

@@ -25,7 +25,7 @@ def _band(clip: float | None) -> tuple[float, float]:
 
 
 def d3po(log_ratio_w: Tensor, log_ratio_l: Tensor, beta: float, clip: float | None) -> Tensor:
-    """D3PO's loss of a step of the winning and of the losing run, elementwise over equal shapes, [B] or [T,B].
+    """D3PO's loss of a step of the winning and of the losing trajectory, elementwise over equal shapes, [B] or [T,B].
 
         -log sigmoid(beta (q_w - q_l)),   q = log clamp(pi_theta / pi_ref, 1 - clip, 1 + clip)
 

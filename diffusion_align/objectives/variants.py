@@ -25,7 +25,7 @@ def kto(
     """Diffusion-KTO's loss of single labelled pictures, w (1 - sigmoid(+-beta (log_ratio - baseline))), [B].
 
     Li et al. 2024, arXiv 2404.04465, after KTO (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8); + where `desirable`
-    [B] bool, - elsewhere. `log_ratio` [B] is `ref_err - err` for denoising errors. `baseline`, one number or [B] and
+    [B] bool, - elsewhere. `log_ratio` [B] is `ref_err - err` for squared errors. `baseline`, one number or [B] and
     without gradient, is what the policy gains on any picture: in the authors' code the batch's mean log-ratio, at least
     0. Raises ValueError for unequal shapes, labels that are not bool, or beta <= 0.
     """

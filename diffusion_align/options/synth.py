@@ -31,7 +31,7 @@ class Synth:
     seed: int = option(0, "sampler", "address of picture i of a model: (seed, prompt, position of the model in --models, i)", at_least=0)
     solver: str = option("dpmpp", "sampler", "DPM-Solver++ or DDIM", choices=SOLVERS)
     order: int = option(2, "sampler", "order of DPM-Solver++", at_least=1, at_most=3)
-    eta: float = option(0.0, "sampler", "0: deterministic, 1: the stochastic solver", at_least=0)
+    eta: float = option(0.0, "sampler", "0: without noise, 1: the stochastic solver", at_least=0)
     spacing: str = option("trailing", "sampler", "spacing of the steps", choices=SPACINGS)
     resolution: int | None = option(None, "sampler", "side of the pictures in pixels (default: each model's own)", at_least=8)
 

@@ -64,7 +64,7 @@ CATALOGUE = {
     "jpeg-large": Entry(
         "how large the JPEG is (DDPO's incompressibility)", "kB at quality 95", "Apache-2.0", reads_prompt=False
     ),
-    "judge": Entry("share of a caption of the embedded world that its picture shows", "0 to 1", "Apache-2.0"),
+    "judge": Entry("fraction of an embedded-world caption's attributes that the picture shows", "0 to 1", "Apache-2.0"),
     "random": Entry(
         "a control: random, but the same number for the same picture", "0 to 1", "Apache-2.0", reads_prompt=False
     ),

@@ -35,7 +35,7 @@ def jpeg_scorer(sign: float) -> Reward:
 
 @torch.no_grad()
 def judged_share(images: Tensor, prompts: list[str]) -> Tensor:
-    """The share of a caption's attributes that the judge finds in its picture, [B]."""
+    """The fraction of a caption's attributes that the judge finds in its picture, [B]."""
     marks = judge(images, prompts)
     return torch.stack([marks[name] for name in ATTRIBUTES if name != "all"]).nanmean(0)
 

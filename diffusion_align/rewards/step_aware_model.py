@@ -1,7 +1,7 @@
 """SPO's step-aware preference model (Liang et al. 2024, arXiv 2406.04314): a CLIP reward that knows the noise level.
 
 It scores a denoiser's prediction at any step, `exp(logit_scale) cosine(picture at t, prompt)`, so that two
-continuations of one state can be compared. Its folder has open_clip_config.json, the tokenizer's files and
+children of one state can be compared. Its folder has open_clip_config.json, the tokenizer's files and
 step_aware.safetensors; loading needs nothing else and unpickles nothing. `step_aware_load` reads it.
 """
 

@@ -1,4 +1,4 @@
-"""Several continuations of one state, for step-wise preference methods."""
+"""Several children of one state, for step-wise preference methods."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def branch(
     there). `clean` [B,...] is the clean prediction at `x`, if it is known: the denoiser is then not called.
     Children are drawn one after another, so the first ones do not depend on how many follow; with a list of B
     generators they do not depend on batch mates either. They have the dtype of `x`. Raises ValueError at a
-    deterministic step, where all children would be the same, or for fewer than one child.
+    step without noise, where all children would be the same, or for fewer than one child.
     """
     if not table.stochastic[k]:
-        raise ValueError(f"step {k} is deterministic: its children would all be the same")
+        raise ValueError(f"step {k} has no noise: its children would all be the same")
     if children < 1:
         raise ValueError(f"expected at least one child, got {children}")
     if clean is None:

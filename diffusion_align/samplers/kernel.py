@@ -24,7 +24,7 @@ def step_gaussian(
     state before the step, `clean` the clean prediction there, `previous` and `before` those of the one and two steps
     before (Lu et al. 2022, arXiv 2211.01095, algorithm 2). Samples whose step uses less history ignore it.
 
-    Half-precision inputs are computed, and returned, in float32; float64 stays. std is 0 at a deterministic step, which
+    Half-precision inputs are computed, and returned, in float32; float64 stays. std is 0 at a step without noise, which
     has no density. Raises ValueError if a step needs history that is not given, or for unequal shapes; IndexError for a
     step outside the table.
     """

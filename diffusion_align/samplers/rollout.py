@@ -1,6 +1,6 @@
-"""Runs of a sampler, and their log-probs under another denoiser.
+"""Trajectories of a sampler, and their log-probs under another denoiser.
 
-A run follows a step table: the clean prediction at a state (and one or two before it, for higher orders) gives a
+A trajectory follows a step table: the clean prediction at a state (and one or two before it, for higher orders) gives a
 Gaussian, and a draw from it the next state. The last step to sigma = 0 has no density, so it is never scored.
 """
 
@@ -90,10 +90,10 @@ def rollout(
     """Run the sampler from noise `x_T` [B,...] without gradients and record it.
 
     States are stored, fed back and scored in the dtype of `x_T`; arithmetic is in float32 at least. `log_prob` [T,B] is
-    in nats, summed over dims, and 0 at deterministic steps. `generator` is one torch.Generator, or a list of B so that
+    in nats, summed over dims, and 0 at steps without noise. `generator` is one torch.Generator, or a list of B so that
     no sample depends on the rest of the batch; None for a table without stochastic steps. `threshold` maps each clean
-    prediction before it is used (`dynamic_threshold`, pixels only); to score such a run again, bind the same map into
-    the denoiser.
+    prediction before it is used (`dynamic_threshold`, pixels only); to score such a trajectory again, bind the same map
+    into the denoiser.
     """
     states, log_prob, predictions = [x_T], [], []
     for clean, step, x in _walk(denoiser, table, x_T, generator, threshold):
@@ -112,7 +112,7 @@ def sample(
     *,
     threshold: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """The last state [B,...] of the run that `rollout` would record, without storing the others."""
+    """The last state [B,...] of the trajectory that `rollout` would record, without storing the others."""
     end = x_T
     for _, _, state in _walk(denoiser, table, x_T, generator, threshold):
         end = state
@@ -129,11 +129,11 @@ def scored_predictions(trajectory: Trajectory[StepTable], history_from: str) -> 
     if history_from not in HISTORIES:
         raise ValueError(f"unknown history {history_from!r}: expected one of {', '.join(HISTORIES)}")
     if history_from == "frozen" and trajectory.clean is None:
-        raise ValueError("frozen history needs the clean predictions of the run, but trajectory.clean is None")
+        raise ValueError("frozen history needs the clean predictions of the trajectory, but trajectory.clean is None")
     scored = [k for k in range(len(table)) if table.stochastic[k]]
     if not scored:
         raise ValueError(
-            "no step of this table is stochastic, so the run has no log-probs: build the table with eta > 0"
+            "no step of this table is stochastic, so the trajectory has no log-probs: build the table with eta > 0"
         )
     behind = [k - back for k in scored for back in range(1, int(table.order[k]))] if history_from == "recompute" else []
     return sorted({*scored, *behind})
@@ -144,7 +144,7 @@ def path_log_prob(
 ) -> Tensor:
     """Log-probs [T,B] in nats of the stored states, from given clean predictions, without calling a network.
 
-    `measure` replaces the log-prob by another number; deterministic steps give 0.
+    `measure` replaces the log-prob by another number; steps without noise give 0.
     """
     table, states = trajectory.table, trajectory.states
     past = clean if history_from == "recompute" or trajectory.clean is None else trajectory.clean
@@ -160,13 +160,13 @@ def path_log_prob(
 
 
 def replay(denoiser: Denoiser, trajectory: Trajectory[StepTable], *, history: str = "recompute") -> Tensor:
-    """Log-probs [T,B] in nats of a stored run under `denoiser`, differentiable; 0 at deterministic steps.
+    """Log-probs [T,B] in nats of a stored trajectory under `denoiser`, differentiable; 0 at steps without noise.
 
     Under the denoiser that ran, they equal `trajectory.log_prob`. At second order the density of a step depends on two
     clean predictions: "recompute" takes both from `denoiser`, with gradient through both, which is the density of the
     sampler; "frozen" takes the earlier one from `trajectory.clean`, which has the same value under the denoiser that
-    ran but another gradient. All network graphs are in memory at once: for long runs use `path_gradient`. Raises
-    ValueError as listed in `scored_predictions`.
+    ran but another gradient. All network graphs are in memory at once: for long trajectories use `path_gradient`.
+    Raises ValueError as listed in `scored_predictions`.
     """
     needed = scored_predictions(trajectory, history)
     clean = {k: predict(denoiser, trajectory.table, k, trajectory.states[k]) for k in needed}

@@ -117,9 +117,9 @@ def solver_table(
     16). At eta = 0 and eta = 1 it equals "dpmpp" of order 1, but not between.
 
     The first steps have lower order because they have less history. As in diffusers, the last one has order 1 if there
-    are fewer than 15 steps or it ends noise-free (below 15 steps, the last but one is at most second order). A history
-    point of pure noise (sigma = 1 on flow) is infinitely far away and gives no slope, so the order is lower there too.
-    A step between equal levels is left out, so the table may be one shorter than the grid.
+    are fewer than 15 steps or it ends without noise (below 15 steps, the last but one is at most second order). A
+    history point of pure noise (sigma = 1 on flow) is infinitely far away and gives no slope, so the order is lower
+    there too. A step between equal levels is left out, so the table may be one shorter than the grid.
 
     Raises ValueError for unknown names, numbers out of range, order 3 with noise, and levels that do not rise.
     """

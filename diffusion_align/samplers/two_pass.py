@@ -1,9 +1,9 @@
-"""Exact gradients of any loss of a run, with one network graph in memory.
+"""Exact gradients of any loss of a trajectory, with one network graph in memory.
 
-A loss of a run is a function of its clean predictions. Pass 1 evaluates them without gradients, makes them leaves, and
-differentiates only the solver's algebra and the loss: this gives dL/dm for each prediction m. Pass 2 runs the network
-again, one step at a time, and back-propagates that vector. By the chain rule the sum over steps is exactly the full
-gradient. Memory grows by a few latents per step; the cost is one forward pass more than full autograd.
+A loss of a trajectory is a function of its clean predictions. Pass 1 evaluates them without gradients, makes them
+leaves, and differentiates only the solver's algebra and the loss: this gives dL/dm for each prediction m. Pass 2 runs
+the network again, one step at a time, and back-propagates that vector. By the chain rule the sum over steps is exactly
+the full gradient. Memory grows by a few latents per step; the cost is one forward pass more than full autograd.
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ def path_gradient(
 ) -> Tensor:
     """Add the gradient of `loss(replay(denoiser, trajectory))` to the `.grad` of the denoiser's parameters.
 
-    `loss` maps log-probs [T,B] (nats, 0 at deterministic steps) to a scalar, and may depend on the parameters only
+    `loss` maps log-probs [T,B] (nats, 0 at steps without noise) to a scalar, and may depend on the parameters only
     through them; scale it there for gradient accumulation. `history` as in `replay`. The network runs twice at each
     scored step, in order, and once backward; predictions of the two passes may differ by `tolerance` (relative, see
     `relative_change`), for kernels that are not deterministic.
 
     `measure(k, step, next_state) -> [B]` replaces the log-prob by another number of a step, such as its log-ratio to a
     reference, which has no cancellation. `known` [T,B,...]: the clean predictions of the current denoiser
-    (`trajectory.clean`, if nothing was updated since the run). They replace the first pass, and the check that both
-    passes agree becomes the check that the importance ratio is 1 before the first update.
+    (`trajectory.clean`, if nothing was updated since it was drawn). They replace the first pass, and the check that
+    both passes agree becomes the check that the importance ratio is 1 before the first update.
 
     If a prediction is not finite, the gradient is nan. Returns the loss, detached. Raises ValueError if the loss is not
     a scalar or does not depend on the log-probs, if nothing in the denoiser requires a gradient, and as listed in

@@ -14,7 +14,7 @@ def noise_window(table: StepTable, quiet: StepTable, first: int, count: int) -> 
 
     Both are tables of the same grid, with eta > 0 and eta = 0. Their mixture is a valid sampler, because each step maps
     one noise level to the next, whatever came before; MixGRPO (Li et al. 2025, arXiv 2507.21802) trains on such runs.
-    The reward of a run then depends on the noise of few steps, so only these get credit for it.
+    The reward of a trajectory then depends on the noise of few steps, so only these get credit for it.
 
     Raises ValueError for tables of different grids, a `quiet` table with noise, or a window without noise.
     """
@@ -22,7 +22,7 @@ def noise_window(table: StepTable, quiet: StepTable, first: int, count: int) -> 
     if not same or not torch.equal(table.order, quiet.order):
         raise ValueError("the two tables of a noise window must have the same grid and orders, and differ in eta only")
     if bool(quiet.stochastic.any()):
-        raise ValueError("outside of a noise window steps are noise-free: build that table with eta=0")
+        raise ValueError("outside of a noise window steps are without noise: build that table with eta=0")
     steps = torch.arange(len(table))
     inside = (steps >= first) & (steps < first + count)
     if count < 1 or int(inside.sum()) < count or not bool(table.stochastic[inside].all()):

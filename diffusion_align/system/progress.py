@@ -86,9 +86,9 @@ def counted(function: Callable[P, T], done: Callable[[], object]) -> Callable[P,
 
 @contextmanager
 def total_bar(what: str, total: int, unit: str, show: bool) -> Iterator[Callable[[int], object]]:
-    """A progress bar on stderr as a function of how many items all ranks have done."""
+    """A progress bar on stderr. Yields a function that takes the number of items that all ranks have done."""
     if not show:
-        # Not even a disabled bar: tqdm's lock is shared with forked processes, and one killed with it blocks all.
+        # Not even a disabled bar: if a forked process is killed while it holds tqdm's lock, all others are blocked.
         yield lambda done: None
         return
     with progress_bar(total=total, desc=what, unit=unit) as bar:

@@ -153,7 +153,7 @@ def test_too_many_broken_pictures_stop_the_build(tmp_path):
     pairs[20] = Pair("set:20", "p", b"", picture(1))
     assert len(build(tmp_path / "one", pairs)) == 99  # one in a hundred is allowed
     pairs[50] = Pair("set:50", "p", b"junk", picture(1))
-    with pytest.raises(DataError, match="2 of 100 rows are broken.*set:20 winner is empty") as caught:
+    with pytest.raises(DataError, match="2 of 100 rows are bad.*set:20 winner is empty") as caught:
         build(tmp_path / "two", pairs)
     assert "\n" not in str(caught.value)
 
@@ -211,7 +211,7 @@ def test_a_finished_cache_is_held_to_this_runs_ceiling(tmp_path):
     built = build(tmp_path, pairs, max_bad_fraction=0.5, known_bad=known)
     assert built.bad == 2
     assert build(tmp_path, pairs, max_bad_fraction=0.05, known_bad=known).bad == 2
-    with pytest.raises(DataError, match=r"bad_rows.jsonl: 2 of 41 rows are broken.*the first: set:40 no prompt"):
+    with pytest.raises(DataError, match=r"bad_rows.jsonl: 2 of 41 rows are bad.*the first: set:40 no prompt"):
         build(tmp_path, pairs, max_bad_fraction=0.04, known_bad=known)
 
 

@@ -156,7 +156,7 @@ sys.exit(main(sys.argv[1:]))
     before = {file: file.stat().st_mtime_ns for file in out.iterdir()}
     assert convert(path, out, *words) == 0  # nothing is left to do, and it says the same
     said = capsys.readouterr().out
-    assert "400 rows: 312 rankings written, 80 ties dropped, 8 broken" in said
+    assert "400 rows: 312 rankings written, 80 ties dropped, 8 bad" in said
     assert {file: file.stat().st_mtime_ns for file in out.iterdir()} == before
     assert len((out / "bad_rows.jsonl").read_text().splitlines()) == 8
 
@@ -164,7 +164,7 @@ sys.exit(main(sys.argv[1:]))
 def test_unreadable_rows_are_listed_and_limited(tmp_path, capsys):
     path = rapidata(tmp_path / "x.parquet", 20, broken=(3, 8))
     assert convert(path, tmp_path / "out", "--max_bad_fraction", "0.05") == 1
-    assert "2 of 20 rows are broken" in capsys.readouterr().err
+    assert "2 of 20 rows are bad" in capsys.readouterr().err
     with pytest.raises(DataError, match="has not finished"):
         recognise(tmp_path / "out")
     assert convert(path, tmp_path / "out", "--max_bad_fraction", "0.1") == 0
@@ -234,7 +234,7 @@ def test_check_lists_what_a_training_would_leave_out(tmp_path, capsys, monkeypat
     assert main([*words, "--max_bad_fraction", "0.7"]) == 0
     done = capsys.readouterr()
     assert (
-        "6 rows: 2 good, 0 ties, 4 broken, listed in " in done.out
+        "6 rows: 2 good, 0 ties, 4 bad, listed in " in done.out
         and "1 of the good rows compare a picture with itself" in done.out
     )
     assert "check: 100 %, 6 of 6" in done.err
@@ -244,14 +244,14 @@ def test_check_lists_what_a_training_would_leave_out(tmp_path, capsys, monkeypat
     assert all(reason in row["reason"] for reason, row in zip(reasons, bad, strict=True))
     assert main([*words, "--max_bad_fraction", "0.6"]) == 1
     said = capsys.readouterr().err
-    assert "4 of 6 rows are broken" in said and "the first: x.jsonl:2" in said
+    assert "4 of 6 rows are bad" in said and "the first: x.jsonl:2" in said
     assert len(listed.read_text().splitlines()) == 4  # the list is there although the check failed
 
 
 def test_check_counts_ties_and_reads_captions_and_archives(tmp_path, capsys):
     listed = f"--bad_rows={tmp_path / 'bad.jsonl'}"
     assert main(["data", "check", str(rapidata(tmp_path / "x.parquet")), listed]) == 0
-    assert "5 rows: 4 good, 1 ties, 0 broken" in capsys.readouterr().out
+    assert "5 rows: 4 good, 1 ties, 0 bad" in capsys.readouterr().out
     path = tar(tmp_path / "x.tar", [("0.png", png(0)), ("0.txt", b"a"), ("1.png", png(0)[:30]), ("1.txt", b"b")])
     assert main(["data", "check", str(path), listed]) == 1
     assert "x.tar:1 picture 1.png cannot be decoded" in capsys.readouterr().err

@@ -126,7 +126,7 @@ def test_too_many_broken_rows_stop_all(tmp_path):
         pairs[i] = Pair(f"set:{i}", "p", b"junk%d" % i, picture(1))
     found = build_together(tmp_path, pairs, [FakeModel(), FakeModel()])
     errors = [error for error in found if isinstance(error, DataError)]
-    assert len(errors) == 1 and "of 100 rows are broken" in str(errors[0])
+    assert len(errors) == 1 and "of 100 rows are bad" in str(errors[0])
 
 
 def test_a_picture_that_changes_meanwhile_is_named(tmp_path):

@@ -498,7 +498,7 @@ def test_trainings_plan_with_every_kind(tmp_path, capsys):
             assert f"3 rows: 2 {'pairs' if verb == 'dpo' else 'rankings'}, 1 ties dropped" in capsys.readouterr().out
     path = hpdv2_test(tmp_path / "hpd")
     assert main(["train", "dpo", "--model", "owner/name", "--data", str(path), "--dry-run"]) == 0
-    assert "3 rows: 5 pairs, 1 ties dropped, 0 broken" in capsys.readouterr().out
+    assert "3 rows: 5 pairs, 1 ties dropped, 0 bad" in capsys.readouterr().out
 
 
 def test_online_verbs_read_json_lists_of_prompts(tmp_path):

@@ -62,7 +62,7 @@ def test_pick_a_pic_rows_know_who_won(pick):
     assert [contents(pair.winner) for pair in pairs] == [png(0), png(11), png(3)]
     assert [contents(pair.loser) for pair in pairs] == [png(10), png(1), png(13)]
     assert (counts.rows, counts.used, counts.ties, counts.broken) == (4, 3, 1, 0)
-    assert str(counts) == "4 rows: 3 pairs, 1 ties dropped, 0 broken"
+    assert str(counts) == "4 rows: 3 pairs, 1 ties dropped, 0 bad"
     assert pairs[2].id == "pick.parquet:3"
 
 
@@ -150,7 +150,7 @@ def test_bad_rows_are_counted_with_their_reason(tmp_path, row, reason):
     assert len(pairs) == 99 and counts.broken == 1 and counts.bad_rows[0].row == "metadata.jsonl:51"
     assert reason in counts.bad_rows[0].reason
     said = message(folder, max_bad_fraction=0.005)
-    assert "1 of 100 rows are broken" in said and "metadata.jsonl:51" in said and "raise max_bad_fraction" in said
+    assert "1 of 100 rows are bad" in said and "metadata.jsonl:51" in said and "raise max_bad_fraction" in said
 
 
 @pytest.mark.parametrize(

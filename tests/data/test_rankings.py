@@ -73,7 +73,7 @@ def test_relevance_scores_and_ranks_by_hand(tmp_path):
     assert rankings[2].scores == ((1, 3, 2), (5, 4, 4)) and rankings[0].scores == ()
     assert [read_bytes(picture) for picture in rankings[1].pictures] == [png(i) for i in range(4)]
     assert (rankings[1].id, rankings[1].prompt) == ("set.jsonl:2", "p")
-    assert str(counts) == "5 rows: 5 rankings, 0 ties dropped, 0 broken"
+    assert str(counts) == "5 rows: 5 rankings, 0 ties dropped, 0 bad"
 
 
 def test_pictures_that_are_equally_good_are_a_tie(tmp_path):
@@ -124,7 +124,7 @@ def test_pairs_are_rankings_of_two(tmp_path):
     rankings, counts = read_rankings(path)
     assert [(ranking.prompt, ranking.relevance) for ranking in rankings] == [("a", (1, 0)), ("b", (1, 0))]
     assert [read_bytes(ranking.pictures[0]) for ranking in rankings] == [png(0), png(9)]
-    assert str(counts) == "3 rows: 2 rankings, 1 ties dropped, 0 broken"
+    assert str(counts) == "3 rows: 2 rankings, 1 ties dropped, 0 bad"
     path = listed(tmp_path / "set", [{"prompt": "p", "chosen": "4.png", "rejected": "2.png"}])
     (ranking,), _ = read_rankings(path)
     assert [read_bytes(picture) for picture in ranking.pictures] == [png(4), png(2)]
@@ -161,7 +161,7 @@ def test_bad_rows_are_counted_with_their_reason(tmp_path, bad, reason):
     assert len(rankings) == 99 and counts.broken == 1 and counts.bad_rows[0].row == "set.jsonl:51"
     assert reason in counts.bad_rows[0].reason
     said = message(path, max_bad_fraction=0.005)
-    assert "1 of 100 rows are broken" in said and "set.jsonl:51" in said and "raise max_bad_fraction" in said
+    assert "1 of 100 rows are bad" in said and "set.jsonl:51" in said and "raise max_bad_fraction" in said
 
 
 def test_no_path_leaves_the_folder(tmp_path):
@@ -237,7 +237,7 @@ def test_a_batch_of_several_lengths_is_refused(tmp_path):
         Encoders(), [ranking(1, [0, 1, 2]), ranking(2, [3, 4])], tmp_path, EncodingSettings(SIZE), progress=False
     )
     assert cache.lengths == [3, 2] and cache.batch([1])[0].shape[1] == 2
-    with pytest.raises(ValueError, match="lists of one length, not of 2 and 3 pictures"):
+    with pytest.raises(ValueError, match="rankings of a batch must have one K, not 2 and 3"):
         cache.batch([0, 1])
 
 

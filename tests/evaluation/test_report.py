@@ -167,7 +167,7 @@ def test_the_headline_states_uncertainty():
     base, tuned = torch.tensor([0.0, 1.0] * 50), torch.tensor([1.0, 1.0] * 50)
     sentence = headline_sentence("judge/all", compare_metric(base, tuned), share=True)
     assert re.fullmatch(
-        r"From base to tuned, the share of pictures that hold their whole prompt goes from 50\.0 % to 100\.0 %: "
+        r"From base to tuned, the fraction of pictures that show their whole prompt goes from 50\.0 % to 100\.0 %: "
         r"\+50\.0 points \(95 % interval \+4\d\.\d to \+(5\d|60)\.\d, n = 100 pairs\)\.", sentence
     )  # fmt: skip
     worse = headline_sentence("judge/all", compare_metric(tuned, base), share=True)

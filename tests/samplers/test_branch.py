@@ -65,7 +65,7 @@ def test_children_are_stored_in_the_parents_precision():
 
 def test_refusals():
     x = noise(3, 2, 3)
-    with pytest.raises(ValueError, match="step 5 is deterministic"):
+    with pytest.raises(ValueError, match="step 5 has no noise"):
         branch(DENOISE, TABLE, 5, x, 2, generator(0, "branch"))
     with pytest.raises(ValueError, match="at least one child"):
         branch(DENOISE, TABLE, 0, x, 0, generator(0, "branch"))

@@ -184,7 +184,7 @@ def _raise_in_reward(fault: Fault) -> None:
 
 def _bad_rows(fault: Fault) -> None:
     def read(*_: Any, **__: Any) -> Any:
-        raise ValueError("3 of 10 rows are broken, more than max_bad_fraction 0.01")
+        raise ValueError("3 of 10 rows are bad, more than max_bad_fraction 0.01")
 
     if fault.doing == "reading":
         training.read_items = read

@@ -1,8 +1,9 @@
-"""The server behind the page: on this machine only, and only for those who know the token in its address.
+"""Serves the page on which a person chooses, to this machine only, and only with the token in its address.
 
-It listens on 127.0.0.1 alone, and still guards against other users of the machine and pages of other sites (by the
-token), foreign names that resolve to 127.0.0.1 (by the Host header), captions that act (by the policy) and endless
-requests (by limits on size and time). No address names a path: pictures have numbers.
+It listens on 127.0.0.1 only. The token protects against other users of this machine and pages of other sites. The check
+of the Host header protects against foreign host names that resolve to 127.0.0.1. The Content-Security-Policy prevents
+that captions run as scripts. Limits on size and time stop endless requests. Addresses hold no file paths; pictures have
+numbers.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _ADDRESS = re.compile(r"/([\w-]{1,100})/(?:|(\d{1,9})|picture/(\d{1,9})|undo|sto
 
 
 class _Refused(Exception):
-    """A request is answered with this status and this sentence."""
+    """Raised to refuse a request, with the HTTP status and the reason in one sentence."""
 
     def __init__(self, status: int, sentence: str):
         super().__init__(sentence)
@@ -180,7 +181,7 @@ def _answer(body: dict[str, Any]) -> tuple[str, list[int], float]:
     if not (isinstance(choice, str) and isinstance(picked, list) and isinstance(seconds, int | float)):
         raise ValueError("an answer needs choice, picked and seconds")
     if not all(type(place) is int for place in picked):
-        raise ValueError("picked must be a list of places, from 0")
+        raise ValueError("picked must be a list of picture numbers, counted from 0")
     if not 0 <= seconds <= MAX_SECONDS:  # nan, too
         raise ValueError(f"seconds must lie in 0 to {MAX_SECONDS:g}")
     return choice, picked, float(seconds)

@@ -29,10 +29,10 @@ _REMEMBERED = 100_000
 
 
 def data_check(options: DataCheck) -> int:
-    """Check every row and list the broken ones.
+    """Check every row and list the bad ones.
 
     Raises:
-        DataError: nothing known or nothing there, or more broken rows than are allowed; the list is written first.
+        DataError: nothing known or nothing there, or more bad rows than are allowed; the list is written first.
     """
     o = options
     assert o.path is not None  # the options' own check requires it
@@ -64,7 +64,7 @@ def data_check(options: DataCheck) -> int:
                 captions.append(row.prompt)
                 if len(captions) == _CAPTIONS_AT_A_TIME:
                     cut, captions = cut + count_cut(captions)[0], []
-    print(f"{total} rows: {good} good, {ties} ties, {len(bad)} broken, listed in {target}")
+    print(f"{total} rows: {good} good, {ties} ties, {len(bad)} bad, listed in {target}")
     if alike:
         print(f"{alike} of the good rows compare a picture with itself, which teaches nothing")
     if count_cut is not None:

@@ -5,7 +5,7 @@
           bad_rows.jsonl        the rows left out, with reasons; written at the end
 
 A shard appears complete or not at all and holds the same rows every time, so a conversion that was killed goes on after
-the last one. Its own broken rows stand in its metadata. One row group of pictures is in memory at a time.
+the last one. Its own bad rows are in its metadata. One row group of pictures is in memory at a time.
 """
 
 from __future__ import annotations
@@ -54,16 +54,14 @@ def data_convert(options: DataConvert) -> int:
 
     Raises:
         DataError: the set compares no pictures, or has no row that prefers one; --out holds something else; or more
-            than --max_bad_fraction of the rows are broken.
+            than --max_bad_fraction of the rows are bad.
     """
     o = options
     assert o.path is not None and o.out is not None  # the options' own check requires them
     source, out = _source(o), Path(o.out)
     found = summarise_data(source)
     if not found.used:
-        raise DataError(
-            f"{source.path}: {found.rows} rows, {found.ties} ties, {found.broken} broken: nothing to convert"
-        )
+        raise DataError(f"{source.path}: {found.rows} rows, {found.ties} ties, {found.broken} bad: nothing to convert")
     try:
         counts = _claim(source, o)
         if counts is None:
@@ -73,7 +71,7 @@ def data_convert(options: DataConvert) -> int:
         raise KeyboardInterrupt(f"what is finished stays in {out}; the same command goes on") from None
     print(
         f"{counts['rows']} rows: {counts['written']} {o.to} written, {counts['ties']} ties dropped, "
-        f"{counts['broken']} broken, in {out}\n"
+        f"{counts['broken']} bad, in {out}\n"
         f"next, or with train rankdpo: {command_line('train', 'dpo', '--model', 'MODEL', '--train_data_dir', out)}"
     )
     return 0

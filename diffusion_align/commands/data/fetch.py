@@ -38,7 +38,7 @@ def fetch_pairs(
     (or a configuration that is named), streamed into parquet files until it has `most` pairs; else all its files.
 
     Raises:
-        FileNotFoundError: the answer of the hub in one line, and two remedies.
+        FileNotFoundError: the download failed; the message has the hub's answer in one line and two remedies.
     """
     from huggingface_hub import constants, snapshot_download
 

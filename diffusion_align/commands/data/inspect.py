@@ -22,7 +22,7 @@ from diffusion_align.system.printable import printable
 
 
 def data_inspect(options: DataInspect) -> int:
-    """Print layout, mapping, counts, first broken rows, and the command that would train on it.
+    """Print layout, mapping, counts, first bad rows, and the command that would train on it.
 
     Raises:
         DataError: nothing there, or nothing known. FileNotFoundError: not on the hub, where that was asked.

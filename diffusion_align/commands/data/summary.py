@@ -19,7 +19,7 @@ class DataSummary:
         sizes: how many of the used rows have K pictures, by K.
         weights: the least and the greatest weight of a used row.
         longest: characters of the longest prompt; empty: rows whose prompt is empty.
-        bad: the first few of the broken rows.
+        bad: the first few of the bad rows.
     """
 
     rows: int = 0

@@ -70,7 +70,7 @@ def synth_picture(out: Path, number: int, place: int) -> Path:
 
 
 def scores_path(out: Path, reward: str, chunk: int) -> Path:
-    """The file of a reward's scores of a chunk."""
+    """The file with the scores that a reward gives to the pictures of a chunk."""
     return out / "scores" / f"{digest(reward.encode())[:12]}-{chunk:05d}.json"
 
 
@@ -87,8 +87,8 @@ def numbers_of(chunk: int, prompts: Sequence[str]) -> range:
 def draw_pictures(o: Synth, out: Path, prompts: list[str], chunks: Sequence[int], drawer: DrawingModel, m: int) -> None:
     """Draw the pictures of the m-th model for some chunks of the prompts, unless they exist.
 
-    Models take turns: the i-th picture of the m-th of M has place m + i M. Its noise is at (seed, "synth", prompt, m,
-    i), whatever the other prompts are, and a model that takes another's place starts from the same noise.
+    Models take turns: the i-th picture of the m-th of M has place m + i M. The seed address of its noise is (seed,
+    "synth", prompt, m, i), whatever the other prompts are. If another model is the m-th, it starts from the same noise.
     """
     places = range(m, o.pictures, len(o.models))
     batches: list[list[tuple[int, int]]] = []

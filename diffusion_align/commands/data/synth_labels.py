@@ -1,6 +1,6 @@
-"""From scores to relevance, and to figures of how far the scorers can be trusted.
+"""From scores to relevance, and to figures of how far the rewards can be trusted.
 
-Scores are [M,P,K]: M scorers, P prompts, K pictures of each; NaN where a scorer failed. Higher is better.
+Scores are [M,P,K]: M rewards, P prompts, K pictures of each; NaN where a reward failed. Higher is better.
 """
 
 import os
@@ -16,10 +16,10 @@ from diffusion_align.objectives import win_counts
 
 
 def relevances(scores: Tensor) -> Iterator[tuple[list[int], list[float]]]:
-    """For each prompt, the places of the pictures that every scorer answered for, and their relevance.
+    """For each prompt, the places of the pictures that every reward scored, and their relevance.
 
     It is the fraction of comparisons won (Karthik et al. 2024, arXiv 2410.18013, alg. 1), over those pictures alone;
-    empty if fewer than two are left. Without scorers (M = 0) the places themselves are ranked, for labels by chance.
+    empty if fewer than two are left. Without rewards (M = 0) the places themselves are ranked, for labels by chance.
     """
     for number in range(scores.shape[1]):
         given = scores[:, number]
@@ -53,14 +53,15 @@ def write_best_and_worst(path: str | os.PathLike[str], rankings: Sequence[Rankin
 
 
 def decided_fraction(rankings: Sequence[Ranking]) -> float:
-    """Of all two pictures of one prompt, the fraction of which one is more relevant."""
+    """Of all pairs of pictures of one prompt, the fraction in which one picture is more relevant."""
     lists = [torch.tensor(ranking.relevance) for ranking in rankings]
     told = sum(int((phi[:, None] > phi).sum()) for phi in lists)
     return told / sum(len(phi) * (len(phi) - 1) // 2 for phi in lists)
 
 
 def scorer_figures(scores: Tensor, names: list[str]) -> dict[str, Any]:
-    """For each scorer: pictures without a number, mean and deviation, and the fraction of pairs that it tells apart."""
+    """For each reward: pictures without a score, mean and standard deviation, and the fraction of pairs that it
+    tells apart."""
     _, decides = _orders(scores)
     figures = {}
     for name, given, told in zip(names, scores, decides, strict=True):
@@ -76,7 +77,8 @@ def scorer_figures(scores: Tensor, names: list[str]) -> dict[str, Any]:
 
 
 def agreement(scores: Tensor, names: list[str]) -> dict[str, Any]:
-    """For every two scorers, how many pairs of pictures of one prompt both decide, and for what fraction they agree."""
+    """For every two rewards: how many pairs of pictures of one prompt both tell apart, and the fraction of these in
+    which they agree."""
     signs, decides = _orders(scores)
     figures = {}
     for a in range(len(names)):

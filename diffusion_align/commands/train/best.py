@@ -8,7 +8,8 @@ from typing import Any
 
 
 class Best:
-    """Compares the mean of a metric since the last checkpoint with the best one; higher is better, with "-" lower.
+    """Compares the mean of a metric since the last checkpoint with the best such mean so far. Higher is better; with
+    "-", lower is better.
 
     `state` is saved in checkpoints; None if no metric is set or none was seen yet.
     """

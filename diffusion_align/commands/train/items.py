@@ -22,7 +22,7 @@ TINY_PROMPTS, TINY_SEED = 4000, 7  # of the training split; a seed that neither 
 
 @dataclass(frozen=True)
 class Items:
-    """Pairs, rankings or prompts, in order; the rows that could not be read; and a line about both."""
+    """The entries of a data set (pairs, rankings or prompts) in order, its bad rows, and a summary line."""
 
     items: list[Any]
     bad_rows: Sequence[BadRow]
@@ -43,7 +43,8 @@ def read_items(entry: Entry[Any], o: Any) -> Items:
     """The items that the options name.
 
     Raises:
-        FileNotFoundError, DataError, ValueError: no such source, too many unreadable rows, or no prompt.
+        FileNotFoundError, DataError, ValueError: the source does not exist, or it has too many bad rows or
+            no prompt.
     """
     if entry.data == "prompts":
         prompts = training_prompts(o)
@@ -76,8 +77,8 @@ def training_prompts(o: TrainOnline) -> list[str]:
 def source_path(entry: Entry[Any], o: GivenPictures) -> Path | None:
     """The path of pairs or rankings, or None for a data set on the hub.
 
-    --train_data_dir is always a path. Raises FileNotFoundError if it is the name of a repository instead; for other
-    paths that do not exist, the reader raises.
+    --train_data_dir is always a path. Raises FileNotFoundError if the path does not exist and is the name of a
+    repository. Other missing paths raise an error later, when they are read.
     """
     name = source_name(o)
     if entry.data == "rankings" and name == "tiny":

@@ -23,7 +23,7 @@ def dry_run(entry: Entry[Any], options: Any) -> int:
     facts = read_model_facts(name)
     read = read_items(entry, o) if items_on_disk(entry, o) else None
     about = about_run(entry, o, read.items if read else None)
-    assumed = "" if facts.known else f" (not on this disk: figures are those of {facts.family})"
+    assumed = "" if facts.known else f" (not on this disk: the numbers below are those of {facts.family})"
     lines = [
         f"model            {name}{assumed}",
         f"{entry.data:<16} {read.summary if read else f'{source_name(o)}, on the hub: not counted'}",
@@ -35,7 +35,7 @@ def dry_run(entry: Entry[Any], options: Any) -> int:
 
 
 def about_run(entry: Entry[Any], o: Any, items: Sequence[Any] | None = None) -> About:
-    """The input of a plan, for a model that is not loaded: from its files or, without them, typical of its family."""
+    """The input of a plan without loading the model: from its files or, without them, values typical of its family."""
     facts = read_model_facts(present_model(o.pretrained_model_name_or_path or ""))
     count = None if items is None else entry.count(o, items)
     schedule, shape = Schedule.from_config(facts.scheduler), facts.latent_shape(o.resolution)

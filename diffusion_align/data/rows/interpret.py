@@ -124,7 +124,7 @@ def grouped_by_prompt(found: Iterable[BadRow | RawRow]) -> Iterator[BadRow | Raw
 
 
 def fractions_won(scores: Sequence[Sequence[float]]) -> tuple[float, ...]:
-    """The fraction of comparisons that each picture wins, scores [M][K] of M scorers -> [K]; nobody wins a tie.
+    """The fraction of comparisons that each picture wins, scores [M][K] of M rewards -> [K]; nobody wins a tie.
 
     It is `objectives.win_counts` of one prompt, without torch, so that reading a table does not wait for torch.
     """

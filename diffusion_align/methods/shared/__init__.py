@@ -1,1 +1,1 @@
-"""Code that several methods use: noised pictures, pair losses, runs, branches, checks at the start, plans."""
+"""Code that several methods use: noised pictures, pair losses, trajectories, branches, checks at the start, plans."""

@@ -1,4 +1,4 @@
-"""SPO's step-wise resampler (Liang et al. 2024, arXiv 2406.04314): pairs of continuations of one state.
+"""SPO's step-wise resampler (Liang et al. 2024, arXiv 2406.04314): pairs of children of one state.
 
 From step `start` on, K children are drawn from the same Gaussian, and each is scored by its own clean prediction one
 step later. The best and the worst make a pair if their scores differ enough (or all pairs that do are kept). A random
@@ -90,7 +90,7 @@ class Branching:
 
     children: of each state. start: the first step at which it compares. threshold: the least difference in probability
     of winner and loser. segment: steps between comparisons. all_pairs: all pairs of children instead of best and worst.
-    lookahead: noise-free steps by which a child is continued before it is scored.
+    lookahead: steps without noise that a child takes before it is scored.
     """
 
     children: int
@@ -127,7 +127,7 @@ def resample(
     """
     text, prompts, samples, children = prompted.text, prompted.prompts, prompted.samples, how.children
     if how.lookahead and quiet is None:
-        raise ValueError("to look ahead, give the noise-free table (quiet)")
+        raise ValueError("to look ahead, give the table without noise (quiet)")
     noisy = [k for k in range(how.start, len(table)) if table.stochastic[k]]
     if children < 2 or how.segment < 1 or not noisy:
         raise ValueError(
@@ -202,7 +202,7 @@ def _columns(found: list[list[Tensor]]) -> list[tuple[list[tuple[Tensor, ...]], 
 
 @dataclass(frozen=True, eq=False)
 class _Walk:
-    """Steps of one or K states per prompt, and segments: K continuations of one state."""
+    """Steps of one or K states per prompt, and segments: K children of one state."""
 
     one: Denoiser
     several: Denoiser
@@ -233,7 +233,7 @@ class _Walk:
         return states, cleans
 
     def look_ahead(self, quiet: StepTable, k: int, x: Tensor, cleans: list[Tensor], count: int) -> tuple[Tensor, int]:
-        """The clean prediction `count` noise-free steps after the states at step k, and the number of that step."""
+        """The clean prediction `count` steps without noise after the states at step k, and the number of that step."""
         previous, clean = (tensor.flatten(0, 1) for tensor in cleans)
         end = min(k + count, len(quiet))
         while k < end:

@@ -19,7 +19,7 @@ def quantiles(name: str, values: Tensor) -> dict[str, float]:
 
 
 class RunSums:
-    """Sums over the steps of each run, [B] each: log_ratio, kl, clamped; and the maximum, drift."""
+    """Sums over the steps of each trajectory, [B] each: log_ratio, kl, clamped; and the maximum, drift."""
 
     def __init__(self, runs: Runs):
         self.runs = runs
@@ -54,7 +54,7 @@ def round_columns(runs: Runs) -> Columns:
 
 def summarise_runs(columns: Columns, drawn: Columns, *, dims: int) -> dict[str, float]:
     """Metrics of a step, from the columns of its items and of the `drawn` round. Log-ratios are in nats, summed over
-    dims and, for runs, over steps."""
+    dims and, for trajectories, over steps."""
     metrics: dict[str, float] = {"dims": float(dims)}
     if "reward" in drawn:
         known = drawn["reward"][~drawn["reward"].isnan()]

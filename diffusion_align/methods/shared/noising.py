@@ -1,6 +1,6 @@
-"""Noised pictures and their denoising errors, for methods that learn from given pictures.
+"""Noised pictures and their squared errors, for methods that learn from given pictures.
 
-`noised_lists` and `denoising_errors` work for lists of any length K. A pair is a list of K = 2, the winner first.
+`noised_lists` and `denoising_errors` work for rankings of any K pictures. A pair is one of K = 2, the winner first.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Networks:
 
 
 class Noised(NamedTuple):
-    """B noised lists as one batch of K*B rows: all first entries, then all second ones, and so on."""
+    """B noised pairs or rankings as one batch of K*B rows: all first entries, then all second ones, and so on."""
 
     x: Tensor
     t: Tensor
@@ -85,7 +85,7 @@ def noised_lists(
     shared_noise: bool = True,
     told: Tensor | None = None,
 ) -> Noised:
-    """Noise latents [B,K,C,h,w] with one timestep and one noise per list, addressed by (epoch, index).
+    """Noise latents [B,K,C,h,w] with one timestep and one noise per row, addressed by (epoch, index).
 
     Timesteps are uniform over 0..N-1. The pictures of a pair share timestep and noise as in the pseudo-code of
     Diffusion-DPO's paper, so the margin depends on the pictures only. Without `shared_noise` each picture has its own

@@ -71,7 +71,7 @@ class OnlineSetup:
         return Prompted(prompts, self.opened.model.encode_text(prompts), samples)
 
     def rollouts(self, *, renewed: bool = False) -> Rollouts[Runs]:
-        """Runs of the prompts of a round. `renewed`: the reference is the policy that drew them.
+        """Trajectories of the prompts of a round. `renewed`: the reference is the policy that drew them.
 
         They are scored while the next chunk is drawn, if drawing and scoring use different processors.
         """

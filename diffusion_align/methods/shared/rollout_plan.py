@@ -45,7 +45,7 @@ def run_tables(o: TrainOnline, schedule: Schedule) -> RunTables:
 
 
 def evaluations_of_runs(o: TrainOnline, tables: RunTables) -> dict[str, float]:
-    """Network evaluations per prompt and round, of a method that learns from the runs of a prompt."""
+    """Network evaluations per prompt and round, of a method that learns from the trajectories of a prompt."""
     drawn, learnt = mean_evaluations(o, tables, lambda table: _of_runs(o, table))
     return {"rollout": drawn, "policy with gradient": learnt * o.passes, "reference": learnt}
 
@@ -122,9 +122,9 @@ def describe_rounds(plan: RoundPlan) -> list[str]:
 
 
 def describe_sampler(o: TrainOnline, tables: RunTables) -> str:
-    """The sampler, how many steps a run has, which of them have noise, and where it ends."""
+    """The sampler, how many steps a trajectory has, which of them have noise, and where it ends."""
     solver = f"{o.solver} order {o.order}" if o.solver == "dpmpp" else o.solver
-    end = "noise-free" if o.final == "zero" else "at the noise level of t = 0"
+    end = "without noise" if o.final == "zero" else "at the noise level of t = 0"
     noisy = f"noise in {tables.noisy} of them"
     if o.noise_window is not None:
         starts = window_starts(o, tables.noisy)

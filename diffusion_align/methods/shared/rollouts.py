@@ -1,4 +1,4 @@
-"""How the runs of an online method are drawn and scored, and which networks they are compared under."""
+"""How the trajectories of an online method are drawn and scored, and which networks they are compared under."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ALL_TIED = "all pictures of each prompt had the same reward, or it failed; raise
 class Rollouts(Generic[Chunk]):
     """What an online method learns from.
 
-    draw: (samples (epoch, prompt), prompts used before the round) -> a chunk of runs or comparisons.
+    draw: (samples (epoch, prompt), prompts used before the round) -> a chunk of trajectories or comparisons.
     policy, reference: networks with guidance, as functions of the prompt. reference None: the policy that drew the
         round. dims: D, of a latent. allowed: differences at the start that rounding explains.
     score: chunk -> the chunk with rewards; None if `draw` scores. score_ahead: score while the next chunk is drawn.

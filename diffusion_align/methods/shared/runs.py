@@ -1,7 +1,8 @@
-"""Runs of the sampler for online training, in chunks: drawn by address, scored, and evaluated under the reference.
+"""Trajectories of the sampler for online training, in chunks: drawn by address, scored, and evaluated under the
+reference.
 
-A chunk holds complete groups: the K runs of prompt g are rows g K .. g K + K - 1. Drawing and learning use the same
-chunks, so the network sees the same batches in both and the importance ratio is exactly 1.
+A chunk holds complete groups: the K trajectories of prompt g are rows g K .. g K + K - 1. Drawing and learning use the
+same chunks, so the network sees the same batches in both and the importance ratio is exactly 1.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,8 +35,8 @@ Score = Callable[[Tensor, list[str]], Tensor]
 def once_a_group(bind: Bind, text: Tensor, group: int) -> Denoiser:
     """The denoiser of G groups of K rows, text [G,L,E]; evaluated once per group while its K states are equal.
 
-    They are equal until the runs of a prompt get different noise: at the first step if they share the initial noise,
-    and up to the first noise of a window.
+    They are equal until the trajectories of a prompt get different noise: at the first step if they share the initial
+    noise, and up to the first noise of a window.
     """
     several, one = bind(text.repeat_interleave(group, 0)), bind(text)
 
@@ -55,10 +56,10 @@ def binder(predict: Predict, schedule: Schedule, prediction_type: str, empty_tex
 
 @dataclass(frozen=True, eq=False)
 class Runs:
-    """A chunk of G groups of K runs, B = G K rows.
+    """A chunk of G groups of K trajectories, B = G K rows.
 
-    text: [G,L,E]. reference: [T,B,...] clean predictions of the reference along the runs, 0 at steps that are not
-    scored. reward: [G,K]; nan if it failed.
+    text: [G,L,E]. reference: [T,B,...] clean predictions of the reference along the trajectories, 0 at steps that are
+    not scored. reward: [G,K]; nan if it failed.
     """
 
     trajectory: Trajectory[StepTable]
@@ -69,11 +70,11 @@ class Runs:
 
     @property
     def dims(self) -> int:
-        """D, the latent dims of a run."""
+        """D, the latent dims of a trajectory."""
         return self.trajectory.states[0, 0].numel()
 
     def to(self, device: torch.device | str) -> "Runs":
-        """The same runs with states, predictions and text on this device; rewards stay on the CPU."""
+        """The same trajectories with states, predictions and text on this device; rewards stay on the CPU."""
         run = self.trajectory
         there = {name: getattr(run, name).to(device) for name in ("states", "log_prob", "clean")}
         moved = {name: getattr(self, name).to(device) for name in ("text", "reference")}
@@ -100,7 +101,7 @@ class Runs:
         return once_a_group(bind, self.text, self.reward.shape[1])
 
     def gaussian(self, k: int, clean: Tensor) -> Gaussian:
-        """The Gaussian of step k along the runs, from stored predictions [T,B,...] of any model."""
+        """The Gaussian of step k along the trajectories, from stored predictions [T,B,...] of any model."""
         table, x = self.trajectory.table, widen(self.trajectory.states[k])
         return Gaussian(*step_gaussian(table, k, x, clean[k], *earlier(table, k, clean)))
 
@@ -132,12 +133,12 @@ def draw_runs(
     seed: int,
     learn_steps: int | None = None,
 ) -> Runs:
-    """Run the policy `group` times for each prompt, and evaluate the reference along the runs. `scored` adds rewards.
+    """Draw `group` trajectories for each prompt, and evaluate the reference along them. `scored` adds rewards.
 
-    The noise of a run has the address (seed, "run", epoch, prompt, k), its start (seed, "x_T", epoch, prompt, k), or
-    without k if the group shares it (as in D3PO; PRDP's optimum requires it). `learn_steps`: learn from this many first
-    steps only; the others are drawn, but neither scored nor evaluated by the reference. reference None: the reference
-    is the policy that drew the runs, which costs no evaluation.
+    The noise of a trajectory has the address (seed, "run", epoch, prompt, k), its start (seed, "x_T", epoch, prompt,
+    k), or without k if the group shares it (as in D3PO; PRDP's optimum requires it). `learn_steps`: learn from this
+    many first steps only; the others are drawn, but neither scored nor evaluated by the reference. reference None: the
+    reference is the policy that drew the trajectories, which costs no evaluation.
     """
     text, samples = prompted.text, prompted.samples
     rows = [(*sample, k) for sample in samples for k in range(group)]
@@ -153,7 +154,7 @@ def draw_runs(
 
 
 def scored(runs: Runs, score: Score) -> Runs:
-    """The same runs with the rewards of their final latents. Raises RewardError as `checked`."""
+    """The same trajectories with the rewards of their final latents. Raises RewardError as `checked`."""
     rows = [prompt for prompt in runs.prompts for _ in range(runs.reward.shape[1])]
     reward = checked(score, runs.trajectory.states[-1], rows)
     return replace(runs, reward=reward.view(runs.reward.shape))
@@ -165,7 +166,8 @@ def _first_steps(table: StepTable, count: int) -> StepTable:
 
 
 def _along(denoiser: Denoiser, run: Trajectory[StepTable], elsewhere: Tensor) -> Tensor:
-    """Clean predictions [T,B,...] at the states that the scored steps of a run use, and `elsewhere` at the others."""
+    """Clean predictions [T,B,...] at the states that the scored steps of a trajectory use, and `elsewhere` at the
+    others."""
     needed = scored_predictions(run, "recompute")
     found = {k: predict(denoiser, run.table, k, run.states[k]) for k in needed}
     return torch.stack([found.get(k, elsewhere[k]) for k in range(len(run.table))])
@@ -173,11 +175,12 @@ def _along(denoiser: Denoiser, run: Trajectory[StepTable], elsewhere: Tensor) ->
 
 @torch.no_grad()
 def repredict(runs: Runs, unmoved: bool, *, policy: Bind, reference: Bind | None) -> tuple[Runs, float]:
-    """The same runs with predictions repeated in a batch of this shape, because other shapes round differently; and by
-    how much those of the policy changed, relative as in `path_gradient`. States, noise and rewards stay the same.
+    """The same trajectories with predictions repeated in a batch of this shape, because other shapes round differently;
+    and by how much those of the policy changed, relative as in `path_gradient`. States, noise and rewards stay the
+    same.
 
-    unmoved: the policy is still the one that drew the runs; otherwise its predictions are kept. reference None: the
-    reference is the policy that drew the runs.
+    unmoved: the policy is still the one that drew the trajectories; otherwise its predictions are kept. reference None:
+    the reference is the policy that drew the trajectories.
     """
     run, group, change = runs.trajectory, runs.reward.shape[1], 0.0
     assert run.clean is not None  # rollouts keep them

@@ -31,7 +31,8 @@ NAMES = {"bf16": "bfloat16", "fp16": "float16", "tf32": "TF32", "no": "float32"}
 @dataclass(frozen=True)
 class Allowed:
     """The differences that rounding explains. prediction: of a guided prediction, relative (see `path_gradient`); step,
-    run: of a log-ratio between equal models, in nats summed over dims, at one step and over a run. name: the precision.
+    run: of a log-ratio between equal models, in nats summed over dims, at one step and over a trajectory. name: the
+    precision.
     """
 
     prediction: float
@@ -57,7 +58,7 @@ def between_outputs(accelerator: Accelerator) -> float:
 
 
 def along_runs(name: str, table: StepTable, dims: int, guidance: float, prediction_type: str) -> Allowed:
-    """The limits for runs of a sampler whose network computes in `name`, a key of `ROUNDING`.
+    """The limits for trajectories of a sampler whose network computes in `name`, a key of `ROUNDING`.
 
     Guidance g adds g and 1 - g times the independent rounding errors of its two outputs: a factor of hypot(g, g - 1).
     The error of an output moves the mean of a step by delta standard deviations per dim. The log-ratio of two Gaussians
@@ -79,8 +80,8 @@ def along_runs(name: str, table: StepTable, dims: int, guidance: float, predicti
 
 @torch.no_grad()
 def apart(policy: Tensor, reference: Tensor, entries: int) -> Tensor:
-    """The relative difference [b] of the outputs [K b,...] of two networks, the largest over the K entries of a list.
-    Rows are in the order of `Noised`."""
+    """The relative difference [b] of the outputs [K b,...] of two networks, the largest over the K pictures of
+    a row. The order is that of `Noised`."""
     difference, size = (sum_dims(x.to(torch.float32).square()) for x in (policy - reference, reference))
     relative = torch.where(difference > 0, difference / size, difference).sqrt()
     return relative.view(entries, -1).amax(0)
@@ -100,7 +101,8 @@ def require_equal_outputs(columns: Columns, *, allowed: float) -> None:
 
 
 def require_equal_ratios(columns: Columns, *, dims: int, allowed: Allowed) -> None:
-    """Raise RuntimeError if the policy differs from what drew the runs, or from its reference, before the first update.
+    """Raise RuntimeError if the policy differs from what drew the trajectories, or from its reference, before the first
+    update.
 
     Both importance ratios must be 1 up to the rounding that is `allowed`, as kernels may differ with gradients on.
     """

@@ -1,1 +1,1 @@
-"""LoRA files: the adapter of a run, and files of other programs read into one."""
+"""LoRA files: that of a run, and files of other programs read into one."""

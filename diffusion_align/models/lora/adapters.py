@@ -93,7 +93,7 @@ def trainable(unet: UNet2DConditionModel, mode: str) -> list[Parameter]:
 def reference(model: TextToImage, mode: str) -> Predict:
     """The frozen model as `(x, t, text) -> output` float32, without gradients.
 
-    With a LoRA it is the same network with the adapter switched off: it costs no memory, rounds as the policy does, and
+    With a LoRA it is the same network with the LoRA switched off: it costs no memory, rounds as the policy does, and
     equals it exactly before training. With full training it is a copy, taken now; call `trainable` before.
     """
     if mode not in MODES:
@@ -117,7 +117,7 @@ def reference(model: TextToImage, mode: str) -> Predict:
 
 @contextmanager
 def _adapter_off(network: torch.nn.Module) -> Iterator[None]:
-    """Switch the adapter off layer by layer, which works for a wrapped network too.
+    """Switch the LoRA off layer by layer, which works for a wrapped network too.
 
     peft switches the gradients off and then on again, even those that were off before; a frozen LoRA must stay frozen.
     """

@@ -4,7 +4,7 @@ Prompts are padded to the tokenizer's length, and truncated to it, as when these
 what else can be asked for.
 
 SDXL's UNet also takes a pooled embedding and six numbers of size (Podell et al. 2023, arXiv 2307.01952, section 2.2).
-They are stored as two more rows of the text, because the floors above handle text as one `[B,L,E]`: caches store it,
+They are stored as two more rows of the text, because the levels above handle text as one `[B,L,E]`: caches store it,
 caption dropout replaces it, guidance stacks it. So a dropped caption drops its pooled embedding too, and no caller
 needs to know the kind of model.
 

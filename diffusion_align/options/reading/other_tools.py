@@ -73,7 +73,7 @@ NOT_HERE: dict[str, str] = {
     **dict.fromkeys(("lora_dropout", "network_dropout", "dropout"), NO_DROPOUT),
     **dict.fromkeys(("sdxl", "v2", "v_parameterization", "is_turbo", "prediction_type"), FAMILY),
     **dict.fromkeys(("num_validation_images", "validation_images"), GRIDS),
-    **dict.fromkeys(("network_module", "network_args", "use_dora", "lycoris_config", "conv_dim"), "the adapter is a plain LoRA; --lora_targets wide covers convolutions too"),
+    **dict.fromkeys(("network_module", "network_args", "use_dora", "lycoris_config", "conv_dim"), "this package trains a plain LoRA; --lora_targets wide covers convolutions too"),
     **dict.fromkeys(("network_train_unet_only", "train_unet_only", "unet_only", "cache_latents", "cache_latents_to_disk", "pre_compute_text_embeddings", "cache_text_encoder_outputs", "set_grads_to_none", "sdpa", "xformers_sdpa", "foreach_ema", "safe_serialization", "save_state", "persistent_data_loader_workers"), "it is so always"),
     **dict.fromkeys(("use_peft_lora", "train.cfg", "train_cfg"), "it is so: guidance is the same in rollout and training"),
     **dict.fromkeys(("adv_clip_max", "train.adv_clip_max", "train_adv_clip_max", "per_prompt_stat_tracking", "per_prompt_stat_tracking_buffer_size"), "advantages are taken within the group of a prompt's pictures (--group_size) and not clipped"),

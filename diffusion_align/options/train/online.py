@@ -36,7 +36,7 @@ class TrainOnline(WithReward, TrainUnet):
     prompts_per_round: int = option(16, "rollout", "prompts of a round, over all devices; the policy that draws them stays the same", at_least=1)
     group_size: int = option(2, "rollout", "pictures of each prompt", at_least=2)
     learn_steps: int | None = option(None, "rollout", "learn only from the first N steps of a trajectory (default: all steps with noise); not for spo", at_least=1, one_of="learned")
-    noise_window: int | None = option(None, "rollout", "noise and learning only in a window of N steps, whose place is drawn for each round; the other steps are deterministic (default: noise in all). spo compares in the window only", at_least=1, one_of="learned")
+    noise_window: int | None = option(None, "rollout", "noise and learning only in a window of N steps, whose place is drawn for each round; the other steps are without noise (default: noise in all). spo compares in the window only", at_least=1, one_of="learned")
     window_first: int = option(0, "rollout", "first step at which a noise_window may start", at_least=0)
     window_last: int | None = option(None, "rollout", "last step at which a noise_window may start (default: the window then ends with the last step that has noise)", at_least=0)
     sample_chunk: int = option(16, "rollout", "pictures in the network at a time, in rollout and training; it determines the memory", at_least=1)

@@ -28,7 +28,7 @@ class TrainSpo(TrainOnline):
     threshold: float = option(0.3, "rollout", "keep a pair if the softmax probabilities of its scores differ by more than this", at_least=0, below=1)
     pairs: str = option("best_worst", "rollout", "pairs of the children of a state: best_worst (one pair, as published), or all pairs above the threshold", choices=("best_worst", "all"))
     segment: int = option(1, "rollout", "steps between comparisons; above 1 it is the paper's MSPO for SDXL, which has 4", at_least=1)
-    lookahead: int = option(0, "rollout", "deterministic steps that continue each child before its predicted picture is scored, for rewards of finished pictures; with the value of steps: to the end", at_least=0)
+    lookahead: int = option(0, "rollout", "steps without noise that continue each child before its predicted picture is scored, for rewards of finished pictures; with the value of steps: to the end", at_least=0)
     pairs_per_step: int | None = option(None, "train", "pairs of an optimizer step, over all devices, in random order within the round; the last step of a round takes the remaining pairs (default: all pairs of prompts_per_step prompts)", at_least=1, one_of="step")
     preference_model: str | None = option(None, "reward", "a step-aware preference model: a folder of reward train-spm, a file as SPO's authors publish it, or theirs by name: spo-sd15, spo-sdxl; default: the reward, on the predicted picture at every step", path="name")
     # fmt: on

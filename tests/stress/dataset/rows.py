@@ -1,4 +1,4 @@
-"""Data sets of clean or broken rows, each with its expected outcome."""
+"""Data sets of clean or bad rows, each with its expected outcome."""
 
 import io
 import json
