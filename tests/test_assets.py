@@ -13,7 +13,7 @@ from tiny.reward import wrong_caption
 
 from diffusion_align.data import read_pairs, read_rankings
 from diffusion_align.data.frames import load_picture
-from diffusion_align.data.raw_rows import read_bytes
+from diffusion_align.data.rows.raw_rows import read_bytes
 from diffusion_align.evaluation import Drawing, evaluation_table, generate
 from diffusion_align.models import load_pipeline
 from diffusion_align.rewards import clip_scorer

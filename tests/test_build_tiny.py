@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from tiny.fit import fit
 
 from diffusion_align.data import read_pairs, read_rankings
-from diffusion_align.data.raw_rows import read_bytes
+from diffusion_align.data.rows.raw_rows import read_bytes
 from diffusion_align.rng import generator
 from diffusion_align.shapes import ATTRIBUTES
 

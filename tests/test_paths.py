@@ -18,7 +18,7 @@ from diffusion_align.options.reading.paths import KINDS, absolute_reward, requir
 
 # Texts that are no paths, whatever the verb. A new text option is one of these, or says what kind of path it is.
 WORDS = """revision variant device keep_best report_to tracker_name validation_prompts hub_model_id hub_token split
-    dataset_config_name dataset_split_name shard host prompt negative_prompt""".split()
+    dataset_config_name dataset_split_name columns encoding key shard host prompt negative_prompt""".split()
 PATHS = [
     (verb, option.name)
     for verb, record in VERBS.items()
@@ -174,7 +174,9 @@ def test_a_name_on_the_hub_is_one():
 
 def test_pairs_on_disk_never_ask_a_hub(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("diffusion_align.commands.train.items.fetch_pairs", lambda *a: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(
+        "diffusion_align.commands.train.items.fetch_pairs", lambda *a, **more: pytest.fail("the hub was asked")
+    )
     assert source_path(dpo.METHOD, TrainDpo(dataset_name="owner/name")) is None
     assert source_path(dpo.METHOD, TrainDpo(train_data_dir="my_pairs")) == Path("my_pairs")
     for typo in ("owner/typo", "my_pairs", "a/b/c", "data/pairs"):

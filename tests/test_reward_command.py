@@ -160,7 +160,7 @@ def test_prompts_are_one_each_or_one_for_all(folder, tmp_path, capsys):
 
 
 def test_score_names_what_is_missing(folder, tmp_path, capsys):
-    argv = ["reward", "score", "--reward", "jpeg-small", "--out", str(tmp_path / "s"), "--images"]
+    argv = ["reward", "score", "--reward", "judge", "--out", str(tmp_path / "s"), "--images"]
     (tmp_path / "empty").mkdir()
     cases = [
         (tmp_path / "none", "no such file or folder"),
@@ -178,6 +178,44 @@ def test_score_names_what_is_missing(folder, tmp_path, capsys):
     assert cli.main([*argv, str(folder)]) == 1
     assert "which prompts? --prompts_file FILE" in capsys.readouterr().err
     assert not (tmp_path / "s").exists() and not list(tmp_path.glob(".s*"))
+
+
+def test_pictures_in_the_layout_of_geneval_have_their_prompts(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def f(images, prompts): return [len(prompt) for prompt in prompts]")
+    for number, prompt in enumerate(["one", "three"]):
+        samples = tmp_path / "drawn" / f"{number:05d}" / "samples"
+        samples.mkdir(parents=True)
+        (samples.parent / "metadata.jsonl").write_text(json.dumps({"prompt": prompt, "tag": "x"}))
+        for which in range(2):
+            (samples / f"{which:04d}.png").write_bytes(encode_png(pictures(1, (16, 16))[0]))
+        (samples / "._0000.png").write_bytes(b"\x00")
+    out = ["--out", str(tmp_path / "s")]
+    mine = ["reward", "score", "--reward", f"python:{tmp_path / 'mine.py'}:f", *out]
+    assert cli.main([*mine, "--images", str(tmp_path / "drawn")]) == 0
+    assert [row["score"] for row in rows_of(tmp_path / "s")] == [3, 3, 5, 5]
+    assert cli.main([*mine, "--images", str(tmp_path / "drawn" / "00001" / "samples")]) == 0
+    assert [row["score"] for row in rows_of(tmp_path / "s")] == [5, 5]
+
+
+@pytest.mark.parametrize("reward", ["jpeg-small", "0.5:jpeg-large,random", "min:std:jpeg-small,random"])
+def test_rewards_that_read_no_prompt_ask_for_none(folder, tmp_path, reward):
+    (folder / "samples.json").unlink()
+    argv = ["reward", "score", "--reward", reward, "--images", str(folder), "--out", str(tmp_path / "s")]
+    assert cli.main(argv) == 0
+    assert [row["prompt"] for row in rows_of(tmp_path / "s")] == [""] * 4
+
+
+@pytest.mark.parametrize("reward", ["python:{}:f", "jpeg-small,python:{}:f", "http://127.0.0.1:9"])
+def test_rewards_that_read_prompts_ask_for_them_and_take_them(folder, tmp_path, capsys, reward):
+    (tmp_path / "mine.py").write_text("def f(images, prompts): return [len(prompt) for prompt in prompts]")
+    (folder / "samples.json").unlink()
+    reward = reward.format(tmp_path / "mine.py")
+    argv = ["reward", "score", "--reward", reward, "--images", str(folder), "--out", str(tmp_path / "s")]
+    assert cli.main(argv) == 1
+    assert "which prompts? --prompts_file FILE with one a line" in capsys.readouterr().err
+    if "http" not in reward:
+        (tmp_path / "p.txt").write_text("a cat")
+        assert cli.main([*argv, "--prompts_file", str(tmp_path / "p.txt")]) == 0
 
 
 def test_serve_answers_until_it_is_interrupted():

@@ -14,7 +14,7 @@ from diffusion_align.commands.data.summary import summarise_data
 from diffusion_align.commands.printed_commands import command_line, restart_command
 from diffusion_align.data import write_pairs_parquet
 from diffusion_align.data.images import encode_png
-from diffusion_align.data.read import recognise
+from diffusion_align.data.rows.recognise import recognise
 from diffusion_align.models.hub import asset
 from diffusion_align.options import VERBS, TrainDpo, UsageError, options_of, parse, resolve, to_yaml
 from diffusion_align.options.reading.place import step_named

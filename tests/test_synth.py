@@ -15,7 +15,7 @@ from diffusion_align import cli
 from diffusion_align.commands.data import synth_chunks
 from diffusion_align.commands.data.synth_labels import agreement, relevances, scorer_figures, shuffled_relevance
 from diffusion_align.data import read_pairs, read_rankings
-from diffusion_align.data.raw_rows import read_bytes
+from diffusion_align.data.rows.raw_rows import read_bytes
 from diffusion_align.options import UsageError
 from diffusion_align.options.reward import check_reward
 

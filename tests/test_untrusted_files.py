@@ -20,8 +20,9 @@ from stress.hostile import bombs, cases
 from diffusion_align.cli import main
 from diffusion_align.data.bad_rows import BadRow, DataError
 from diffusion_align.data.images import ImageError, decode_image
-from diffusion_align.data.read import read_rows, recognise
-from diffusion_align.data.table_rows import MAX_ROW
+from diffusion_align.data.read import read_rows
+from diffusion_align.data.rows.recognise import recognise
+from diffusion_align.data.rows.tables.json_rows import MAX_ROW
 from diffusion_align.models.hub import checked
 from diffusion_align.rewards import weight_files
 from diffusion_align.rewards.weight_files import read_weights

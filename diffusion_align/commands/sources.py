@@ -28,23 +28,6 @@ def pairs_on_disk(name: str, *, hub: bool = True) -> Path | None:
     return None if hub and not path.exists() and not path.suffix and on_hub(name) else path
 
 
-def fetch_pairs(name: str, split: str, cache_dir: str | None) -> Path:
-    """Download a data set's parquet files of one split and return the folder.
-
-    Raises:
-        FileNotFoundError: the download failed; the message has the hub's answer in one line and two remedies.
-    """
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = [f"*{split}*.parquet"]
-        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns, cache_dir=cache_dir))
-    except Exception as error:  # the hub's client raises errors of its own, of its HTTP library and of the system
-        answer = " ".join(str(error).split())[:200]
-        cure = f"`hf download {name} --repo-type dataset` fetches it; or give pairs on this disk with --train_data_dir"
-        raise FileNotFoundError(f"pairs {name}: no such path here, and the hub says: {answer}; {cure}") from error
-
-
 def read_prompts(source: str) -> list[str]:
     """The prompts of a file, a folder, or a named list (docs/evaluation.md).
 

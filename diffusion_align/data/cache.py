@@ -19,7 +19,6 @@ the last complete shard. Two pictures with the same bytes are one picture in the
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -33,6 +32,7 @@ from diffusion_align.data.bad_rows import BadRow, DataError, bad_row_lines, requ
 from diffusion_align.data.disk import digest, require_room, write_bytes
 from diffusion_align.data.pairs_and_rankings import Pair, Ranking, fingerprint
 from diffusion_align.data.picture_numbers import PictureNumbers
+from diffusion_align.data.rows.tables.json_rows import json_lines
 from diffusion_align.data.shards import (
     VALUES,
     Encoders,
@@ -43,8 +43,8 @@ from diffusion_align.data.shards import (
     finished_shard,
     write_shard,
 )
-from diffusion_align.data.table_rows import json_lines
-from diffusion_align.system.progress import progress_bar
+from diffusion_align.data.stored_caches import hold
+from diffusion_align.system.progress import total_bar
 
 ONE_RANK = Ranks()
 CACHE_FORMAT = 1
@@ -66,6 +66,7 @@ class PairCache:
     """
 
     def __init__(self, folder: Path):
+        self._held = hold(folder)  # so that nobody removes it while this object lives
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         self.folder = folder
         self.identity: dict[str, Any] = manifest["identity"]
@@ -92,6 +93,11 @@ class PairCache:
         numbers = {shape: number for number, shape in enumerate(sorted(set(shapes)))}
         self.groups = [numbers[shape] for shape in shapes] if len(numbers) > 1 else None
         self.empty_text = self._shards.row("dropped", 0).to(torch.float32)[None]
+
+    @property
+    def alike(self) -> int:
+        """How many pairs or rankings have one picture twice: they compare it with itself."""
+        return sum(len(set(pictures)) < len(pictures) for *pictures, _ in self._lists)
 
     def __len__(self) -> int:
         return len(self._lists)
@@ -147,6 +153,7 @@ def build_cache(
     known_bad: Sequence[BadRow] = (),
     progress: bool = True,
     ranks: Ranks = ONE_RANK,
+    before_encoding: Callable[[Path, int], object] | None = None,
 ) -> PairCache:
     """Open the cache of these pairs or rankings. If it does not exist, encode them to disk first.
 
@@ -157,6 +164,7 @@ def build_cache(
         max_bad_fraction: stop once more than this fraction of the rows (pairs and `known_bad`) is bad.
         known_bad: rows that the reader left out (`Counts.bad_rows`), so that they are counted and listed too.
         ranks: the rank of this process and the number of processes. Each process calls this function.
+        before_encoding: called on rank 0 with the cache's folder and its size in bytes, if it must be encoded.
 
     Raises:
         DataError: too many bad rows, no pair left, a damaged shard, or a picture that has changed meanwhile.
@@ -168,10 +176,13 @@ def build_cache(
     identity = _identity(model, pairs, settings)
     home = Path(folder) / digest(json.dumps(identity, sort_keys=True).encode())[:16]
     job = EncodingJob(model, pairs, home, settings, ranks)
+    _held = hold(home)  # until this function ends; then the PairCache holds it
     # All ranks find the manifest, or all build the cache: a network disk may show a new file to some ranks first.
     missing = ranks.total(not (home / "manifest.json").is_file())
     if missing:
-        home.mkdir(parents=True, exist_ok=True)
+        if before_encoding is not None and ranks.rank == 0:
+            before_encoding(home, job.size())
+        ranks.total(0)
         require_room(home, job.size())
     else:
         # max_bad_fraction of this run applies, not that of the run that built the cache.
@@ -213,15 +224,15 @@ def _encode(
 
     texts = {shard: len(job.texts(shard)) for shard in job.mine(job.text_shards)}
     lists = {shard: len(job.rows(shard)) for shard in job.mine(job.list_shards)}
-    with _progress("encode prompts", len(job.prompts), "prompt", progress) as report:
+    with total_bar("encode prompts", len(job.prompts), "prompt", progress) as report:
         encoding.run_pass(job, texts, partial(encoding.encode_prompts, job), report)
-    with _progress(f"read {job.kind}s", len(job.lists), job.kind, progress) as report:
+    with total_bar(f"read {job.kind}s", len(job.lists), job.kind, progress) as report:
         encoding.run_pass(job, lists, partial(encoding.write_digests, job), report)
     numbers = PictureNumbers.read(job)
     # While encoding, each rank lists the bad rows that it found in its own file; at the end rank 0 lists all.
     rank, listed = job.ranks.rank, job.home / "bad_rows.jsonl"
     own = job.home / f"bad_rows-{rank}.jsonl" if rank else listed
-    with _progress(f"encode {job.kind}s", len(job.lists), job.kind, progress) as report:
+    with total_bar(f"encode {job.kind}s", len(job.lists), job.kind, progress) as report:
         encoding.run_pass(job, lists, encoding.picture_pass(job, numbers, partial(list_bad, own)), report)
     if rank:
         own.unlink(missing_ok=True)
@@ -237,14 +248,3 @@ def _encode(
     manifest = {"identity": identity, "bad": len(known_bad) + len(bad), "pair_shards": shards}
     write_bytes(job.home / "manifest.json", json.dumps(manifest, indent=1).encode())
     encoding.forget_digests(job)
-
-
-@contextmanager
-def _progress(what: str, total: int, unit: str, show: bool) -> Iterator[Callable[[int], object]]:
-    """A progress bar on stderr. Yields a function that takes the number of items that all ranks have done."""
-    if not show:
-        # Not even a disabled bar: if a forked process is killed while it holds tqdm's lock, all others are blocked.
-        yield lambda done: None
-        return
-    with progress_bar(total=total, desc=what, unit=unit) as bar:
-        yield lambda done: bar.update(done - bar.n)

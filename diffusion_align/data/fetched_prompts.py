@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_align.data.bad_rows import BadRow, DataError
-from diffusion_align.data.known_layouts import PROMPT_LIST
 from diffusion_align.data.prompts import PROMPT_KEYS, Prompt, prompt_of, read_list
-from diffusion_align.data.table_rows import parquet_rows, parquet_schema, table_rows
+from diffusion_align.data.rows.known_layouts import PROMPT_LIST
+from diffusion_align.data.rows.tables.columnar import parquet_rows, parquet_schema
+from diffusion_align.data.rows.tables.table_rows import table_rows
 from diffusion_align.origins import PROMPT_LISTS, PromptList
 from diffusion_align.system.network import offline
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffusion_align.data import disk
-from diffusion_align.data.raw_rows import ParquetItem, StoredPicture, TarMember, read_bytes
+from diffusion_align.data.rows.raw_rows import ParquetItem, StoredPicture, TarMember, ZipMember, read_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +135,8 @@ def fingerprint(lists: Sequence[Pair | Ranking]) -> str:
             return file_digest(picture) if picture.is_file() else "absent"
         if isinstance(picture, TarMember):
             return f"{file_digest(picture.file)}:{picture.offset}:{picture.size}"
+        if isinstance(picture, ZipMember):
+            return f"{file_digest(picture.file)}:{picture.member}"
         cell = f"{file_digest(picture.file)}:{picture.row}:{picture.column}"
         return f"{cell}:{picture.item}" if isinstance(picture, ParquetItem) else cell
 

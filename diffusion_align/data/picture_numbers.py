@@ -9,7 +9,7 @@ from pathlib import Path
 
 from diffusion_align.data.bad_rows import BadRow
 from diffusion_align.data.pairs_and_rankings import Pair
-from diffusion_align.data.raw_rows import StoredPicture
+from diffusion_align.data.rows.raw_rows import StoredPicture
 from diffusion_align.data.shards import EncodingJob
 
 UNREAD = "cannot be read"  # no digest begins with it

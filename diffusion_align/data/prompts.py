@@ -13,9 +13,12 @@ from typing import Any
 import pyarrow as pa
 
 from diffusion_align.data.bad_rows import BadRow, DataError
-from diffusion_align.data.known_layouts import PROMPT_LIST, layout_of, why_no_layout
-from diffusion_align.data.raw_rows import PROMPT_COLUMNS, prompt_fault
-from diffusion_align.data.table_rows import SUFFIXES, columns_of, parquet_rows, parquet_schema, prompt_lines, table_rows
+from diffusion_align.data.rows.known_layouts import PROMPT_LIST, layout_of, why_no_layout
+from diffusion_align.data.rows.listing import entries_of
+from diffusion_align.data.rows.raw_rows import PROMPT_COLUMNS, RowError, chat_text, prompt_fault
+from diffusion_align.data.rows.tables.columnar import COLUMNAR, parquet_rows, parquet_schema
+from diffusion_align.data.rows.tables.table_rows import columns_of, is_table, prompt_lines, table_rows
+from diffusion_align.data.rows.tables.text import kind_of
 
 PROMPT_KEYS = (*PROMPT_COLUMNS, "prompts")
 # In any case of letters: PartiPrompts has Category and Challenge, GenEval tag, GenEval 2 skills.
@@ -69,12 +72,16 @@ def prompt_of(row: Mapping[str, Any]) -> Prompt | str:
     key = next((named[name] for name in PROMPT_KEYS if name in named), None)
     if key is None:
         return f"has no {', '.join(PROMPT_KEYS)}; it has {', '.join(map(repr, list(named)[:8])) or 'nothing'}"
-    fault = prompt_fault(row[key])
+    try:
+        text = chat_text(row[key])
+    except RowError as error:
+        return str(error)
+    fault = prompt_fault(text)
     if fault is not None:
         return fault
     # A damaged cell is its error here, and what is too much in a CSV's row stands under None.
     extra = {k: v for k, v in row.items() if isinstance(k, str) and k != key and not isinstance(v, Exception)}
-    return Prompt(row[key].strip(), tuple(_categories({name: row[named[name]] for name in named})), extra)
+    return Prompt(text.strip(), tuple(_categories({name: row[named[name]] for name in named})), extra)
 
 
 def _categories(named: Mapping[str, Any]) -> Iterator[str]:
@@ -91,14 +98,14 @@ def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | BadRow]]:
         yield from _files(path)
     elif not path.exists():
         raise DataError(f"{path}: no such file or folder; give {READABLE_LISTS}")
-    elif path.suffix == ".tsv":
+    elif path.suffix.lower() == ".tsv":
         yield from _tabs(path)
-    elif path.suffix == ".parquet":
+    elif path.suffix.lower() in COLUMNAR:
         yield from _parquet(path)
-    elif path.suffix == ".txt" or path.suffix in SUFFIXES:
-        if path.suffix != ".txt":
+    elif kind_of(path) == ".txt" or is_table(path):
+        if kind_of(path) != ".txt":
             _require_prompts(path, columns_of(path))
-        for raw in prompt_lines(path) if path.suffix == ".txt" else table_rows(path, PROMPT_LIST):
+        for raw in prompt_lines(path) if kind_of(path) == ".txt" else table_rows(path, PROMPT_LIST):
             yield ("", raw) if isinstance(raw, BadRow) else (raw.id, raw.values)
     else:
         raise DataError(f"{path}: is not a list of prompts known here; give {READABLE_LISTS}")
@@ -117,7 +124,7 @@ def _require_prompts(path: Path, columns: list[str]) -> None:
 
 def _files(folder: Path) -> Iterator[tuple[str, Mapping[str, Any] | BadRow]]:
     """A prompt in each file, whose name is its item_id, as in DPG-Bench."""
-    files = sorted(folder.glob("*.txt"))
+    files = [path for path in entries_of(folder) if path.suffix.lower() == ".txt" and path.is_file()]
     if not files:
         raise DataError(f"{folder}: holds no .txt; give {READABLE_LISTS}")
     for file in files:
@@ -130,7 +137,7 @@ def _files(folder: Path) -> Iterator[tuple[str, Mapping[str, Any] | BadRow]]:
 def _tabs(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """PartiPrompts' form: names in the first line, tabs between, quotation marks mean themselves."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not text in UTF-8; give {READABLE_LISTS}") from error
     for number, row in enumerate(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE), start=1):

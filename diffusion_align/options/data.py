@@ -11,6 +11,28 @@ from .schema import option
 PATH = "a file or folder in any layout of docs/data.md; the layout is recognised without a flag"
 SPLIT = "split to read, if files are named by split (train-00000.parquet, test.json)"
 MAX_BAD = "largest fraction of bad rows; these are left out and listed; with more, the command fails"
+ENCODING = "encoding of texts and tables that have no byte order mark, such as cp1252 or gb18030 (default: UTF-8)"
+COLUMNS = "what the data calls a column, as OURS=THEIRS, such as chosen=winner_path; may be repeated (default: usual names are known)"
+
+
+def encoding_fault(name: str) -> str | None:
+    """What is wrong with the name of an encoding; None if texts can be read in it."""
+    try:
+        "".encode(name)
+    except (LookupError, ValueError):
+        return "is no encoding of text that Python knows, such as cp1252, utf-16, gb18030 or shift_jis"
+    return None
+
+
+def columns_fault(pairs: tuple[str, ...]) -> str | None:
+    """What is wrong with the form of a mapping of columns; None if nothing is."""
+    parts = [pair.partition("=") for pair in pairs]
+    bad = next((pair for pair, (ours, _, theirs) in zip(pairs, parts, strict=True) if not ours or not theirs), None)
+    if bad is not None:
+        return f"{bad!r} is not OURS=THEIRS, such as chosen=winner_path"
+    names = [ours for ours, _, _ in parts]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    return None if twice is None else f"says twice what {twice} is"
 
 
 @dataclass(frozen=True)
@@ -19,6 +41,8 @@ class DataInspect:
     path: str | None = option(None, "data", PATH, path="in", one_of="source")
     dataset_name: str | None = option(None, "data", "instead of a path: tiny, or a data set on the hub, which is downloaded", path="name", one_of="source")
     split: str = option("train", "data", SPLIT, aliases=("dataset_split_name",))
+    columns: tuple[str, ...] = option((), "data", COLUMNS, fault=columns_fault)
+    encoding: str | None = option(None, "data", ENCODING, fault=encoding_fault)
     # fmt: on
 
 
@@ -27,6 +51,8 @@ class DataCheck:
     # fmt: off
     path: str | None = option(None, "data", PATH, path="in")
     split: str = option("train", "data", SPLIT, aliases=("dataset_split_name",))
+    columns: tuple[str, ...] = option((), "data", COLUMNS, fault=columns_fault)
+    encoding: str | None = option(None, "data", ENCODING, fault=encoding_fault)
     max_bad_fraction: float = option(0.01, "data", MAX_BAD, at_least=0, at_most=1)
 
     pretrained_model_name_or_path: str | None = option(None, "model", "a model folder, or tiny: also count the captions that are longer than its text encoder reads", aliases=("model",), path="name")
@@ -40,6 +66,8 @@ class DataConvert:
     # fmt: off
     path: str | None = option(None, "data", PATH, path="in")
     split: str = option("train", "data", SPLIT, aliases=("dataset_split_name",))
+    columns: tuple[str, ...] = option((), "data", COLUMNS, fault=columns_fault)
+    encoding: str | None = option(None, "data", ENCODING, fault=encoding_fault)
     max_bad_fraction: float = option(0.01, "data", MAX_BAD, at_least=0, at_most=1)
 
     out: str | None = option(None, "output", "folder for the shards", aliases=("output_dir",), path="folder")

@@ -34,7 +34,7 @@ class RewardScore(WithReward):
     seed: int = option(0, "reward", "seed of the reward random", at_least=0)
 
     images: tuple[str, ...] = option((), "data", "a picture, or a folder of pictures (scored in order of their names); may be repeated", path="in")
-    prompts_file: str | None = option(None, "data", "file with one prompt per line, one for each picture or one for all (default: those of samples.json in the folder)", aliases=("prompts",), path="name")
+    prompts_file: str | None = option(None, "data", "file with one prompt per line, one for each picture or one for all (default: those of samples.json in the folder, or of metadata.jsonl in GenEval's layout; jpeg-*, aesthetic and random need none)", aliases=("prompts",), path="name")
 
     batch_size: int = option(16, "machine", "pictures at a time", at_least=1)
     device: str | None = option(None, "machine", DEVICE, fault=device_fault)

@@ -7,6 +7,7 @@ from pkgutil import iter_modules
 
 from . import train
 from .annotate import Annotate, check_annotate
+from .cache import CacheLs, CacheRm, check_cache_ls, check_cache_rm
 from .data import DataCheck, DataConvert, DataInspect, check_data
 from .reward import RewardScore, RewardServe, check_reward_score, check_reward_serve
 from .sample import Evaluate, Sample, check_evaluate, check_sample
@@ -56,6 +57,22 @@ VERBS = {
             "Draw pictures and let rewards rank them: rankings and pairs to train on.",
             run="data.synth:synth",
             plan="data.synth:dry_run",
+        ),
+        Verb(
+            "cache ls",
+            CacheLs,
+            check_cache_ls,
+            "List the encoded pictures that trainings keep on disk: size, last use, and which are in use.",
+            run="data.caches:cache_ls",
+            positional="folder",
+        ),
+        Verb(
+            "cache rm",
+            CacheRm,
+            check_cache_rm,
+            "Remove encoded pictures, by key, by last use, or all. Those that a process uses stay.",
+            run="data.caches:cache_rm",
+            positional="folder",
         ),
         Verb(
             "reward score",

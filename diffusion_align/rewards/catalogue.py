@@ -20,6 +20,7 @@ class Entry:
     files: tuple[str, ...] = ()
     weights: str = ""  # in words, if repo and files do not name them all
     gigabytes: float = 0.0
+    reads_prompt: bool = True
 
     @property
     def origin(self) -> str:
@@ -51,16 +52,22 @@ CATALOGUE = {
         "LAION's aesthetic predictor v2 on CLIP ViT-L/14; does not read the prompt", "about 1 to 10", "Apache-2.0",
         "download", files=("sac+logos+ava1-l14-linearMSE.pth",),
         weights="sac+logos+ava1-l14-linearMSE.pth of christophschuhmann/improved-aesthetic-predictor, and clipscore's",
-        gigabytes=1.7,
+        gigabytes=1.7, reads_prompt=False,
     ),
     "imagereward": Entry(
         "BLIP-L tuned on ranked pictures", "standard deviations over its own training pictures, about -2 to 2",
         "Apache-2.0", "download", repo="zai-org/ImageReward", files=("ImageReward.pt",), gigabytes=1.8,
     ),
-    "jpeg-small": Entry("how small the JPEG is (DDPO's compressibility)", "minus kB at quality 95", "Apache-2.0"),
-    "jpeg-large": Entry("how large the JPEG is (DDPO's incompressibility)", "kB at quality 95", "Apache-2.0"),
+    "jpeg-small": Entry(
+        "how small the JPEG is (DDPO's compressibility)", "minus kB at quality 95", "Apache-2.0", reads_prompt=False
+    ),
+    "jpeg-large": Entry(
+        "how large the JPEG is (DDPO's incompressibility)", "kB at quality 95", "Apache-2.0", reads_prompt=False
+    ),
     "judge": Entry("fraction of an embedded-world caption's attributes that the picture shows", "0 to 1", "Apache-2.0"),
-    "random": Entry("a control: random, but the same number for the same picture", "0 to 1", "Apache-2.0"),
+    "random": Entry(
+        "a control: random, but the same number for the same picture", "0 to 1", "Apache-2.0", reads_prompt=False
+    ),
     "people": Entry(
         "you choose, in a page on this machine, while the run waits", "ranks", "Apache-2.0",
         "train d3po, prdp or ddpo",

@@ -43,6 +43,11 @@ class RewardSpec:
     smallest: bool = False
     text: str = field(default="", compare=False)
 
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether any of the rewards looks at the prompt."""
+        return any(part.kind not in CATALOGUE or CATALOGUE[part.kind].reads_prompt for part in self.parts)
+
     def __str__(self) -> str:
         return self.text
 

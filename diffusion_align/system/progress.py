@@ -7,7 +7,8 @@ shorter work writes nothing.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, ParamSpec, TextIO, TypeVar
 
 from tqdm import tqdm
@@ -81,3 +82,14 @@ def counted(function: Callable[P, T], done: Callable[[], object]) -> Callable[P,
         return result
 
     return call
+
+
+@contextmanager
+def total_bar(what: str, total: int, unit: str, show: bool) -> Iterator[Callable[[int], object]]:
+    """A progress bar on stderr. Yields a function that takes the number of items that all ranks have done."""
+    if not show:
+        # Not even a disabled bar: if a forked process is killed while it holds tqdm's lock, all others are blocked.
+        yield lambda done: None
+        return
+    with progress_bar(total=total, desc=what, unit=unit) as bar:
+        yield lambda done: bar.update(done - bar.n)

@@ -19,8 +19,9 @@ from diffusion_align.commands.data.summary import summarise_data
 from diffusion_align.data import read_pairs, read_rankings
 from diffusion_align.data.bad_rows import DataError
 from diffusion_align.data.pairs_and_rankings import DataRow
-from diffusion_align.data.raw_rows import read_bytes
-from diffusion_align.data.read import read_rows, recognise
+from diffusion_align.data.read import read_rows
+from diffusion_align.data.rows.raw_rows import read_bytes
+from diffusion_align.data.rows.recognise import recognise
 from diffusion_align.models.hub import asset
 from diffusion_align.models.prompts.token_limit import tokenizers_in
 from diffusion_align.system import progress
@@ -239,7 +240,7 @@ def test_check_lists_what_a_training_would_leave_out(tmp_path, capsys, monkeypat
     assert "check: 100 %, 6 of 6" in done.err
     bad = [json.loads(line) for line in listed.read_text().splitlines()]
     assert [row["row"] for row in bad] == [f"x.jsonl:{number}" for number in (2, 3, 4, 5)]
-    reasons = ("picture 0 cannot be decoded", "'9.png' does not exist", "is not JSON", "the prompt is int")
+    reasons = ("picture cut.png cannot be decoded", "'9.png' does not exist", "is not JSON", "the prompt is int")
     assert all(reason in row["reason"] for reason, row in zip(reasons, bad, strict=True))
     assert main([*words, "--max_bad_fraction", "0.6"]) == 1
     said = capsys.readouterr().err
@@ -253,7 +254,7 @@ def test_check_counts_ties_and_reads_captions_and_archives(tmp_path, capsys):
     assert "5 rows: 4 good, 1 ties, 0 bad" in capsys.readouterr().out
     path = tar(tmp_path / "x.tar", [("0.png", png(0)), ("0.txt", b"a"), ("1.png", png(0)[:30]), ("1.txt", b"b")])
     assert main(["data", "check", str(path), listed]) == 1
-    assert "x.tar:1 picture 0 cannot be decoded" in capsys.readouterr().err
+    assert "x.tar:1 picture 1.png cannot be decoded" in capsys.readouterr().err
     dump(tmp_path / "none.json", [])
     assert main(["data", "check", str(tmp_path / "none.json"), listed]) == 1
     assert "holds no rows" in capsys.readouterr().err

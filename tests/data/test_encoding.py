@@ -144,7 +144,7 @@ def test_a_picture_that_changes_meanwhile_is_named(tmp_path):
 
 def options_of(folder, precision="no"):
     return SimpleNamespace(
-        cache_dir=None, output_dir=str(folder), resolution=SIZE, seed=0, max_bad_fraction=0.01,
+        cache_dir=None, output_dir=str(folder), resolution=SIZE, cache_limit_gb=None, seed=0, max_bad_fraction=0.01,
         encode_precision=precision,
     )  # fmt: skip
 
@@ -194,6 +194,30 @@ def test_the_command_names_the_flag_that_helps(tmp_path, monkeypatch, fault):
     cure = "free some.*--cache_dir on another disk" if fault == "room" else "not finite.*--encode_precision no"
     with pytest.raises(DataError, match=cure):
         encode.encoded(options_of(tmp_path), model, Accelerator(cpu=True), make_pairs(4))
+
+
+def test_a_limit_on_the_caches_is_kept_or_the_flag_that_helps_is_named(tmp_path, capsys):
+    options = options_of(tmp_path)
+    first = encode.encoded(options, Model(), Accelerator(cpu=True), make_pairs(4)).folder
+    size = sum(path.stat().st_size for path in first.iterdir())
+    options.cache_limit_gb = 1e-9
+    with pytest.raises(DataError, match="over the limit .* on all caches; raise --cache_limit_gb, or use fewer with"):
+        encode.encoded(options, Model(), Accelerator(cpu=True), make_pairs(5))
+    assert encode.encoded(options, Model(), Accelerator(cpu=True), make_pairs(4)).folder == first  # nothing to encode
+    options.cache_limit_gb = 1.5 * size / 1e9
+    second = encode.encoded(options, Model(), Accelerator(cpu=True), make_pairs(5)).folder
+    assert f"cache            {first} removed (" in capsys.readouterr().out
+    assert second.is_dir() and not first.exists()
+
+
+def test_pairs_of_one_picture_are_counted_before_the_first_step(tmp_path, capsys):
+    same, copy = make_pairs(1)[0].winner, tmp_path / "copy.png"
+    copy.write_bytes(same)
+    pairs = [*make_pairs(3), Pair("same", "p", same, same), Pair("copy", "q", same, copy)]
+    encode.encoded(options_of(tmp_path), Model(), Accelerator(cpu=True), pairs)
+    assert "pictures         2 of 5 compare a picture with itself, which teaches nothing" in capsys.readouterr().out
+    encode.encoded(options_of(tmp_path), Model(), Accelerator(cpu=True), make_pairs(3))
+    assert "with itself" not in capsys.readouterr().out
 
 
 def test_two_processes_encode_together(tmp_path):

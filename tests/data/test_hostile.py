@@ -12,10 +12,11 @@ import zipfile
 import pytest
 from helpers_data import comma_separated, dump, lines, pictures, png, table, tar
 
-from diffusion_align.data import tar_rows
 from diffusion_align.data.bad_rows import BadRow, DataError
-from diffusion_align.data.raw_rows import read_bytes
-from diffusion_align.data.read import read_rows, recognise
+from diffusion_align.data.read import read_rows
+from diffusion_align.data.rows.archives import limits, tar_rows
+from diffusion_align.data.rows.raw_rows import read_bytes
+from diffusion_align.data.rows.recognise import recognise
 
 GOOD = [("good.png", png(7)), ("good.txt", b"fine")]
 SECRET = png(99)
@@ -96,7 +97,7 @@ REFUSED = {
     "absolute in the other way": ("leads outside", named("\\\\host\\x.png")),
     "a long name": ("has a name of", named("x" * 300 + ".png")),
     "a long path": ("has a name of", named("/".join(["d" * 60] * 5) + "/x.png")),
-    "a text too long": ("bytes, over", [("x.png", png(1)), ("x.txt", b"x" * (tar_rows.MAX_TEXT + 1))]),
+    "a text too long": ("bytes, over", [("x.png", png(1)), ("x.txt", b"x" * (limits.MAX_TEXT + 1))]),
     "a text that is no UTF-8": ("is not text in UTF-8", [("x.png", png(1)), ("x.txt", b"\xff\xfe\xfd")]),
     "JSON without an end": ("recursion", [("x.png", png(1)), ("x.json", b"[" * 100_000)]),
     "JSON that is no object": ("the prompt is NoneType", [("x.png", png(1)), ("x.json", b"[1]")]),
@@ -207,10 +208,10 @@ def test_nothing_in_an_archive_runs(tmp_path):
 def test_a_picture_over_the_limit_and_too_many_members(tmp_path, monkeypatch):
     """A header may promise any size; a sparse file keeps the promise without a disk."""
     path = tmp_path / "x.tar"
-    head = FINE + raw("x.png", b"0", size=tar_rows.MAX_PICTURE + 1)
+    head = FINE + raw("x.png", b"0", size=limits.MAX_PICTURE + 1)
     with path.open("wb") as stream:
         stream.write(head)
-        stream.truncate(len(head) + tar_rows.MAX_PICTURE + 512)
+        stream.truncate(len(head) + limits.MAX_PICTURE + 512)
         stream.seek(0, 2)
         stream.write(b"\0" * 1024)
     good, bad = read(path)

@@ -13,11 +13,12 @@ from diffusion_align.commands.sources import read_prompts as prompts_of_a_verb
 from diffusion_align.data import read_pairs, read_rankings, write_pairs_parquet, write_rankings_parquet
 from diffusion_align.data.bad_rows import DataError
 from diffusion_align.data.images import decode_image
-from diffusion_align.data.interpret import fractions_won
 from diffusion_align.data.pairs_and_rankings import DataRow, Ranking, fingerprint
 from diffusion_align.data.prompts import read_list
-from diffusion_align.data.raw_rows import read_bytes
-from diffusion_align.data.read import read_rows, recognise
+from diffusion_align.data.read import read_rows
+from diffusion_align.data.rows.interpret import fractions_won
+from diffusion_align.data.rows.raw_rows import read_bytes
+from diffusion_align.data.rows.recognise import recognise
 
 
 def texts(path):
@@ -413,9 +414,9 @@ def test_splits_of_lists_and_tables(tmp_path):
 
 def test_a_long_json_list_is_read_in_chunks(tmp_path, monkeypatch):
     """With pieces of 7 characters every number, text and space is cut somewhere."""
-    from diffusion_align.data import table_rows
+    from diffusion_align.data.rows.tables import json_rows, table_rows
 
-    monkeypatch.setattr(table_rows, "_CHARACTERS_AT_A_TIME", 7)
+    monkeypatch.setattr(json_rows, "_CHARACTERS_AT_A_TIME", 7)
     values = [{"prompt": f"p{i}" * (i % 5), "n": i * 10**i, "u": 'é\u2028"]},['} for i in range(40)]
     path = tmp_path / "x.json"
     path.write_text("  [ " + " ,\n".join(json.dumps(value) for value in values) + "  ]  ", encoding="utf-8")

@@ -12,8 +12,8 @@ from PIL import Image
 
 from diffusion_align.data.bad_rows import DataError
 from diffusion_align.data.pairs_and_rankings import Pair, fingerprint, write_pairs_parquet
-from diffusion_align.data.raw_rows import ParquetCell
 from diffusion_align.data.read import read_pairs
+from diffusion_align.data.rows.raw_rows import ParquetCell
 
 
 def png(shade):

@@ -16,7 +16,7 @@ from diffusion_align.data.bad_rows import DataError
 from diffusion_align.data.frames import load_picture
 from diffusion_align.data.images import encode_png
 from diffusion_align.data.pairs_and_rankings import fingerprint, write_rankings_parquet
-from diffusion_align.data.raw_rows import read_bytes
+from diffusion_align.data.rows.raw_rows import read_bytes
 
 SIZE = 16
 

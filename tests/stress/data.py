@@ -28,7 +28,7 @@ from diffusion_align.commands.data.check import checked_rows
 from diffusion_align.data import EncodingSettings, build_cache, read_rankings
 from diffusion_align.data.bad_rows import BadRow
 from diffusion_align.data.pairs_and_rankings import is_tie
-from diffusion_align.data.read import recognise
+from diffusion_align.data.rows.recognise import recognise
 from stress.dataset.rows import BAD, TIE, USED, Rows, archive, json_lines, parquet, votes
 
 

@@ -28,8 +28,9 @@ from PIL import Image
 
 from diffusion_align.data.bad_rows import BadRow, DataError
 from diffusion_align.data.images import ImageError, decode_image
-from diffusion_align.data.raw_rows import read_bytes
-from diffusion_align.data.read import read_rows, recognise
+from diffusion_align.data.read import read_rows
+from diffusion_align.data.rows.raw_rows import read_bytes
+from diffusion_align.data.rows.recognise import recognise
 from stress.hostile import (
     cases,
     clips,  # noqa: F401  (each of these enters its cases)

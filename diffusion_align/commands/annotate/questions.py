@@ -13,7 +13,7 @@ from diffusion_align.commands.sample.folder import LISTING
 from diffusion_align.data.bad_rows import DataError
 from diffusion_align.data.disk import digest
 from diffusion_align.data.images import ImageError, decode_image
-from diffusion_align.data.raw_rows import inside
+from diffusion_align.data.rows.find_picture import inside
 from diffusion_align.system.progress import progress_bar
 
 TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}

@@ -8,14 +8,16 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from diffusion_align.commands.data.fetch import read_options
 from diffusion_align.commands.data.long_captions import describe_long_captions
 from diffusion_align.commands.data.summary import summarise_data
 from diffusion_align.data.bad_rows import BadRow, DataError, bad_row_lines, require_few_bad
 from diffusion_align.data.disk import digest, replacing
 from diffusion_align.data.images import ImageError, decode_image
 from diffusion_align.data.pairs_and_rankings import DataRow, is_tie
-from diffusion_align.data.raw_rows import StoredPicture, read_bytes
-from diffusion_align.data.read import DataSource, read_rows, recognise
+from diffusion_align.data.read import read_rows
+from diffusion_align.data.rows.raw_rows import StoredPicture, picture_name, read_bytes
+from diffusion_align.data.rows.recognise import DataSource, recognise
 from diffusion_align.options.data import DataCheck
 from diffusion_align.system.progress import progress_bar
 
@@ -34,7 +36,7 @@ def data_check(options: DataCheck) -> int:
     """
     o = options
     assert o.path is not None  # the options' own check requires it
-    source = recognise(Path(o.path).expanduser(), o.split)
+    source = recognise(Path(o.path).expanduser(), o.split, options=read_options(o))
     total = summarise_data(source).rows
     if not total:
         raise DataError(f"{source.path}: holds no rows; is this the right file?")
@@ -99,7 +101,8 @@ def checked_rows(source: DataSource) -> Iterator[tuple[DataRow | BadRow, bool]]:
 
 
 def _judge(row: DataRow, faults: list[tuple[str, str]]) -> tuple[DataRow | BadRow, bool]:
-    reasons = [f"picture {place} {why}" for place, (_, why) in enumerate(faults) if why]
+    named = zip(map(picture_name, row.pictures), faults, strict=True)
+    reasons = [f"picture {name or place} {why}" for place, (name, (_, why)) in enumerate(named) if why]
     if reasons:
         return BadRow(row.id, "; ".join(reasons)), False
     return row, len({name for name, _ in faults}) < len(faults)

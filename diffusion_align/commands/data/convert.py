@@ -20,13 +20,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diffusion_align.commands.data.fetch import read_options
 from diffusion_align.commands.data.summary import summarise_data
 from diffusion_align.commands.printed_commands import command_line
 from diffusion_align.data.bad_rows import BadRow, DataError, bad_row_lines, require_few_bad
 from diffusion_align.data.disk import digest, file_digest, replacing, write_bytes
 from diffusion_align.data.pairs_and_rankings import DataRow, is_tie, row_pairs
-from diffusion_align.data.raw_rows import read_bytes
-from diffusion_align.data.read import UNFINISHED, DataSource, read_rows, recognise_preferences
+from diffusion_align.data.read import read_rows
+from diffusion_align.data.rows.raw_rows import read_bytes
+from diffusion_align.data.rows.recognise import UNFINISHED, DataSource, recognise_preferences
 from diffusion_align.options.data import DataConvert
 from diffusion_align.system.progress import progress_bar
 
@@ -56,7 +58,7 @@ def data_convert(options: DataConvert) -> int:
     """
     o = options
     assert o.path is not None and o.out is not None  # the options' own check requires them
-    source, out = recognise_preferences(Path(o.path).expanduser(), o.split), Path(o.out)
+    source, out = _source(o), Path(o.out)
     found = summarise_data(source)
     if not found.used:
         raise DataError(f"{source.path}: {found.rows} rows, {found.ties} ties, {found.broken} bad: nothing to convert")
@@ -75,10 +77,14 @@ def data_convert(options: DataConvert) -> int:
     return 0
 
 
+def _source(o: DataConvert) -> DataSource:
+    return recognise_preferences(Path(o.path or "").expanduser(), o.split, options=read_options(o))
+
+
 def _claim(source: DataSource, o: DataConvert) -> dict[str, int] | None:
     """Write down what the folder is for; its counts if it is complete, DataError if it holds something else."""
     out = Path(o.out or "")
-    files = [[file.name, file_digest(file)] for file in source.files]
+    files = [[file.name, file_digest(file if isinstance(file, Path) else file.file)] for file in source.files]
     facts = {
         "format": CONVERSION_FORMAT,
         "layout": source.layout.name,

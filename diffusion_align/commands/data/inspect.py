@@ -6,14 +6,16 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from diffusion_align.commands.data.fetch import fetch_pairs, read_options
 from diffusion_align.commands.data.summary import DataSummary, summarise_data
 from diffusion_align.commands.printed_commands import command_line
-from diffusion_align.commands.sources import fetch_pairs, pairs_on_disk, present_pairs
+from diffusion_align.commands.sources import pairs_on_disk, present_pairs
 from diffusion_align.data.bad_rows import DataError
-from diffusion_align.data.known_layouts import Layout
-from diffusion_align.data.raw_rows import PROMPT_COLUMNS
-from diffusion_align.data.read import DataSource, recognise
-from diffusion_align.data.table_rows import SUFFIXES, columns_of
+from diffusion_align.data.rows.known_layouts import Layout
+from diffusion_align.data.rows.listing import HIDDEN
+from diffusion_align.data.rows.raw_rows import PROMPT_COLUMNS
+from diffusion_align.data.rows.recognise import DataSource, recognise
+from diffusion_align.data.rows.tables.table_rows import is_table, our_columns
 from diffusion_align.models.hub import on_hub
 from diffusion_align.options.data import DataInspect
 from diffusion_align.system.printable import printable
@@ -29,11 +31,11 @@ def data_inspect(options: DataInspect) -> int:
     name = present_pairs(o.dataset_name or o.path or "")
     path = pairs_on_disk(name, hub=o.dataset_name is not None)
     if path is None:
-        print(f"fetching the parquet files of {name}, split {o.split}, as a training would", flush=True)
-        path = fetch_pairs(name, o.split, None)
+        print(f"fetching {name}, split {o.split}, as a training would", flush=True)
+        path = fetch_pairs(name, o.split, None, options=read_options(o))
     if o.dataset_name is None and not path.exists() and on_hub(name):
         raise DataError(f"{name}: no such file or folder here; for a data set on the hub: --dataset_name {name}")
-    source = recognise(path, o.split)
+    source = recognise(path, o.split, options=read_options(o))
     by_name = name if path != Path(name).expanduser() else None
     print("\n".join(map(printable, describe(source, summarise_data(source), by_name))))
     return 0
@@ -45,11 +47,15 @@ def describe(source: DataSource, found: DataSummary, by_name: str | None = None)
     first, *others = source.files
     files = f"{len(source.files):,} files" if others else first.name
     yield f"layout     {layout.name}, in {files}"
-    columns = columns_of(first) if first.suffix in SUFFIXES else None
+    named = our_columns(first, source.options) if is_table(first) else {}
+    columns = list(named) if is_table(first) else None
     mapping = layout.mapping if columns is None else present(layout, columns)
     width = max(len(theirs) for theirs, _ in mapping)
     for number, (theirs, ours) in enumerate(mapping):
         yield f"{'' if number else 'mapping':11}{theirs:{width}} -> {ours}"
+    renamed = [f"{theirs} as {ours}" for ours, theirs in named.items() if ours != theirs]
+    if renamed:
+        yield f"           columns read under other names: {', '.join(renamed)}"
     unread = [] if columns is None else [name for name in columns if name not in layout.reads(columns)]
     if unread:
         yield f"           not read: {', '.join(unread)}"
@@ -71,9 +77,12 @@ def describe(source: DataSource, found: DataSummary, by_name: str | None = None)
     yield f"broken     {found.broken:,}"
     for row in found.bad:
         yield f"           {row.row}: {row.reason}"
-    if source.unread:
-        passed = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(source.unread.items()))
+    unread = {suffix: count for suffix, count in source.unread.items() if suffix != HIDDEN}
+    if unread:
+        passed = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(unread.items()))
         yield f"passed     members that are never read: {passed}"
+    if source.unread[HIDDEN]:
+        yield f"hidden     {source.unread[HIDDEN]:,} files or folders left out, such as ._x.png, .cache or Thumbs.db"
     if layout.known:
         yield f"known as   {layout.known}"
     for number, line in enumerate(_uses(source, found, by_name)):
@@ -94,6 +103,8 @@ def _uses(source: DataSource, found: DataSummary, by_name: str | None) -> Iterat
     path, named = source.path, source.path.is_dir() and source.split != "train"
     split = ["--dataset_split_name", source.split] if named else []
     data = ["--dataset_name", by_name] if by_name else ["--train_data_dir", path]
+    told = [word for ours, theirs in source.options.columns.items() for word in ("--columns", f"{ours}={theirs}")]
+    split += told + (["--encoding", source.options.encoding] if source.options.encoding else [])
     if not found.used:
         yield "none: nothing is left"
     elif source.layout.compares:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from diffusion_align.data.bad_rows import DataError
 from diffusion_align.data.disk import digest
 from diffusion_align.data.pairs_and_rankings import Pair
-from diffusion_align.data.raw_rows import read_bytes
+from diffusion_align.data.rows.raw_rows import read_bytes
 
 
 def describe_long_captions(cut: int, of: int, limit: int, opposite: int = 0) -> str:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from diffusion_align.data.bad_rows import BadRow
 from diffusion_align.data.pairs_and_rankings import is_tie, row_pairs
-from diffusion_align.data.read import DataSource, read_rows
+from diffusion_align.data.read import read_rows
+from diffusion_align.data.rows.recognise import DataSource
 
 _BAD_ROWS_SHOWN = 3
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from diffusion_align.commands.sources import read_prompts
 from diffusion_align.data.images import FORMATS, ImageError, decode_image
+from diffusion_align.data.rows.listing import entries_of
+from diffusion_align.evaluation.picture_folder import METADATA
 from diffusion_align.options.reward import RewardScore
 from diffusion_align.rewards import RewardError, load_reward, one_each, prefetch
 from diffusion_align.system.progress import progress_bar
@@ -57,26 +59,32 @@ def reward_score(options: RewardScore) -> int:
 
 
 def find_pictures(places: tuple[str, ...]) -> list[Path]:
-    """The picture files at `places`, files or folders; those of a folder are sorted by name.
+    """The picture files at `places`, files or folders; those of a folder are sorted by name. A folder in GenEval's
+    layout gives 00000/samples/0000.png and so on.
 
     Raises:
         FileNotFoundError: a place does not exist, or is a folder without pictures.
     """
     found: list[Path] = []
     for place in map(Path, places):
-        inside = sorted(path for path in place.iterdir() if path.suffix.lower() in ENDINGS) if place.is_dir() else []
+        inside = _pictures(place) or [path for one in entries_of(place) for path in _pictures(one / "samples")]
         if not inside and not place.is_file():
             raise FileNotFoundError(f"{place}: " + ("has no picture" if place.is_dir() else "no such file or folder"))
         found += inside or [place]
     return found
 
 
+def _pictures(folder: Path) -> list[Path]:
+    return [path for path in entries_of(folder) if path.suffix.lower() in ENDINGS]
+
+
 def prompts_of(files: list[Path], o: RewardScore) -> list[str]:
-    """A prompt for each picture, from the file of prompts (one a picture, or one for all) or from samples.json.
+    """A prompt for each picture, from the file of prompts (one a picture, or one for all), from samples.json, or from
+    metadata.jsonl in GenEval's layout. Rewards that do not read prompts may do without.
 
     Raises:
         ValueError: there are more or fewer prompts than pictures, or a picture is not in samples.json.
-        FileNotFoundError: there is neither a file of prompts nor samples.json.
+        FileNotFoundError: there is neither a file of prompts nor one of these beside the pictures.
     """
     if o.prompts_file is not None:
         prompts = read_prompts(o.prompts_file)
@@ -86,19 +94,27 @@ def prompts_of(files: list[Path], o: RewardScore) -> list[str]:
             )
         return prompts if len(prompts) > 1 else prompts * len(files)
     known: dict[Path, str] = {}
-    for index in {path.parent / "samples.json" for path in files}:
-        if not index.is_file():
-            raise FileNotFoundError(f"which prompts? --prompts_file FILE with one a line; there is no {index} either")
-        try:
-            known |= {
-                index.parent / row["file"]: row["prompt"] for row in json.loads(index.read_text("utf-8"))["pictures"]
-            }
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{index} is not what `sample` writes ({error}); give --prompts_file") from error
+    for folder in {path.parent for path in files}:
+        listing, metadata = folder / "samples.json", folder.parent / METADATA
+        if listing.is_file():
+            known |= _listed_prompts(listing)
+        elif folder.name == "samples" and metadata.is_file():
+            known |= dict.fromkeys((path for path in files if path.parent == folder), read_prompts(str(metadata))[0])
+        elif o.reward_spec.reads_prompts:
+            raise FileNotFoundError(f"which prompts? --prompts_file FILE with one a line; there is no {listing} either")
     missing = [path for path in files if path not in known]
-    if missing:
+    if missing and o.reward_spec.reads_prompts:
         raise ValueError(f"{missing[0]} is not in its folder's samples.json; give --prompts_file")
-    return [known[path] for path in files]
+    return [known.get(path, "") for path in files]
+
+
+def _listed_prompts(listing: Path) -> dict[Path, str]:
+    """The prompts of the pictures that `sample` has listed."""
+    try:
+        rows = json.loads(listing.read_text("utf-8"))["pictures"]
+        return {listing.parent / row["file"]: row["prompt"] for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{listing} is not what `sample` writes ({error}); give --prompts_file") from error
 
 
 def batches(files: list[Path], prompts: list[str], size: int) -> Iterator[list[Job]]:

@@ -17,6 +17,7 @@ from diffusion_align.data.bad_rows import BadRow
 from diffusion_align.data.disk import NoRoom
 from diffusion_align.data.frames import Frames
 from diffusion_align.data.shards import NotFinite, Ranks
+from diffusion_align.data.stored_caches import OverLimit, make_room
 from diffusion_align.options import TrainOffline
 from diffusion_align.train.processes import watch
 from diffusion_align.train.processes.agree import sum_over_ranks
@@ -78,6 +79,7 @@ def encoded(
     frames = frames_of(o, model)
     settings = EncodingSettings(o.resolution or model.resolution, o.seed, precision=o.encode_precision, frames=frames)
     ranks = Ranks(accelerator.process_index, accelerator.num_processes, partial(sum_over_ranks, accelerator))
+    limit = o.cache_limit_gb
     try:
         with torch.autocast(model.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             cache = build_cache(
@@ -89,11 +91,22 @@ def encoded(
                 max_bad_fraction=o.max_bad_fraction,
                 progress=accelerator.is_main_process,
                 ranks=ranks,
+                before_encoding=None if limit is None else partial(_keep_within, limit=int(limit * 1e9)),
             )
-        if frames is not None and frames.buckets and accelerator.is_main_process:
-            print(describe_buckets(cache))
-        return cache
+    except OverLimit as error:
+        raise DataError(f"{error}; raise --cache_limit_gb, or use fewer with --max_train_samples") from error
     except (NoRoom, NotFinite) as error:
         no_room = "or give --cache_dir on another disk"
         cure = no_room if isinstance(error, NoRoom) else "encode in float32 with --encode_precision no"
         raise DataError(f"{error}; {cure}") from error
+    if frames is not None and frames.buckets and accelerator.is_main_process:
+        print(describe_buckets(cache))
+    if cache.alike and accelerator.is_main_process:
+        print(f"pictures         {cache.alike} of {len(cache)} compare a picture with itself, which teaches nothing")
+    return cache
+
+
+def _keep_within(home: Path, size: int, limit: int) -> None:
+    """Remove the caches that were not used for longest, and say which."""
+    for old in make_room(home, size, limit):
+        print(f"cache            {old.home} removed ({old.size / 1e9:.3g} GB), to keep within --cache_limit_gb")

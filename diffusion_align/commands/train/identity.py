@@ -36,7 +36,7 @@ FREE = frozenset(
     threads device local_rank process_timeout prior_generation_precision gradient_checkpointing
     enable_xformers_memory_efficient_attention one_picture_at_a_time sample_chunk
     collapse_alarm collapse_winner_error collapse_diversity collapse_patience
-    cache_dir max_bad_fraction vae_encode_batch_size no_hflip dataloader_num_workers
+    cache_dir cache_limit_gb max_bad_fraction vae_encode_batch_size no_hflip dataloader_num_workers
     """.split()
 )
 # Options whose effect the identity holds in another form: model and data by content; beta, batch, steps as numbers.
@@ -44,6 +44,7 @@ SETTLED = frozenset(
     """
     pretrained_model_name_or_path revision variant pretrained_vae_model_name_or_path
     resolution encode_precision train_data_dir dataset_name dataset_config_name dataset_split_name max_train_samples
+    columns encoding
     prompts num_prompts preference_model beta_dpo beta_convention scale_lr learning_rate
     train_batch_size gradient_accumulation_steps effective_batch_size max_train_steps num_train_epochs num_rounds
     """.split()

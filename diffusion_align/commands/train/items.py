@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusion_align.commands.sources import fetch_pairs, pairs_on_disk, present_pairs, read_prompts
+from diffusion_align.commands.data.fetch import fetch_pairs, read_options
+from diffusion_align.commands.sources import pairs_on_disk, present_pairs, read_prompts
 from diffusion_align.data import read_pairs, read_rankings
 from diffusion_align.data.bad_rows import BadRow
 from diffusion_align.methods.entry import Entry
@@ -49,12 +50,18 @@ def read_items(entry: Entry[Any], o: Any) -> Items:
         prompts = training_prompts(o)
         return Items(prompts, (), f"{len(prompts)} of {o.prompts}")
     split, path = o.dataset_split_name or "train", source_path(entry, o)
-    found = path if path is not None else fetch_pairs(source_name(o), split, o.cache_dir)
+    options = read_options(o)
+    if path is None:
+        config = getattr(o, "dataset_config_name", None)
+        most = o.max_train_samples
+        path = fetch_pairs(source_name(o), split, o.cache_dir, config=config, most=most, options=options)
     if entry.data == "rankings":
-        items, counts = read_rankings(found, split=split, max_bad_fraction=o.max_bad_fraction)
+        items, counts = read_rankings(path, split=split, max_bad_fraction=o.max_bad_fraction, options=options)
     else:
         ties = getattr(o, "keep_ties", False)
-        items, counts = read_pairs(found, split=split, max_bad_fraction=o.max_bad_fraction, keep_ties=ties)
+        items, counts = read_pairs(
+            path, split=split, max_bad_fraction=o.max_bad_fraction, keep_ties=ties, options=options
+        )
     used = items[: o.max_train_samples]
     first = f", of which the first {len(used)}" if len(used) < len(items) else ""
     return Items(list(used), counts.bad_rows, f"{counts}{first}")

@@ -14,7 +14,7 @@ from diffusion_align.data import Pair
 from diffusion_align.data.disk import digest
 from diffusion_align.data.images import decode_image
 from diffusion_align.data.pairs_and_rankings import fingerprint
-from diffusion_align.data.raw_rows import read_bytes
+from diffusion_align.data.rows.raw_rows import read_bytes
 from diffusion_align.rewards import Reward
 from diffusion_align.rewards.spec import RewardSpec
 from diffusion_align.system.progress import progress_bar

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from diffusion_align.vocabulary import LONG_PROMPTS, LORA_TARGETS, LR_SCHEDULES, MODES, PROMPT_SYNTAXES, WITH_WARMUP
 
+from ..data import COLUMNS, ENCODING, columns_fault, encoding_fault
 from ..names import DEVICE, UsageError, device_fault
 from ..prompt_reading import CHUNKS, LONG, SKIP, SYNTAX
 from ..schema import option
@@ -125,6 +126,9 @@ class GivenPictures:
     dataset_split_name: str | None = option(None, "data", "split of a data set (default: train)", aliases=("split",))
     max_train_samples: int | None = option(None, "data", "use only the first N pairs", at_least=1)
     max_bad_fraction: float = option(0.01, "data", "largest fraction of bad rows; these are left out and listed; with more, the run stops", at_least=0, at_most=1)
+    columns: tuple[str, ...] = option((), "data", COLUMNS, fault=columns_fault)
+    encoding: str | None = option(None, "data", ENCODING, fault=encoding_fault)
+    cache_limit_gb: float | None = option(None, "data", "largest size in GB of all encoded sets in the cache's folder; before a new set is encoded, those that were not used for longest are removed, never one that a process uses (default: no limit)", above=0)
     encode_precision: str = option("no", "data", "precision in which pictures and prompts are encoded (no: float32); they are kept in float32", choices=("no", "fp16", "bf16"))
 
     train_batch_size: int = option(4, "train", "pairs in a micro-batch, on each device", at_least=1)
@@ -143,7 +147,7 @@ class TrainOffline(GivenPictures, TrainUnet):
     """Options of methods that train the UNet on given pictures."""
 
     # fmt: off
-    dataset_config_name: str | None = option(None, "data", "configuration of a data set on the hub", unused="the data set's default is read")
+    dataset_config_name: str | None = option(None, "data", "configuration of a data set on the hub (default: the set's own)")
     proportion_empty_prompts: float = option(0.0, "data", "fraction of prompts replaced by the empty one", at_least=0, at_most=1)
     vae_encode_batch_size: int = option(8, "data", "pictures encoded at a time", at_least=1, unused="the cache encodes as many at a time as are new among 16 pairs, in chunks of 16")
     aspect_buckets: bool = option(False, "data", "crop each pair to a shape that is near its pictures' own, in place of a square; a micro-batch holds one shape", aliases=("enable_bucket",))

@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusion_align.data.bad_rows import BadRow
 from diffusion_align.data.pairs_and_rankings import DataRow
-from diffusion_align.data.raw_rows import RawRow, RowError, StoredPicture
+from diffusion_align.data.rows.raw_rows import RawRow, RowError, StoredPicture
 
 VALUE_COLUMNS = ("relevance", "scores", "ranks")
 _MOST = sys.float_info.max

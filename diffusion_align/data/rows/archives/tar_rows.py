@@ -5,29 +5,23 @@ over 255 bytes and members over a limit are refused one by one; an archive that 
 endless is refused. Members with other suffixes are never read, so no pickle in an archive can run.
 """
 
-import json
-import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from diffusion_align.data.bad_rows import BadRow, DataError
-from diffusion_align.data.known_layouts import CAPTIONS, PICK_A_PIC, Layout
-from diffusion_align.data.raw_rows import PROMPT_COLUMNS, RawRow, TarMember
+from diffusion_align.data.rows.archives.limits import MAX_MEMBERS as MAX_TAR_MEMBERS
+from diffusion_align.data.rows.archives.limits import PICTURE_SUFFIXES, TEXT_SUFFIXES, member_fault
+from diffusion_align.data.rows.archives.samples import archive_layout, sample_rows, samples
+from diffusion_align.data.rows.known_layouts import Layout
+from diffusion_align.data.rows.listing import HIDDEN, is_side_path
+from diffusion_align.data.rows.raw_rows import RawRow, TarMember
 from diffusion_align.system.printable import printable
 
-PICTURE_SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp", "avif", "bmp", "gif", "tif", "tiff"))
-TEXT_SUFFIXES = frozenset(("txt", "json"))
-MAX_NAME = 255
-MAX_PICTURE = 256 * 1024 * 1024
-MAX_TEXT = 1024 * 1024
-MAX_TAR_MEMBERS = 1_000_000
 # A header that only names the next member: no name that is accepted needs more.
 _MAX_EXTENSION = 64 * 1024
-_SAMPLES_FOR_LAYOUT = 20
 _BLOCK = tarfile.BLOCKSIZE
 _KINDS = {
     tarfile.LNKTYPE: "a hard link",
@@ -40,113 +34,20 @@ _KINDS = {
 
 
 def tar_layout(file: Path) -> Layout:
-    """The layout of an archive's first samples: Pick-a-Pic's names, or a picture and its text.
-
-    Raises:
-        DataError: neither, with the names found; or not a plain tar.
-    """
+    """The layout of an archive's first samples. DataError if there is none, or if this is not a plain tar."""
     unread: Counter[str] = Counter()
-    first = [entry for entry in islice(_samples(file, unread), _SAMPLES_FOR_LAYOUT) if not isinstance(entry, BadRow)]
-    names = list(dict.fromkeys(name for _, sample in first for name in sample))
-    if any(name.startswith(("jpg_0.", "label_0.")) for name in names):
-        has = {name.partition(".")[0] for name in names}
-        lacks = [name for name in ("jpg_0", "jpg_1", "label_0", "label_1") if name not in has]
-        if lacks:
-            raise DataError(f"{file}: a Pick-a-Pic archive without {lacks[0]}; its samples have {', '.join(names)}")
-        return PICK_A_PIC
-    if any(_suffix(name) in PICTURE_SUFFIXES for name in names):
-        return CAPTIONS
-    found = ", ".join([*names, *unread][:8]) or "nothing"
-    raise DataError(
-        f"{file}: no sample here is known (found {found}); give jpg_0.jpg, jpg_1.jpg, label_0.txt, label_1.txt, "
-        "original_prompt.txt, or pictures with .txt or .json of the same name"
-    )
+    return archive_layout(file, samples(file, _members(file, unread)), unread)
 
 
-def tar_rows(file: Path, layout: Layout, unread: Counter[str]) -> Iterator[BadRow | RawRow]:
+def tar_rows(file: Path, layout: Layout, unread: Counter[str], encoding: str = "") -> Iterator[BadRow | RawRow]:
     """The samples of an archive as rows of Pick-a-Pic, or of pictures with captions.
 
-    Members of other suffixes are counted in `unread` by suffix.
+    Members of other suffixes are counted in `unread` by suffix, and hidden ones together.
 
     Raises:
         DataError: not a plain tar, damaged or cut off, or more than MAX_TAR_MEMBERS.
     """
-    for entry in _samples(file, unread):
-        if isinstance(entry, BadRow):
-            yield entry
-            continue
-        key, sample = entry
-        where = f"{file.name}:{key}"
-        try:
-            values = _pick_a_pic(sample) if layout is PICK_A_PIC else _caption(sample)
-        except (ValueError, RecursionError) as error:
-            yield BadRow(where, " ".join(str(error).split())[:200])
-        else:
-            yield RawRow(where, values, file, 0)
-
-
-def _samples(file: Path, unread: Counter[str]) -> Iterator[BadRow | tuple[str, dict[str, TarMember]]]:
-    """Members that follow one another and share a name up to the first dot of the file: their key, and each by the rest
-    of its name. A BadRow for what is refused."""
-    key: str = ""
-    sample: dict[str, TarMember] = {}
-    twice = ""
-    for member in chain(_members(file, unread), [None]):
-        if isinstance(member, BadRow):
-            yield member
-            continue
-        name, rest = _key_and_rest(member[0]) if member else ("", "")
-        if name != key and sample:
-            yield BadRow(f"{file.name}:{key}", f"has two members .{twice}") if twice else (key, sample)
-            sample, twice = {}, ""
-        if member:
-            key, twice = name, rest if rest in sample else twice
-            sample[rest] = member[1]
-
-
-def _key_and_rest(member: str) -> tuple[str, str]:
-    """a/b.jpg_0.JPG -> a/b and jpg_0.jpg."""
-    folder, slash, base = member.rpartition("/")
-    stem, _, rest = base.partition(".")
-    return f"{folder}{slash}{stem}", rest.lower()
-
-
-def _suffix(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-def _pick_a_pic(sample: dict[str, TarMember]) -> dict[str, Any]:
-    """Columns by name: pictures stay members, texts are read."""
-    values: dict[str, Any] = {}
-    for name, member in sample.items():
-        column, _, suffix = name.partition(".")
-        values[column if suffix else "text"] = member if suffix in PICTURE_SUFFIXES else _read(name, member)
-    return values
-
-
-def _caption(sample: dict[str, TarMember]) -> dict[str, Any]:
-    """file_name, the picture, and prompt: a text, or a JSON's prompt, caption or text."""
-    pictures = [member for name, member in sample.items() if _suffix(name) in PICTURE_SUFFIXES]
-    if len(pictures) != 1:
-        raise ValueError(f"has {len(pictures)} pictures, not one ({', '.join(f'.{name}' for name in sample)})")
-    texts = {name: _read(name, member) for name, member in sample.items() if _suffix(name) in TEXT_SUFFIXES}
-    if not texts:
-        raise ValueError("has no text beside its picture")
-    name, text = max(texts.items())  # .txt before .json
-    prompt = text.strip()
-    if name.endswith("json"):
-        facts = json.loads(text)
-        named = facts if isinstance(facts, dict) else {}
-        prompt = next((named[column] for column in PROMPT_COLUMNS if column in named), None)
-    return {"file_name": pictures[0], "prompt": prompt}
-
-
-def _read(name: str, member: TarMember) -> str:
-    """A small text; ValueError if it is not UTF-8."""
-    try:
-        return member.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f".{name} is not text in UTF-8") from error
+    yield from sample_rows(file, samples(file, _members(file, unread)), layout, encoding)
 
 
 def _members(file: Path, unread: Counter[str]) -> Iterator[BadRow | tuple[str, TarMember]]:
@@ -157,30 +58,24 @@ def _members(file: Path, unread: Counter[str]) -> Iterator[BadRow | tuple[str, T
                 raise DataError(f"{file}: has more than {MAX_TAR_MEMBERS:,} members; split it into shards")
             if info.isdir():
                 continue
+            if is_side_path(info.name):
+                unread[HIDDEN] += 1
+                continue
             suffix = info.name.rpartition(".")[2].lower() if "." in info.name else ""
             fault = _fault(info, suffix)
             if fault is not None:
                 yield BadRow(f"{file.name}:{info.name[:80]}", fault)
             elif suffix in PICTURE_SUFFIXES | TEXT_SUFFIXES:
-                yield info.name, TarMember(file, offset, info.size)
+                yield info.name, TarMember(file, offset, info.size, info.name)
             else:
                 unread[printable(f".{suffix}")[:20]] += 1
 
 
 def _fault(info: tarfile.TarInfo, suffix: str) -> str | None:
     """Why a member is refused; None if it is not."""
-    name = info.name
-    parts = name.replace("\\", "/").split("/")
     if info.type in _KINDS or not info.isreg():
         return f"is {_KINDS.get(info.type, f'of type {info.type!r}')}, not a plain file: refused"
-    if len(os.fsencode(name)) > MAX_NAME:
-        return f"has a name of {len(os.fsencode(name))} bytes, over {MAX_NAME}: refused"
-    if not name or parts[0] == "" or ".." in parts or "\0" in name or parts[0][1:2] == ":":
-        return "has a path that leads outside: refused"
-    limit = MAX_PICTURE if suffix in PICTURE_SUFFIXES else MAX_TEXT
-    if suffix in PICTURE_SUFFIXES | TEXT_SUFFIXES and info.size > limit:
-        return f"holds {info.size:,} bytes, over {limit:,}: refused"
-    return None
+    return member_fault(info.name, suffix, info.size)
 
 
 def _headers(file: Path, stream: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int]]:

@@ -5,9 +5,9 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from diffusion_align.data import interpret
 from diffusion_align.data.pairs_and_rankings import DataRow
-from diffusion_align.data.raw_rows import PROMPT_COLUMNS, RawRow
+from diffusion_align.data.rows import interpret
+from diffusion_align.data.rows.raw_rows import PROMPT_COLUMNS, RawRow
 
 _PROMPT = ("prompt", "caption")
 _RANKED = "relevance, the fraction of comparisons won"

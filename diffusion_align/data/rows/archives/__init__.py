@@ -1,0 +1,1 @@
+"""Samples of archives, .tar and .zip. Nothing is extracted."""
