@@ -28,7 +28,8 @@ from torch import Tensor
 
 from diffusion_align import rng
 from diffusion_align.commands.reward.serve import Server
-from diffusion_align.data.images import decode_image, encode_png, to_square
+from diffusion_align.data.frames import Frame, fit
+from diffusion_align.data.images import decode_image, encode_png
 from diffusion_align.models import TextToImage, load_pipeline
 from diffusion_align.options.reward import RewardServe
 from diffusion_align.rewards import Reward, http_reward, load_reward, prefetch, to_uint8
@@ -75,7 +76,7 @@ def row(
 
     def decoded() -> Iterator[tuple[Tensor, list[str]]]:
         for i in range(0, count, batch):
-            some = [to_square(decode_image(data), side) for data in files[i : i + batch]]
+            some = [fit(decode_image(data), Frame(side, side)) for data in files[i : i + batch]]
             yield torch.stack(some), prompts[i : i + batch]
 
     def score_all(batches: Iterator[tuple[Tensor, list[str]]]) -> None:

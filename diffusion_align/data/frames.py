@@ -50,7 +50,8 @@ class Frame:
         if not (found := _FRAME.fullmatch(text)):
             raise ValueError(f"{text!r} is no frame of a picture")
         width, height, x, y, mirrored = found.groups()
-        return cls(int(width), int(height), *(0.5 if at is None else float(at) for at in (x, y)), mirrored is not None)
+        at = (0.5, 0.5) if x is None else (float(x), float(y))
+        return cls(int(width), int(height), at[0], at[1], mirrored is not None)
 
 
 @dataclass(frozen=True)
