@@ -144,7 +144,7 @@ def _text(*names: str) -> Callable[[Tensors], None]:
     return add
 
 
-# Each damages the tensors so that the file must be refused.
+# Each damages the tensors so that the file must be refused. The text encoders have no layer 77.
 DAMAGES: dict[str, Callable[[Tensors], None]] = {
     "wrong prefix": _prefixed,
     "one half of a layer missing": lambda t: _drop(t, [_first(t)]),
@@ -158,11 +158,12 @@ DAMAGES: dict[str, Callable[[Tensors], None]] = {
     "NaN": lambda t: _change(t, _poison(float("nan"))),
     "infinite": lambda t: _change(t, _poison(float("-inf"))),
     "whole numbers": lambda t: _change(t, lambda v: v.to(torch.int8)),
-    "text encoder, kohya": _text("lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_{0}.weight"),
+    "text encoder, kohya": _text("lora_te1_text_model_encoder_layers_77_self_attn_q_proj.lora_{0}.weight"),
     "text encoder, diffusers": _text(
-        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.{0}.weight"),
+        "text_encoder.text_model.encoder.layers.77.self_attn.q_proj.lora_linear_layer.{0}.weight"),
     "text encoder, transformers 5.6": _text(
-        "text_encoder_2.encoder.layers.0.self_attn.q_proj.lora_{1}.weight", "encoder.layers.1.mlp.fc1.lora_{1}.weight"),
+        "text_encoder_2.encoder.layers.77.self_attn.q_proj.lora_{1}.weight",
+        "encoder.layers.77.mlp.fc1.lora_{1}.weight"),
 }  # fmt: skip
 
 
