@@ -19,9 +19,10 @@ from torch import Tensor
 
 from ..system.file_modes import readable
 from .lora.adapters import add_lora, fill_lora
-from .lora.files import UNET, as_lora
+from .lora.files import UNET
 from .lora.merge import merge_layers
 from .lora.opening import LORA_FILE, adapter_digest, open_adapter, read_tensors
+from .lora.plain import as_lora
 from .pipeline import TextToImage
 
 _LENGTH = 8  # bytes before the header of a safetensors file, which say how long it is

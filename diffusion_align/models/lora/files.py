@@ -23,7 +23,7 @@ from .names import (
     text_layer_names,
 )
 from .plain import Lora, as_lora
-from .settings import METADATA, Settings, read_settings
+from .settings import METADATA, Settings, read_settings, require_known_type
 from .tensors import Source, read_layer, require_sound_halves, scales_of, short, shown
 from .updates import Layer
 
@@ -65,6 +65,7 @@ def read_adapter(
     """
     if not tensors:
         raise ValueError(f"{source.path} holds no tensors: the run that wrote it did not finish")
+    require_known_type(source.path, header)
     layers: dict[str, dict[str, Layer]] = {}
     for network, keys in _keys_by_network(source, tensors, networks).items():
         settings = read_settings(source.path, header, network)

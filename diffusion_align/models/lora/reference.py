@@ -77,7 +77,7 @@ def _only_start(network: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _same_gradients(network: torch.nn.Module) -> Iterator[None]:
-    """peft switches gradients off and then on again, even those that were off before, and a frozen LoRA stays frozen."""
+    """Restore what requires gradients: peft switches all on again, and a frozen LoRA must stay frozen."""
     flags: Mapping[Parameter, bool] = {parameter: parameter.requires_grad for parameter in network.parameters()}
     try:
         yield

@@ -83,17 +83,11 @@ def read_settings(path: Path, header: Mapping[str, str], network: str) -> Settin
         known = {key.removeprefix(prefix): value for key, value in everything.items() if key.startswith(prefix)}
         if network != "unet" and not known:
             return None
-        kind = str(known.get("peft_type") or "LORA").upper().rpartition(".")[2]
+        kind = _type_of(known.get("peft_type"))
         alpha_name = "alpha" if kind in ("LOHA", "LOKR") else "lora_alpha"
-        if kind in _TYPES:
-            rank, alpha, targets = int(known["r"]), float(known[alpha_name]), known["target_modules"]
+        rank, alpha, targets = int(known["r"]), float(known[alpha_name]), known["target_modules"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path}: its header {METADATA} does not give rank, alpha and targets ({error!r})") from error
-    if kind not in _TYPES:
-        raise ValueError(
-            f"{path}: its header sets {network}.peft_type {kind[:40]!r}, which cannot be taken: merge it with peft "
-            "(merge_and_unload), and give the merged model"
-        )
     words = f"{path}: its header gives {network}."
     if not math.isfinite(alpha) or alpha == 0:
         raise ValueError(f"{words}{alpha_name} as {alpha}, where a number other than 0 is needed")
@@ -114,6 +108,24 @@ def read_settings(path: Path, header: Mapping[str, str], network: str) -> Settin
         _TYPES[kind][1], rank, alpha, known.get("rank_pattern") or {}, known.get("alpha_pattern") or {},
         bool(known.get("use_rslora")), bool(known.get("use_dora")), pattern,
     )  # fmt: skip
+
+
+def require_known_type(path: Path, header: Mapping[str, str]) -> None:
+    """Raise ValueError for a header of another kind of adapter of peft than those that can be taken."""
+    try:
+        everything = json.loads(header.get(METADATA, "{}"))
+        types = {key: value for key, value in everything.items() if key.endswith(".peft_type")}
+    except (ValueError, AttributeError, RecursionError):
+        return  # `read_settings` says so
+    if wrong := sorted(key for key, value in types.items() if _type_of(value) not in _TYPES):
+        raise ValueError(
+            f"{path}: its header sets {wrong[0]} {_type_of(types[wrong[0]])[:40]!r}, which cannot be taken: merge it "
+            "with peft (merge_and_unload), and give the merged model"
+        )
+
+
+def _type_of(value: object) -> str:
+    return str(value or "LORA").upper().rpartition(".")[2]
 
 
 def _texts(value: object) -> bool:

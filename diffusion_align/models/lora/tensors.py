@@ -37,7 +37,7 @@ class UnknownAlpha(ValueError):
 
 @dataclass
 class Source:
-    """The file that is read, whether it may be read in part, the notes on repairs, and the alpha if the reader knows it."""
+    """The file that is read, whether it may be read in part, notes on repairs, and the alpha if the reader knows it."""
 
     path: Path
     allow_partial: bool = False

@@ -23,11 +23,13 @@ class Layer:
     @property
     def title(self) -> str:
         """The kind in words that people know."""
-        if self.decomposed:
-            return "DoRA" if self.kind == "LoRA" else f"DoRA of {self.kind}"
         if "mid" in self.parts:
-            return "LoCon (Tucker)"
-        return "BOFT" if self.kind == "OFT" and self.parts["oft_blocks"].ndim == 4 else self.kind
+            kind = "LoCon (Tucker)"
+        else:
+            kind = "BOFT" if self.kind == "OFT" and self.parts["oft_blocks"].ndim == 4 else self.kind
+        if self.decomposed:
+            return "DoRA" if kind == "LoRA" else f"DoRA of {kind}"
+        return kind
 
     def weight(self, old: Tensor) -> Tensor:
         """The layer's new weight, float32. Raises RuntimeError or ValueError if the shapes do not fit."""
@@ -69,7 +71,9 @@ def low_rank(parts: Parts) -> Tensor:
 
 
 def _tucker(core: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """[r,r,...], [r,out], [r,in] -> [out,in,...]."""
+    """[r,r,...], [r,out], [r,in] -> [out,in,...]. einsum would repeat an axis of one, so the ranks are compared."""
+    if core.shape[:2] != (len(rows), len(columns)):
+        raise ValueError(f"the core is {list(core.shape)} between ranks {len(rows)} and {len(columns)}")
     return torch.einsum("ij...,ip,jq->pq...", core, rows, columns)
 
 
@@ -110,6 +114,7 @@ def _norm(old: Tensor, parts: Parts, scale: float) -> Tensor:
 
 def _ia3(old: Tensor, parts: Parts, scale: float) -> Tensor:
     axis = 1 if bool(parts["on_input"]) else 0
+    _require_count("scales", parts["scales"], old.shape[axis])
     shape = [-1 if i == axis else 1 for i in range(old.ndim)]
     return old * (1 + parts["scales"].reshape(shape))
 
@@ -126,6 +131,7 @@ def _glora(old: Tensor, parts: Parts, scale: float) -> Tensor:
 def _oft(old: Tensor, parts: Parts, scale: float) -> Tensor:
     """`scale` is the constraint: how far the rotations may go per output; 0 is no limit."""
     blocks = parts["oft_blocks"]
+    _require_count("rows of the rotations", blocks[..., 0] if blocks.ndim == 3 else blocks[0, ..., 0], len(old))
     skew = blocks - blocks.transpose(-1, -2)
     limit, norm = scale * len(old), float(skew.norm()) + 1e-8
     if 0 < limit < norm:
@@ -133,7 +139,16 @@ def _oft(old: Tensor, parts: Parts, scale: float) -> Tensor:
     one = torch.eye(blocks.shape[-1], dtype=skew.dtype, device=skew.device)
     rotation = (one + skew) @ torch.linalg.inv(one - skew)
     new = _butterfly(old, rotation) if blocks.ndim == 4 else _diagonal(old, rotation)
-    return new * parts["rescale"].view(-1, *[1] * (old.ndim - 1)) if "rescale" in parts else new
+    if "rescale" not in parts:
+        return new
+    _require_count("rescale", parts["rescale"], len(old))
+    return new * parts["rescale"].view(-1, *[1] * (old.ndim - 1))
+
+
+def _require_count(what: str, values: Tensor, due: int) -> None:
+    """One number would be repeated, and too few reshaped."""
+    if values.numel() != due:
+        raise ValueError(f"{values.numel()} {what} for {due}")
 
 
 def _diagonal(old: Tensor, rotation: Tensor) -> Tensor:
@@ -163,7 +178,7 @@ def _decomposed(new: Tensor, parts: Parts) -> Tensor:
         axis = 1 if len(magnitude) == 1 != len(new) else 0
     if magnitude.numel() != new.shape[axis]:
         raise ValueError(f"the magnitude is {list(magnitude.shape)}")
-    norm = new.norm(dim=[i for i in range(new.ndim) if i != axis], keepdim=True)
+    norm = torch.linalg.vector_norm(new, dim=[i for i in range(new.ndim) if i != axis], keepdim=True)
     return new / norm * magnitude.reshape([-1 if i == axis else 1 for i in range(new.ndim)])
 
 
