@@ -12,8 +12,9 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from .lora.files import UNET
 from .lora.merge import merge_layers
 from .lora.opening import LORA_FILE, adapter_digest, open_adapter, read_tensors
 from .lora.plain import as_lora
+from .lora.start import Start, joined, lora_state
 from .pipeline import TextToImage
 
 _LENGTH = 8  # bytes before the header of a safetensors file, which say how long it is
@@ -41,6 +43,21 @@ def save_lora(unet: UNet2DConditionModel, folder: str | os.PathLike[str]) -> Pat
         StableDiffusionPipeline.save_lora_weights(
             partial, unet_lora_layers=dict(_lora_state(unet)), unet_lora_adapter_metadata=metadata
         )
+        sort_header(partial / LORA_FILE)
+        os.replace(partial / LORA_FILE, Path(folder) / LORA_FILE)
+    return Path(folder) / LORA_FILE
+
+
+def save_with_start(unet: UNet2DConditionModel, start: Start, folder: str | os.PathLike[str]) -> Path:
+    """Write a trained LoRA and what it started from, as far as that is not in the model's weights, in one file like
+    `save_lora`'s. With mode "beneath" its rank is the sum of both ranks."""
+    loras = joined(unet, start)
+    given: dict[str, Any] = {f"{network}_lora_layers": state for network, state in lora_state(loras).items()}
+    for network, lora in loras.items():
+        about = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": sorted(lora.pairs)}
+        given[f"{network}_lora_adapter_metadata"] = about | ({"use_dora": True} if lora.magnitudes else {})
+    with _staged(Path(folder) / LORA_FILE) as partial:
+        StableDiffusionXLPipeline.save_lora_weights(partial, **given)
         sort_header(partial / LORA_FILE)
         os.replace(partial / LORA_FILE, Path(folder) / LORA_FILE)
     return Path(folder) / LORA_FILE

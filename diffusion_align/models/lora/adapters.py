@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -96,7 +97,9 @@ def _add_adapter(
     strength = rank if alpha is None else alpha
     config = LoraConfig(r=rank, lora_alpha=strength, target_modules=list(targets), use_dora=dora)  # type: ignore[arg-type]
     others = list(getattr(unet, "peft_config", None) or {})
-    with torch.random.fork_rng(devices=[]):  # peft draws its first weights from the global generator
+    # peft draws its first weights from the global generator, and warns of a second adapter.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
         unet.add_adapter(config, name)
     if others:
         switch_on(unet, [*others, name])

@@ -17,6 +17,10 @@ from .updates import Layer
 Pair = tuple[Tensor, Tensor]
 
 
+class OnlyMergeable(ValueError):
+    """A file of a kind that can be merged into a model, but not trained."""
+
+
 @dataclass(frozen=True)
 class Lora:
     """Down- and up-projection of each layer, in float32; all layers have one rank and one alpha. `magnitudes` is empty
@@ -29,19 +33,19 @@ class Lora:
 
 
 def as_lora(source: Source, layers: Mapping[str, Layer]) -> Lora:
-    """Layers as one LoRA that can be trained. Raises ValueError for kinds that can only be merged, naming the kind."""
+    """Layers as one LoRA that can be trained. Raises OnlyMergeable for other kinds, naming the kind."""
     wrong = {name: layer for name, layer in layers.items() if layer.title not in TRAINABLE or "diff_b" in layer.parts}
     mixed = len({layer.title for layer in layers.values()}) > 1
     if wrong or mixed:
         some = min(wrong or layers)
         what = layers[some].title if wrong and layers[some].title not in TRAINABLE else "LoRA mixed with other kinds"
-        raise ValueError(
+        raise OnlyMergeable(
             f"{source.path}: {shown(min(layers[some].keys.values()))} is of {what}, an update of the weights that can "
             "be merged into the model, but not loaded as a LoRA"
         )
     magnitudes = {name: layer.magnitude_of_outputs() for name, layer in layers.items() if layer.decomposed}
     if none := [name for name, vector in magnitudes.items() if vector is None]:
-        raise ValueError(
+        raise OnlyMergeable(
             f"{source.path}: {shown(layers[none[0]].keys['dora_scale'])} has a magnitude for each input, which can be "
             "merged into the model, but not loaded as a LoRA"
         )
