@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_align.models.hub import asset
-from diffusion_align.vocabulary import LORA_TARGETS
+from diffusion_align.options.lora import target_layers
 
 # Assumed of a model that is not on this disk. SDXL has the betas of Stable Diffusion, and latents of twice the side.
 STABLE_DIFFUSION, SDXL = "Stable Diffusion 1.5", "SDXL"
@@ -42,8 +42,10 @@ class ModelFacts:
 
     def lora_parameters(self, rank: int, targets: str) -> int:
         """rank x (in + out) for each layer that gets a LoRA; `in` of a convolution is channels x kernel size."""
-        ends = tuple(f".{layer}.weight" for layer in LORA_TARGETS[targets])
-        return sum(rank * (s[0] + math.prod(s[1:])) for name, s in self.unet_shapes.items() if name.endswith(ends))
+        ends = tuple(f".{layer}.weight" for layer in target_layers(targets))
+        return sum(
+            rank * (s[0] + math.prod(s[1:])) for name, s in self.unet_shapes.items() if f".{name}".endswith(ends)
+        )
 
 
 def read_model_facts(name: str) -> ModelFacts:

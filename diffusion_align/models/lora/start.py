@@ -122,10 +122,10 @@ def lora_state(loras: Mapping[str, Lora]) -> dict[str, dict[str, Tensor]]:
             layer: layer if network == UNET or layer.startswith("text_") else f"text_model.{layer}"
             for layer in lora.pairs
         }
-        state[network] = {
-            f"{names[layer]}.{'lora' if network == UNET else 'lora_linear_layer'}.{half}.weight": pair[half == "up"].contiguous()
-            for layer, pair in lora.pairs.items()
-            for half in ("down", "up")
-        }
+        word = "lora" if network == UNET else "lora_linear_layer"
+        for layer, (down, up) in lora.pairs.items():
+            stem = f"{names[layer]}.{word}"
+            state.setdefault(network, {})[f"{stem}.down.weight"] = down.contiguous()
+            state[network][f"{stem}.up.weight"] = up.contiguous()
         state[network] |= {f"{names[layer]}.lora_magnitude_vector": v for layer, v in lora.magnitudes.items()}
     return state
