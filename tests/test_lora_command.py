@@ -141,6 +141,17 @@ def test_text_encodings_of_another_encoder_are_others(runs, plain, style):
     assert {entry["identity"]["model"] for entry in manifests} >= {base, f"{base}+{adapter_digest(style)}"}
 
 
+def test_a_lora_for_a_merged_model_is_loaded_on_that_model_only(runs, style, tmp_path):
+    model = load_pipeline(runs / "model", device="cpu")
+    with pytest.raises(ValueError, match="was trained on a model with another LoRA merged into it"):
+        load_lora(model, runs / "merge")
+    argv = ("sample", "--model", runs / "model", *DRAW, "--lora", runs / "merge", "--out", tmp_path / "out")
+    code, _, said = run_quietly(*argv)
+    assert code == 1 and adapter_digest(style) in said and "starting_lora" in said
+    argv = flags(runs, "dpo", runs / "merge", *SHORT, f"--lora={runs / 'merge'}", "--overwrite_output_dir=true")
+    assert cli.main(argv) == 2 and (runs / "merge" / "starting_lora").is_dir()
+
+
 def test_full_training_and_other_kinds_merge_first(world, tmp_path):
     path = kohya_file(world, tmp_path / "loha.safetensors", "LoHa")
     code, said = train(flags(world, "dpo", tmp_path / "run", *SHORT, f"--lora={path}"))

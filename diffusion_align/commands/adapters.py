@@ -18,10 +18,20 @@ if TYPE_CHECKING:
 KEPT = "starting_lora"  # in a run folder
 
 
-def require_lora(place: str | None) -> None:
-    """Raise UsageError if nothing is there, before anything is loaded."""
-    if place is not None and not Path(place).exists():
+def require_lora(o: Any) -> None:
+    """Check the file of --lora before anything is loaded.
+
+    Raises:
+        UsageError: nothing is there, or this command would delete it.
+    """
+    place = getattr(o, "lora", None)
+    if place is None:
+        return
+    if not Path(place).exists():
         raise UsageError(f"--lora {place} is not there: give a file, a folder of peft, or a run; nothing is downloaded")
+    run = Path(getattr(o, "output_dir", None) or ".").resolve()
+    if getattr(o, "overwrite_output_dir", False) and run in (Path(place).resolve(), *Path(place).resolve().parents):
+        raise UsageError(f"--overwrite_output_dir deletes --lora {place}: give another --output_dir")
 
 
 @contextmanager

@@ -27,7 +27,7 @@ def require_possible(o: Any) -> None:
         UsageError: no such device, a missing package, or as `require_model`.
     """
     require_device(getattr(o, "device", None))
-    require_lora(getattr(o, "lora", None))
+    require_lora(o)
     if isinstance(o, TrainCommon):
         require_packages(o)
     if isinstance(o, TrainCommon) and o.mixed_precision == "fp16":

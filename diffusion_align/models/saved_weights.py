@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..system.file_modes import readable
 from .lora.adapters import add_lora, fill_lora
 from .lora.files import UNET
 from .lora.merge import merge_layers
-from .lora.opening import LORA_FILE, adapter_digest, open_adapter, read_tensors
+from .lora.opening import LORA_FILE, TRAINED_ON, adapter_digest, open_adapter, read_tensors
 from .lora.plain import as_lora
 from .lora.start import Start, joined, lora_state
 from .pipeline import TextToImage
@@ -31,10 +31,11 @@ _LENGTH = 8  # bytes before the header of a safetensors file, which say how long
 logger = logging.getLogger(__name__)
 
 
-def save_lora(unet: UNet2DConditionModel, folder: str | os.PathLike[str]) -> Path:
+def save_lora(unet: UNet2DConditionModel, folder: str | os.PathLike[str], *, trained_on: Sequence[str] = ()) -> Path:
     """Write `pytorch_lora_weights.safetensors`, which `pipe.load_lora_weights(folder)` loads without more arguments.
 
-    Rank, alpha and targets go into the file's header, as diffusers would otherwise take the rank for alpha.
+    Rank, alpha and targets go into the file's header, as diffusers would otherwise take the rank for alpha. So do the
+    digests of adapters that were merged into the model that it was `trained_on`.
     """
     config = unet.peft_config["default"]  # type: ignore[index]
     metadata = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
@@ -43,7 +44,7 @@ def save_lora(unet: UNet2DConditionModel, folder: str | os.PathLike[str]) -> Pat
         StableDiffusionPipeline.save_lora_weights(
             partial, unet_lora_layers=dict(_lora_state(unet)), unet_lora_adapter_metadata=metadata
         )
-        sort_header(partial / LORA_FILE)
+        sort_header(partial / LORA_FILE, {TRAINED_ON: "+".join(trained_on)} if trained_on else {})
         os.replace(partial / LORA_FILE, Path(folder) / LORA_FILE)
     return Path(folder) / LORA_FILE
 
@@ -63,9 +64,9 @@ def save_with_start(unet: UNet2DConditionModel, start: Start, folder: str | os.P
     return Path(folder) / LORA_FILE
 
 
-def sort_header(path: Path) -> None:
+def sort_header(path: Path, more: Mapping[str, str] | None = None) -> None:
     """Sort the metadata of a safetensors file, whose order differs from process to process, so that equal weights make
-    equal files.
+    equal files; and add `more` to it.
 
     `__metadata__` keeps its length, so nothing else moves. The file is replaced completely or not at all.
     """
@@ -73,7 +74,7 @@ def sort_header(path: Path) -> None:
     end = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
     header = json.loads(data[_LENGTH:end])
     if "__metadata__" in header:
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        header["__metadata__"] = dict(sorted((header["__metadata__"] | (more or {})).items()))
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     # safetensors aligns tensors to eight bytes with spaces after the JSON.
     text += b" " * (-len(text) % _LENGTH)

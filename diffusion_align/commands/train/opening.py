@@ -85,7 +85,9 @@ def _train_unet(session: Session, needs_reference: bool) -> None:
     trainable(model.unet, o.mode)
     named = {key: value for key, value in model.unet.named_parameters() if value.requires_grad}
     write = partial(save_lora if o.mode == "lora" else save_unet, model.unet)
-    if start is not None and start.lora is not None:
+    if start is not None and start.lora is None and o.mode == "lora":
+        write = partial(save_lora, model.unet, trained_on=model.merged)
+    elif start is not None and start.lora is not None:
         write = partial(save_with_start, model.unet, start)
     session.trained = Trained(named, write)
     session.ema = start_ema(named, o.ema_decay) if o.use_ema else None

@@ -68,5 +68,5 @@ def _describe_trained(o: TrainUnet, facts: ModelFacts) -> str:
     what += f", after {o.lora} ({o.lora_mode})" if o.lora else ""
     if not facts.unet_shapes:
         return f"{what}: number of parameters unknown"
-    number = facts.full_parameters() if o.mode == "full" else facts.lora_parameters(o.rank, o.lora_targets)
+    number = facts.full_parameters() if o.mode == "full" else facts.lora_parameters(o.rank, o.lora_targets, o.use_dora)
     return f"{what}: {number:,} of {facts.full_parameters():,} parameters"

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
+TRAINED_ON = "diffusion_align_trained_on"  # in the header: digests of adapters that are to be merged first
 _TEXT_NETWORKS = ("text_encoder", "text_encoder_2")
 
 
@@ -43,6 +44,11 @@ def open_adapter(
     path = adapter_file(Path(place))
     tensors, header = read_tensors(path)
     require_no_lora(model.unet)
+    if missing := sorted(set(header.get(TRAINED_ON, "").split("+")) - {"", *model.merged}):
+        raise ValueError(
+            f"{path} was trained on a model with another LoRA merged into it (digest {missing[0]}), which this model "
+            "lacks: merge that one first; a run keeps it in its folder starting_lora"
+        )
     source = Source(path, allow_partial, alpha=alpha)
     return read_adapter(source, tensors, header | _peft_header(path), networks_of(model)), source
 
