@@ -88,12 +88,10 @@ def _keys_by_network(
     found: dict[str, Keys] = {}
     texts, unknown, dialects = [], [], {}
     for key in sorted(tensors):
-        network: str | None = UNET
-        if of_text_encoder(key):
-            network = text_encoder_of(key, len(networks) - 1)
-            if network not in networks:
-                texts.append(key)
-                continue
+        network = (text_encoder_of(key, len(networks) - 1) or "") if of_text_encoder(key) else UNET
+        if network not in networks:
+            texts.append(key)
+            continue
         name = _name_of(key, tensors)
         if name is None:
             raise ValueError(f"{source.path}: key {shown(key)} {describe_other(key)}")

@@ -61,8 +61,9 @@ def merge_layers(model: TextToImage, adapter: Adapter, source: Source, networks:
                 "the file is damaged, or made for another model"
             )
     for layer, module in chosen:
-        weight, bias = module.get_parameter("weight"), module.bias
-        new, moved = _new_weight(layer, module), layer.bias(None if bias is None else bias.float().cpu())
+        weight = module.get_parameter("weight")
+        bias = None if module.bias is None else module.get_parameter("bias").float().cpu()
+        new, moved = _new_weight(layer, module), layer.bias(bias)
         weight.copy_(new)
         if moved is not None:
             module.get_parameter("bias").copy_(moved)
