@@ -132,6 +132,13 @@ def test_a_dora_is_continued_and_reloaded(both, tmp_path):
     assert_rounded(both[0].answer(again), both[0].answer(model), depth=200)
 
 
+def test_a_dora_is_not_put_beneath_another(both, tmp_path):
+    model = fresh(both[0])
+    with pytest.raises(OnlyMergeable, match="only continued or merged"):
+        apply_start(model, kohya_file(both[0], tmp_path / "s.safetensors", "DoRA", text=False), "beneath")
+    assert torch.equal(both[0].answer(model), both[0].plain)
+
+
 def test_a_file_for_text_encoders_only_is_merged_and_not_continued(both, tmp_path):
     path = kohya_file(both[0], tmp_path / "text.safetensors", layers=())
     with pytest.raises(ValueError, match="no tensor for the UNet, only for text_encoder"):

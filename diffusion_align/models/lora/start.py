@@ -17,7 +17,7 @@ from .adapters import TRAINED, add_start, continue_start, parameters_of
 from .files import UNET
 from .merge import merge_layers, merge_lora
 from .opening import adapter_digest, open_adapter
-from .plain import Lora, Pair, as_lora
+from .plain import Lora, OnlyMergeable, Pair, as_lora
 
 if TYPE_CHECKING:
     from ..pipeline import TextToImage
@@ -59,6 +59,10 @@ def apply_start(
     if UNET not in adapter.layers:
         raise ValueError(f"{source.path}: it has no tensor for the UNet, only for {', '.join(adapter.layers)}")
     loras = {network: as_lora(source, layers) for network, layers in adapter.layers.items()}
+    if mode == "beneath" and loras[UNET].magnitudes:
+        raise OnlyMergeable(
+            f"{source.path}: a DoRA cannot be joined with a new LoRA in one file, only continued or merged"
+        )
     texts = {network: lora for network, lora in loras.items() if network != UNET}
     if texts:
         merge_layers(model, adapter, source, texts)
