@@ -18,6 +18,7 @@ _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # The feed-forward and projection layers of attention blocks, and the convolutions of residual blocks.
 _REST = ("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut", "time_emb_proj")
 LORA_TARGETS = {"attention": _ATTENTION, "wide": (*_ATTENTION, *_REST)}
+LORA_MODES = ("continue", "beneath", "merge")
 
 LR_SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts", "polynomial")
 WITH_WARMUP = "constant_with_warmup"  # what diffusers' scripts call "constant" with a warm-up

@@ -79,7 +79,8 @@ def test_the_same_file_twice_is_no_contradiction():
 
 @pytest.mark.parametrize(
     ("flag", "told"),
-    [("lora_rank", "here it is --rank"), ("center_crop", "not here: pictures are centre-cropped"),
+    [("lora_rank", "here it is --rank"), ("network_weights", "here it is --lora"), ("dora", "here it is --use_dora"),
+      ("center_crop", "not here: pictures are centre-cropped"),
      ("random_flip", "not here: pictures are centre-cropped"), ("snr_gamma", "not here: every pair's loss"),
      ("min_snr_gamma", "not here:"), ("optimizer_type", "not here: the optimizer is AdamW"),
      ("config.train.batch_size", "here it is --train_batch_size"), ("num_processes", "torchrun"),

@@ -10,14 +10,15 @@ from diffusion_align.vocabulary import LORA_TARGETS
 
 
 @pytest.mark.parametrize("make", [make_tiny_folder, make_tiny_sdxl_folder])
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("targets", LORA_TARGETS)
-def test_the_number_of_trained_parameters(tmp_path, targets, make):
+def test_the_number_of_trained_parameters(tmp_path, targets, make, dora):
     folder = make(tmp_path / "model")
     facts = read_model_facts(str(folder))
     model = load_pipeline(folder, device="cpu")
     assert facts.full_parameters() == sum(p.numel() for p in model.unet.parameters())
-    assert facts.lora_parameters(3, targets) == sum(
-        p.numel() for p in add_lora(model.unet, 3, targets=LORA_TARGETS[targets])
+    assert facts.lora_parameters(3, targets, dora) == sum(
+        p.numel() for p in add_lora(model.unet, 3, targets=LORA_TARGETS[targets], dora=dora)
     )
 
 

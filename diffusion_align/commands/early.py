@@ -9,13 +9,13 @@ import os
 from importlib.util import find_spec
 from typing import Any
 
+from diffusion_align.commands.adapters import require_lora
 from diffusion_align.commands.footprint import require_memory
 from diffusion_align.commands.model_facts import read_model_facts
 from diffusion_align.commands.sources import present_model
 from diffusion_align.models.hub import local_folder
-from diffusion_align.models.lora.rank import RankError, require_rank
+from diffusion_align.models.lora.rank import RankError, require_layers, require_rank
 from diffusion_align.options import TrainCommon, TrainUnet, UsageError
-from diffusion_align.vocabulary import LORA_TARGETS
 
 XFORMERS = "--enable_xformers_memory_efficient_attention"
 
@@ -27,6 +27,7 @@ def require_possible(o: Any) -> None:
         UsageError: no such device, a missing package, or as `require_model`.
     """
     require_device(getattr(o, "device", None))
+    require_lora(o)
     if isinstance(o, TrainCommon):
         require_packages(o)
     if isinstance(o, TrainCommon) and o.mixed_precision == "fp16":
@@ -49,11 +50,14 @@ def require_model(o: Any) -> None:
     if not isinstance(o, TrainCommon):
         return
     facts = read_model_facts(name)
-    if isinstance(o, TrainUnet) and o.mode == "lora":
+    if isinstance(o, TrainUnet) and (new := o.new_lora) is not None and facts.unet_shapes:
         try:
-            require_rank(facts.unet_shapes, o.rank, LORA_TARGETS[o.lora_targets])
+            require_layers(facts.unet_shapes, new.own_names)
+            require_rank(facts.unet_shapes, new.rank, new.layers)
         except RankError as error:
             raise UsageError(f"adapter.rank: {error}: give --rank {error.largest} at most") from None
+        except ValueError as error:
+            raise UsageError(f"adapter.lora_targets: {error}") from None
     require_memory(o, facts)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_align.models.hub import asset
-from diffusion_align.vocabulary import LORA_TARGETS
+from diffusion_align.options.lora import target_layers
 
 # Assumed of a model that is not on this disk. SDXL has the betas of Stable Diffusion, and latents of twice the side.
 STABLE_DIFFUSION, SDXL = "Stable Diffusion 1.5", "SDXL"
@@ -40,10 +40,12 @@ class ModelFacts:
     def full_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.unet_shapes.values())
 
-    def lora_parameters(self, rank: int, targets: str) -> int:
-        """rank x (in + out) for each layer that gets a LoRA; `in` of a convolution is channels x kernel size."""
-        ends = tuple(f".{layer}.weight" for layer in LORA_TARGETS[targets])
-        return sum(rank * (s[0] + math.prod(s[1:])) for name, s in self.unet_shapes.items() if name.endswith(ends))
+    def lora_parameters(self, rank: int, targets: str, dora: bool = False) -> int:
+        """rank x (in + out) for each layer that gets a LoRA, where `in` of a convolution is channels x kernel size; for
+        a DoRA `out` more."""
+        ends = tuple(f".{layer}.weight" for layer in target_layers(targets))
+        shapes = [shape for name, shape in self.unet_shapes.items() if f".{name}".endswith(ends)]
+        return sum(rank * (s[0] + math.prod(s[1:])) + dora * s[0] for s in shapes)
 
 
 def read_model_facts(name: str) -> ModelFacts:

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+from diffusion_align.commands.adapters import KEPT
 from diffusion_align.commands.printed_commands import restart_command
 from diffusion_align.options.reading.paths import absolute_reward
 from diffusion_align.options.reading.place import CHECKPOINTS, CONFIG, LATEST, METRICS, step_named
@@ -22,6 +23,7 @@ RECORDS = (
     METRICS,
     CHECKPOINTS,
     SAMPLES,
+    KEPT,
     *RESULTS,
     "accuracy.json",
     "evaluation",

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusion_align.commands.adapters import kept_lora, merge_given, saved_lora_options
 from diffusion_align.commands.sources import present_model
 from diffusion_align.models.hub import on_hub
 from diffusion_align.models.prompts.reading import Reading
@@ -24,6 +25,8 @@ def run_config(run: str | Path) -> dict[str, Any]:
         FileNotFoundError: the folder has no config.yaml.
     """
     path = Path(run) / "config.yaml"
+    if Path(run).is_file():
+        raise FileNotFoundError(f"{run} is a file, not a run folder: --lora takes the file of a LoRA")
     if not path.is_file():
         raise FileNotFoundError(f"{run} is not a run folder: it has no config.yaml")
     return read_yaml(path)
@@ -69,8 +72,15 @@ def reading_of(o: Any, config: dict[str, Any]) -> Reading:
     return Reading(long, chunks, chosen("prompt_syntax", "plain"), chosen("clip_skip", 1))
 
 
+def load_start(model: TextToImage, run: str | Path, config: dict[str, Any]) -> None:
+    """Merge the LoRA that a run started from into the base model: what the run is compared with."""
+    if (kept := kept_lora(Path(run), config)) is not None:
+        merge_given(model, kept, saved_lora_options(config))
+
+
 def load_tuned(model: TextToImage, run: str | Path) -> None:
-    """Load the trained weights of a run, a LoRA or a full UNet, into its base model.
+    """Load the trained weights of a run, a LoRA or a full UNet, into its base model, and the LoRA that it started from
+    if the run's file does not hold it.
 
     Raises:
         FileNotFoundError: the run has no trained weights (yet).
@@ -78,7 +88,9 @@ def load_tuned(model: TextToImage, run: str | Path) -> None:
     """
     from diffusion_align.models import load_lora, load_unet
 
-    path = trained_weights(run)
+    path, config = trained_weights(run), run_config(run)
+    if (config.get("adapter") or {}).get("lora_mode") == "merge":
+        load_start(model, run, config)
     if path.name == LORA_FILE:
         load_lora(model, run)
     else:

@@ -32,7 +32,8 @@ from .prompts.token_limit import cut_captions
 class TextToImage:
     """A text-to-image model: SDXL's format with a `second` encoder, else Stable Diffusion 1.x/2.x's.
 
-    `source` is the name that it was loaded by, `dtype` the precision of its frozen weights.
+    `source` is the name that it was loaded by, `dtype` the precision of its frozen weights, `merged` the digests of the
+    adapters that were merged into its weights.
     """
 
     unet: UNet2DConditionModel
@@ -46,6 +47,7 @@ class TextToImage:
     dtype: torch.dtype
     second: SecondEncoder | None = None
     reading: Reading = DEFAULT  # set it before anything is encoded
+    merged: tuple[str, ...] = ()
 
     @property
     def prediction_type(self) -> str:
@@ -109,6 +111,10 @@ class TextToImage:
         """
         encoded = self.encode_text([""])
         return torch.zeros_like(encoded) if self.second is not None and self.second.zero_empty else encoded
+
+    def forget_texts(self) -> None:
+        """Encode the empty prompt again when it is needed next, as the text encoders have changed."""
+        self.__dict__.pop("empty_text", None)
 
     def cut_captions(self, prompts: Sequence[str]) -> tuple[int, int]:
         """How many prompts exceed the text encoders' limit, and that limit in tokens."""
@@ -205,8 +211,9 @@ class TextToImage:
 
     def fingerprint(self) -> str:
         """A digest of the files that the model was loaded from, for the keys of caches and a run's identity. It names
-        how prompts are read if that is not the usual way."""
-        return self._fingerprint if self.reading == DEFAULT else f"{self._fingerprint}, prompts: {self.reading}"
+        what was merged into the weights, and how prompts are read if that is not the usual way."""
+        weights = "+".join([self._fingerprint, *self.merged])
+        return weights if self.reading == DEFAULT else f"{weights}, prompts: {self.reading}"
 
     @cached_property
     def _fingerprint(self) -> str:

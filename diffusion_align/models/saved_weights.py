@@ -9,48 +9,64 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft.utils import get_peft_model_state_dict
-from safetensors import safe_open
 from torch import Tensor
 
 from ..system.file_modes import readable
-from ..system.plain_json import read_json
-from .lora.adapters import add_lora, require_no_lora
-from .lora.files import METADATA, read_lora
-from .lora.tensors import Source
+from .lora.adapters import add_lora, fill_lora
+from .lora.files import UNET
+from .lora.merge import merge_layers
+from .lora.opening import LORA_FILE, TRAINED_ON, adapter_digest, open_adapter, read_tensors
+from .lora.plain import as_lora
+from .lora.start import Start, joined, lora_state
 from .pipeline import TextToImage
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-PEFT_FILE = "adapter_model.safetensors"
 _LENGTH = 8  # bytes before the header of a safetensors file, which say how long it is
 logger = logging.getLogger(__name__)
 
 
-def save_lora(unet: UNet2DConditionModel, folder: str | os.PathLike[str]) -> Path:
+def save_lora(unet: UNet2DConditionModel, folder: str | os.PathLike[str], *, trained_on: Sequence[str] = ()) -> Path:
     """Write `pytorch_lora_weights.safetensors`, which `pipe.load_lora_weights(folder)` loads without more arguments.
 
-    Rank, alpha and targets go into the file's header, as diffusers would otherwise take the rank for alpha.
+    Rank, alpha and targets go into the file's header, as diffusers would otherwise take the rank for alpha. So do the
+    digests of adapters that were merged into the model that it was `trained_on`.
     """
     config = unet.peft_config["default"]  # type: ignore[index]
     metadata = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
+    metadata |= {"use_dora": True} if getattr(config, "use_dora", False) else {}
     with _staged(Path(folder) / LORA_FILE) as partial:
         StableDiffusionPipeline.save_lora_weights(
             partial, unet_lora_layers=dict(_lora_state(unet)), unet_lora_adapter_metadata=metadata
         )
+        sort_header(partial / LORA_FILE, {TRAINED_ON: "+".join(trained_on)} if trained_on else {})
+        os.replace(partial / LORA_FILE, Path(folder) / LORA_FILE)
+    return Path(folder) / LORA_FILE
+
+
+def save_with_start(unet: UNet2DConditionModel, start: Start, folder: str | os.PathLike[str]) -> Path:
+    """Write a trained LoRA and what it started from, as far as that is not in the model's weights, in one file like
+    `save_lora`'s. With mode "beneath" its rank is the sum of both ranks."""
+    loras = joined(unet, start)
+    given: dict[str, Any] = {f"{network}_lora_layers": state for network, state in lora_state(loras).items()}
+    for network, lora in loras.items():
+        about = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": sorted(lora.pairs)}
+        given[f"{network}_lora_adapter_metadata"] = about | ({"use_dora": True} if lora.magnitudes else {})
+    with _staged(Path(folder) / LORA_FILE) as partial:
+        StableDiffusionXLPipeline.save_lora_weights(partial, **given)
         sort_header(partial / LORA_FILE)
         os.replace(partial / LORA_FILE, Path(folder) / LORA_FILE)
     return Path(folder) / LORA_FILE
 
 
-def sort_header(path: Path) -> None:
+def sort_header(path: Path, more: Mapping[str, str] | None = None) -> None:
     """Sort the metadata of a safetensors file, whose order differs from process to process, so that equal weights make
-    equal files.
+    equal files; and add `more` to it.
 
     `__metadata__` keeps its length, so nothing else moves. The file is replaced completely or not at all.
     """
@@ -58,7 +74,7 @@ def sort_header(path: Path) -> None:
     end = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
     header = json.loads(data[_LENGTH:end])
     if "__metadata__" in header:
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        header["__metadata__"] = dict(sorted((header["__metadata__"] | (more or {})).items()))
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     # safetensors aligns tensors to eight bytes with spaces after the JSON.
     text += b" " * (-len(text) % _LENGTH)
@@ -82,50 +98,33 @@ def _staged(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def load_lora(model: TextToImage, folder: str | os.PathLike[str], *, allow_partial: bool = False) -> None:
-    """Add the LoRA of a run folder, or of a file in the names of diffusers, peft or kohya, to the model's network,
-    completely or not at all.
+def load_lora(
+    model: TextToImage, folder: str | os.PathLike[str], *, allow_partial: bool = False, alpha: float | None = None
+) -> None:
+    """Add the LoRA of a run folder, or of a file in the names of diffusers, peft or kohya, to the model's UNet,
+    completely or not at all. Its layers for text encoders are merged into their weights.
 
     One warning lists repairs (names, half precision, a missing alpha, strengths that differ between layers). With
-    `allow_partial` the file may hold more or less than this network's layers, for instance text encoders'; the warning
-    then lists what was left out.
+    `allow_partial` the file may hold more or less than this model's layers; the warning then lists what was left out.
+    `alpha` is used where neither the file nor its folder gives one.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a key, which the message names, is missing, unknown, of another shape or not finite; or the network
-            has a LoRA already.
+        ValueError: a key, which the message names, is missing, unknown, of another shape or not finite; it is of a kind
+            that can only be merged (`merge_lora`); or the network has a LoRA already.
     """
-    path = _lora_file(Path(folder))
-    tensors, header = read_tensors(path)
-    require_no_lora(model.unet)
-    source = Source(path, allow_partial)
-    lora = read_lora(source, tensors, header | _peft_header(path), model.unet)
-    add_lora(model.unet, lora.rank, lora.alpha, list(lora.pairs))
-    with torch.no_grad():
-        for key, parameter in _lora_state(model.unet).items():
-            layer, half = key.removesuffix(".weight").rsplit(".lora.", 1)
-            parameter.copy_(lora.pairs[layer][half == "up"])
+    adapter, source = open_adapter(model, folder, allow_partial=allow_partial, alpha=alpha)
+    if UNET not in adapter.layers:
+        raise ValueError(f"{source.path}: it has no tensor for the UNet, only for {', '.join(adapter.layers)}")
+    lora = as_lora(source, adapter.layers[UNET])
+    if texts := [network for network in adapter.layers if network != UNET]:
+        merge_layers(model, adapter, source, texts)
+        model.merged = (*model.merged, adapter_digest(folder))
+        source.notes.append(f"its layers for {' and '.join(texts)} merged into the encoder's weights")
+    add_lora(model.unet, lora.rank, lora.alpha, list(lora.pairs), dora=bool(lora.magnitudes))
+    fill_lora(model.unet, lora)
     if source.notes:
-        logger.warning("%s: %s", path, "; ".join(source.notes))
-
-
-def _lora_file(place: Path) -> Path:
-    """The file itself, or the one in a run folder or in a folder that peft wrote."""
-    if not place.exists():
-        raise FileNotFoundError(f"{place} is not there: give the folder of a finished LoRA run, or a LoRA's file")
-    found = [place / name for name in (LORA_FILE, PEFT_FILE) if (place / name).is_file()]
-    if place.is_dir() and not found:
-        raise FileNotFoundError(f"{place / LORA_FILE} is not there: give the folder of a finished LoRA run")
-    return found[0] if found else place
-
-
-def _peft_header(path: Path) -> dict[str, str]:
-    """peft's adapter_config.json in the form of diffusers' header."""
-    file = path.parent / "adapter_config.json"
-    if path.name != PEFT_FILE or not file.is_file():
-        return {}
-    config = read_json(file)
-    return {METADATA: json.dumps({f"unet.{key}": value for key, value in config.items()})}
+        logger.warning("%s: %s", source.path, "; ".join(source.notes))
 
 
 def _lora_state(unet: UNet2DConditionModel) -> dict[str, Tensor]:
@@ -174,15 +173,6 @@ def load_unet(model: TextToImage, folder: str | os.PathLike[str]) -> None:
     wanted = model.unet.state_dict()
     require_same_tensors(path, wanted, tensors)
     model.unet.load_state_dict(tensors)
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, on the CPU, and its header. Raises ValueError if the file is damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except Exception as error:
-        raise ValueError(f"{path} is not a complete safetensors file ({error}): copy it again") from error
 
 
 def require_same_tensors(path: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

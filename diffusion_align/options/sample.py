@@ -9,6 +9,7 @@ from functools import cached_property
 from diffusion_align.rewards.spec import RewardSpec
 from diffusion_align.vocabulary import LONG_PROMPTS, PROMPT_SYNTAXES, SOLVERS, SPACINGS
 
+from .lora import GivenLora, check_lora
 from .names import DEVICE, UsageError, device_fault, shard_of
 from .prompt_reading import AS_RUN, CHUNKS, LONG, SKIP, SYNTAX
 from .reward import check_reward
@@ -16,7 +17,7 @@ from .schema import option
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(GivenLora):
     # fmt: off
     run: str | None = option(None, "model", "run folder whose trained weights are used", path="in")
     pretrained_model_name_or_path: str | None = option(None, "model", "folder or hub id in diffusers format, or tiny (default: the run's base)", aliases=("model",), path="name")
@@ -54,9 +55,9 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(GivenLora):
     # fmt: off
-    run: tuple[str, ...] = option((), "models", "run folders, checkpoints in them (RUN/checkpoints/step-...), or models by folder or hub id", path="name")
+    run: tuple[str, ...] = option((), "models", "run folders, checkpoints in them (RUN/checkpoints/step-...), LoRA files (with --model), or models by folder or hub id", path="name")
     pretrained_model_name_or_path: str | None = option(None, "models", "the model that the runs were trained from, if it is not the one in their configurations", aliases=("model",), path="name")
     base: str | None = option(None, "models", "the model they are compared with: a run, checkpoint or model (default: the base of the first run)", path="name")
 
@@ -102,6 +103,7 @@ def check_sample(options: Sample) -> None:
     """
     if options.from_pictures is not None:
         return _check_arranging(options)
+    check_lora(options)
     if options.run is None and options.pretrained_model_name_or_path is None:
         raise UsageError("which model? --pretrained_model_name_or_path NAME, --run FOLDER, or both")
     if not options.prompt and options.prompts_file is None:
@@ -117,7 +119,7 @@ def check_sample(options: Sample) -> None:
 def _check_arranging(options: Sample) -> None:
     if options.layout not in ("dpg", "compbench"):
         raise UsageError("output.from_pictures is for --layout dpg or compbench")
-    drawing = ("run", "pretrained_model_name_or_path", "prompt", "prompts_file")
+    drawing = ("run", "lora", "pretrained_model_name_or_path", "prompt", "prompts_file")
     given = next((name for name in drawing if getattr(options, name)), None)
     if given is not None:
         raise UsageError(f"output.from_pictures draws nothing, so --{given} has no effect with it")
@@ -129,6 +131,7 @@ def check_evaluate(options: Evaluate) -> None:
     Raises:
         UsageError: no run, something given twice, or no such shard.
     """
+    check_lora(options)
     if not options.run:
         raise UsageError("which run? diffusion-align evaluate RUN_FOLDER ...")
     for what, given in (("run", options.run), ("sampler", options.sampler), ("reward", rewards_of(options))):

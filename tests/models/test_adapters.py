@@ -256,15 +256,49 @@ def test_the_reference_works_on_a_wrapped_network(model, item):
     assert model.latent_shape() == (4, 8, 8) and torch.equal(reference(model, "lora")(*item), before)
 
 
-@pytest.mark.parametrize("key, value", [("use_rslora", True), ("use_dora", True), ("rank_pattern", {"to_q": 2})])
-def test_a_header_of_another_kind_of_lora_is_refused(model, tiny_folder, tmp_path, key, value):
-    add_lora(model.unet, 4)
-    path = save_lora(model.unet, tmp_path)
+def with_settings(path, **settings):
+    """Write further settings of peft into a file's header."""
     with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["lora_adapter_metadata"])
-    save_file(load_file(path), path, metadata={"lora_adapter_metadata": json.dumps({**header, f"unet.{key}": value})})
-    with pytest.raises(ValueError, match=f"unet.{key}"):
+    header |= {f"unet.{key}": value for key, value in settings.items()}
+    save_file(load_file(path), path, metadata={"lora_adapter_metadata": json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("use_dora", True, "lora_magnitude_vector of down_blocks"),
+        ("rank_pattern", {"to_q": 2}, r"is \[4, 32\], not \[2, 32\], as rank 2 needs"),
+        ("rank_pattern", {"to_q": "two"}, "unet.rank_pattern as .* table of numbers"),
+        ("lora_bias", True, "unet.lora_bias to True, which is not supported"),
+        ("alora_invocation_tokens", [1, 2], "unet.alora_invocation_tokens"),
+        ("a_field_of_tomorrow", "on", "unet.a_field_of_tomorrow"),
+        ("init_lora_weights", "pissa", "unet.init_lora_weights 'pissa', .* path_initial_model_for_weight_conversion"),
+        ("init_lora_weights", "pissa_niter_4", "unet.init_lora_weights"),
+        ("init_lora_weights", "olora", "unet.init_lora_weights"),
+        ("peft_type", "ADALORA", "unet.peft_type 'ADALORA', which cannot be taken: merge it with peft"),
+        ("peft_type", "LOHA", "does not give rank, alpha"),
+    ],
+)
+def test_a_header_of_another_kind_of_lora_is_refused_by_its_field(model, tiny_folder, tmp_path, key, value, words):
+    add_lora(model.unet, 4)
+    path = save_lora(model.unet, tmp_path)
+    with_settings(path, **{key: value})
+    with pytest.raises(ValueError, match=words):
         load_lora(load_pipeline(tiny_folder, device="cpu"), tmp_path)
+
+
+def test_fields_that_change_nothing_pass_and_rslora_is_another_strength(model, item, tiny_folder, tmp_path):
+    disturb(add_lora(model.unet, 4, 6.0))
+    path = save_lora(model.unet, tmp_path)
+    nothing = {"alora_invocation_tokens": None, "a_field_of_tomorrow": False, "bias": "none", "lora_dropout": 0.1}
+    with_settings(path, **nothing, megatron_core="megatron.core", init_lora_weights="gaussian", peft_version="9.9")
+    plain, stabilised = (load_pipeline(tiny_folder, device="cpu") for _ in range(2))
+    load_lora(plain, tmp_path)
+    assert torch.equal(plain.predict(*item), model.predict(*item))
+    with_settings(path, use_rslora=True)  # the strength is 6 / sqrt(4), so as alpha 12 of rank 4
+    load_lora(stabilised, tmp_path)
+    assert stabilised.unet.peft_config["default"].lora_alpha == 12
 
 
 @pytest.mark.parametrize("fault", ["one missing", "nan", "shape"])

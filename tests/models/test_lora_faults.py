@@ -17,6 +17,7 @@ from diffusion_align.models.lora.names import flat, layer_names, of_text_encoder
 from diffusion_align.rng import normal
 
 TE = "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_linear_layer.down.weight"
+TE2 = TE.replace("text_encoder.", "text_encoder_2.")
 
 
 @pytest.fixture(scope="module")
@@ -162,20 +163,28 @@ def test_keys_of_text_encoders_are_recognised(key, text):
     assert of_text_encoder(key) == text
 
 
-def test_one_line_tells_what_is_left_out_of_a_file(both, tmp_path, caplog):
+@pytest.mark.parametrize(
+    "key, fault",
+    [
+        (TE, "1 halves of layers are missing, the first is lora.up of text_encoder.encoder.layers.0.mlp.fc1"),
+        (TE2, f"1 tensors are for text encoders, which are not of this model, the first is {TE2}"),
+    ],
+)
+def test_one_line_tells_what_is_left_out_of_a_file(both, tmp_path, caplog, key, fault):
     family = both[0]
     tuned = family.tuned(3, ALPHA)
     path = save_lora(tuned.unet, tmp_path)
     tensors, header = read(path)
-    write(path, tensors | {TE: torch.zeros(RANK, 32)}, header)
+    write(path, tensors | {key: torch.zeros(RANK, 32)}, header)
     model = family.fresh()
-    with pytest.raises(ValueError, match=r"1 tensors are for text encoders.*fc1.*allow_partial=True"):
+    with pytest.raises(ValueError, match=f"{fault}.*allow_partial=True"):
         load_lora(model, path)
     with caplog.at_level(logging.WARNING):
         load_lora(model, path, allow_partial=True)
     assert torch.equal(family.answer(model), family.answer(tuned))
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line == (f"{path}: left out: 1 tensors are for text encoders, which are not tuned here, the first is {TE}")
+    rest = "; left out: 1 of 2 layers are missing, the first is lora of text_encoder.encoder.layers.1.mlp.fc1"
+    assert line == f"{path}: left out: {fault}{rest if key == TE else ''}"
 
 
 def test_some_layers_only_are_loaded_only_if_allowed(both, tmp_path):

@@ -68,7 +68,10 @@ def of_format(name: str, family: Family, other: Family, folder: Path, seed: int)
     yield judged("float16", path, "repaired", _rounded(family, tuned))
     path = fresh("alpha missing")
     without_alpha(path)
-    yield judged("alpha missing", path, "repaired", family.answer(family.tuned(seed, float(RANK), targets)))
+    if name == "peft":  # whose own loader needs the configuration, so nobody knows the strength without it
+        yield judged("alpha missing", path, "refused")
+    else:
+        yield judged("alpha missing", path, "repaired", family.answer(family.tuned(seed, float(RANK), targets)))
     path = fresh("empty file")
     path.write_bytes(b"")
     yield judged("empty file", path, "refused")

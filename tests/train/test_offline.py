@@ -445,7 +445,8 @@ def test_a_real_stable_diffusion_folder_trains_from_its_own_cache(tmp_path, mode
     from diffusion_align.data import EncodingSettings, Pair, build_cache
     from diffusion_align.data.images import encode_png
     from diffusion_align.models import load_pipeline
-    from diffusion_align.models.lora.adapters import add_lora, reference, trainable
+    from diffusion_align.models.lora.adapters import add_lora, trainable
+    from diffusion_align.models.lora.reference import reference
     from diffusion_align.objectives import beta_per_squared_error, logistic
 
     model = load_pipeline(make_tiny_folder(tmp_path / "model"))

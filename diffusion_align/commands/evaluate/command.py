@@ -64,7 +64,7 @@ def evaluate(options: Evaluate) -> int:
     folders: dict[tuple[str, str], Path] = {}
     side = 0
     for name, who in named.items():
-        model = who.load(o.device)
+        model = who.load(o)
         model.reading = reading
         side = resolution or model.resolution
         about = {"model": who.base["pretrained_model_name_or_path"], "fingerprint": model.fingerprint()}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_align.commands import threads
+from diffusion_align.commands.adapters import lora_identity, merge_given
 from diffusion_align.commands.prompt_lists import listed_prompts
 from diffusion_align.commands.sample.benchmark import check_layout, draw_folder, hand_over, side_of
 from diffusion_align.commands.sample.drawing import Draw, draw
@@ -42,7 +43,7 @@ def sample(options: Sample) -> int:
         "pictures": listing([prompt.text for prompt in prompts], o.num_images_per_prompt),
         "model": name,
         "run": o.run,
-        "weights": weights_digest(o.run) if o.run else "base",
+        "weights": "+".join([weights_digest(o.run) if o.run else "base", *lora_identity(o).values()]),
         "seed": o.seed,
         "guidance": o.guidance,
         "negative_prompt": o.negative_prompt,
@@ -50,6 +51,7 @@ def sample(options: Sample) -> int:
         "mixed_precision": o.mixed_precision,
     } | ({"resolution": resolution} if resolution else {})
     about |= {} if reading == DEFAULT else {"prompts": str(reading)}
+    about |= {"lora": o.lora} if o.lora else {}
     if o.layout == "samples":
         claim(Path(o.out), about, overwrite=o.overwrite)
 
@@ -58,6 +60,8 @@ def sample(options: Sample) -> int:
     threads.set_threads(o.threads)
     model = load_pipeline(name, device=o.device, revision=revision, variant=variant)
     model.reading = reading
+    if o.lora:
+        merge_given(model, o.lora, o)
     if o.run:
         load_tuned(model, o.run)
     table = step_table(model.schedule, o.steps, solver=o.solver, order=order, eta=o.eta, spacing=o.spacing)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from diffusion_align.commands.adapters import KEPT
 from diffusion_align.commands.train.course import WARMUP
 from diffusion_align.options import GivenPictures, TrainCommon, TrainOnline
 from diffusion_align.options.reading.paths import absolute_paths, without_folders
@@ -18,6 +19,7 @@ from diffusion_align.train.checkpoints.store import Checkpoint, require_same_ide
 # Fields that hold digests, and the words for them in messages.
 DIGESTS = {
     "model": "the model",
+    KEPT: "the LoRA of --lora",
     "data": "the data (pictures, prompts, weights or their order)",
     "prompts": "the list of prompts",
     "preference_model": "the preference model",
@@ -42,7 +44,7 @@ FREE = frozenset(
 # Options whose effect the identity holds in another form: model and data by content; beta, batch, steps as numbers.
 SETTLED = frozenset(
     """
-    pretrained_model_name_or_path revision variant pretrained_vae_model_name_or_path
+    pretrained_model_name_or_path revision variant pretrained_vae_model_name_or_path lora
     resolution encode_precision train_data_dir dataset_name dataset_config_name dataset_split_name max_train_samples
     columns encoding
     prompts num_prompts preference_model beta_dpo beta_convention scale_lr learning_rate
@@ -80,7 +82,7 @@ def facts_of(o: TrainCommon, *, number: int) -> Facts:
         described = options_of(type(o))
         return {f"--{name}": absolute_paths(described[name], getattr(o, name)) for name in names if name in described}
 
-    facts = {"model": chosen("pretrained_model_name_or_path", "revision", "variant")}
+    facts = {"model": chosen("pretrained_model_name_or_path", "revision", "variant", "lora"), KEPT: chosen("lora")}
     if isinstance(o, GivenPictures):
         names = ("train_data_dir", "dataset_name", "dataset_split_name", "max_train_samples")
         facts["data"] = {"their number": number, **chosen(*names)}

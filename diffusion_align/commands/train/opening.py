@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from diffusion_align.commands import run_folder, threads
+from diffusion_align.commands.adapters import add_trained, start_from
 from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.train.job import join
 from diffusion_align.commands.train.launcher import overruled
@@ -22,7 +23,6 @@ from diffusion_align.options import GivenPictures, TrainCommon, UsageError
 from diffusion_align.train.checkpoints.store import Checkpoint
 from diffusion_align.train.ema import start_ema
 from diffusion_align.train.processes import watch
-from diffusion_align.vocabulary import LORA_TARGETS
 
 
 def claim_early(o: TrainCommon) -> Checkpoint | None:
@@ -71,16 +71,25 @@ def open_session(o: Any, entry: Entry[Any], resumed: Checkpoint | None) -> Sessi
 
 def _train_unet(session: Session, needs_reference: bool) -> None:
     """Prepare a session to train the UNet, or a LoRA on it."""
-    from diffusion_align.models import add_lora, reference, save_lora, save_unet, set_attention, trainable
+    from diffusion_align.models import reference, save_lora, save_unet, save_with_start, set_attention, trainable
 
     o, model = session.options, session.model
     xformers = o.enable_xformers_memory_efficient_attention
     set_attention(model.unet, xformers=xformers, gradient_checkpointing=o.gradient_checkpointing)
+    start = start_from(model, o, o.lora, o.lora_mode) if o.lora is not None else None
+    if start is not None:
+        session.accelerator.print(f"starts from      {o.lora} ({', '.join(start.kinds)}), --lora_mode {start.mode}")
     if o.mode == "lora":
-        add_lora(model.unet, o.rank, o.network_alpha, LORA_TARGETS[o.lora_targets], seed=o.seed)
+        if o.new_lora is not None:
+            add_trained(model, o.new_lora, o.seed)
     trainable(model.unet, o.mode)
     named = {key: value for key, value in model.unet.named_parameters() if value.requires_grad}
-    session.trained = Trained(named, partial(save_lora if o.mode == "lora" else save_unet, model.unet))
+    write = partial(save_lora if o.mode == "lora" else save_unet, model.unet)
+    if start is not None and start.lora is None and o.mode == "lora":
+        write = partial(save_lora, model.unet, trained_on=model.merged)
+    elif start is not None and start.lora is not None:
+        write = partial(save_with_start, model.unet, start)
+    session.trained = Trained(named, write)
     session.ema = start_ema(named, o.ema_decay) if o.use_ema else None
     session.reference = reference(model, o.mode) if needs_reference else None
 

@@ -61,8 +61,12 @@ def effective_rate(o: TrainCommon, length: Length) -> float:
 
 def _describe_trained(o: TrainUnet, facts: ModelFacts) -> str:
     """What is trained, and the number of its parameters."""
-    what = "the whole UNet" if o.mode == "full" else f"LoRA of rank {o.rank}, alpha {o.network_alpha or o.rank:g}"
+    if o.mode == "lora" and o.new_lora is None:
+        return f"the LoRA of {o.lora}, with its rank, alpha and layers"
+    kind = "DoRA" if o.use_dora else "rsLoRA" if o.use_rslora else "LoRA"
+    what = "the whole UNet" if o.mode == "full" else f"{kind} of rank {o.rank}, alpha {o.network_alpha or o.rank:g}"
+    what += f", after {o.lora} ({o.lora_mode})" if o.lora else ""
     if not facts.unet_shapes:
         return f"{what}: number of parameters unknown"
-    number = facts.full_parameters() if o.mode == "full" else facts.lora_parameters(o.rank, o.lora_targets)
+    number = facts.full_parameters() if o.mode == "full" else facts.lora_parameters(o.rank, o.lora_targets, o.use_dora)
     return f"{what}: {number:,} of {facts.full_parameters():,} parameters"

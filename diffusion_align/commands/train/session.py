@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from diffusion_align.commands import run_folder
+from diffusion_align.commands.adapters import keep_lora
 from diffusion_align.commands.interrupt import Interrupted, Interruptible
 from diffusion_align.commands.printed_commands import command_line
 from diffusion_align.commands.threads import Threads
@@ -115,6 +116,7 @@ class Session:
         self.base = torch.empty(0)
         if self.accelerator.is_main_process:
             run_folder.claim(self.run, to_yaml(o, self.verb, absolute=True), step=at, overwrite=o.overwrite_output_dir)
+            keep_lora(o, self.run)
         if self._draws:
             self.prompts = grids.grid_prompts(o.validation_prompts, prompts)
             if self.accelerator.is_main_process:

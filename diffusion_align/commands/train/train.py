@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from diffusion_align.commands.adapters import lora_identity
 from diffusion_align.commands.annotate.people import people
 from diffusion_align.commands.train.course import make_optimizer, settle_warmup
 from diffusion_align.commands.train.encode import encoded
@@ -54,7 +55,7 @@ def train(entry: Entry[Any], options: Any) -> int:
     accelerator.print("\n".join(plan_lines(entry, o, about, length)))
     session.trains(started.trained)
     optimizer, scheduler = make_optimizer(o, session.parameters, rate, length.steps)
-    found = started.identity | length.identity | _micro_batch(o)
+    found = started.identity | length.identity | _micro_batch(o) | lora_identity(o)
     identity = identity_of(o, found, learning_rate=rate, steps=length.steps)
     prompts = [item if isinstance(item, str) else item.prompt for item in read.items]
     run = session.start(optimizer, scheduler, identity, prompts, length.steps)

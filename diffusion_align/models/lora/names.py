@@ -6,6 +6,8 @@
     lora_unet_down_blocks_0_..._to_q.lora_down.weight, .alpha     kohya
     lora_unet_input_blocks_1_1_..._to_q.lora_down.weight          kohya, on the network of the first release of SDXL
 
+Other kinds of adapters (LoHa, LoKr, ...) have the same stems with the endings of `kinds`.
+
 A kohya name cannot be split, because its `_` may have been a dot. So no name is: the network's own layers are listed
 under every name that they can have, and a file's name is looked up in that list.
 """
@@ -14,13 +16,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import nn
 
-Part = Literal["down", "up", "alpha"]
+from .kinds import ENDINGS as OTHER_ENDINGS
 
-_ENDINGS: tuple[tuple[str, Part, str], ...] = (
+_ENDINGS: tuple[tuple[str, str, str], ...] = (
     (".lora.down.weight", "down", "diffusers"),
     (".lora.up.weight", "up", "diffusers"),
     (".lora_linear_layer.down.weight", "down", "diffusers"),
@@ -34,27 +35,31 @@ _ENDINGS: tuple[tuple[str, Part, str], ...] = (
     (".lora_down.weight", "down", "kohya"),
     (".lora_up.weight", "up", "kohya"),
     (".alpha", "alpha", "kohya"),
+    *OTHER_ENDINGS,
 )
 # What programs put before a layer's name; some diffusers files put nothing there.
-_PREFIX = re.compile(r"^(lora_unet_|unet\.|base_model\.model\.(unet\.)?|(model\.)?diffusion_model\.)?")
-# kohya's lora_te, lora_te1, lora_te2; diffusers' text_encoder and text_encoder_2; or layers without a prefix, which
-# were below `text_model` in transformers up to 5.5.
+_PREFIX = re.compile(r"^(lora_unet_|lycoris_(unet_)?|unet\.|base_model\.model\.(unet\.)?|(model\.)?diffusion_model\.)?")
+# kohya's lora_te, lora_te1, lora_te2; diffusers' text_encoder and text_encoder_2; ComfyUI's clip_l and clip_g; or
+# layers without a prefix, which were below `text_model` in transformers up to 5.5.
 _TEXT = re.compile(
-    r"^(base_model\.model\.)?(lora_te\d?_|text_encoder(_\d)?\.|te\d?\.|text_model[._]|text_projection|encoder[._]layers[._])"
+    r"^(base_model\.model\.)?(lora_te(?P<kohya>\d?)_|text_encoder(_(?P<diffusers>\d))?\.|te(?P<short>\d?)\.|"
+    r"(text_encoders\.)?clip_(?P<comfy>[lg])\.(transformer\.)?|"
+    r"(?P<bare>text_model[._]|text_projection|encoder[._]layers[._]))"
 )
+_ENCODERS = {"": "text_encoder", "1": "text_encoder", "l": "text_encoder", "2": "text_encoder_2", "g": "text_encoder_2"}
 
 
 @dataclass(frozen=True)
 class Name:
-    """A key of a file; `stem` is what the file calls the layer."""
+    """A key of a file; `stem` is what the file calls the layer, `part` which of the layer's tensors it is."""
 
     stem: str
-    part: Part
+    part: str
     dialect: str
 
 
 def read_name(key: str) -> Name | None:
-    """Split a key of a file; None for a key that no plain LoRA has."""
+    """Split a key of a file; None for a key of no known kind of adapter."""
     for ending, part, dialect in _ENDINGS:
         if key.endswith(ending):
             return Name(key.removesuffix(ending), part, dialect)
@@ -66,15 +71,32 @@ def of_text_encoder(key: str) -> bool:
     return _TEXT.match(key) is not None
 
 
+def text_encoder_of(key: str, encoders: int) -> str | None:
+    """ "text_encoder", "text_encoder_2" or another name of the encoder of a key; None if the key does not tell which of
+    several `encoders`, or is not of one."""
+    if (match := _TEXT.match(key)) is None or (match["bare"] and encoders > 1):
+        return None
+    number = next((match[group] for group in ("kohya", "diffusers", "short", "comfy") if match[group]), "")
+    return _ENCODERS.get(number, f"text_encoder_{number}")
+
+
+def flat_text(stem: str) -> str:
+    """`flat` for a layer of a text encoder."""
+    match = _TEXT.match(stem)
+    name = stem if match is None or match["bare"] else stem[match.end() :]
+    return name.removeprefix("base_model.model.").replace(".", "_").removeprefix("text_model_")
+
+
 def flat(stem: str) -> str:
     """A layer's name with underscores for dots and without what differs between dialects."""
     name = _PREFIX.sub("", stem, count=1).replace(".processor.", ".").replace(".", "_")
     return name + "_0" if name.endswith("to_out") else name
 
 
-def layer_names(network: nn.Module) -> dict[str, str]:
-    """{flat name: layer} of each linear layer and convolution of a network, in all dialects."""
-    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+def layer_names(network: nn.Module, *, norms: bool = False) -> dict[str, str]:
+    """{flat name: layer} of each linear layer and convolution of a UNet, in all dialects; with `norms` also of the
+    normalisations."""
+    layers = _layers(network, norms)
     attentions = {match[2] for layer in layers if (match := _BLOCK.fullmatch(layer)) and match[1] == "up"
                   and match[3] == "attentions"}  # fmt: skip
     numbers = [int(match[4]) for layer in layers if (match := _BLOCK.fullmatch(layer)) and match[1] == "down"]
@@ -83,13 +105,24 @@ def layer_names(network: nn.Module) -> dict[str, str]:
     return first_release | {flat(layer): layer for layer in layers}
 
 
+def text_layer_names(network: nn.Module) -> dict[str, str]:
+    """{flat name: layer} of each layer of a text encoder."""
+    return {flat_text(layer): layer for layer in _layers(network, norms=True)}
+
+
+def _layers(network: nn.Module, norms: bool) -> list[str]:
+    classes = (nn.Linear, nn.Conv2d, *((nn.GroupNorm, nn.LayerNorm) if norms else ()))
+    return [name for name, module in network.named_modules() if isinstance(module, classes)]
+
+
 def kind(layer: str) -> str:
     """A layer's name within its block, such as `attn1.to_q`, whatever the block and its depth."""
-    return re.split(r"(?:attentions|transformer_blocks|resnets|downsamplers|upsamplers)\.\d+\.", layer)[-1]
+    return re.split(r"(?:attentions|transformer_blocks|resnets|downsamplers|upsamplers|layers)\.\d+\.", layer)[-1]
 
 
 _OUTSIDE = {  # diffusers' names, and those of CompVis and Stability's code
     "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
     "conv_out": "out.2",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -97,6 +130,8 @@ _OUTSIDE = {  # diffusers' names, and those of CompVis and Stability's code
     "add_embedding.linear_2": "label_emb.0.2",
 }
 _IN_RESNET = {
+    "norm1": "in_layers.0",
+    "norm2": "out_layers.0",
     "conv1": "in_layers.2",
     "conv2": "out_layers.3",
     "time_emb_proj": "emb_layers.1",

@@ -1,7 +1,8 @@
-"""The largest useful rank of a LoRA: the narrower side of the narrowest layer."""
+"""The layers that a LoRA may have, and the largest useful rank: the narrower side of the narrowest of them."""
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 
@@ -12,6 +13,21 @@ class RankError(ValueError):
     def __init__(self, message: str, largest: int):
         super().__init__(message)
         self.largest = largest
+
+
+def require_layers(shapes: Mapping[str, tuple[int, ...]], names: Sequence[str]) -> None:
+    """Raise ValueError for a name that no linear layer and no convolution of the network ends with.
+
+    `shapes`: as for `require_rank`.
+    """
+    weights = [key for key, shape in shapes.items() if key.endswith(".weight") and len(shape) > 1]
+    parts = [key.removesuffix(".weight").split(".") for key in weights]
+    ends = sorted({".".join(words[-count:]) for words in parts for count in (1, 2) if not words[-count:][0].isdigit()})
+    for name in names:
+        if not any(f".{key}".endswith(f".{name}.weight") for key in weights):
+            near = difflib.get_close_matches(name, ends, 3, 0.5)
+            hint = f"; similar are {', '.join(near)}" if near else ""
+            raise ValueError(f"no linear layer and no convolution of the UNet is named {name}{hint}")
 
 
 def require_rank(shapes: Mapping[str, tuple[int, ...]], rank: int, targets: Sequence[str]) -> None:

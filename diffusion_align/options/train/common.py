@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diffusion_align.vocabulary import LONG_PROMPTS, LORA_TARGETS, LR_SCHEDULES, MODES, PROMPT_SYNTAXES, WITH_WARMUP
+from diffusion_align.vocabulary import LONG_PROMPTS, LORA_MODES, LR_SCHEDULES, MODES, PROMPT_SYNTAXES, WITH_WARMUP
 
 from ..data import COLUMNS, ENCODING, columns_fault, encoding_fault
+from ..lora import GivenLora, NewLora, check_lora, targets_fault
 from ..names import DEVICE, UsageError, device_fault
 from ..prompt_reading import CHUNKS, LONG, SKIP, SYNTAX
 from ..schema import option
@@ -74,14 +75,17 @@ class TrainCommon:
 
 
 @dataclass(frozen=True)
-class TrainUnet(TrainCommon):
+class TrainUnet(GivenLora, TrainCommon):
     """Options of methods that train the UNet, or a LoRA on it."""
 
     # fmt: off
     mode: str = option("lora", "adapter", "train a LoRA, or the full UNet", choices=MODES)
     rank: int = option(4, "adapter", "rank of the LoRA", aliases=("network_dim",), at_least=1)
     network_alpha: float | None = option(None, "adapter", "strength of the LoRA: its output is scaled by alpha / rank (default: the rank)", aliases=("lora_alpha",), above=0)
-    lora_targets: str = option("attention", "adapter", "layers that get a LoRA: attention (its projections), or wide (also feed-forward layers and convolutions)", choices=tuple(LORA_TARGETS))
+    lora_targets: str = option("attention", "adapter", "layers that get a LoRA: attention (its projections), wide (also feed-forward layers and convolutions), or the ends of layers' names with commas between them (attention,conv_in)", fault=targets_fault)
+    use_dora: bool = option(False, "adapter", "train a DoRA: a LoRA, and a magnitude for each output of a layer")
+    use_rslora: bool = option(False, "adapter", "scale the LoRA's output by alpha / sqrt(rank), as rsLoRA does; the file is a plain LoRA of that strength")
+    lora_mode: str = option("continue", "adapter", "what the training makes of --lora: continue (train it further, with its rank and layers), beneath (freeze it under a new LoRA; the file holds both), merge (into the model's weights; the file holds the new LoRA only). The reference is the model with --lora in all of them", choices=LORA_MODES)
 
     collapse_alarm: str = option("warn", "train", "if preferred pictures get worse, or the pictures of a prompt too similar: warn, stop (after a checkpoint) or off", choices=("warn", "stop", "off"))
     collapse_winner_error: float = option(0.01, "train", "raise the alarm if the error on preferred pictures exceeds the reference's by more than this, mean over dims", above=0)
@@ -104,6 +108,12 @@ class TrainUnet(TrainCommon):
     hub_model_id: str | None = option(None, "hub", "repository to upload to", unused=NO_UPLOAD)
     hub_token: str | None = option(None, "hub", "token to upload with", saved=False, unused=NO_UPLOAD)
     # fmt: on
+
+    @property
+    def new_lora(self) -> NewLora | None:
+        """The LoRA that the training adds; None with --mode full and if it continues one."""
+        continues = self.lora is not None and self.lora_mode == "continue"
+        return None if self.mode == "full" or continues else NewLora.of(self)
 
 
 @dataclass(frozen=True)
@@ -176,6 +186,22 @@ def check_train(options: TrainCommon, metrics: tuple[str, ...]) -> None:
     if options.mixed_precision == "fp16" and options.device == "cpu":
         raise UsageError("machine.mixed_precision fp16 needs a GPU; use bf16 or no on a CPU")
     check_metric(options.keep_best, metrics)
+    if isinstance(options, TrainUnet):
+        _check_adapter(options)
+
+
+def _check_adapter(o: TrainUnet) -> None:
+    check_lora(o)
+    if o.lora is not None and o.mode == "full" and o.lora_mode != "merge":
+        raise UsageError(
+            "--mode full trains all weights, so --lora can only be merged into them: give --lora_mode merge"
+        )
+    if o.mode == "full" and (o.use_dora or o.use_rslora):
+        raise UsageError("--use_dora and --use_rslora are for --mode lora")
+    if o.use_dora and o.lora is not None and o.lora_mode == "beneath":
+        raise UsageError(
+            "a DoRA cannot be joined with the LoRA beneath it in one file: leave out --use_dora, or --lora_mode merge"
+        )
 
 
 def check_data(options: GivenPictures, what: str = "pairs", cure: str = "") -> None:

@@ -72,6 +72,11 @@ def _kohya_sdxl(unet: Any, folder: Path) -> Path:
     tiny SDXL: down block 0 is inputs 1 (a resnet) and 2 (downsampler), block 1 is input 3; up blocks have two resnets.
     """
     tensors, header = read(_kohya(unet, folder))
+    return write(folder / "kohya.safetensors", {first_release(key): value for key, value in tensors.items()}, header)
+
+
+def first_release(key: str) -> str:
+    """A kohya key for the tiny SDXL in the names of Stability's own network."""
     inner = (("_conv1.", "_in_layers_2."), ("_conv2.", "_out_layers_3."), ("_time_emb_proj.", "_emb_layers_1."),
              ("_conv_shortcut.", "_skip_connection."))  # fmt: skip
     places = {"down_blocks_0_resnets_0": "input_blocks_1_0", "down_blocks_1_resnets_0": "input_blocks_3_0",
@@ -81,13 +86,9 @@ def _kohya_sdxl(unet: Any, folder: Path) -> Path:
         for layer in (0, 1):
             for family, slot in (("resnets", 0), ("attentions", 1)):
                 places[f"up_blocks_{block}_{family}_{layer}"] = f"output_blocks_{2 * block + layer}_{slot}"
-
-    def named(key: str) -> str:
-        for old, new in (*places.items(), *inner):
-            key = key.replace(old, new)
-        return key
-
-    return write(folder / "kohya.safetensors", {named(key): value for key, value in tensors.items()}, header)
+    for old, new in (*places.items(), *inner):
+        key = key.replace(old, new)
+    return key
 
 
 # Of each: the writer, whether the file gives alpha, whether its names need repair, the layers that it can hold.
@@ -144,7 +145,7 @@ def _text(*names: str) -> Callable[[Tensors], None]:
     return add
 
 
-# Each damages the tensors so that the file must be refused.
+# Each damages the tensors so that the file must be refused. The text encoders have no layer 77.
 DAMAGES: dict[str, Callable[[Tensors], None]] = {
     "wrong prefix": _prefixed,
     "one half of a layer missing": lambda t: _drop(t, [_first(t)]),
@@ -158,11 +159,12 @@ DAMAGES: dict[str, Callable[[Tensors], None]] = {
     "NaN": lambda t: _change(t, _poison(float("nan"))),
     "infinite": lambda t: _change(t, _poison(float("-inf"))),
     "whole numbers": lambda t: _change(t, lambda v: v.to(torch.int8)),
-    "text encoder, kohya": _text("lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_{0}.weight"),
+    "text encoder, kohya": _text("lora_te1_text_model_encoder_layers_77_self_attn_q_proj.lora_{0}.weight"),
     "text encoder, diffusers": _text(
-        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.{0}.weight"),
+        "text_encoder.text_model.encoder.layers.77.self_attn.q_proj.lora_linear_layer.{0}.weight"),
     "text encoder, transformers 5.6": _text(
-        "text_encoder_2.encoder.layers.0.self_attn.q_proj.lora_{1}.weight", "encoder.layers.1.mlp.fc1.lora_{1}.weight"),
+        "text_encoder_2.encoder.layers.77.self_attn.q_proj.lora_{1}.weight",
+        "encoder.layers.77.mlp.fc1.lora_{1}.weight"),
 }  # fmt: skip
 
 
