@@ -1,5 +1,5 @@
-"""The key names of single files, against diffusers' own readers: at the published sizes without weights, and by value at
-tiny ones."""
+"""The key names of single files, against diffusers' own readers: at the published sizes without weights, and with
+weights at tiny ones."""
 
 import pytest
 import torch

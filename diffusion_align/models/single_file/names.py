@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 FIRST_CLIP = "cond_stage_model.transformer.text_model."  # Stable Diffusion 1.x
@@ -70,7 +71,7 @@ _OPEN_CLIP_ENDS = {
 }
 
 
-def places(components: Mapping[str, Mapping[str, object]]) -> dict[str, dict[str, Place]]:
+def places(components: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Place]]:
     """{component: {key: place}} for the keys of `unet`, `vae`, `text_encoder` and, for SDXL, `text_encoder_2`.
 
     Values (tensors, or anything with a `shape`) are looked at once: Stable Diffusion 2.x is told from 1.x by its linear
@@ -92,9 +93,9 @@ def places(components: Mapping[str, Mapping[str, object]]) -> dict[str, dict[str
     return found
 
 
-def is_linear(unet: Mapping[str, object]) -> bool:
+def is_linear(unet: Mapping[str, Any]) -> bool:
     """Whether the transformers of a UNet, by its diffusers keys, have linear projections (SD 2.x and SDXL)."""
-    shapes = (getattr(value, "shape") for key, value in unet.items() if key.endswith(".proj_in.weight"))
+    shapes = (value.shape for key, value in unet.items() if key.endswith(".proj_in.weight"))
     return all(len(shape) == 2 for shape in shapes)
 
 
