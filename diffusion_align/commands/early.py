@@ -12,7 +12,7 @@ from typing import Any
 from diffusion_align.commands.footprint import require_memory
 from diffusion_align.commands.model_facts import read_model_facts
 from diffusion_align.commands.sources import present_model
-from diffusion_align.models.hub import local_folder
+from diffusion_align.models.hub import local_model
 from diffusion_align.models.lora.rank import RankError, require_rank
 from diffusion_align.options import TrainCommon, TrainUnet, UsageError
 from diffusion_align.vocabulary import LORA_TARGETS
@@ -45,7 +45,7 @@ def require_model(o: Any) -> None:
     if getattr(o, "pretrained_model_name_or_path", None) is None:
         return
     name = present_model(o.pretrained_model_name_or_path)
-    local_folder(name)
+    local_model(name)
     if not isinstance(o, TrainCommon):
         return
     facts = read_model_facts(name)

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .conditioning import SecondEncoder
+from .prompts.conditioning import SecondEncoder
 
 
 @dataclass(eq=False)

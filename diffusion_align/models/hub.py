@@ -1,4 +1,4 @@
-"""From a model's name to its folder: a path, the embedded model, or a hub id. Errors say what to do."""
+"""From a model's name to its files: a path, the embedded model, or a hub id. Errors say what to do."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from ..system.network import offline
 from ..system.plain_json import read_json, require_no_code
 from ..system.printable import printable
 from .configs import require_plain_files
+from .single_file.architecture import architecture_of
+from .single_file.contents import read_contents
 
 # Repositories that were deleted or renamed, and where their weights are now (huggingface/diffusers issues 9428, 12874).
 MOVED = {
@@ -56,29 +58,34 @@ def on_hub(name: str) -> bool:
 
 
 def locate(name_or_path: str | os.PathLike[str], *, revision: str | None = None, variant: str | None = None) -> Path:
-    """The folder of a model in Stable Diffusion or SDXL format, downloaded from the hub if the name is a hub id.
+    """The folder of a model in diffusers format, downloaded from the hub if the name is a hub id, or its single file.
 
     Raises:
         FileNotFoundError: no such folder, no such repository, or the hub cannot be reached and nothing is cached.
-        ValueError: the folder is not a Stable Diffusion 1.x/2.x or SDXL pipeline.
+        ValueError: it is not a model of Stable Diffusion 1.x/2.x or SDXL.
     """
     name = os.fspath(name_or_path)
-    folder = local_folder(name)
-    return checked(_download(name, revision, variant)) if folder is None else folder
+    place = local_model(name)
+    return checked(_download(name, revision, variant)) if place is None else place
 
 
-def local_folder(name: str) -> Path | None:
-    """The folder on this disk that a name stands for, after `checked`; None for a hub id. Raises as `locate`."""
+def local_model(name: str) -> Path | None:
+    """The folder or file on this disk that a name stands for; None for a hub id. Raises as `locate`.
+
+    Of weights only names and shapes are read.
+    """
     if name == "tiny":
         return checked(asset("tiny"))
     folder = Path(name).expanduser()
     if folder.is_dir():
         return checked(folder)
     if folder.is_file():
-        raise ValueError(f"{name} is a single file: convert the checkpoint to a folder in diffusers format first")
+        architecture_of(read_contents(folder))
+        return folder
     if not on_hub(name):
         raise FileNotFoundError(
-            f'no model at {name}: give a folder in diffusers format, a hub id such as owner/name, or "tiny"'
+            f"no model at {name}: give a folder in diffusers format, a single file (.safetensors), a hub id such as "
+            'owner/name, or "tiny"'
         )
     return None
 
@@ -106,8 +113,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     index_file = folder / "model_index.json"
     if not index_file.exists():
         raise FileNotFoundError(
-            f"{folder} has no model_index.json: give the pipeline's own folder, in diffusers format "
-            "(a single .safetensors checkpoint must be converted first)"
+            f"{folder} has no model_index.json: give the pipeline's own folder, in diffusers format, "
+            "or a single .safetensors file itself"
         )
     index = read_json(index_file)
     require_no_code(index_file, index)
@@ -158,17 +165,38 @@ def _class_in(index: dict[str, Any], component: str) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def folder_digest(folder: Path) -> str:
-    """A digest of every file in a pipeline's folder that determines its outputs."""
-    digest, index = hashlib.sha256(), read_index(folder)
+def is_sdxl(folder: Path) -> bool:
+    """Whether a pipeline's folder is an SDXL: only its format names a second text encoder."""
+    return "text_encoder_2" in read_index(folder)
+
+
+def model_digest(place: Path) -> str:
+    """A digest of a single file, or of every file in a pipeline's folder that determines its outputs."""
+    if place.is_file():
+        return files_digest(place)
+    digest, index = hashlib.sha256(), read_index(place)
     components = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
     if "text_encoder_2" in index:
         digest.update(f"zeros {index.get('force_zeros_for_empty_prompt')}\n".encode())  # what the empty prompt is
         components += SECOND_ENCODER
     for component in components:
-        for path in sorted((folder / component).rglob("*")):
-            if path.is_file() and (path.suffix == ".json" or any(path.match(kind) for kind in WEIGHT_FILES)):
-                digest.update(f"{component}/{path.name} {path.stat().st_size}\n".encode())
-                with path.open("rb") as file:  # all of it: a sample would miss a merge into a few layers
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        _add_files(digest, place / component, component)
     return digest.hexdigest()
+
+
+def files_digest(place: Path) -> str:
+    """A digest of a file, or of the weights and settings below a folder."""
+    digest = hashlib.sha256()
+    if place.is_file():
+        with place.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    _add_files(digest, place, place.name)
+    return digest.hexdigest()
+
+
+def _add_files(digest: Any, folder: Path, component: str) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and (path.suffix == ".json" or any(path.match(kind) for kind in WEIGHT_FILES)):
+            digest.update(f"{component}/{path.name} {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:  # all of it: a sample would miss a merge into a few layers
+                digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -22,7 +22,7 @@ from ..prediction import Denoiser
 from ..schedule import Schedule
 from ..system.memory import in_parts
 from .guidance import guided_denoiser
-from .hub import folder_digest
+from .hub import files_digest, model_digest
 from .prompts.conditioning import SecondEncoder, last_states, pack, penultimate_states, unpack, with_sizes_of
 from .prompts.reading import DEFAULT, Reading
 from .prompts.token_limit import cut_captions
@@ -46,6 +46,8 @@ class TextToImage:
     dtype: torch.dtype
     second: SecondEncoder | None = None
     reading: Reading = DEFAULT  # set it before anything is encoded
+    other_vae: Path | None = None  # the files of a VAE that is not the model's own
+    other_prediction_type: str | None = None  # given in place of what the scheduler's file says
 
     @property
     def prediction_type(self) -> str:
@@ -210,7 +212,10 @@ class TextToImage:
 
     @cached_property
     def _fingerprint(self) -> str:
-        return folder_digest(self.folder)
+        digest = model_digest(self.folder)
+        if self.other_vae is not None:
+            digest += f", vae: {files_digest(self.other_vae)}"
+        return digest + (f", predicts {self.other_prediction_type}" if self.other_prediction_type else "")
 
 
 def _config(network: Any) -> Any:

@@ -25,7 +25,7 @@ from diffusion_align.commands.trained_weights import base_of, load_tuned, run_co
 from diffusion_align.data.disk import digest, write_bytes
 from diffusion_align.data.frames import Frame, fit
 from diffusion_align.data.images import ImageError, decode_image, encode_png
-from diffusion_align.models.hub import folder_digest, locate
+from diffusion_align.models.hub import locate, model_digest
 from diffusion_align.options import Synth
 from diffusion_align.rewards import Reward, RewardError, load_reward, one_each
 from diffusion_align.rng import draw_normal, generator
@@ -54,7 +54,7 @@ def drawing_model(name: str) -> DrawingModel:
     plain = {"pretrained_model_name_or_path": present_model(name), "revision": None, "variant": None}
     base = base_of(run, run_config(run), cure="correct its config.yaml") if run else plain
     model = base["pretrained_model_name_or_path"]
-    weights = folder_digest(locate(model, revision=base["revision"], variant=base["variant"]))
+    weights = model_digest(locate(model, revision=base["revision"], variant=base["variant"]))
     return DrawingModel(name, base, run, f"{weights}+{weights_digest(run)}" if run else weights)
 
 

@@ -103,7 +103,9 @@ def architecture_of(contents: Contents) -> Architecture:
     except (KeyError, IndexError, ValueError) as error:
         if isinstance(error, NotAModel):
             raise
-        raise NotAModel(f"{contents.path} is incomplete, or a relative of {family} with other layers: {error}") from error
+        raise NotAModel(
+            f"{contents.path} is incomplete, or a relative of {family} with other layers: {error}"
+        ) from error
 
 
 def _prediction_type(contents: Contents, family: str) -> str | None:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from ..components import Components
-from ..conditioning import SecondEncoder
+from ..prompts.conditioning import SecondEncoder
 from .architecture import Architecture, architecture_of, vae_config
 from .contents import Contents, NotAModel, read_contents, shown, tensor_reader
-from .kinds import READABLE, canonical, quantization_of
+from .kinds import canonical, quantization_of
 from .names import PARTS, UNET, VAE, Place, places, vae_places
 from .tokenizer import clip_tokenizer
 
@@ -71,7 +71,7 @@ def _empty_networks(kind: Architecture) -> dict[str, Any]:
 
 
 def _fill(contents: Contents, networks: Mapping[str, nn.Module], dtype: torch.dtype, sdxl: bool) -> None:
-    """Read the weights of all networks. Raises NotAModel for a tensor that is missing, left over or of another shape."""
+    """Read the weights of all networks. Raises NotAModel for a tensor that is missing, spare or of another shape."""
     wanted = {name: network.state_dict() for name, network in networks.items()}
     at = places(wanted)
     raw = {canonical(key): key for key in contents.entries}
@@ -85,7 +85,9 @@ def _fill(contents: Contents, networks: Mapping[str, nn.Module], dtype: torch.dt
             f"{shown(min(spare))}: a relative with another structure; use its folder in diffusers' format"
         )
     if missing := sorted(used - raw.keys()):
-        raise NotAModel(f"{contents.path} lacks {len(missing)} tensors, the first is {shown(missing[0])}: fetch it again")
+        raise NotAModel(
+            f"{contents.path} lacks {len(missing)} tensors, the first is {shown(missing[0])}: fetch it again"
+        )
     get = tensor_reader(contents.path)
     for name, network in networks.items():
         # float16 would overflow in SDXL's VAE, and rounding to it cannot be undone.
@@ -128,7 +130,9 @@ def read_vae(path: Path, dtype: torch.dtype, *, family: str, resolution: int) ->
     """
     contents = read_contents(path)
     if quantized := quantization_of(contents.entries):
-        raise NotAModel(f"{path} is quantized ({quantized}): use the VAE's {' or '.join(READABLE[1:])} file", "quantized")
+        raise NotAModel(
+            f"{path} is quantized ({quantized}): use the VAE's fp16, bf16 or fp32 file", "quantized"
+        )
     entries = contents.entries
     prefix = VAE if any(key.startswith(VAE) for key in entries) else ""
     theirs = "encoder.down_blocks.0.resnets.0.conv1.weight" in entries
