@@ -10,9 +10,10 @@ from importlib.util import find_spec
 from typing import Any
 
 from diffusion_align.commands.footprint import require_memory
+from diffusion_align.commands.model.base import names_options
 from diffusion_align.commands.model_facts import read_model_facts
 from diffusion_align.commands.sources import present_model
-from diffusion_align.models.hub import local_model
+from diffusion_align.models.hub import local_model, local_vae
 from diffusion_align.models.lora.rank import RankError, require_rank
 from diffusion_align.options import TrainCommon, TrainUnet, UsageError
 from diffusion_align.vocabulary import LORA_TARGETS
@@ -45,16 +46,30 @@ def require_model(o: Any) -> None:
     if getattr(o, "pretrained_model_name_or_path", None) is None:
         return
     name = present_model(o.pretrained_model_name_or_path)
-    local_model(name)
+    with names_options():
+        local_model(name)
+        if vae := getattr(o, "pretrained_vae_model_name_or_path", None):
+            local_vae(vae)
+        facts = read_model_facts(name, getattr(o, "prediction_type", None))
+    require_schedule(name, facts.scheduler)
     if not isinstance(o, TrainCommon):
         return
-    facts = read_model_facts(name)
     if isinstance(o, TrainUnet) and o.mode == "lora":
         try:
             require_rank(facts.unet_shapes, o.rank, LORA_TARGETS[o.lora_targets])
         except RankError as error:
             raise UsageError(f"adapter.rank: {error}: give --rank {error.largest} at most") from None
     require_memory(o, facts)
+
+
+def require_schedule(name: str, scheduler: dict[str, Any]) -> None:
+    """Raise UsageError for noise levels that end in pure noise with a network that predicts that noise."""
+    if scheduler.get("rescale_betas_zero_snr") and scheduler.get("prediction_type", "epsilon") == "epsilon":
+        raise UsageError(
+            f"{name} has zero terminal SNR (rescale_betas_zero_snr in its scheduler) and predicts epsilon, which says "
+            "nothing of the picture at the last step, pure noise: give --prediction_type v_prediction if the network "
+            "predicts v, else set rescale_betas_zero_snr to false in its scheduler_config.json"
+        )
 
 
 def require_device(word: str | None) -> None:

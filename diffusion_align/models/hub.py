@@ -32,6 +32,7 @@ COMPONENTS = {
 # A name that begins or ends so is a path: nobody publishes models or pairs under these names.
 OWN_FOLDERS = "runs run out output outputs results models model checkpoints data datasets samples evaluations".split()
 FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".yaml", ".json", ".jsonl", ".parquet", ".csv", ".tar")
+VAE_FILES = ["*config.json", "*diffusion_pytorch_model*.safetensors"]
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 SECOND_ENCODER = {"text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": "CLIPTokenizer"}
 
@@ -88,6 +89,43 @@ def local_model(name: str) -> Path | None:
             'owner/name, or "tiny"'
         )
     return None
+
+
+def local_vae(name: str) -> Path | None:
+    """The file or folder of a VAE on this disk: by itself, or in the folder of a model; None for a hub id.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = asset("tiny") if name == "tiny" else Path(name).expanduser()
+    if path.is_file():
+        return path
+    for folder in (path / "vae", path):
+        if (folder / "config.json").is_file():
+            require_plain_files(folder.parent, {folder.name: COMPONENTS["vae"]})
+            return folder
+    if path.exists() or not on_hub(name):
+        raise FileNotFoundError(f"no VAE at {name}: give its file, its folder, or the folder of a model that has it")
+    return None
+
+
+def locate_vae(name_or_path: str | os.PathLike[str]) -> Path:
+    """The file or folder of a VAE, downloaded from the hub if the name is a hub id.
+
+    Raises:
+        FileNotFoundError: there is none, or the hub cannot be reached and nothing is cached.
+    """
+    name = os.fspath(name_or_path)
+    if (place := local_vae(name)) is not None:
+        return place
+    from huggingface_hub import snapshot_download
+
+    try:
+        fetched = Path(snapshot_download(name, allow_patterns=VAE_FILES))
+    except Exception as error:  # the hub's client raises a dozen kinds
+        cure = "check the name and your connection, or give a local file"
+        raise FileNotFoundError(f"VAE {name} could not be fetched ({type(error).__name__}): {cure}") from error
+    return fetched / "vae" if (fetched / "vae").is_dir() else fetched
 
 
 def _download(name: str, revision: str | None, variant: str | None) -> Path:

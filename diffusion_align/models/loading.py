@@ -12,12 +12,13 @@ from diffusers import UNet2DConditionModel
 
 from ..schedule import Schedule
 from .components import Components
-from .diffusers_folder.read import read_folder, read_vae_folder
-from .hub import is_sdxl, locate
+from .diffusers_folder.read import read_folder
+from .hub import is_sdxl, locate, locate_vae
 from .pipeline import TextToImage
 from .single_file.contents import read_contents
-from .single_file.kinds import SD1, SDXL, family_of
-from .single_file.read import read_file, read_vae
+from .single_file.kinds import SDXL, family_of
+from .single_file.read import read_file
+from .vae import read_vae
 
 
 def load_pipeline(
@@ -45,7 +46,7 @@ def load_pipeline(
     """
     place = locate(name_or_path, revision=revision, variant=variant)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    other = None if vae is None else _read_vae(Path(vae).expanduser(), dtype, sdxl=_has_second(place))
+    other = None if vae is None else read_vae(vae, dtype, sdxl=_has_second(place))
     if place.is_file():
         parts = read_file(place, dtype, prediction_type=prediction_type, vae=other)
     else:
@@ -66,7 +67,7 @@ def load_pipeline(
         device=where,
         dtype=dtype,
         second=parts.second,
-        other_vae=None if vae is None else Path(vae).expanduser(),
+        other_vae=None if vae is None else locate_vae(vae),
         other_prediction_type=prediction_type if place.is_file() else given,
     )
 
@@ -97,17 +98,6 @@ def set_attention(unet: UNet2DConditionModel, *, xformers: bool = False, gradien
 def _has_second(place: Path) -> bool:
     """Whether the model is an SDXL."""
     return family_of(read_contents(place)) == SDXL if place.is_file() else is_sdxl(place)
-
-
-def _read_vae(path: Path, dtype: torch.dtype, *, sdxl: bool) -> Any:
-    """A VAE by itself: a file, its folder, or the folder of a model that has it."""
-    if path.is_file():
-        wide = torch.float32 if sdxl and dtype == torch.float16 else dtype  # float16 overflows in SDXL's
-        return read_vae(path, wide, family=SDXL if sdxl else SD1, resolution=1024 if sdxl else 512)
-    folder = path / "vae" if (path / "vae").is_dir() else path
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{path} is no VAE: give its file, its folder, or the folder of a model that has it")
-    return read_vae_folder(folder, dtype, sdxl=sdxl)
 
 
 def _require_latents(place: Path, parts: Components, vae: Any) -> None:

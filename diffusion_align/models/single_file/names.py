@@ -99,6 +99,15 @@ def is_linear(unet: Mapping[str, Any]) -> bool:
     return all(len(shape) == 2 for shape in shapes)
 
 
+def diffusers_end(key: str) -> str:
+    """A UNet's key with its last part under diffusers' name: `...out_layers.3.weight` ends in `.conv2.weight`."""
+    for theirs, ours in _RESNET.items():
+        for kind in ("weight", "bias"):
+            if key.endswith(f".{ours}.{kind}"):
+                return f"{key.removesuffix(f'{ours}.{kind}')}{theirs}.{kind}"
+    return key
+
+
 def unet_places(keys: Iterable[str]) -> dict[str, Place]:
     """The places of a UNet's tensors. Raises ValueError for another architecture, or a LoRA that is not merged."""
     keys = list(keys)

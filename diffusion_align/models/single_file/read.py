@@ -19,7 +19,7 @@ from .architecture import Architecture, architecture_of, vae_config
 from .contents import Contents, NotAModel, read_contents, shown, tensor_reader
 from .kinds import canonical, quantization_of
 from .names import PARTS, UNET, VAE, Place, places, vae_places
-from .tokenizer import clip_tokenizer
+from .tokenizer import tokenizers_of
 
 # Tensors that a file may hold beside those that are read: averages, tables, losses of the VAE, marks.
 IGNORED = re.compile(r"model_ema\.|first_stage_model\.loss\.|loss\.|.*position_ids$|.*logit_scale$|.*text_projection$")
@@ -41,16 +41,15 @@ def read_file(path: Path, dtype: torch.dtype, *, prediction_type: str | None = N
     elif "vae" not in networks:
         raise NotAModel(f"{path} has no VAE: give one beside it", "no VAE")
     _fill(contents, networks, dtype, kind.family == "SDXL")
-    lengths = kind.text_encoder["max_position_embeddings"]
+    tokenizers = tokenizers_of(kind)
     second = None
     if kind.text_encoder_2 is not None:
-        tokenizer = clip_tokenizer(kind.text_encoder_2["max_position_embeddings"], pad_with_zero=True)
-        second = SecondEncoder(networks["text_encoder_2"], tokenizer, zero_empty=True)
+        second = SecondEncoder(networks["text_encoder_2"], tokenizers[1], zero_empty=True)
     return Components(
         unet=networks["unet"],
         vae=vae if vae is not None else networks["vae"],
         text_encoder=networks["text_encoder"],
-        tokenizer=clip_tokenizer(lengths, pad_with_zero=kind.family == "SD 2.x"),
+        tokenizer=tokenizers[0],
         scheduler=scheduler,
         second=second,
     )
@@ -130,9 +129,7 @@ def read_vae(path: Path, dtype: torch.dtype, *, family: str, resolution: int) ->
     """
     contents = read_contents(path)
     if quantized := quantization_of(contents.entries):
-        raise NotAModel(
-            f"{path} is quantized ({quantized}): use the VAE's fp16, bf16 or fp32 file", "quantized"
-        )
+        raise NotAModel(f"{path} is quantized ({quantized}): use the VAE's fp16, bf16 or fp32 file", "quantized")
     entries = contents.entries
     prefix = VAE if any(key.startswith(VAE) for key in entries) else ""
     theirs = "encoder.down_blocks.0.resnets.0.conv1.weight" in entries

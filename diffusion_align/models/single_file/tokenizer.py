@@ -9,6 +9,9 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
+from .architecture import Architecture
+from .kinds import SD2
+
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 BYTES, TOKENS = 256, 49408
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -22,6 +25,14 @@ def clip_tokenizer(length: int, pad_with_zero: bool) -> CLIPTokenizer:
     if pad_with_zero:
         tokenizer.pad_token = "!"
     return tokenizer
+
+
+def tokenizers_of(kind: Architecture) -> list[CLIPTokenizer]:
+    """The tokenizers of a single-file model: one, or two for SDXL."""
+    first = clip_tokenizer(kind.text_encoder["max_position_embeddings"], pad_with_zero=kind.family == SD2)
+    if kind.text_encoder_2 is None:
+        return [first]
+    return [first, clip_tokenizer(kind.text_encoder_2["max_position_embeddings"], pad_with_zero=True)]
 
 
 @cache
