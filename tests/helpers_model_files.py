@@ -1,6 +1,6 @@
 """Tiny models with the true architectures, key names and vocabulary, as diffusers' folders and as single files.
 
-    source = make_model(tmp_path / "m", "SDXL")            # a diffusers folder, about 5 M random weights, 64x64 pictures
+    source = make_model(tmp_path / "m", "SDXL")     # a diffusers folder, random weights, 64x64 pictures
 
 Widths and depths are small; heads of 64 (8 heads in Stable Diffusion 1.5's UNet), 32 groups, four levels of the VAE,
 three or four of the UNet, CLIP's vocabulary and the last layer that Stable Diffusion 2 leaves out are as published.

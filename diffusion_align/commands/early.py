@@ -16,6 +16,7 @@ from diffusion_align.commands.sources import present_model
 from diffusion_align.models.hub import local_model, local_vae
 from diffusion_align.models.lora.rank import RankError, require_rank
 from diffusion_align.options import TrainCommon, TrainUnet, UsageError
+from diffusion_align.options.model import ModelInspect
 from diffusion_align.vocabulary import LORA_TARGETS
 
 XFORMERS = "--enable_xformers_memory_efficient_attention"
@@ -43,7 +44,7 @@ def require_model(o: Any) -> None:
     Raises:
         FileNotFoundError, ValueError: as `models.hub.locate`. UsageError: the rank or the batch is too large.
     """
-    if getattr(o, "pretrained_model_name_or_path", None) is None:
+    if getattr(o, "pretrained_model_name_or_path", None) is None or isinstance(o, ModelInspect):
         return
     name = present_model(o.pretrained_model_name_or_path)
     with names_options():

@@ -53,6 +53,7 @@ def load_pipeline(
         parts = read_folder(place, dtype, variant=variant, vae=other)
     _require_latents(place, parts, vae)
     given = prediction_type if prediction_type != parts.scheduler.get("prediction_type", "epsilon") else None
+    scheduler = parts.scheduler | ({"prediction_type": given} if given else {})
     for network in (parts.unet, parts.vae, parts.text_encoder, *([parts.second.text_encoder] if parts.second else [])):
         network.to(where).eval().requires_grad_(False)
     unet = parts.unet
@@ -61,12 +62,13 @@ def load_pipeline(
         vae=parts.vae,
         text_encoder=parts.text_encoder,
         tokenizer=parts.tokenizer,
-        schedule=_schedule(place, parts.scheduler | ({"prediction_type": given} if given else {})),
+        schedule=_schedule(place, scheduler),
         folder=place,
         source=os.fspath(name_or_path),
         device=where,
         dtype=dtype,
         second=parts.second,
+        scheduler=scheduler,
         other_vae=None if vae is None else locate_vae(vae),
         other_prediction_type=prediction_type if place.is_file() else given,
     )

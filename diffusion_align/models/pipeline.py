@@ -6,9 +6,9 @@ factor. Text is one tensor `[B,L,E]`; `conditioning` describes what SDXL adds to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class TextToImage:
     dtype: torch.dtype
     second: SecondEncoder | None = None
     reading: Reading = DEFAULT  # set it before anything is encoded
+    scheduler: Mapping[str, Any] = field(default_factory=dict)  # a scheduler_config.json, of which `schedule` is made
     other_vae: Path | None = None  # the files of a VAE that is not the model's own
     other_prediction_type: str | None = None  # given in place of what the scheduler's file says
 

@@ -217,5 +217,5 @@ def test_no_prompts_give_no_text(model):
 
 def test_a_single_file_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="single file"):
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
         load_pipeline(tmp_path / "model.safetensors")

@@ -39,14 +39,19 @@ def as_given(base: Mapping[str, Any], o: Any) -> dict[str, Any]:
     return dict(base) | {key: getattr(o, key) for key in FIELDS[1:] if getattr(o, key, None) is not None}
 
 
-def load_base(base: Mapping[str, Any], device: str | torch.device | None) -> TextToImage:
-    """Load a model by its `base_fields`. Raises as `load_pipeline`, with the options that help."""
+def load_base(
+    base: Mapping[str, Any], device: str | torch.device | None, dtype: torch.dtype | None = None
+) -> TextToImage:
+    """Load a model by its `base_fields`, in float32 by default. Raises as `load_pipeline`, naming the options that help."""
+    import torch
+
     from diffusion_align.models import load_pipeline  # takes seconds, so it follows all checks
 
     with names_options():
         return load_pipeline(
             base["pretrained_model_name_or_path"],
             device=device,
+            dtype=dtype or torch.float32,
             revision=base.get("revision"),
             variant=base.get("variant"),
             vae=base.get("pretrained_vae_model_name_or_path"),
