@@ -3,7 +3,7 @@
     source = make_model(tmp_path / "m", "SDXL")     # a diffusers folder, random weights, 64x64 pictures
 
 Widths and depths are small; heads of 64 (8 heads in Stable Diffusion 1.5's UNet), 32 groups, four levels of the VAE,
-three or four of the UNet, CLIP's vocabulary and the last layer that Stable Diffusion 2 leaves out are as published.
+two or four of the UNet, CLIP's vocabulary and the last layer that Stable Diffusion 2 leaves out are as published.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _text(width, layers, activation, projection=None):
 
 def _unet(kind, width):
     xl = kind.startswith("SDXL")
-    levels = (64, 128, 128) if xl else (64, 64, 128, 128)
+    levels = (32, 128) if xl else (32, 32, 64, 128)
     crossed = [True] * (len(levels) - 1)
     crossed = [False, *crossed] if xl else [*crossed, False]
     settings = {
@@ -51,15 +51,15 @@ def _unet(kind, width):
         "down_block_types": tuple("CrossAttnDownBlock2D" if c else "DownBlock2D" for c in crossed),
         "up_block_types": tuple("CrossAttnUpBlock2D" if c else "UpBlock2D" for c in reversed(crossed)),
         "cross_attention_dim": width,
-        "attention_head_dim": 8 if kind == "SD 1.x" else tuple(level // 64 for level in levels),
+        "attention_head_dim": 8 if kind == "SD 1.x" else tuple(max(1, level // 64) for level in levels),
         "use_linear_projection": kind != "SD 1.x",
     }
     if xl:
         settings |= {
-            "transformer_layers_per_block": (1, 1, 2),
+            "transformer_layers_per_block": (1, 2),
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 6 * 8 + 48,
+            "projection_class_embeddings_input_dim": 6 * 8 + 24,
         }
     return UNet2DConditionModel(**settings)
 
@@ -74,15 +74,15 @@ def make_model(path: Path, kind: str, seed: int = 0) -> Path:
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        first = CLIPTextModel(_text(64, 2, "gelu" if second else "quick_gelu"))
+        first = CLIPTextModel(_text(32, 2, "gelu" if second else "quick_gelu"))
         vae = AutoencoderKL(
             block_out_channels=(32,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, sample_size=SIDE,
             scaling_factor=0.13025 if xl else 0.18215,
         )  # fmt: skip
-        parts = {"unet": _unet(kind, 192 if xl else 64), "vae": vae, "text_encoder": first, "scheduler": scheduler}
+        parts = {"unet": _unet(kind, 96 if xl else 32), "vae": vae, "text_encoder": first, "scheduler": scheduler}
         if xl:
-            parts["text_encoder_2"] = CLIPTextModelWithProjection(_text(128, 2, "gelu", 48))
+            parts["text_encoder_2"] = CLIPTextModelWithProjection(_text(64, 2, "gelu", 24))
     parts["tokenizer"] = clip_tokenizer(77, pad_with_zero=second)
     if xl:
         parts["tokenizer_2"] = clip_tokenizer(77, pad_with_zero=True)

@@ -42,7 +42,10 @@ def as_given(base: Mapping[str, Any], o: Any) -> dict[str, Any]:
 def load_base(
     base: Mapping[str, Any], device: str | torch.device | None, dtype: torch.dtype | None = None
 ) -> TextToImage:
-    """Load a model by its `base_fields`, in float32 by default. Raises as `load_pipeline`, naming the options that help."""
+    """Load a model by its `base_fields`, in float32 by default.
+
+    Raises as `load_pipeline`, with the options that help.
+    """
     import torch
 
     from diffusion_align.models import load_pipeline  # takes seconds, so it follows all checks

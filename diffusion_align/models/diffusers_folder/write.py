@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DDIMScheduler, SchedulerMixin, StableDiffusionPipeline, StableDiffusionXLPipeline
+from torch import nn
 
 from diffusion_align.system.file_modes import readable
 
@@ -21,9 +22,9 @@ def write_folder(model: TextToImage, folder: Path, dtype: torch.dtype) -> Path:
     """Write a model in one precision, to which its networks are cast, completely or not at all. An existing folder is
     replaced."""
     common: dict[str, Any] = {
-        "unet": model.unet.to(dtype),
-        "vae": model.vae.to(dtype),
-        "text_encoder": model.text_encoder.to(dtype),
+        "unet": _cast(model.unet, dtype),
+        "vae": _cast(model.vae, dtype),
+        "text_encoder": _cast(model.text_encoder, dtype),
         "tokenizer": model.tokenizer,
         "scheduler": _scheduler(model.scheduler),
     }
@@ -33,7 +34,7 @@ def write_folder(model: TextToImage, folder: Path, dtype: torch.dtype) -> Path:
     else:
         pipeline = StableDiffusionXLPipeline(
             **common,
-            text_encoder_2=model.second.text_encoder.to(dtype),
+            text_encoder_2=_cast(model.second.text_encoder, dtype),
             tokenizer_2=model.second.tokenizer,
             force_zeros_for_empty_prompt=model.second.zero_empty,
             add_watermarker=False,
@@ -51,6 +52,11 @@ def write_folder(model: TextToImage, folder: Path, dtype: torch.dtype) -> Path:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The network in this precision; diffusers' own `to` warns of modules to be kept in float32 where there are none."""
+    return nn.Module.to(network, dtype)
 
 
 def _scheduler(config: Mapping[str, Any]) -> Any:

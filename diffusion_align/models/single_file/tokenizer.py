@@ -19,12 +19,13 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 def clip_tokenizer(length: int, pad_with_zero: bool) -> CLIPTokenizer:
     """The tokenizer of every CLIP text encoder. OpenCLIP's models pad with token 0 ("!"), the first CLIP with its end
-    of text."""
+    of text.
+
+    As in the published folders, the token that pads is read as itself in a prompt too: "!" is 0 there, not 256.
+    """
     vocabulary, merges = _vocabulary()
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
-    if pad_with_zero:
-        tokenizer.pad_token = "!"
-    return tokenizer
+    pad = "!" if pad_with_zero else END
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad, model_max_length=length)
 
 
 def tokenizers_of(kind: Architecture) -> list[CLIPTokenizer]:
