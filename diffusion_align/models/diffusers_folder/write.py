@@ -55,7 +55,7 @@ def write_folder(model: TextToImage, folder: Path, dtype: torch.dtype) -> Path:
 
 
 def _cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The network in this precision; diffusers' own `to` warns of modules to be kept in float32 where there are none."""
+    """The network in this precision; diffusers' own `to` warns without a cause."""
     return nn.Module.to(network, dtype)
 
 
