@@ -102,18 +102,16 @@ def unpickled(path: Path) -> Mapping[str, Tensor]:
     Raises:
         NotAModel: it holds more than tensors, or is damaged.
     """
-    import pickle
-
     import torch
 
     try:
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError as error:
-        raise NotAModel(
-            f"{path} holds Python objects beside tensors, which loading would run as code: use its .safetensors file, "
-            "or one that a program you trust has made of it"
-        ) from error
     except Exception as error:  # torch, zip files and pickles have errors of their own
+        if type(error).__name__ == "UnpicklingError":
+            raise NotAModel(
+                f"{path} holds Python objects beside tensors, which loading would run as code: use its .safetensors "
+                "file, or one that a program you trust has made of it"
+            ) from error
         raise NotAModel(f"{path} could not be read ({' '.join(str(error).split())[:120]}): fetch it again") from error
     held = held.get("state_dict", held) if isinstance(held, dict) else {}
     return {key: value for key, value in held.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
