@@ -54,7 +54,13 @@ def load_pipeline(
     _require_latents(place, parts, vae)
     given = prediction_type if prediction_type != parts.scheduler.get("prediction_type", "epsilon") else None
     scheduler = parts.scheduler | ({"prediction_type": given} if given else {})
-    for network in (parts.unet, parts.vae, parts.text_encoder, *([parts.second.text_encoder] if parts.second else [])):
+    networks: list[Any] = [
+        parts.unet,
+        parts.vae,
+        parts.text_encoder,
+        *([parts.second.text_encoder] if parts.second else []),
+    ]
+    for network in networks:
         network.to(where).eval().requires_grad_(False)
     unet = parts.unet
     return TextToImage(

@@ -6,6 +6,7 @@ import gzip
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from transformers import CLIPTokenizer
 
@@ -24,8 +25,9 @@ def clip_tokenizer(length: int, pad_with_zero: bool) -> CLIPTokenizer:
     As in the published folders, the token that pads is read as itself in a prompt too: "!" is 0 there, not 256.
     """
     vocabulary, merges = _vocabulary()
+    given: Any = merges  # pairs, which the annotation of transformers leaves out
     pad = "!" if pad_with_zero else END
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad, model_max_length=length)
+    return CLIPTokenizer(vocab=vocabulary, merges=given, pad_token=pad, model_max_length=length)
 
 
 def tokenizers_of(kind: Architecture) -> list[CLIPTokenizer]:
