@@ -54,7 +54,7 @@ def write_folder(model: TextToImage, folder: Path, dtype: torch.dtype) -> Path:
     return folder
 
 
-def _cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _cast(network: Any, dtype: torch.dtype) -> Any:
     """The network in this precision; diffusers' own `to` warns without a cause."""
     return nn.Module.to(network, dtype)
 
