@@ -13,6 +13,8 @@ DISCOUNTS = ("ln", "log2")
 LONG_PROMPTS = ("truncate", "chunk", "chunk_kohya")
 PROMPT_SYNTAXES = ("plain", "a1111", "a1111_no_norm")
 
+PREDICTION_TYPES = ("epsilon", "v_prediction")  # what a network can be told to predict
+
 MODES = ("lora", "full")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # The feed-forward and projection layers of attention blocks, and the convolutions of residual blocks.

@@ -173,7 +173,7 @@ def test_a_plan_refuses_a_model_that_the_run_refuses(words, tmp_path, capsys):
     (broken / "unet" / "config.json").write_text(json.dumps({"_class_name": "Flux"}))
     capsys.readouterr()  # diffusers' own
     for name, told in (
-        (tmp_path / "one.safetensors", "is a single file"),
+        (tmp_path / "one.safetensors", "is not a complete safetensors file"),
         (tmp_path / "none", "no model at"),
         (tmp_path / "empty", "has no model_index.json"),
         (broken, "is of the class 'Flux'"),

@@ -203,6 +203,7 @@ def test_a_run_whose_model_has_moved_is_evaluated_and_drawn_from_where_it_is_now
         contender(str(run))
     # The revision was one of the repository that the model was fetched from.
     wanted = {"pretrained_model_name_or_path": str(new), "revision": None, "variant": "fp16"}
+    wanted |= {"pretrained_vae_model_name_or_path": None, "prediction_type": None}
     assert contender(str(run), str(new)).base == wanted
     assert read([str(run), "--model", str(new)], "evaluate").options.pretrained_model_name_or_path == str(new)
     for argv in (["evaluate", str(run)], ["sample", "--run", str(run), "--prompt", "a"]):

@@ -11,11 +11,13 @@ from typing import Any
 
 from diffusion_align.commands.adapters import require_lora
 from diffusion_align.commands.footprint import require_memory
+from diffusion_align.commands.model.base import names_options
 from diffusion_align.commands.model_facts import read_model_facts
 from diffusion_align.commands.sources import present_model
-from diffusion_align.models.hub import local_folder
+from diffusion_align.models.hub import local_model, local_vae
 from diffusion_align.models.lora.rank import RankError, require_layers, require_rank
 from diffusion_align.options import TrainCommon, TrainUnet, UsageError
+from diffusion_align.options.model import ModelInspect
 
 XFORMERS = "--enable_xformers_memory_efficient_attention"
 
@@ -43,13 +45,17 @@ def require_model(o: Any) -> None:
     Raises:
         FileNotFoundError, ValueError: as `models.hub.locate`. UsageError: the rank or the batch is too large.
     """
-    if getattr(o, "pretrained_model_name_or_path", None) is None:
+    if getattr(o, "pretrained_model_name_or_path", None) is None or isinstance(o, ModelInspect):
         return
     name = present_model(o.pretrained_model_name_or_path)
-    local_folder(name)
+    with names_options():
+        local_model(name)
+        if vae := getattr(o, "pretrained_vae_model_name_or_path", None):
+            local_vae(vae)
+        facts = read_model_facts(name, getattr(o, "prediction_type", None))
+    require_schedule(name, facts.scheduler)
     if not isinstance(o, TrainCommon):
         return
-    facts = read_model_facts(name)
     if isinstance(o, TrainUnet) and (new := o.new_lora) is not None and facts.unet_shapes:
         try:
             require_layers(facts.unet_shapes, new.own_names)
@@ -59,6 +65,16 @@ def require_model(o: Any) -> None:
         except ValueError as error:
             raise UsageError(f"adapter.lora_targets: {error}") from None
     require_memory(o, facts)
+
+
+def require_schedule(name: str, scheduler: dict[str, Any]) -> None:
+    """Raise UsageError for noise levels that end in pure noise with a network that predicts that noise."""
+    if scheduler.get("rescale_betas_zero_snr") and scheduler.get("prediction_type", "epsilon") == "epsilon":
+        raise UsageError(
+            f"{name} has zero terminal SNR (rescale_betas_zero_snr in its scheduler) and predicts epsilon, which says "
+            "nothing of the picture at the last step, pure noise: give --prediction_type v_prediction if the network "
+            "predicts v, else set rescale_betas_zero_snr to false in its scheduler_config.json"
+        )
 
 
 def require_device(word: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import struct
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_align.models.hub import asset
+from diffusion_align.models.single_file.architecture import architecture_of
+from diffusion_align.models.single_file.contents import read_contents
+from diffusion_align.models.single_file.names import UNET, diffusers_end
 from diffusion_align.options.lora import target_layers
 
 # Assumed of a model that is not on this disk. SDXL has the betas of Stable Diffusion, and latents of twice the side.
@@ -48,10 +52,34 @@ class ModelFacts:
         return sum(rank * (s[0] + math.prod(s[1:])) + dora * s[0] for s in shapes)
 
 
-def read_model_facts(name: str) -> ModelFacts:
-    """The facts of a model folder; if there is none, those of the family that the name suggests, with `known` False."""
+def read_model_facts(name: str, prediction_type: str | None = None) -> ModelFacts:
+    """The facts of a model's folder or file; if there is none, those of the family that the name suggests, with `known`
+    False. `prediction_type` replaces the model's own.
+
+    Raises:
+        NotAModel: the file is no model, or does not tell what its network predicts.
+    """
+    folder = asset("tiny") if name == "tiny" else Path(name).expanduser()
+    if folder.is_file():
+        return _facts_of_file(folder, prediction_type)
+    facts = _facts_of_folder(name, folder)
+    given = {} if prediction_type is None else {"prediction_type": prediction_type}
+    return dataclasses.replace(facts, scheduler=facts.scheduler | given)
+
+
+def _facts_of_file(file: Path, prediction_type: str | None) -> ModelFacts:
+    contents = read_contents(file)
+    kind = architecture_of(contents)
+    # The ends of the names, by which layers are chosen for a LoRA, as diffusers has them.
+    shapes = {diffusers_end(key): entry.shape for key, entry in contents.entries.items() if key.startswith(UNET)}
+    factor = kind.resolution // kind.unet["sample_size"]
+    scheduler = kind.scheduler(prediction_type)
+    family = SDXL if kind.text_encoder_2 is not None else STABLE_DIFFUSION
+    return ModelFacts(True, family, kind.unet["in_channels"], factor, kind.resolution, scheduler, shapes, kind.unet)
+
+
+def _facts_of_folder(name: str, folder: Path) -> ModelFacts:
     try:
-        folder = asset("tiny") if name == "tiny" else Path(name).expanduser()
         unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
         vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
         scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))

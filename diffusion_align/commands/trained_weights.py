@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_align.commands.adapters import kept_lora, merge_given, saved_lora_options
+from diffusion_align.commands.model.base import base_fields
 from diffusion_align.commands.sources import present_model
 from diffusion_align.models.hub import on_hub
 from diffusion_align.models.prompts.reading import Reading
@@ -35,13 +36,12 @@ def run_config(run: str | Path) -> dict[str, Any]:
 def base_of(
     run: str | Path, config: dict[str, Any], model: str | None = None, cure: str = "--model says where it is now"
 ) -> dict[str, Any]:
-    """Name, revision and variant of the model that a run started from, or of `model` in its place.
+    """The `base_fields` of the model that a run started from, or of `model` in its place.
 
     Raises:
         FileNotFoundError: the model no longer exists; the message ends with `cure`.
     """
-    section = config.get("model") or {}
-    base = {key: section.get(key) for key in ("pretrained_model_name_or_path", "revision", "variant")}
+    base = base_fields(config.get("model") or {})
     if model is not None:  # the revision belongs to the run's own repository
         return base | {"pretrained_model_name_or_path": present_model(model), "revision": None}
     name = base["pretrained_model_name_or_path"] = present_model(base["pretrained_model_name_or_path"] or "")

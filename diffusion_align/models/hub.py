@@ -1,4 +1,4 @@
-"""From a model's name to its folder: a path, the embedded model, or a hub id. Errors say what to do."""
+"""From a model's name to its files: a path, the embedded model, or a hub id. Errors say what to do."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from ..system.network import offline
 from ..system.plain_json import read_json, require_no_code
 from ..system.printable import printable
 from .configs import require_plain_files
+from .single_file.architecture import architecture_of
+from .single_file.contents import read_contents
 
 # Repositories that were deleted or renamed, and where their weights are now (huggingface/diffusers issues 9428, 12874).
 MOVED = {
@@ -30,6 +32,7 @@ COMPONENTS = {
 # A name that begins or ends so is a path: nobody publishes models or pairs under these names.
 OWN_FOLDERS = "runs run out output outputs results models model checkpoints data datasets samples evaluations".split()
 FILES = (".safetensors", ".ckpt", ".bin", ".pt", ".pth", ".yaml", ".json", ".jsonl", ".parquet", ".csv", ".tar")
+VAE_FILES = ["*config.json", "*diffusion_pytorch_model*.safetensors"]
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 SECOND_ENCODER = {"text_encoder_2": "CLIPTextModelWithProjection", "tokenizer_2": "CLIPTokenizer"}
 
@@ -56,31 +59,73 @@ def on_hub(name: str) -> bool:
 
 
 def locate(name_or_path: str | os.PathLike[str], *, revision: str | None = None, variant: str | None = None) -> Path:
-    """The folder of a model in Stable Diffusion or SDXL format, downloaded from the hub if the name is a hub id.
+    """The folder of a model in diffusers format, downloaded from the hub if the name is a hub id, or its single file.
 
     Raises:
         FileNotFoundError: no such folder, no such repository, or the hub cannot be reached and nothing is cached.
-        ValueError: the folder is not a Stable Diffusion 1.x/2.x or SDXL pipeline.
+        ValueError: it is not a model of Stable Diffusion 1.x/2.x or SDXL.
     """
     name = os.fspath(name_or_path)
-    folder = local_folder(name)
-    return checked(_download(name, revision, variant)) if folder is None else folder
+    place = local_model(name)
+    return checked(_download(name, revision, variant)) if place is None else place
 
 
-def local_folder(name: str) -> Path | None:
-    """The folder on this disk that a name stands for, after `checked`; None for a hub id. Raises as `locate`."""
+def local_model(name: str) -> Path | None:
+    """The folder or file on this disk that a name stands for; None for a hub id. Raises as `locate`.
+
+    Of weights only names and shapes are read.
+    """
     if name == "tiny":
         return checked(asset("tiny"))
     folder = Path(name).expanduser()
     if folder.is_dir():
         return checked(folder)
     if folder.is_file():
-        raise ValueError(f"{name} is a single file: convert the checkpoint to a folder in diffusers format first")
+        architecture_of(read_contents(folder))
+        return folder
     if not on_hub(name):
         raise FileNotFoundError(
-            f'no model at {name}: give a folder in diffusers format, a hub id such as owner/name, or "tiny"'
+            f"no model at {name}: give a folder in diffusers format, a single file (.safetensors), a hub id such as "
+            'owner/name, or "tiny"'
         )
     return None
+
+
+def local_vae(name: str) -> Path | None:
+    """The file or folder of a VAE on this disk: by itself, or in the folder of a model; None for a hub id.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = asset("tiny") if name == "tiny" else Path(name).expanduser()
+    if path.is_file():
+        return path
+    for folder in (path / "vae", path):
+        if (folder / "config.json").is_file():
+            require_plain_files(folder.parent, {folder.name: COMPONENTS["vae"]})
+            return folder
+    if path.exists() or not on_hub(name):
+        raise FileNotFoundError(f"no VAE at {name}: give its file, its folder, or the folder of a model that has it")
+    return None
+
+
+def locate_vae(name_or_path: str | os.PathLike[str]) -> Path:
+    """The file or folder of a VAE, downloaded from the hub if the name is a hub id.
+
+    Raises:
+        FileNotFoundError: there is none, or the hub cannot be reached and nothing is cached.
+    """
+    name = os.fspath(name_or_path)
+    if (place := local_vae(name)) is not None:
+        return place
+    from huggingface_hub import snapshot_download
+
+    try:
+        fetched = Path(snapshot_download(name, allow_patterns=VAE_FILES))
+    except Exception as error:  # the hub's client raises a dozen kinds
+        cure = "check the name and your connection, or give a local file"
+        raise FileNotFoundError(f"VAE {name} could not be fetched ({type(error).__name__}): {cure}") from error
+    return fetched / "vae" if (fetched / "vae").is_dir() else fetched
 
 
 def _download(name: str, revision: str | None, variant: str | None) -> Path:
@@ -106,8 +151,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     index_file = folder / "model_index.json"
     if not index_file.exists():
         raise FileNotFoundError(
-            f"{folder} has no model_index.json: give the pipeline's own folder, in diffusers format "
-            "(a single .safetensors checkpoint must be converted first)"
+            f"{folder} has no model_index.json: give the pipeline's own folder, in diffusers format, "
+            "or a single .safetensors file itself"
         )
     index = read_json(index_file)
     require_no_code(index_file, index)
@@ -158,17 +203,38 @@ def _class_in(index: dict[str, Any], component: str) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def folder_digest(folder: Path) -> str:
-    """A digest of every file in a pipeline's folder that determines its outputs."""
-    digest, index = hashlib.sha256(), read_index(folder)
+def is_sdxl(folder: Path) -> bool:
+    """Whether a pipeline's folder is an SDXL: only its format names a second text encoder."""
+    return "text_encoder_2" in read_index(folder)
+
+
+def model_digest(place: Path) -> str:
+    """A digest of a single file, or of every file in a pipeline's folder that determines its outputs."""
+    if place.is_file():
+        return files_digest(place)
+    digest, index = hashlib.sha256(), read_index(place)
     components = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"]
     if "text_encoder_2" in index:
         digest.update(f"zeros {index.get('force_zeros_for_empty_prompt')}\n".encode())  # what the empty prompt is
         components += SECOND_ENCODER
     for component in components:
-        for path in sorted((folder / component).rglob("*")):
-            if path.is_file() and (path.suffix == ".json" or any(path.match(kind) for kind in WEIGHT_FILES)):
-                digest.update(f"{component}/{path.name} {path.stat().st_size}\n".encode())
-                with path.open("rb") as file:  # all of it: a sample would miss a merge into a few layers
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        _add_files(digest, place / component, component)
     return digest.hexdigest()
+
+
+def files_digest(place: Path) -> str:
+    """A digest of a file, or of the weights and settings below a folder."""
+    digest = hashlib.sha256()
+    if place.is_file():
+        with place.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    _add_files(digest, place, place.name)
+    return digest.hexdigest()
+
+
+def _add_files(digest: Any, folder: Path, component: str) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and (path.suffix == ".json" or any(path.match(kind) for kind in WEIGHT_FILES)):
+            digest.update(f"{component}/{path.name} {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:  # all of it: a sample would miss a merge into a few layers
+                digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -6,9 +6,9 @@ factor. Text is one tensor `[B,L,E]`; `conditioning` describes what SDXL adds to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..prediction import Denoiser
 from ..schedule import Schedule
 from ..system.memory import in_parts
 from .guidance import guided_denoiser
-from .hub import folder_digest
+from .hub import files_digest, model_digest
 from .prompts.conditioning import SecondEncoder, last_states, pack, penultimate_states, unpack, with_sizes_of
 from .prompts.reading import DEFAULT, Reading
 from .prompts.token_limit import cut_captions
@@ -48,6 +48,9 @@ class TextToImage:
     second: SecondEncoder | None = None
     reading: Reading = DEFAULT  # set it before anything is encoded
     merged: tuple[str, ...] = ()
+    scheduler: Mapping[str, Any] = field(default_factory=dict)  # a scheduler_config.json, of which `schedule` is made
+    other_vae: Path | None = None  # the files of a VAE that is not the model's own
+    other_prediction_type: str | None = None  # given in place of what the scheduler's file says
 
     @property
     def prediction_type(self) -> str:
@@ -217,7 +220,10 @@ class TextToImage:
 
     @cached_property
     def _fingerprint(self) -> str:
-        return folder_digest(self.folder)
+        digest = model_digest(self.folder)
+        if self.other_vae is not None:
+            digest += f", vae: {files_digest(self.other_vae)}"
+        return digest + (f", predicts {self.other_prediction_type}" if self.other_prediction_type else "")
 
 
 def _config(network: Any) -> Any:

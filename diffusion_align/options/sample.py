@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from diffusion_align.rewards.spec import RewardSpec
-from diffusion_align.vocabulary import LONG_PROMPTS, PROMPT_SYNTAXES, SOLVERS, SPACINGS
+from diffusion_align.vocabulary import LONG_PROMPTS, PREDICTION_TYPES, PROMPT_SYNTAXES, SOLVERS, SPACINGS
 
 from .lora import GivenLora, check_lora
 from .names import DEVICE, UsageError, device_fault, shard_of
@@ -20,9 +20,11 @@ from .schema import option
 class Sample(GivenLora):
     # fmt: off
     run: str | None = option(None, "model", "run folder whose trained weights are used", path="in")
-    pretrained_model_name_or_path: str | None = option(None, "model", "folder or hub id in diffusers format, or tiny (default: the run's base)", aliases=("model",), path="name")
+    pretrained_model_name_or_path: str | None = option(None, "model", "folder or hub id in diffusers format, single file (.safetensors), or tiny (default: the run's base)", aliases=("model",), path="name")
     revision: str | None = option(None, "model", "branch, tag or commit on the hub")
     variant: str | None = option(None, "model", "variant of the weights' files, such as fp16")
+    pretrained_vae_model_name_or_path: str | None = option(None, "model", "another VAE: its file, its folder, the folder of a model that has it, or a hub id (default: the run's)", path="name")
+    prediction_type: str | None = option(None, "model", "what the network predicts, where its files do not tell it or are wrong (default: the run's)", choices=PREDICTION_TYPES)
 
     prompt: tuple[str, ...] = option((), "prompts", "a prompt; may be repeated")
     prompts_file: str | None = option(None, "prompts", "file with one prompt per line, or another list of prompts: a file, a folder, or a name such as parti, hpdv2 or dpg-bench (docs/evaluation.md)", aliases=("prompts",), path="name")
@@ -57,8 +59,10 @@ class Sample(GivenLora):
 @dataclass(frozen=True)
 class Evaluate(GivenLora):
     # fmt: off
-    run: tuple[str, ...] = option((), "models", "run folders, checkpoints in them (RUN/checkpoints/step-...), LoRA files (with --model), or models by folder or hub id", path="name")
+    run: tuple[str, ...] = option((), "models", "run folders, checkpoints in them (RUN/checkpoints/step-...), LoRA files (with --model), or models by folder, file or hub id", path="name")
     pretrained_model_name_or_path: str | None = option(None, "models", "the model that the runs were trained from, if it is not the one in their configurations", aliases=("model",), path="name")
+    pretrained_vae_model_name_or_path: str | None = option(None, "models", "another VAE for all models (default: the runs')", path="name")
+    prediction_type: str | None = option(None, "models", "what all networks predict, where their files do not tell it or are wrong (default: the runs')", choices=PREDICTION_TYPES)
     base: str | None = option(None, "models", "the model they are compared with: a run, checkpoint or model (default: the base of the first run)", path="name")
 
     prompts: str = option("held-out", "prompts", "a list of prompts: a file or folder, a name (parti, geneval; hpdv2, drawbench, t2i-compbench, dpg-bench, which are fetched), or held-out (captions of the embedded world that no training set contains)", path="name")

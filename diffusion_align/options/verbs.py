@@ -9,6 +9,7 @@ from . import train
 from .annotate import Annotate, check_annotate
 from .cache import CacheLs, CacheRm, check_cache_ls, check_cache_rm
 from .data import DataCheck, DataConvert, DataInspect, check_data
+from .model import ModelConvert, ModelInspect, ModelMerge, check_model
 from .reward import RewardScore, RewardServe, check_reward_score, check_reward_serve
 from .sample import Evaluate, Sample, check_evaluate, check_sample
 from .synth import Synth, check_synth
@@ -49,6 +50,30 @@ VERBS = {
             "Convert any layout to parquet shards with pictures and preferences.",
             run="data.convert:data_convert",
             positional="path",
+        ),
+        Verb(
+            "model inspect",
+            ModelInspect,
+            check_model,
+            "Print what a model's file or folder is: family, precision, what it predicts, what is missing.",
+            run="model.inspect:model_inspect",
+            positional="pretrained_model_name_or_path",
+        ),
+        Verb(
+            "model convert",
+            ModelConvert,
+            check_model,
+            "Write a model as a folder in diffusers format, or as a single file.",
+            run="model.convert:model_convert",
+            positional="pretrained_model_name_or_path",
+        ),
+        Verb(
+            "model merge",
+            ModelMerge,
+            check_model,
+            "Add a LoRA to the weights of a model, and write the model.",
+            run="model.convert:model_convert",
+            positional="pretrained_model_name_or_path",
         ),
         Verb(
             "data synth",

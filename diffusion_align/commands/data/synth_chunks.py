@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from diffusion_align.commands.model.base import base_fields, load_base
 from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.trained_weights import base_of, load_tuned, run_config, weights_digest
 from diffusion_align.data.disk import digest, write_bytes
 from diffusion_align.data.frames import Frame, fit
 from diffusion_align.data.images import ImageError, decode_image, encode_png
-from diffusion_align.models.hub import folder_digest, locate
+from diffusion_align.models.hub import locate, model_digest
 from diffusion_align.options import Synth
 from diffusion_align.rewards import Reward, RewardError, load_reward, one_each
 from diffusion_align.rng import draw_normal, generator
@@ -51,10 +52,10 @@ class DrawingModel:
 def drawing_model(name: str) -> DrawingModel:
     """A model by name, or by the folder of a run; nothing is loaded."""
     run = name if (Path(name) / "config.yaml").is_file() else None
-    plain = {"pretrained_model_name_or_path": present_model(name), "revision": None, "variant": None}
+    plain = base_fields({"pretrained_model_name_or_path": present_model(name)})
     base = base_of(run, run_config(run), cure="correct its config.yaml") if run else plain
     model = base["pretrained_model_name_or_path"]
-    weights = folder_digest(locate(model, revision=base["revision"], variant=base["variant"]))
+    weights = model_digest(locate(model, revision=base["revision"], variant=base["variant"]))
     return DrawingModel(name, base, run, f"{weights}+{weights_digest(run)}" if run else weights)
 
 
@@ -98,10 +99,7 @@ def draw_pictures(o: Synth, out: Path, prompts: list[str], chunks: Sequence[int]
     left = [batch for batch in batches if not all(synth_picture(out, *address).is_file() for address in batch)]
     if not left:
         return
-    from diffusion_align.models import load_pipeline  # takes seconds, so only after everything that can be refused
-
-    name = drawer.base["pretrained_model_name_or_path"]
-    model = load_pipeline(name, device=o.device, revision=drawer.base["revision"], variant=drawer.base["variant"])
+    model = load_base(drawer.base, o.device)
     if drawer.run:
         load_tuned(model, drawer.run)
     with progress_bar(total=sum(map(len, left)), desc=f"draw {drawer.name}", unit="picture") as bar:

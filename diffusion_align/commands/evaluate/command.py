@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -17,6 +18,7 @@ from diffusion_align.commands.data.long_captions import describe_long_captions
 from diffusion_align.commands.evaluate.contenders import Contender, base_contender, contender
 from diffusion_align.commands.evaluate.judging import Judging, check_judging, open_judging, settle_reward
 from diffusion_align.commands.evaluate.results import report
+from diffusion_align.commands.model.base import as_given
 from diffusion_align.commands.prompt_lists import Prompt, caption_of, evaluation_prompts
 from diffusion_align.commands.threads import Threads
 from diffusion_align.commands.trained_weights import reading_of
@@ -48,6 +50,7 @@ def evaluate(options: Evaluate) -> int:
     o = options
     models = [contender(where, o.pretrained_model_name_or_path) for where in o.run]
     base = contender(o.base, o.pretrained_model_name_or_path) if o.base is not None else base_contender(models[0])
+    base, *models = [dataclasses.replace(who, base=as_given(who.base, o)) for who in (base, *models)]
     prompts = evaluation_prompts(o.prompts, o.num_prompts)
     in_world = all(caption_of(prompt.text) for prompt in prompts)
     o = settle_reward(o, in_world)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffusion_align.commands.adapters import add_trained, kept_lora, merge_given, saved_lora_options, start_from
+from diffusion_align.commands.model.base import base_fields, load_base
 from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.trained_weights import (
     base_of,
@@ -34,9 +35,9 @@ CHECKPOINTS = "checkpoints"
 class Contender:
     """A model to draw with.
 
-    `base` has the name, revision and variant of the model that training started from. `trained` is the folder of a run
-    or a checkpoint, None for the base itself; `config` is the run's, and `run` its folder. `adapter` is the file of a
-    LoRA that is evaluated by itself.
+    `base` has the `base_fields` of the model that training started from. `trained` is the folder of a run or a
+    checkpoint, None for the base itself; `config` is the run's, and `run` its folder. `adapter` is the file of a LoRA
+    that is evaluated by itself.
     """
 
     name: str
@@ -69,10 +70,7 @@ class Contender:
         Raises:
             FileNotFoundError, ValueError: as `load_pipeline` and `load_tuned`; CheckpointError for a damaged one.
         """
-        from diffusion_align.models import load_pipeline
-
-        name = self.base["pretrained_model_name_or_path"]
-        model = load_pipeline(name, device=o.device, revision=self.base["revision"], variant=self.base["variant"])
+        model = load_base(self.base, o.device)
         if o.lora is not None:
             merge_given(model, o.lora, o)
         if self.adapter is not None:
@@ -98,14 +96,12 @@ def contender(where: str, model: str | None = None) -> Contender:
     run = path.parent.parent if path.parent.name == CHECKPOINTS else path
     if not path.exists() and (run != path or not (where == "tiny" or on_hub(where))):
         raise FileNotFoundError(f"{where}: no such run, checkpoint or model")
-    if (path / "model_index.json").is_file() or not path.exists():
-        base = {"pretrained_model_name_or_path": present_model(where), "revision": None, "variant": None}
-        return Contender(path.name, base)
     if (path.is_file() and holds_adapter(path)) or (path / PEFT_FILE).is_file():
         if model is None:
             raise UsageError(f"{where} is a LoRA: --model says which model it belongs to")
-        base = {"pretrained_model_name_or_path": present_model(model), "revision": None, "variant": None}
-        return Contender(path.stem, base, adapter=path)
+        return Contender(path.stem, base_fields({"pretrained_model_name_or_path": present_model(model)}), adapter=path)
+    if (path / "model_index.json").is_file() or path.is_file() or not path.exists():
+        return Contender(path.name, base_fields({"pretrained_model_name_or_path": present_model(where)}))
     config = run_config(run)
     if run == path:
         trained_weights(path)

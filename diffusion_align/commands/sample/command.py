@@ -10,6 +10,7 @@ from typing import Any
 
 from diffusion_align.commands import threads
 from diffusion_align.commands.adapters import lora_identity, merge_given
+from diffusion_align.commands.model.base import as_given, load_base
 from diffusion_align.commands.prompt_lists import listed_prompts
 from diffusion_align.commands.sample.benchmark import check_layout, draw_folder, hand_over, side_of
 from diffusion_align.commands.sample.drawing import Draw, draw
@@ -33,9 +34,10 @@ def sample(options: Sample) -> int:
     prompts = [Prompt(text) for text in o.prompt]
     prompts += listed_prompts(o.prompts_file)[: o.num_prompts] if o.prompts_file else []
     check_layout(prompts, o)
-    base = base_of(o.run, run_config(o.run), o.pretrained_model_name_or_path) if o.run else {}
-    name = base.get("pretrained_model_name_or_path") or present_model(o.pretrained_model_name_or_path or "")
-    revision, variant = o.revision or base.get("revision"), o.variant or base.get("variant")
+    model_name = o.pretrained_model_name_or_path
+    of_run = base_of(o.run, run_config(o.run), model_name) if o.run else {}
+    name = of_run.get("pretrained_model_name_or_path") or present_model(model_name or "")
+    base = as_given(of_run | {"pretrained_model_name_or_path": name}, o)
 
     resolution, reading = side_of(o), reading_of(o, run_config(o.run) if o.run else {})
     order = o.order if o.solver == "dpmpp" else 1
@@ -55,10 +57,8 @@ def sample(options: Sample) -> int:
     if o.layout == "samples":
         claim(Path(o.out), about, overwrite=o.overwrite)
 
-    from diffusion_align.models import load_pipeline  # takes seconds, so it follows all checks
-
     threads.set_threads(o.threads)
-    model = load_pipeline(name, device=o.device, revision=revision, variant=variant)
+    model = load_base(base, o.device)
     model.reading = reading
     if o.lora:
         merge_given(model, o.lora, o)

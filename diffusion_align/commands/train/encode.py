@@ -19,12 +19,14 @@ from diffusion_align.data.frames import Frames
 from diffusion_align.data.shards import NotFinite, Ranks
 from diffusion_align.data.stored_caches import OverLimit, make_room
 from diffusion_align.options import TrainOffline
+from diffusion_align.train.prediction_check import contradiction
 from diffusion_align.train.processes import watch
 from diffusion_align.train.processes.agree import sum_over_ranks
 
 if TYPE_CHECKING:
     from diffusion_align.models import TextToImage
 
+CHECKED = 4  # pictures on which the network's prediction type is checked
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -103,6 +105,8 @@ def encoded(
         print(describe_buckets(cache))
     if cache.alike and accelerator.is_main_process:
         print(f"pictures         {cache.alike} of {len(cache)} compare a picture with itself, which teaches nothing")
+    with accelerator.autocast():
+        require_consistent_prediction(model, cache)
     return cache
 
 
@@ -110,3 +114,22 @@ def _keep_within(home: Path, size: int, limit: int) -> None:
     """Remove the caches that were not used for longest, and say which."""
     for old in make_room(home, size, limit):
         print(f"cache            {old.home} removed ({old.size / 1e9:.3g} GB), to keep within --cache_limit_gb")
+
+
+def require_consistent_prediction(model: TextToImage, cache: PairCache) -> None:
+    """Compare the base with what its scheduler says that it predicts, on the first pictures. Every rank does the same.
+
+    Raises:
+        ValueError: the network predicts something else; the message says what.
+    """
+    if not len(cache):
+        return
+    rows = [cache.batch([i]) for i in range(min(CHECKED, len(cache)))]
+    latents, text = [latents[0, 0] for latents, _ in rows], torch.cat([text for _, text in rows])
+    wrong = contradiction(model.predict, model.schedule, latents, text)
+    if wrong is not None:
+        raise ValueError(
+            f"{model.source} is taken to predict {wrong.said}, but its network predicts {wrong.found}: at timestep "
+            f"{wrong.timestep} its squared error is {wrong.errors[wrong.said]:.2f} of {wrong.said} and "
+            f"{wrong.errors[wrong.found]:.3f} of {wrong.found}; give --prediction_type {wrong.found}"
+        )

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffusion_align.commands.adapters import KEPT
+from diffusion_align.commands.model.base import FIELDS
 from diffusion_align.commands.train.course import WARMUP
 from diffusion_align.options import GivenPictures, TrainCommon, TrainOnline
 from diffusion_align.options.reading.paths import absolute_paths, without_folders
@@ -44,7 +45,7 @@ FREE = frozenset(
 # Options whose effect the identity holds in another form: model and data by content; beta, batch, steps as numbers.
 SETTLED = frozenset(
     """
-    pretrained_model_name_or_path revision variant pretrained_vae_model_name_or_path lora
+    pretrained_model_name_or_path revision variant pretrained_vae_model_name_or_path prediction_type lora
     resolution encode_precision train_data_dir dataset_name dataset_config_name dataset_split_name max_train_samples
     columns encoding
     prompts num_prompts preference_model beta_dpo beta_convention scale_lr learning_rate
@@ -82,7 +83,7 @@ def facts_of(o: TrainCommon, *, number: int) -> Facts:
         described = options_of(type(o))
         return {f"--{name}": absolute_paths(described[name], getattr(o, name)) for name in names if name in described}
 
-    facts = {"model": chosen("pretrained_model_name_or_path", "revision", "variant", "lora"), KEPT: chosen("lora")}
+    facts = {"model": chosen(*FIELDS, "lora"), KEPT: chosen("lora")}
     if isinstance(o, GivenPictures):
         names = ("train_data_dir", "dataset_name", "dataset_split_name", "max_train_samples")
         facts["data"] = {"their number": number, **chosen(*names)}

@@ -12,6 +12,7 @@ import torch
 
 from diffusion_align.commands import run_folder, threads
 from diffusion_align.commands.adapters import add_trained, start_from
+from diffusion_align.commands.model.base import as_given, load_base
 from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.train.job import join
 from diffusion_align.commands.train.launcher import overruled
@@ -53,15 +54,13 @@ def require_ahead(resumed: Checkpoint | None, steps: int) -> None:
 @watch.names_failed_rank()
 def open_session(o: Any, entry: Entry[Any], resumed: Checkpoint | None) -> Session:
     """Load the model, prepare the weights to train, and keep a frozen reference if the loss needs one."""
-    from diffusion_align.models import load_pipeline
-
     if o.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("mixed_precision fp16 needs a CUDA GPU and there is none here; use bf16 or no")
     accelerator = join(o, log_folder(o))
     workers = threads.set_threads(o.threads, resumed.state.get("threads") if resumed else None, say=accelerator.print)
     set_tf32(o.allow_tf32)
-    name = present_model(o.pretrained_model_name_or_path or "")
-    model = load_pipeline(name, device=accelerator.device, revision=o.revision, variant=o.variant)
+    name = {"pretrained_model_name_or_path": present_model(o.pretrained_model_name_or_path or "")}
+    model = load_base(as_given(name, o), accelerator.device)
     model.reading = reading_of(o, {})
     session = Session(o, entry.verb, Path(o.output_dir), resumed, accelerator, model, workers, entry.chunks)
     if entry.unet:

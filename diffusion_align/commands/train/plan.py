@@ -20,7 +20,7 @@ def dry_run(entry: Entry[Any], options: Any) -> int:
     o = options
     entry.require(o)
     name = present_model(o.pretrained_model_name_or_path or "")
-    facts = read_model_facts(name)
+    facts = read_model_facts(name, o.prediction_type)
     read = read_items(entry, o) if items_on_disk(entry, o) else None
     about = about_run(entry, o, read.items if read else None)
     assumed = "" if facts.known else f" (not on this disk: the numbers below are those of {facts.family})"
@@ -36,7 +36,7 @@ def dry_run(entry: Entry[Any], options: Any) -> int:
 
 def about_run(entry: Entry[Any], o: Any, items: Sequence[Any] | None = None) -> About:
     """The input of a plan without loading the model: from its files or, without them, values typical of its family."""
-    facts = read_model_facts(present_model(o.pretrained_model_name_or_path or ""))
+    facts = read_model_facts(present_model(o.pretrained_model_name_or_path or ""), o.prediction_type)
     count = None if items is None else entry.count(o, items)
     schedule, shape = Schedule.from_config(facts.scheduler), facts.latent_shape(o.resolution)
     return About(schedule, shape, items, count, processes_here())

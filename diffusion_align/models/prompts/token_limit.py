@@ -8,6 +8,9 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
+from ..single_file.architecture import architecture_of
+from ..single_file.contents import read_contents
+from ..single_file.tokenizer import tokenizers_of
 from .chunks import chunks_of, tokens_of
 from .reading import DEFAULT, Reading
 
@@ -15,7 +18,9 @@ _CHUNK = 1024  # captions whose tokens are in memory together
 
 
 def tokenizers_in(folder: Path) -> list[CLIPTokenizer]:
-    """The tokenizers of a model folder, one or two, without the model. Raises FileNotFoundError where there is none."""
+    """The tokenizers of a model's folder or file, without the model. Raises FileNotFoundError where there is none."""
+    if folder.is_file():
+        return tokenizers_of(architecture_of(read_contents(folder)))
     places = [folder / name for name in ("tokenizer", "tokenizer_2") if (folder / name).is_dir()]
     if not places:
         raise FileNotFoundError(f"{folder}: holds no tokenizer; give a model folder in diffusers' format")

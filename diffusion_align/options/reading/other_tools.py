@@ -19,6 +19,7 @@ MEANT: dict[str, tuple[str, ...]] = {
     "lora_alpha": ("network_alpha",), "alpha": ("network_alpha",), "target_modules": ("lora_targets",), "lora_layers": ("lora_targets",), "lora_target_modules": ("lora_targets",),
     "use_lora": ("mode=lora",), "full_finetune": ("mode=full",), "train_unet": ("mode=full",), "unet_init": ("pretrained_model_name_or_path",),
     # model and data
+    "vae": ("pretrained_vae_model_name_or_path",), "vae_path": ("pretrained_vae_model_name_or_path",), "v_parameterization": ("prediction_type=v_prediction",), "v_pred": ("prediction_type=v_prediction",),
     "base_model": ("pretrained_model_name_or_path", "base"), "model_name": ("pretrained_model_name_or_path",), "model_id": ("pretrained_model_name_or_path",),
     "model_name_or_path": ("pretrained_model_name_or_path",), "pretrained_model": ("pretrained_model_name_or_path",), "pretrained.model": ("pretrained_model_name_or_path",), "checkpoint": ("resume_from_checkpoint", "run"),
     "pretrained.revision": ("revision",), "lora_path": ("lora", "run"), "lora_weights": ("lora", "run"), "network_weights": ("lora",), "lora_weight": ("lora",), "adapter_path": ("lora",), "lora_name_or_path": ("lora",), "dora": ("use_dora",), "rslora": ("use_rslora",), "weight_decompose": ("use_dora",),
@@ -58,7 +59,7 @@ OPTIMIZER = "the optimizer is AdamW, --use_8bit_adam in 8 bits"
 TEXT = "text encoders are not trained"
 COLUMNS = "columns are recognised (`diffusion-align data inspect PATH` says how), or named with --columns OURS=THEIRS"
 NO_DROPOUT = "a LoRA has no dropout here: before the first update policy and reference must be one function"
-FAMILY = "the kind of model is read from its folder"
+FAMILY = "the kind of model is read from its files"
 GRIDS = "each prompt of a sample grid gets one picture, base beside tuned; --validation_prompts takes several"
 NOT_HERE: dict[str, str] = {
     "center_crop": "pictures are cropped in the middle; --random_crop crops them at random places",
@@ -71,13 +72,12 @@ NOT_HERE: dict[str, str] = {
     **dict.fromkeys(("train_text_encoder", "text_encoder_lr", "learning_rate_te", "adam_weight_decay_text_encoder", "network_train_text_encoder_only", "stop_text_encoder_training"), TEXT),
     **dict.fromkeys(("image_column", "caption_column", "prompt_column", "label_column", "chosen_column", "rejected_column", "caption_extension"), COLUMNS),
     **dict.fromkeys(("lora_dropout", "network_dropout", "dropout"), NO_DROPOUT),
-    **dict.fromkeys(("sdxl", "v2", "v_parameterization", "is_turbo", "prediction_type"), FAMILY),
+    **dict.fromkeys(("sdxl", "v2", "is_turbo"), FAMILY),
     **dict.fromkeys(("num_validation_images", "validation_images"), GRIDS),
     **dict.fromkeys(("network_module", "network_args", "lycoris_config", "conv_dim"), "this package trains a plain LoRA, or a DoRA with --use_dora; --lora_targets wide covers convolutions too"),
     **dict.fromkeys(("network_train_unet_only", "train_unet_only", "unet_only", "cache_latents", "cache_latents_to_disk", "pre_compute_text_embeddings", "cache_text_encoder_outputs", "set_grads_to_none", "sdpa", "xformers_sdpa", "foreach_ema", "safe_serialization", "save_state", "persistent_data_loader_workers"), "it is so always"),
     **dict.fromkeys(("use_peft_lora", "train.cfg", "train_cfg"), "it is so: guidance is the same in rollout and training"),
     **dict.fromkeys(("adv_clip_max", "train.adv_clip_max", "train_adv_clip_max", "per_prompt_stat_tracking", "per_prompt_stat_tracking_buffer_size"), "advantages are taken within the group of a prompt's pictures (--group_size) and not clipped"),
-    **dict.fromkeys(("vae_path", "vae"), "the model's own VAE is used; give a model folder that holds the other one"),
     **dict.fromkeys(("dreamlike_pairs_only", "hard_skip_resume"), "it is of the authors' code only; a resumed run reads no pair twice"),
     **dict.fromkeys(("save_precision", "save_model_as", "output_kohya_format", "upcast_before_saving", "no_metadata"), "a LoRA is saved in diffusers' format in float32"),
     **dict.fromkeys(("max_token_length", "tokenizer_max_length"), "--long_prompts chunk with --prompt_chunks 2 reads 150 tokens, 3 reads 225"),

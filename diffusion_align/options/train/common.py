@@ -8,7 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diffusion_align.vocabulary import LONG_PROMPTS, LORA_MODES, LR_SCHEDULES, MODES, PROMPT_SYNTAXES, WITH_WARMUP
+from diffusion_align.vocabulary import (
+    LONG_PROMPTS,
+    LORA_MODES,
+    LR_SCHEDULES,
+    MODES,
+    PREDICTION_TYPES,
+    PROMPT_SYNTAXES,
+    WITH_WARMUP,
+)
 
 from ..data import COLUMNS, ENCODING, columns_fault, encoding_fault
 from ..lora import GivenLora, NewLora, check_lora, targets_fault
@@ -25,10 +33,11 @@ class TrainCommon:
     """Options of every training."""
 
     # fmt: off
-    pretrained_model_name_or_path: str | None = option(None, "model", "folder or hub id in diffusers format, or tiny (the embedded model)", aliases=("model",), path="name")
+    pretrained_model_name_or_path: str | None = option(None, "model", "folder or hub id in diffusers format, single file (.safetensors), or tiny (the embedded model)", aliases=("model",), path="name")
     revision: str | None = option(None, "model", "branch, tag or commit on the hub")
     variant: str | None = option(None, "model", "variant of the weights' files, such as fp16")
-    pretrained_vae_model_name_or_path: str | None = option(None, "model", "another VAE", unused="the model's own VAE is used; give a model folder that holds the other one", path="name")
+    pretrained_vae_model_name_or_path: str | None = option(None, "model", "another VAE: its file, its folder, the folder of a model that has it, or a hub id", path="name")
+    prediction_type: str | None = option(None, "model", "what the network predicts, where its files do not tell it or are wrong (default: as they say)", choices=PREDICTION_TYPES)
 
     resolution: int | None = option(None, "data", "side of the pictures in pixels (default: the model's own)", at_least=8)
     long_prompts: str = option("truncate", "text", LONG, choices=LONG_PROMPTS)

@@ -1,0 +1,1 @@
+"""Models in diffusers' format: a folder with a folder for each component."""
