@@ -96,13 +96,18 @@ def flat(stem: str) -> str:
 def layer_names(network: nn.Module, *, norms: bool = False) -> dict[str, str]:
     """{flat name: layer} of each linear layer and convolution of a UNet, in all dialects; with `norms` also of the
     normalisations."""
+    original = original_names(network, norms=norms)
+    return {flat(name): layer for layer, name in original.items()} | {flat(layer): layer for layer in original}
+
+
+def original_names(network: nn.Module, *, norms: bool = False) -> dict[str, str]:
+    """{layer: its name in the first release's code} of the same layers."""
     layers = _layers(network, norms)
     attentions = {match[2] for layer in layers if (match := _BLOCK.fullmatch(layer)) and match[1] == "up"
                   and match[3] == "attentions"}  # fmt: skip
     numbers = [int(match[4]) for layer in layers if (match := _BLOCK.fullmatch(layer)) and match[1] == "down"]
     resnets = 1 + max(numbers, default=0)
-    first_release = {flat(_first_release(layer, resnets, attentions)): layer for layer in layers}
-    return first_release | {flat(layer): layer for layer in layers}
+    return {layer: _first_release(layer, resnets, attentions) for layer in layers}
 
 
 def text_layer_names(network: nn.Module) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,16 +42,30 @@ def open_adapter(
         FileNotFoundError: no such file.
         ValueError: as `read_adapter`; or the UNet has a LoRA already.
     """
+    require_no_lora(model.unet)
+    return open_for(networks_of(model), place, allow_partial=allow_partial, alpha=alpha, merged=model.merged)
+
+
+def open_for(
+    networks: Mapping[str, nn.Module],
+    place: str | os.PathLike[str],
+    *,
+    allow_partial: bool = False,
+    alpha: float | None = None,
+    merged: Collection[str] | None = None,
+) -> tuple[Adapter, Source]:
+    """`open_adapter` for networks by diffusers' names, which may be on the meta device. `merged`: digests of the
+    adapters that are merged into them; None: it does not matter."""
     path = adapter_file(Path(place))
     tensors, header = read_tensors(path)
-    require_no_lora(model.unet)
-    if missing := sorted(set(header.get(TRAINED_ON, "").split("+")) - {"", *model.merged}):
+    due = set(header.get(TRAINED_ON, "").split("+")) - {""}
+    if missing := sorted(due - set(merged)) if merged is not None else []:
         raise ValueError(
             f"{path} was trained on a model with another LoRA merged into it (digest {missing[0]}), which this model "
             "lacks: merge that one first; a run keeps it in its folder starting_lora"
         )
     source = Source(path, allow_partial, alpha=alpha)
-    return read_adapter(source, tensors, header | _peft_header(path), networks_of(model)), source
+    return read_adapter(source, tensors, header | _peft_header(path), networks), source
 
 
 def networks_of(model: TextToImage) -> dict[str, nn.Module]:
