@@ -5,6 +5,7 @@ Nothing here imports torch.
 
 from .annotate import Annotate
 from .data import DataCheck, DataConvert, DataInspect
+from .export import Export
 from .names import UsageError, nearest, unknown
 from .reading.files import all_presets, preset_names, preset_path, read_yaml, to_yaml
 from .reading.parse import Parsed, build_parser, parse
@@ -32,6 +33,7 @@ __all__ = [
     "DataConvert",
     "DataInspect",
     "Evaluate",
+    "Export",
     "GivenPictures",
     "Option",
     "Parsed",

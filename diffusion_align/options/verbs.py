@@ -9,6 +9,7 @@ from . import train
 from .annotate import Annotate, check_annotate
 from .cache import CacheLs, CacheRm, check_cache_ls, check_cache_rm
 from .data import DataCheck, DataConvert, DataInspect, check_data
+from .export import Export, check_export
 from .model import ModelConvert, ModelInspect, ModelMerge, check_model
 from .reward import RewardScore, RewardServe, check_reward_score, check_reward_serve
 from .sample import Evaluate, Sample, check_evaluate, check_sample
@@ -126,6 +127,14 @@ VERBS = {
             check_evaluate,
             "Compare a run with its base: same prompts and seeds.",
             run="evaluate.command:evaluate",
+            positional="run",
+        ),
+        Verb(
+            "export",
+            Export,
+            check_export,
+            "Write the result of a run in the format of another program: ComfyUI, A1111, kohya, peft, diffusers.",
+            run="export.command:export",
             positional="run",
         ),
         Verb(

@@ -3,7 +3,7 @@
 `Option.path` is the kind of an option's text:
 
     in       a file or folder that is read
-    folder   a folder that is written; file: a file that is written
+    folder   a folder that is written; file: a file that is written; output: a file or a folder that is written
     name     a path if it exists, else a name (`tiny`, owner/name on the hub)
     reward   the text of a reward, which may contain paths: pickscore=/models/x, python:FILE.py:FUNCTION
     inside   a folder inside the output folder, unless it is absolute
@@ -24,7 +24,7 @@ from diffusion_align.rewards.catalogue import CATALOGUE
 from ..names import UsageError
 from ..schema import Option, options_of
 
-KINDS = ("in", "folder", "file", "name", "reward", "inside", "resume")
+KINDS = ("in", "folder", "file", "output", "name", "reward", "inside", "resume")
 _HOME = re.compile(r"(^|[=:,])(~[^/=:,]*)(?=/|$)")
 _NUMBER = re.compile(r"[+-]?[\d.]+(?:[eE][+-]?\d+)?")
 
@@ -53,7 +53,7 @@ def expanded(option: Option, value: Any, origin: str) -> Any:
 
 def absolute_paths(option: Option, value: Any) -> Any:
     """The value of an option with absolute paths, so that it means the same in every folder; names stay names."""
-    made = {"in": os.path.abspath, "folder": os.path.abspath, "file": os.path.abspath}
+    made = dict.fromkeys(("in", "folder", "file", "output"), os.path.abspath)
     made |= {"name": _absolute_name, "reward": absolute_reward}
     return _each(made[option.path], value) if option.path in made else value
 
@@ -100,7 +100,7 @@ def require_outputs(options: Any) -> None:
     """
     for name, option in options_of(type(options)).items():
         value = getattr(options, name)
-        if option.path in ("folder", "file") and value is not None:
+        if option.path in ("folder", "file", "output") and value is not None:
             _require_output(option, Path(value))
 
 
@@ -108,7 +108,8 @@ def _require_output(option: Option, path: Path) -> None:
     what = f"{option.key} {path}"
     if option.path == "file" and path.is_dir():
         raise UsageError(f"{what} is a folder: give the name of a file in it")
-    place = path if option.path == "folder" else path.parent
+    is_folder = option.path == "folder" or (option.path == "output" and path.is_dir())
+    place = path if is_folder else path.parent
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     if not place.is_dir():

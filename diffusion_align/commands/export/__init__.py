@@ -1,0 +1,1 @@
+"""`export`: the result of a run in the format of another program."""
