@@ -98,7 +98,7 @@ def test_half_precision_files_load_as_float32(tiny_folder, tmp_path):
 
 def test_latent_shapes_and_wrong_resolutions(model):
     assert model.resolution == 32 and model.latent_shape() == (4, 8, 8) and model.latent_shape(64) == (4, 16, 16)
-    with pytest.raises(ValueError, match="multiple of 4"):
+    with pytest.raises(ValueError, match="multiple of 8.*use 24 or 32"):
         model.latent_shape(30)
 
 
