@@ -80,8 +80,8 @@ def test_the_same_file_twice_is_no_contradiction():
 @pytest.mark.parametrize(
     ("flag", "told"),
     [("lora_rank", "here it is --rank"), ("network_weights", "here it is --lora"), ("dora", "here it is --use_dora"),
-      ("center_crop", "not here: pictures are cropped in the middle; --random_crop"),
-     ("color_aug", "not here: pictures are cropped in the middle; --random_crop"), ("snr_gamma", "not here: every pair's loss"),
+      ("center_crop", "not here: pictures are cropped in the middle"),
+     ("color_aug", "not here: pictures are cropped in the middle"), ("snr_gamma", "not here: every pair's loss"),
      ("min_snr_gamma", "not here:"), ("optimizer_type", "not here: the optimizer is AdamW"),
      ("config.train.batch_size", "here it is --train_batch_size"), ("num_processes", "torchrun"),
      ("fp16", "--mixed_precision fp16"), ("cpu", "--device cpu"), ("center-crop", "not here: pictures are cropped in the middle")],
