@@ -49,7 +49,7 @@ def check_layout(prompts: Sequence[Prompt], o: Sample) -> None:
         TARGETS[o.layout](Drawn(Path(o.out), {}, rows, o.num_images_per_prompt))
 
 
-def side_of(o: Sample) -> int | None:
+def side_of(o: Sample) -> int | str | None:
     """The resolution that is asked for, or that the run was trained at; None: the model's own."""
     return o.resolution or (trained_at(run_config(o.run)) if o.run else None)
 
