@@ -25,8 +25,8 @@ from torch import Tensor
 from diffusion_align import rng
 from diffusion_align.data.bad_rows import BadRow, DataError
 from diffusion_align.data.disk import digest, write_bytes
-from diffusion_align.data.frames import Frame, fit, size_of, told_sizes
-from diffusion_align.data.images import ImageError, decode_image
+from diffusion_align.data.frames import Frame, fit, told_sizes
+from diffusion_align.data.images import ImageError, decode_image, size_of
 from diffusion_align.data.picture_numbers import UNREAD, PictureNumbers, digests_path
 from diffusion_align.data.rows.raw_rows import StoredPicture, read_bytes
 from diffusion_align.data.shards import VALUES, EncodingJob, finished_shard, write_shard

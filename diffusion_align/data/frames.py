@@ -6,7 +6,6 @@ picture's name in the cache: the same picture in two frames is encoded twice.
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Sequence
@@ -20,13 +19,12 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion_align import rng
-from diffusion_align.data.images import FORMATS, decode_image
+from diffusion_align.data.images import decode_image
 from diffusion_align.picture_size import sides
 
 # Buckets have at least this fraction of the area of a picture of the resolution, and no more than its area.
 _LEAST_AREA = 0.7
 _LONGEST = 4.0  # sides differ at most by this factor
-_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that turn a picture by 90 degrees
 _FRAME = re.compile(r"(\d+)x(\d+)(?:@([\d.]+),([\d.]+)(,mirrored)?)?")
 
 
@@ -126,17 +124,6 @@ def best_bucket(sizes: Sequence[tuple[int, int]], resolution: int | str, step: i
         return round(max(losses), 9), round(sum(losses), 9), -bucket[0] * bucket[1], *bucket
 
     return min(buckets, key=cost)
-
-
-def size_of(data: bytes) -> tuple[int, int] | None:
-    """Width and height of an upright picture, from its header; None if it has none that can be read."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            turned = image.getexif().get(0x0112) in _SIDEWAYS
-    except Exception:  # decoders raise many kinds for bad bytes; decoding names the fault later
-        return None
-    return (height, width) if turned else (width, height)
 
 
 def fit(image: Image.Image, frame: Frame) -> Tensor:
