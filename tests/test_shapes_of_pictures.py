@@ -95,7 +95,7 @@ def test_width_x_height_in_training_grids_sample_and_evaluate(pairs, tmp_path, c
     for more, size in (([], (48, 32)), (["--resolution=32x64"], (32, 64)), (["--resolution=32"], (32, 32))):
         out = tmp_path / f"sample-{len(more) and more[0]}"
         assert cli.main([*draw, str(out), *more]) == 0 and sides(out) == {size}
-    judge = ["evaluate", str(run), "--num_prompts", "1", "--steps", "1", "--reward", "random", "--device", "cpu"]
+    judge = ["evaluate", str(run), "--num_prompts", "2", "--steps", "1", "--reward", "random", "--device", "cpu"]
     assert cli.main([*judge, "--sampler", "ddim", "--output_dir", str(tmp_path / "evaluation")]) == 0
     assert sides(tmp_path / "evaluation" / "evaluation") == {(48, 32)}
     # A resumed run keeps its size.
