@@ -156,9 +156,9 @@ def convert(option: Option, value: Any, origin: str) -> Any:
 
 
 def _check_range(option: Option, value: Any) -> None:
-    numbers = [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+    numbers: list[float] = [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
     if option.kind is Size:
-        numbers = list(sides(value))
+        numbers = [*sides(str(value))]
     for number in numbers:
         if (
             not math.isfinite(number)

@@ -220,7 +220,6 @@ def _check_adapter(o: TrainUnet) -> None:
         )
 
 
-
 def _check_crops(options: TrainOffline) -> None:
     """Raise UsageError for options of crops that contradict each other, or that nothing uses."""
     if options.random_crop and options.center_crop:
