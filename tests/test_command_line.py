@@ -80,16 +80,63 @@ def test_the_same_file_twice_is_no_contradiction():
 @pytest.mark.parametrize(
     ("flag", "told"),
     [("lora_rank", "here it is --rank"), ("network_weights", "here it is --lora"), ("dora", "here it is --use_dora"),
-      ("center_crop", "not here: pictures are cropped in the middle"),
-     ("color_aug", "not here: pictures are cropped in the middle"), ("snr_gamma", "not here: every pair's loss"),
+     ("snr_gamma", "not here: every pair's loss"),
+     ("min_bucket_reso", "not here: --aspect_buckets"), ("crops_coords_top_left_h", "--size_conditioning pictures"),
+     ("image_interpolation_mode", "not here: pictures are resized"), ("color_aug", "not here: pictures keep"),
      ("min_snr_gamma", "not here:"), ("optimizer_type", "not here: the optimizer is AdamW"),
      ("config.train.batch_size", "here it is --train_batch_size"), ("num_processes", "torchrun"),
-     ("fp16", "--mixed_precision fp16"), ("cpu", "--device cpu"), ("center-crop", "not here: pictures are cropped in the middle")],
+     ("fp16", "--mixed_precision fp16"), ("cpu", "--device cpu")],
 )  # fmt: skip
 def test_flags_of_other_tools(flag, told):
     said = error([f"--{flag}", "4"])
-    assert told in said and "local_rank" not in said and "random_crop" not in said
+    assert told in said and "local_rank" not in said
     assert told in error([f"{flag.replace('-', '_')}=4"])  # as a key too
+
+
+@pytest.mark.parametrize("flag", ["center_crop", "random_flip", "center-crop", "enable_bucket", "random_crop"])
+def test_flags_of_given_pictures_are_refused_where_a_method_draws_its_own(flag):
+    for argv in ([f"--{flag}", "4"], [f"{flag.replace('-', '_')}=4"]):
+        said = error(argv, "train d3po")
+        assert "not here: it is an option of train dpo and train rankdpo" in said and "local_rank" not in said
+    assert read([f"--{flag}", "--model=tiny", "--data=tiny"]).options is not None
+
+
+@pytest.mark.parametrize(
+    ("argv", "at_random"),
+    [([], False), (["--center_crop"], False), (["--center_crop", "false"], True), (["--random_crop"], True),
+     (["--random_crop", "--center_crop=false"], True), (["--no_hflip"], False)],
+)  # fmt: skip
+def test_center_crop_false_crops_at_random_as_in_diffusers(argv, at_random):
+    assert read([*argv, "--model=tiny", "--data=tiny"]).options.crops_at_random is at_random
+
+
+@pytest.mark.parametrize(
+    ("argv", "cure"),
+    [(["--random_crop", "--center_crop"], "--center_crop crops in the middle"),
+     (["--random_flip", "--no_hflip"], "--no_hflip has none"), (["--bucket_step=64"], "give both, or neither")],
+)  # fmt: skip
+def test_crops_that_contradict_each_other_are_refused(argv, cure):
+    options = read([*argv, "--model=tiny", "--data=tiny"]).options
+    with pytest.raises(UsageError, match=cure):
+        VERBS["train dpo"].check(options)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("512", 512), ("768x512", "768x512"), ("768X512", "768x512"), ("768,512", "768x512"), ("512x512", 512),
+     ("1e3", 1000), ("none", None)],
+)  # fmt: skip
+@pytest.mark.parametrize("verb", ["train dpo", "train d3po", "sample", "evaluate", "data synth"])
+def test_a_resolution_is_a_side_or_width_x_height(verb, text, value, tmp_path):
+    found = read([f"--resolution={text}"], verb).options.resolution
+    assert found == value and type(found) is type(value)
+    (tmp_path / "c.yaml").write_text(f"resolution: {text}")
+    assert read(["--config", str(tmp_path / "c.yaml")], verb).options.resolution == value
+
+
+@pytest.mark.parametrize("text", ["7", "768x4", "4x768", "x512", "512x", "512x512x3", "1.5", "big", "0x0"])
+def test_what_is_no_resolution_is_refused(text):
+    assert "must be a whole number, or width x height as in 768x512" in error([f"--resolution={text}"])
 
 
 @pytest.mark.parametrize("flag", MEANT)
@@ -174,7 +221,8 @@ def test_values_of_other_tools(option, value):
         ("seed: yes", None, "train.seed must be a whole number at least 0, not 'yes'"),
         ("max_train_steps: 1.5", None, "train.max_train_steps must be a whole number"),
         ("lora_rank: 4", None, "unknown key lora_rank; here it is --rank"),
-        ("data: {center_crop: true}", None, "unknown key data.center_crop; not here: pictures are"),
+        ("data: {color_aug: true}", None, "unknown key data.color_aug; not here: pictures keep"),
+        ("data: {center_crop: true}", "center_crop", True),
     ],
 )  # fmt: skip
 def test_yaml_values_keep_their_written_form(line, name, value, tmp_path):

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusion_align import cli
+from diffusion_align.data.cache import PairCache
 from diffusion_align.data.frames import Frames, told_sizes
 from diffusion_align.methods.shared.noising import Networks, noised_lists, pick
 from diffusion_align.models import load_pipeline
@@ -72,6 +73,46 @@ def test_every_method_on_pairs_takes_buckets(pairs, tmp_path, words):
     assert len(rows_of(tmp_path / "run")) == 2
 
 
+def sides(folder):
+    found = set()
+    for path in folder.rglob("*.png"):
+        with Image.open(path) as picture:
+            found.add(picture.size)
+    return found
+
+
+def test_width_x_height_in_training_grids_sample_and_evaluate(pairs, tmp_path, capsys):
+    run = tmp_path / "run"
+    words = ["--resolution", "48x32", "--max_train_steps", "1", "--validation_prompts", "a circle"]
+    words += ["--validation_sampling_steps", "1", "--run_validation", "true", "--validation_steps", "1"]
+    assert train(pairs, run, *words) == 0
+    assert sides(run / "samples" / "base") == {(48, 32)}
+    (home,) = (run / "cache").iterdir()
+    cache = PairCache(home)
+    assert cache.identity["resolution"] == "48x32" and cache.groups is None
+    assert cache.batch([0])[0].shape[3:] == (8, 12)  # the tiny model's latents have a fourth of the side
+    draw = ["sample", "--run", str(run), "--prompt", "a circle", "--steps", "1", "--device", "cpu", "--out"]
+    for more, size in (([], (48, 32)), (["--resolution=32x64"], (32, 64)), (["--resolution=32"], (32, 32))):
+        out = tmp_path / f"sample-{len(more) and more[0]}"
+        assert cli.main([*draw, str(out), *more]) == 0 and sides(out) == {size}
+    judge = ["evaluate", str(run), "--num_prompts", "2", "--steps", "1", "--reward", "random", "--device", "cpu"]
+    assert cli.main([*judge, "--sampler", "ddim", "--output_dir", str(tmp_path / "evaluation")]) == 0
+    assert sides(tmp_path / "evaluation" / "evaluation") == {(48, 32)}
+    # A resumed run keeps its size.
+    resume = ["--resume_from_checkpoint", "latest", "--max_train_steps", "2", "--resolution", "32x48"]
+    capsys.readouterr()
+    assert train(pairs, run, *words, *resume) == 1
+    assert "resolution was '48x32' and is now '32x48'" in capsys.readouterr().err
+
+
+def test_center_crop_false_is_random_crop(pairs, tmp_path):
+    words = ["--max_train_steps", "1", "--crop_variants", "2", "--cache_dir", str(tmp_path)]
+    assert train(pairs, tmp_path / "one", "--center_crop", "false", *words) == 0
+    assert train(pairs, tmp_path / "two", "--random_crop", *words) == 0
+    assert len(list((tmp_path / "encoded").iterdir())) == 1
+    assert rows_of(tmp_path / "one") == rows_of(tmp_path / "two")
+
+
 @pytest.fixture(scope="module")
 def xl(tmp_path_factory):
     return make_tiny_sdxl_folder(tmp_path_factory.mktemp("xl") / "model")
@@ -81,8 +122,6 @@ def test_sdxl_is_told_the_size_and_crop_of_each_picture(pairs, tmp_path, xl):
     words = ["--size_conditioning", "pictures", "--resolution", "32", "--max_train_steps", "1", "--random_crop"]
     assert train(pairs, tmp_path / "run", *words, "--aspect_buckets", model=xl) == 0
     (home,) = (tmp_path / "run" / "cache").iterdir()
-    from diffusion_align.data.cache import PairCache
-
     cache, model = PairCache(home), load_pipeline(xl, device="cpu")
     networks = Networks(model.predict, None, model.schedule, model.prediction_type, told_sizes=True)
     samples = [(0, i) for i in range(len(cache)) if cache.groups[i] == cache.groups[1]][:3]
@@ -108,6 +147,7 @@ def test_sdxl_is_told_the_size_and_crop_of_each_picture(pairs, tmp_path, xl):
     [
         (["--resolution", "60"], "60 is not a positive multiple of 16", ["--resolution", "64"]),
         (["--resolution", "8"], "use 16", ["--resolution", "16"]),
+        (["--resolution", "60x32"], "use 48x32 or 64x32", ["--resolution", "64x32"]),
         (
             ["--aspect_buckets", "--bucket_step", "24"],
             "not a multiple of 16",
@@ -121,3 +161,13 @@ def test_what_cannot_be_is_refused_before_encoding_and_the_cure_works(pairs, tmp
     error = capsys.readouterr().err
     assert message in error and error.count("error:") == 1 and not list(tmp_path.rglob("pairs-*.safetensors"))
     assert train(pairs, tmp_path / "cured", "--max_train_steps", "1", *cure) == 0
+
+
+def test_a_size_that_cannot_be_halved_is_refused_from_the_files_of_the_model(pairs, tmp_path, capsys, monkeypatch):
+    def load(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("diffusion_align.models.load_pipeline", load)
+    for words in ([], ["--dry-run"]):
+        assert train(pairs, tmp_path / "run", "--max_train_steps", "1", "--resolution", "100x64", *words) != 0
+        assert "use 96x64 or 112x64" in capsys.readouterr().err

@@ -60,29 +60,29 @@ def weights_bytes(o: TrainCommon, facts: ModelFacts) -> int:
 
 def picture_bytes(o: TrainCommon, facts: ModelFacts) -> int:
     """Bytes that one picture of the network's batch needs: its latents and activations."""
-    channels, side, _ = facts.latent_shape(o.resolution)
+    channels, height, width = facts.latent_shape(o.resolution)
     size = 4 if o.mixed_precision == "no" else 2
     graph = isinstance(o, TrainOffline) and not o.gradient_checkpointing
-    return COPIES * 4 * channels * side * side + size * activations(facts.unet, side, graph=graph)
+    return COPIES * 4 * channels * height * width + size * activations(facts.unet, height, width, graph=graph)
 
 
-def activations(unet: dict[str, Any], side: int, *, graph: bool) -> int:
+def activations(unet: dict[str, Any], height: int, width: int | None = None, *, graph: bool) -> int:
     """A lower bound for the activations of one picture that are in memory at once, with or without an autograd graph.
 
-    `unet` is the content of the UNet's config.json.
+    `unet` is the content of the UNet's config.json; height and width are those of the latents.
     """
     channels, layers = unet["block_out_channels"], unet.get("layers_per_block", 2)
     per = layers if isinstance(layers, list) else [layers] * len(channels)
     kinds = unet.get("down_block_types", [])
     total, before = 0, channels[0]  # input channels of a level, at its resolution
-    for level, (width, count) in enumerate(zip(channels, per, strict=True)):
-        size = (side >> level) ** 2
+    for level, (wide, count) in enumerate(zip(channels, per, strict=True)):
+        size = (height >> level) * ((width or height) >> level)
         attends = level < len(kinds) and "Attn" in kinds[level]
         if graph:
-            total += size * width * (2 * (count + 1) + 4 * (2 * count + 1) * attends)
+            total += size * wide * (2 * (count + 1) + 4 * (2 * count + 1) * attends)
         else:
-            total += size * (width * count + before)
-        before = width
+            total += size * (wide * count + before)
+        before = wide
     return total
 
 

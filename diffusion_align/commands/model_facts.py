@@ -15,6 +15,7 @@ from diffusion_align.models.single_file.architecture import architecture_of
 from diffusion_align.models.single_file.contents import read_contents
 from diffusion_align.models.single_file.names import UNET, diffusers_end
 from diffusion_align.options.lora import target_layers
+from diffusion_align.picture_size import require_multiples
 
 # Assumed of a model that is not on this disk. SDXL has the betas of Stable Diffusion, and latents of twice the side.
 STABLE_DIFFUSION, SDXL = "Stable Diffusion 1.5", "SDXL"
@@ -25,7 +26,7 @@ SDXL_OF_512 = ("stabilityai/sdxl-turbo",)
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Latents are [channels, resolution / factor, resolution / factor]. `known`: whether a folder was read. `family`:
+    """Latents are [channels, height / factor, width / factor]. `known`: whether a folder was read. `family`:
     "SDXL" or "Stable Diffusion 1.5" (for all others)."""
 
     known: bool
@@ -37,9 +38,11 @@ class ModelFacts:
     unet_shapes: dict[str, tuple[int, ...]]
     unet: dict[str, Any]  # its config.json
 
-    def latent_shape(self, resolution: int | None) -> tuple[int, int, int]:
-        side = (resolution or self.resolution) // self.factor
-        return self.channels, side, side
+    def latent_shape(self, resolution: int | str | None) -> tuple[int, int, int]:
+        """Raises ValueError for a size that the VAE and the UNet cannot halve evenly, with the nearest possible."""
+        levels = len(self.unet["block_out_channels"]) if "block_out_channels" in self.unet else 1
+        width, height = require_multiples(resolution or self.resolution, self.factor * 2 ** (levels - 1))
+        return self.channels, height // self.factor, width // self.factor
 
     def full_parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.unet_shapes.values())

@@ -51,7 +51,7 @@ def base_of(
     return base
 
 
-def trained_at(config: dict[str, Any]) -> int | None:
+def trained_at(config: dict[str, Any]) -> int | str | None:
     """The resolution of the training; None: the default of the model."""
     return (config.get("data") or {}).get("resolution")
 

@@ -12,6 +12,7 @@ No result depends on which rank does which shard: noise is that of a picture's n
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -24,13 +25,14 @@ from torch import Tensor
 from diffusion_align import rng
 from diffusion_align.data.bad_rows import BadRow, DataError
 from diffusion_align.data.disk import digest, write_bytes
-from diffusion_align.data.frames import Frame, fit, size_of, told_sizes
-from diffusion_align.data.images import ImageError, decode_image
+from diffusion_align.data.frames import Frame, fit, told_sizes
+from diffusion_align.data.images import ImageError, decode_image, size_of
 from diffusion_align.data.picture_numbers import UNREAD, PictureNumbers, digests_path
 from diffusion_align.data.rows.raw_rows import StoredPicture, read_bytes
 from diffusion_align.data.shards import VALUES, EncodingJob, finished_shard, write_shard
+from diffusion_align.picture_size import sides
 
-# Lists whose bytes are in memory together; the largest batch for the VAE is K times that.
+# Lists whose crops are in memory together, fewer if each has several; the largest batch for the VAE is K times that.
 LISTS_AT_A_TIME = 16
 _PROMPTS_AT_A_TIME = 64
 
@@ -113,12 +115,13 @@ def picture_pass(
         rows, facts = job.rows(shard), finished_shard(job.home, job.name(shard))
         if facts is None:
             latents: dict[str, list[Tensor]] = {}
+            at_a_time = max(1, LISTS_AT_A_TIME // job.variants)
             facts = {"digests": [], "broken": {}} | ({"rows": [], "told": []} if job.settings.frames else {})
             with ThreadPoolExecutor(4) as pool:
-                for start in range(rows.start, rows.stop, LISTS_AT_A_TIME):
+                for start in range(rows.start, rows.stop, at_a_time):
                     if start > rows.start:
                         yield start - rows.start
-                    new = numbers.first_met(job, range(start, min(start + LISTS_AT_A_TIME, rows.stop)))
+                    new = numbers.first_met(job, range(start, min(start + at_a_time, rows.stop)))
                     for key, some in _encode(job, numbers, new, pool, facts):
                         latents.setdefault(key, []).append(some)
             stored = {key: torch.cat(some).to(job.settings.dtype) for key, some in latents.items()}
@@ -142,6 +145,7 @@ def _encode(
     decode = partial(_decode, resolution=job.settings.resolution, home=job.home)
     names = [numbers.digests[number] for number in new]
     good: dict[str, list[tuple[int, Tensor]]] = {}
+    rows = Counter(key for key, _ in facts.get("rows", []))
     for number, name, decoded in zip(new, names, pool.map(decode, names, new.values()), strict=True):
         if isinstance(decoded, str):
             facts["broken"][name] = decoded
@@ -150,26 +154,27 @@ def _encode(
         facts["digests"].append(name)
         key = VALUES if job.settings.frames is None else f"{picture.shape[2]}x{picture.shape[1]}"
         if job.settings.frames is not None:
-            facts["rows"].append([key, sum(other == key for other, _ in facts["rows"])])
+            facts["rows"].append([key, rows[key]])
             facts["told"].append(told)
+            rows[key] += 1
         good.setdefault(key, []).append((number, picture))
     for key, some in good.items():
         pictures = torch.stack([picture for _, picture in some])
         shape = job.model.latent_shape(job.settings.resolution)
         if job.settings.frames is not None:
-            factor = job.settings.resolution // shape[1]
+            factor = sides(job.settings.resolution)[0] // shape[2]
             shape = (shape[0], pictures.shape[2] // factor, pictures.shape[3] // factor)
         noise = rng.normal_batch(shape, job.settings.seed, "vae", [number for number, _ in some])
         yield key, job.model.encode_images(pictures, noise).cpu()
 
 
-def _decode(name: str, stored: StoredPicture, *, resolution: int, home: Path) -> tuple[Tensor, list[int]] | str:
+def _decode(name: str, stored: StoredPicture, *, resolution: int | str, home: Path) -> tuple[Tensor, list[int]] | str:
     """A picture in its frame, and what SDXL is told of its sizes; or why it cannot be decoded."""
     data = _read(stored)
     own, _, framed = name.partition(" ")
     if isinstance(data, str) or digest(data) != own:
         raise DataError(f"{stored}: has changed since encoding began; delete {home} and start again")
-    frame = Frame.read(framed) if framed else Frame(resolution, resolution)
+    frame = Frame.read(framed) if framed else Frame(*sides(resolution))
     try:
         image = decode_image(data)
     except ImageError as error:

@@ -6,7 +6,7 @@ picture's name in the cache: the same picture in two frames is encoded twice.
 
 from __future__ import annotations
 
-import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,12 +19,12 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion_align import rng
-from diffusion_align.data.images import FORMATS, decode_image
+from diffusion_align.data.images import decode_image
+from diffusion_align.picture_size import sides
 
-# Buckets have at least this fraction of the area of a square of the resolution, and no more than its area.
+# Buckets have at least this fraction of the area of a picture of the resolution, and no more than its area.
 _LEAST_AREA = 0.7
 _LONGEST = 4.0  # sides differ at most by this factor
-_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that turn a picture by 90 degrees
 _FRAME = re.compile(r"(\d+)x(\d+)(?:@([\d.]+),([\d.]+)(,mirrored)?)?")
 
 
@@ -59,12 +59,13 @@ class Frames:
     """How the pictures of a data set are cropped; a list's pictures, such as the two of a pair, are cropped alike.
 
     Attributes:
-        buckets: choose the shape by the pictures, with sides that are multiples of `step`; else all are squares.
+        buckets: choose the shape by the pictures, with sides that are multiples of `step`; else all have that of the
+            resolution.
         crops: how many crops at random places are kept of each picture; 0 keeps one in the middle.
         mirrored: keep each crop's mirror image too.
     """
 
-    resolution: int
+    resolution: int | str
     buckets: bool = False
     step: int = 64
     crops: int = 0
@@ -78,8 +79,9 @@ class Frames:
     def of_list(self, sizes: Sequence[tuple[int, int] | None], seed: int, number: int) -> list[Frame]:
         """The frames of list `number`, whose pictures have these widths and heights (None: unknown)."""
         known = [size for size in sizes if size is not None]
-        square = (self.resolution, self.resolution)
-        width, height = best_bucket(known, self.resolution, self.step) if self.buckets and known else square
+        width, height = (
+            best_bucket(known, self.resolution, self.step) if self.buckets and known else sides(self.resolution)
+        )
         places = [(0.5, 0.5)]
         if self.crops:
             drawn = rng.uniform_batch(seed, "crop", [(number, i) for i in range(2 * self.crops)]).tolist()
@@ -89,14 +91,14 @@ class Frames:
 
 
 @lru_cache(maxsize=16)
-def bucket_sizes(resolution: int, step: int) -> tuple[tuple[int, int], ...]:
-    """The (width, height) of the buckets: multiples of `step` whose area is 0.7 to 1 times that of the square."""
-    area = resolution**2
-    sides = range(step, int(resolution * _LONGEST**0.5) + 1, step)
+def bucket_sizes(resolution: int | str, step: int) -> tuple[tuple[int, int], ...]:
+    """The (width, height) of the buckets: multiples of `step` whose area is 0.7 to 1 times that of the resolution."""
+    area = math.prod(sides(resolution))
+    possible = range(step, int((area * _LONGEST) ** 0.5) + 1, step)
     return tuple(
         (width, height)
-        for width in sides
-        for height in sides
+        for width in possible
+        for height in possible
         if _LEAST_AREA * area <= width * height <= area and max(width, height) <= _LONGEST * min(width, height)
     )
 
@@ -107,7 +109,7 @@ def lost(size: tuple[int, int], bucket: tuple[int, int]) -> float:
     return 1 - min(ratio, 1 / ratio)
 
 
-def best_bucket(sizes: Sequence[tuple[int, int]], resolution: int, step: int) -> tuple[int, int]:
+def best_bucket(sizes: Sequence[tuple[int, int]], resolution: int | str, step: int) -> tuple[int, int]:
     """The bucket in which the pictures (width, height) of a list lose the least: the one that loses most decides, then
     all together, then the bucket's area.
 
@@ -122,17 +124,6 @@ def best_bucket(sizes: Sequence[tuple[int, int]], resolution: int, step: int) ->
         return round(max(losses), 9), round(sum(losses), 9), -bucket[0] * bucket[1], *bucket
 
     return min(buckets, key=cost)
-
-
-def size_of(data: bytes) -> tuple[int, int] | None:
-    """Width and height of an upright picture, from its header; None if it has none that can be read."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            turned = image.getexif().get(0x0112) in _SIDEWAYS
-    except Exception:  # decoders raise many kinds for bad bytes; decoding names the fault later
-        return None
-    return (height, width) if turned else (width, height)
 
 
 def fit(image: Image.Image, frame: Frame) -> Tensor:

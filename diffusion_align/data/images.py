@@ -10,7 +10,8 @@ import io
 import numpy as np
 import torch
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
-from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
+from PIL.ExifTags import Base
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TILELENGTH, TILEWIDTH, TiffImageFile
 from torch import Tensor
 
 # Pillow also reads formats that start other programs (EPS) or that nobody trains on.
@@ -26,6 +27,8 @@ _PACKED_TEXTS = 16
 _SCANNED = 2_000_000_000
 # TIFF decodes complete tiles, whose size does not depend on the picture's.
 _TILE = 4_194_304
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that turn a picture by 90 degrees
+_PNG_MARKS = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")
 
 
 class ImageError(ValueError):
@@ -65,6 +68,24 @@ def decode_image(data: bytes) -> Image.Image:
     # Decoders raise OSError, SyntaxError, struct.error, zlib.error and more for bad bytes: all mean the same here.
     except Exception as error:
         raise ImageError(f"cannot be decoded ({type(error).__name__}: {error})".replace("\n", " ")) from error
+
+
+def size_of(data: bytes) -> tuple[int, int] | None:
+    """Width and height of the upright picture, in general from its header; None if it will be refused."""
+    try:
+        _check_texts(data)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if isinstance(image, TiffImageFile):  # some versions of Pillow have turned this size already
+                width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]
+            _check_size(width, height)
+            _check_cost(image, data)
+            # Pillow decodes a PNG to find marks that may stand behind its pixels; most have none.
+            unmarked = image.format == "PNG" and not any(mark in data for mark in _PNG_MARKS)
+            turned = not unmarked and image.getexif().get(Base.Orientation) in _SIDEWAYS
+    except Exception:  # decoders raise many kinds for bad bytes; decoding names the fault later
+        return None
+    return (height, width) if turned else (width, height)
 
 
 def _check_size(width: int, height: int) -> None:

@@ -34,7 +34,7 @@ class Encoders(Protocol):
     @property
     def empty_text(self) -> Tensor: ...
     def fingerprint(self) -> str: ...
-    def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]: ...
+    def latent_shape(self, resolution: int | str | None = None) -> tuple[int, int, int]: ...
     def encode_text(self, prompts: list[str]) -> Tensor: ...
     def encode_images(self, images: Tensor, noise: Tensor | None) -> Tensor: ...
 
@@ -49,7 +49,7 @@ class EncodingSettings:
         frames: how pictures are cropped; None crops the largest square in the middle.
     """
 
-    resolution: int
+    resolution: int | str
     seed: int = 0
     dtype: torch.dtype = torch.float32
     precision: str = "no"
@@ -122,7 +122,9 @@ class EncodingJob:
     def size(self) -> int:
         """Bytes of all encodings at most: pictures that are equal only by their bytes are not known before they are
         read."""
-        pictures = len({picture for entry in self.lists for picture in entry.pictures})
+        every = [picture for entry in self.lists for picture in entry.pictures]
+        # Random crops are those of a list, so a picture of two lists is cropped for each.
+        pictures = len(every) if self.settings.frames and self.settings.frames.crops else len(set(every))
         numbers = (
             pictures * self.variants * math.prod(self.latent_shape)
             + (len(self.prompts) + 1) * self.model.empty_text.numel()

@@ -42,7 +42,7 @@ class StoredCache:
     size: int
     used: float
     pairs: int | None
-    resolution: int | None
+    resolution: int | str | None
 
 
 class Hold:

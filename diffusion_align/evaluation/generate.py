@@ -34,7 +34,7 @@ class Model(Protocol):
     def device(self) -> torch.device: ...
     def encode_text(self, prompts: list[str]) -> Tensor: ...
     def denoiser(self, text: Tensor, guidance: float = 1.0) -> Denoiser: ...
-    def latent_shape(self, resolution: int | None = None) -> tuple[int, ...]: ...
+    def latent_shape(self, resolution: int | str | None = None) -> tuple[int, ...]: ...
     def decode(self, latents: Tensor) -> Tensor: ...
     def fingerprint(self) -> str: ...
 
@@ -61,7 +61,7 @@ class Drawing:
     """How pictures are drawn; everything but `batch_size` decides what they show.
 
     `table` holds the sampler's steps: usually `evaluation_table`, but it may be stochastic. A `guidance` of 1 is none.
-    `resolution` is the side of a picture in pixels; None is the model's own.
+    `resolution` is the side of a picture in pixels, or width x height; None is the model's own.
     """
 
     table: StepTable
@@ -69,7 +69,7 @@ class Drawing:
     seed: int
     batch_size: int
     per_prompt: int = 1
-    resolution: int | None = None
+    resolution: int | str | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.per_prompt < 1:

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffusion_align.data.cache import PairCache
 from diffusion_align.methods import kto
 from diffusion_align.methods.entry import About, Entry, Length, Opened, Started
-from diffusion_align.methods.shared.metrics import quantiles
+from diffusion_align.methods.shared.metrics import mean_over_dims, quantiles
 from diffusion_align.methods.shared.noising import Networks, drop_captions, noised_lists, pick
 from diffusion_align.methods.shared.pair_losses import (
     PairLoss,
@@ -91,19 +91,21 @@ def pairs_method(
         if of_pair is not None:
             losses = losses * of_pair[[index for _, index in samples]].to(losses)
         errors = pairs.errors.detach()
+        own = {} if cache.groups is None else {"dims": torch.full_like(errors[0], dims[0])}
         if reference is None:
-            return {"loss": losses, "winner_error": errors[0], "loser_error": errors[1]}
+            return {"loss": losses, "winner_error": errors[0], "loser_error": errors[1]} | own
         gap = errors - pairs.reference_errors
         columns = {"loss": losses, "margin": margin_of(pairs), "winner_gap": gap[0], "loser_gap": gap[1]}
-        return columns | ({"apart": apart(pairs.policy, reference, 2)} if check_start else {})
+        return columns | own | ({"apart": apart(pairs.policy, reference, 2)} if check_start else {})
 
     def summarise(columns: Columns) -> dict[str, float]:
+        per_dim = partial(mean_over_dims, dims=columns.get("dims", dims[0]))
         if frozen is None:
-            return {name: float(columns[name].mean() / dims[0]) for name in ("winner_error", "loser_error")}
+            return {name: per_dim(columns[name]) for name in ("winner_error", "loser_error")}
         return {
             "implicit_accuracy": float(implicit_accuracy(columns["margin"]).mean()),
-            "winner_error_gap": float(columns["winner_gap"].mean() / dims[0]),
-            "loser_error_gap": float(columns["loser_gap"].mean() / dims[0]),
+            "winner_error_gap": per_dim(columns["winner_gap"]),
+            "loser_error_gap": per_dim(columns["loser_gap"]),
             **quantiles("margin", beta * columns["margin"]),
         }
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffusion_align import rng
 from diffusion_align.data.cache import PairCache
-from diffusion_align.methods.shared.metrics import quantiles
+from diffusion_align.methods.shared.metrics import mean_over_dims, quantiles
 from diffusion_align.methods.shared.noising import Networks, Noised, drop_captions, noised_lists, pick
 from diffusion_align.methods.shared.start_checks import apart, between_outputs, require_equal_outputs
 from diffusion_align.objectives import implicit_accuracy, kto
@@ -78,14 +78,21 @@ def pictures_method(
         baseline = baseline_of(log_ratio) if len(samples) == len(of_step) else visits.baseline
         losses = kto(log_ratio, liked, float(baseline), beta) * of_pair[[i for _, i in samples]].to(log_ratio)
         columns = {"loss": losses, "log_ratio": log_ratio, "liked": liked.to(losses)}
+        if cache.groups is not None:
+            columns["dims"] = torch.full_like(log_ratio, visits.dims)
         return columns | ({"apart": distance} if check_start else {})
 
     def summarise(columns: Columns) -> dict[str, float]:
         log_ratio, liked = columns["log_ratio"], columns["liked"] == 1
-        sides = {"winner_error_gap": -log_ratio[liked], "loser_error_gap": -log_ratio[~liked]}
+        dims = columns.get("dims")
+
+        def gap(rows: Tensor) -> float:
+            return mean_over_dims(-log_ratio[rows], visits.dims if dims is None else dims[rows])
+
+        sides = {"winner_error_gap": liked, "loser_error_gap": ~liked}
         return {
             "implicit_accuracy": float(implicit_accuracy(torch.where(liked, log_ratio, -log_ratio)).mean()),
-            **{name: float(gap.mean() / visits.dims) for name, gap in sides.items() if len(gap)},
+            **{name: gap(rows) for name, rows in sides.items() if rows.any()},
             "baseline_logit": beta * float(baseline_of(log_ratio)),
             **quantiles("log_ratio", beta * log_ratio),
         }

@@ -21,7 +21,7 @@ from diffusion_align.data import Ranking
 from diffusion_align.data.cache import PairCache
 from diffusion_align.data.disk import digest
 from diffusion_align.methods.entry import About, Entry, Length, Opened, Started
-from diffusion_align.methods.shared.metrics import quantiles
+from diffusion_align.methods.shared.metrics import mean_over_dims, quantiles
 from diffusion_align.methods.shared.noising import (
     Networks,
     Noised,
@@ -125,6 +125,8 @@ def rankings_method(
             scores = ranking_scores(*both, noised, one_graph=one_graph)
         phi = torch.tensor([relevance[index] for index in indices], dtype=torch.float64).to(scores)
         columns = {"loss": loss.of_scores(scores, phi), **_columns(scores.detach(), phi, loss.pair_weights(phi))}
+        if cache.groups is not None:
+            columns["dims"] = torch.full_like(columns["margin"], dims[0])
         return columns | ({"apart": apart(torch.cat(mine), torch.cat(theirs), noised.entries)} if check_start else {})
 
     def micro_batch(samples: list[Sample], _: list[Sample]) -> Columns:
@@ -138,10 +140,11 @@ def rankings_method(
 
     def summarise(columns: Columns) -> dict[str, float]:
         weight = columns["weight"].sum()
+        per_dim = partial(mean_over_dims, dims=columns.get("dims", dims[0]))
         return {
             "implicit_accuracy": float(columns["right"].sum() / weight),
-            "winner_error_gap": float(columns["winner_gap"].mean() / dims[0]),
-            "loser_error_gap": float(columns["loser_gap"].mean() / dims[0]),
+            "winner_error_gap": per_dim(columns["winner_gap"]),
+            "loser_error_gap": per_dim(columns["loser_gap"]),
             **quantiles("margin", loss.beta * columns["margin"]),
             "pair_weight": float(weight / len(columns["margin"])),
         }

@@ -18,6 +18,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from ..picture_size import require_multiples
 from ..prediction import Denoiser
 from ..schedule import Schedule
 from ..system.memory import in_parts
@@ -71,19 +72,11 @@ class TextToImage:
         """Sides of pictures are multiples of this: the VAE reduces them, and the UNet halves them at each level."""
         return self._factor * 2 ** (len(_config(self.unet)["block_out_channels"]) - 1)
 
-    def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
-        """(C,h,w) of the latents of square pictures. Raises ValueError for a size that the VAE and the UNet cannot
-        halve evenly, with the nearest that they can."""
-        pixels = self.resolution if resolution is None else resolution
-        if pixels <= 0 or pixels % self.size_step:
-            below = max(pixels // self.size_step, 1) * self.size_step
-            near = f"{below} or {below + self.size_step}" if pixels > self.size_step else f"{below}"
-            raise ValueError(
-                f"resolution {pixels} is not a positive multiple of {self.size_step}, which this model's VAE and UNet "
-                f"need: use {near}"
-            )
-        side = pixels // self._factor
-        return int(_config(self.unet)["in_channels"]), side, side
+    def latent_shape(self, resolution: int | str | None = None) -> tuple[int, int, int]:
+        """(C,h,w) of the latents of pictures. Raises ValueError for a size that the VAE and the UNet cannot halve
+        evenly, with the nearest that they can."""
+        width, height = require_multiples(self.resolution if resolution is None else resolution, self.size_step)
+        return int(_config(self.unet)["in_channels"]), height // self._factor, width // self._factor
 
     @torch.no_grad()
     def encode_text(self, prompts: list[str], chunk: int = 64, *, sizes: Sequence[int] | None = None) -> Tensor:

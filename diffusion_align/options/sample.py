@@ -43,7 +43,7 @@ class Sample(GivenLora):
     order: int = option(2, "sampler", "order of DPM-Solver++", at_least=1, at_most=3)
     eta: float = option(0.0, "sampler", "0: without noise, 1: the stochastic solver", at_least=0)
     spacing: str = option("trailing", "sampler", "spacing of the steps", choices=SPACINGS)
-    resolution: int | None = option(None, "sampler", "side of the pictures in pixels (default: as the run was trained, else the model's default)", at_least=8)
+    resolution: int | str | None = option(None, "sampler", "side of the pictures in pixels, or width x height as in 768x512 (default: as the run was trained, else the model's default)", at_least=8)
 
     batch_size: int = option(8, "machine", "pictures at a time", at_least=1)
     device: str | None = option(None, "machine", DEVICE, fault=device_fault)
@@ -77,7 +77,7 @@ class Evaluate(GivenLora):
     steps: int = option(15, "sampler", "steps, trailing, for every model and sampler", aliases=("num_inference_steps",), at_least=1)
     guidance: float = option(4.0, "sampler", "classifier-free guidance; 1 is none", aliases=("guidance_scale",), at_least=0)
     seed: int = option(0, "sampler", "in every model prompt i starts from the noise of (seed, i)", at_least=0)
-    resolution: int | None = option(None, "sampler", "side of all pictures in pixels (default: as the runs were trained, else the model's default)", at_least=8)
+    resolution: int | str | None = option(None, "sampler", "side of all pictures in pixels, or width x height (default: as the runs were trained, else the model's default)", at_least=8)
 
     reward: str = option("auto", "score", "reward beside the judge, usually the one that was trained on: any of `diffusion-align reward ls`, none, or auto (tiny for captions of the embedded world, none for other prompts)", path="reward")
     held_out_reward: tuple[str, ...] = option((), "score", "further rewards that training did not use: a gain only in the trained reward is reward hacking", path="reward")

@@ -15,12 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 
+class Size:
+    """The kind of an option `int | str`: the size of pictures, as `picture_size.read_size` reads it."""
+
+
 @dataclass(frozen=True)
 class Option:
     """One option, as read from a dataclass field."""
 
     name: str
-    kind: type  # bool, int, float, str, or tuple for a list of strings
+    kind: type  # bool, int, float, str, tuple for a list of strings, or Size
     default: Any
     nullable: bool
     section: str
@@ -49,6 +53,7 @@ class Option:
         if self.choices:
             return "one of " + ", ".join(self.choices)
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list of texts"}
+        words[Size] = "a whole number, or width x height as in 768x512, with sides"
         bounds = [
             f"{phrase} {bound:g}"
             for phrase, bound in (
@@ -80,7 +85,8 @@ def options_of(options_class: type) -> dict[str, Option]:
     for field in dataclasses.fields(options_class):
         hint = hints[field.name]
         nullable = isinstance(hint, types.UnionType)
-        kind = next(part for part in typing.get_args(hint) if part is not type(None)) if nullable else hint
+        kinds = [part for part in typing.get_args(hint) if part is not type(None)] if nullable else [hint]
+        kind = Size if kinds == [int, str] else kinds[0]
         kind = typing.get_origin(kind) or kind
         found[field.name] = Option(field.name, kind, field.default, nullable, **field.metadata)
     return found

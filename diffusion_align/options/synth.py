@@ -33,7 +33,7 @@ class Synth:
     order: int = option(2, "sampler", "order of DPM-Solver++", at_least=1, at_most=3)
     eta: float = option(0.0, "sampler", "0: without noise, 1: the stochastic solver", at_least=0)
     spacing: str = option("trailing", "sampler", "spacing of the steps", choices=SPACINGS)
-    resolution: int | None = option(None, "sampler", "side of the pictures in pixels (default: each model's own)", at_least=8)
+    resolution: int | str | None = option(None, "sampler", "side of the pictures in pixels, or width x height as in 768x512 (default: each model's own)", at_least=8)
 
     shard: str | None = option(None, "machine", "K/N: draw and score every N-th chunk of prompts, K from 0 to N - 1; all shards write into one folder, and the last to finish writes the tables", saved=False)
     batch_size: int = option(16, "machine", "pictures at a time", at_least=1)

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from helpers_cache import SHAPE, SIZE, FakeModel, build, make_pairs, picture
+from helpers_cache import SHAPE, SIZE, FakeModel, Shaped, build, make_pairs, picture, shaped_pairs
 from stress.jobs import launch
 
 from diffusion_align.commands.train import encode
 from diffusion_align.data import Ranking
 from diffusion_align.data.bad_rows import BadRow, DataError
 from diffusion_align.data.encoding import LISTS_AT_A_TIME
+from diffusion_align.data.frames import Frames
 from diffusion_align.data.pairs_and_rankings import Pair
 from diffusion_align.data.shards import Ranks
 from diffusion_align.train.processes import watch
@@ -86,6 +87,18 @@ def test_any_number_of_processes_makes_the_same_files(tmp_path, ranks):
     assert sum(model.pictures for model in models) == whole.pictures == alone.pictures
     assert max(model.pictures for model in models) < whole.pictures
     assert sorted(sum((model.prompts for model in models), [])) == sorted(whole.prompts)
+
+
+def test_any_number_of_processes_makes_the_same_files_of_buckets_crops_and_mirrors(tmp_path):
+    """Every picture has one of three shapes; rows and shapes of a shard are those of one process."""
+    pairs, frames = shaped_pairs(40), Frames(32, buckets=True, step=8, crops=2, mirrored=True)
+    options = {"resolution": 32, "frames": frames}
+    whole, models = Shaped(), [Shaped() for _ in range(3)]
+    alone = build(tmp_path / "one", pairs, whole, **options)
+    caches = build_together(tmp_path / "many", pairs, models, **options)
+    assert files(tmp_path / "many") == files(tmp_path / "one")
+    assert sum(model.pictures for model in models) == whole.pictures == alone.pictures == 40 * 2 * 4
+    assert all(cache.groups == alone.groups and cache.variants == 4 for cache in caches)
 
 
 def test_ranks_meet_after_each_chunk(tmp_path):

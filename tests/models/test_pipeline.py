@@ -98,7 +98,11 @@ def test_half_precision_files_load_as_float32(tiny_folder, tmp_path):
 
 def test_latent_shapes_and_wrong_resolutions(model):
     assert model.resolution == 32 and model.latent_shape() == (4, 8, 8) and model.latent_shape(64) == (4, 16, 16)
-    with pytest.raises(ValueError, match="multiple of 8.*use 24 or 32"):
+    assert model.latent_shape("64x32") == (4, 8, 16)  # width x height; latents are [C,h,w]
+    for size, near in ((30, "use 24 or 32$"), ("32x30", "use 32x24 or 32$"), ("4x64", "use 8x64$"), (0, "use 8$")):
+        with pytest.raises(ValueError, match=f"{size} is not a positive multiple of 8, .*{near}"):
+            model.latent_shape(size)
+    with pytest.raises(ValueError, match="multiple of 8"):
         model.latent_shape(30)
 
 

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from helpers_train import MemoryPairs, in_processes, make_run
 from safetensors.torch import load_file, save_file
 
+from diffusion_align.methods.shared.metrics import mean_over_dims
 from diffusion_align.train.groups import grouped_samples_at, members_of
 
 GROUPS = [0] * 13 + [1] * 5 + [2] * 30 + [3]
@@ -91,3 +92,8 @@ def test_one_shape_is_the_usual_stream():
         groups = [0] * 10
 
     assert records(make_run(cache=One(10), max_steps=3)) == records(make_run(max_steps=3))
+
+
+def test_gaps_are_means_over_the_dims_of_each_pair():
+    values, dims = torch.tensor([8.0, 4.0, 6.0]), torch.tensor([4.0, 2.0, 2.0])
+    assert mean_over_dims(values, dims) == pytest.approx(7 / 3) and mean_over_dims(values, 2) == 3.0

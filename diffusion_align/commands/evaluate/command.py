@@ -103,8 +103,8 @@ def _reading(o: Evaluate, models: Sequence[Contender]) -> Reading:
     return readings.pop()
 
 
-def _resolution(o: Evaluate, models: Sequence[Contender]) -> int | None:
-    """The side of all pictures: --resolution, else that of the runs; None is the model's own.
+def _resolution(o: Evaluate, models: Sequence[Contender]) -> int | str | None:
+    """The size of all pictures: --resolution, else that of the runs; None is the model's own.
 
     Raises:
         ValueError: the runs were trained at different resolutions.
@@ -163,7 +163,7 @@ def _key(facts: dict[str, Any]) -> str:
 
 def _draw(
     model: TextToImage, prompts: Sequence[Prompt], place: tuple[str, str], folder: Path, o: Evaluate, weights: str,
-    workers: Threads, resolution: int | None,
+    workers: Threads, resolution: int | str | None,
 ) -> None:  # fmt: skip
     """Draw the missing pictures of one model by one sampler; `place` names both."""
     table = sampler_table(model.schedule, place[1], o.steps)

@@ -60,7 +60,7 @@ class Contender:
         return weights_digest(self.trained, "model.safetensors" if self.is_checkpoint else None)
 
     @property
-    def resolution(self) -> int | None:
+    def resolution(self) -> int | str | None:
         """The resolution that it was trained at; None is the model's own."""
         return trained_at(self.config)
 

@@ -57,7 +57,7 @@ def check_judging(o: Evaluate, in_world: bool) -> None:
         raise UsageError(f"score.reference_pictures: no .png, .jpg or .webp lies in {o.reference_pictures}")
 
 
-def open_judging(o: Evaluate, in_world: bool, resolution: int) -> Judging:
+def open_judging(o: Evaluate, in_world: bool, resolution: int | str) -> Judging:
     """Load the rewards, the judge and the features. Without any, pictures are only shown side by side."""
     place = torch.device(o.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rewards = {

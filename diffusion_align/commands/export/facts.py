@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_align.commands.export.result import Result
 from diffusion_align.commands.model_facts import read_model_facts
+from diffusion_align.picture_size import sides
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,9 +48,10 @@ def training_facts(result: Result) -> dict[str, str]:
         facts["ss_learning_rate"] = str(options["learning_rate"])
     if (options.get("clip_skip") or 1) > 1:
         facts["ss_clip_skip"] = str(options["clip_skip"])
-    side = options.get("resolution")
-    if isinstance(side, int):
-        facts |= {"ss_resolution": f"({side}, {side})", "modelspec.resolution": f"{side}x{side}"}
+    size = options.get("resolution")
+    if isinstance(size, int | str):
+        width, height = sides(size)
+        facts |= {"ss_resolution": f"({width}, {height})", "modelspec.resolution": f"{width}x{height}"}
     if verb:
         facts["ss_training_comment"] = _comment(verb, options, result)
     return facts

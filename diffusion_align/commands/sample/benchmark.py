@@ -43,13 +43,16 @@ def draw_folder(model: TextToImage, prompts: Sequence[Prompt], table: StepTable,
 
 
 def check_layout(prompts: Sequence[Prompt], o: Sample) -> None:
-    """Raise ValueError, before anything is drawn, for prompts that cannot be named as the layout wants."""
+    """Raise ValueError, before anything is drawn, for prompts that cannot be named, and pictures that cannot be joined,
+    as the layout wants."""
+    if o.layout == "dpg" and o.num_images_per_prompt > 1 and isinstance(side_of(o), str):
+        raise ValueError(f"layout dpg joins the pictures of a prompt, which must be squares, not {side_of(o)} pixels")
     if o.layout in TARGETS:
         rows = [{**prompt.extra, "prompt": prompt.text} for prompt in prompts]
         TARGETS[o.layout](Drawn(Path(o.out), {}, rows, o.num_images_per_prompt))
 
 
-def side_of(o: Sample) -> int | None:
+def side_of(o: Sample) -> int | str | None:
     """The resolution that is asked for, or that the run was trained at; None: the model's own."""
     return o.resolution or (trained_at(run_config(o.run)) if o.run else None)
 

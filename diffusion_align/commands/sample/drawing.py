@@ -31,7 +31,7 @@ def draw(
     prompts: list[str],
     table: StepTable,
     o: Sample,
-    resolution: int | None,
+    resolution: int | str | None,
     wanted: list[Place],
     progress: Callable[[float], object],
 ) -> Iterator[tuple[Place, Tensor]]:

@@ -19,6 +19,7 @@ from diffusion_align.data.frames import Frames
 from diffusion_align.data.shards import NotFinite, Ranks
 from diffusion_align.data.stored_caches import OverLimit, make_room
 from diffusion_align.options import TrainOffline
+from diffusion_align.picture_size import sides
 from diffusion_align.train.prediction_check import contradiction
 from diffusion_align.train.processes import watch
 from diffusion_align.train.processes.agree import sum_over_ranks
@@ -41,13 +42,13 @@ def frames_of(o: Any, model: TextToImage) -> Frames | None:
     told = o.size_conditioning == "pictures"
     if told and model.second is None:
         raise ValueError("size_conditioning pictures is for SDXL: this model is not told the size of a picture")
-    if not (o.aspect_buckets or o.random_crop or o.random_flip or told):
+    if not (o.aspect_buckets or o.crops_at_random or o.random_flip or told):
         return None
     resolution = o.resolution or model.resolution
-    step = o.bucket_step or max(model.size_step, 64 if resolution >= 256 else 0)
+    step = o.bucket_step or max(model.size_step, 64 if min(sides(resolution)) >= 256 else 0)
     if step % model.size_step:
         raise ValueError(f"bucket_step {step} is not a multiple of {model.size_step}, which this model needs")
-    return Frames(resolution, o.aspect_buckets, step, o.crop_variants if o.random_crop else 0, o.random_flip)
+    return Frames(resolution, o.aspect_buckets, step, o.crop_variants if o.crops_at_random else 0, o.random_flip)
 
 
 def describe_buckets(cache: PairCache) -> str:

@@ -26,7 +26,7 @@ def grid_prompts(given: tuple[str, ...], of_the_data: Iterable[str]) -> list[str
 
 def base_pictures(
     model: TextToImage, prompts: list[str], folder: Path, *, seed: int, steps: int, guidance: float,
-    resolution: int | None,
+    resolution: int | str | None,
 ) -> Tensor:  # fmt: skip
     """The pictures [N,3,H,W] of the base model, read from `folder` if they exist; call it before the policy changes."""
     drawing = Drawing(evaluation_table(model.schedule, steps), guidance, seed, BATCH, resolution=resolution)
@@ -38,7 +38,7 @@ def base_pictures(
 
 def write_grid(
     model: TextToImage, prompts: list[str], base: Tensor, path: Path, *, seed: int, steps: int, guidance: float,
-    resolution: int | None,
+    resolution: int | str | None,
 ) -> None:  # fmt: skip
     """Draw the prompts with the current weights and write both side by side; a full disk causes a warning only."""
     drawing = Drawing(evaluation_table(model.schedule, steps), guidance, seed, BATCH, resolution=resolution)

@@ -18,6 +18,11 @@ def quantiles(name: str, values: Tensor) -> dict[str, float]:
     return {f"{name}_p05": low, f"{name}_p50": middle, f"{name}_p95": high}
 
 
+def mean_over_dims(values: Tensor, dims: Tensor | int) -> float:
+    """The mean of values [M] that are sums over dims; `dims` is [M] if their numbers of dims differ."""
+    return float((values / dims).mean() if isinstance(dims, Tensor) else values.mean() / dims)
+
+
 class RunSums:
     """Sums over the steps of each trajectory, [B] each: log_ratio, kl, clamped; and the maximum, drift."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ..names import UsageError, unknown
-from ..schema import by_any_name, options_of
+from ..schema import Size, by_any_name, options_of
 from .other_tools import flag_hint
 from .paths import absolute_paths
 
@@ -126,7 +126,7 @@ def settings_of(content: dict[str, Any], options_class: type, verb: str, origin:
     for key, value in settings:
         if key not in names:
             raise _in(origin, unknown_key(key, options_class, verb))
-        if names[key].kind in (int, float) and isinstance(value, str) and _OCTAL.fullmatch(value):
+        if names[key].kind in (int, float, Size) and isinstance(value, str) and _OCTAL.fullmatch(value):
             plain = value.replace("_", "").lstrip("+-0") or "0"
             raise UsageError(f"{origin}: {names[key].key} {value} would be octal in YAML: write {plain}")
     return settings

@@ -51,7 +51,8 @@ MEANT: dict[str, tuple[str, ...]] = {
     "config_file": ("config",), "c": ("config",), "yaml": ("config",), "debug": ("traceback",), "verbose": ("traceback",),
 }  # fmt: skip
 
-CROP = "pictures are cropped in the middle, unless you ask for other crops (docs/data.md, shapes of pictures)"
+CROP = "it is an option of train dpo and train rankdpo, which learn from given pictures"
+BUCKETS = "--aspect_buckets makes shapes of 0.7 to 1 times the area of --resolution, and small pictures are enlarged"
 DPO_LOSS = "every pair's loss is weighted alike at every timestep, as the methods are published"
 DPO_ONLY = "the methods here learn from preferences or rewards"
 LAUNCH = "it belongs to the launcher: `torchrun --nproc_per_node N scripts/finetune_*.py --flags`, or before the script's name in `accelerate launch`"
@@ -62,7 +63,11 @@ NO_DROPOUT = "a LoRA has no dropout here: before the first update policy and ref
 FAMILY = "the kind of model is read from its files"
 GRIDS = "each prompt of a sample grid gets one picture, base beside tuned; --validation_prompts takes several"
 NOT_HERE: dict[str, str] = {
-    **dict.fromkeys(("center_crop", "random_flip", "flip_aug", "crops_coords_top_left_h", "crops_coords_top_left_w", "image_interpolation_mode", "color_aug", "enable_bucket"), CROP),
+    **dict.fromkeys(("center_crop", "random_crop", "random_flip", "flip_aug", "enable_bucket", "aspect_buckets", "bucket_reso_steps"), CROP),
+    **dict.fromkeys(("min_bucket_reso", "max_bucket_reso", "bucket_no_upscale"), BUCKETS),
+    **dict.fromkeys(("crops_coords_top_left_h", "crops_coords_top_left_w"), "--size_conditioning pictures of the methods on given pictures tells SDXL where each of them was cropped"),
+    "image_interpolation_mode": "pictures are resized with Lanczos' filter",
+    **dict.fromkeys(("color_aug", "face_crop_aug_range"), "pictures keep their colours; --random_crop and --random_flip are the only augmentations"),
     **dict.fromkeys(("snr_gamma", "min_snr_gamma", "noise_offset", "input_perturbation", "timestep_bias_strategy", "weighting_scheme", "debiased_estimation_loss", "debug_loss", "logit_mean", "multires_noise_iterations", "huber_c"), DPO_LOSS),
     **dict.fromkeys(("sft", "train_method", "with_prior_preservation", "prior_loss_weight", "class_data_dir", "class_prompt", "instance_prompt", "reg_data_dir", "do_edm_style_training"), DPO_ONLY),
     **dict.fromkeys(("num_processes", "multi_gpu", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "nproc_per_node", "nnodes", "node_rank", "master_port", "master_addr", "dynamo_backend", "num_cpu_threads_per_process", "num_gpus"), LAUNCH),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..names import UsageError, nearest, unknown
-from ..schema import Option, by_any_name, options_of
+from ..schema import Option, Size, by_any_name, options_of
 from .files import unknown_key
 from .other_tools import flag_hint
 from .resolve import FALSE, TRUE
@@ -71,7 +71,7 @@ def build_parser(options_class: type, prog: str, about: str, positional: str = "
     return parser
 
 
-METAVARS = {bool: "false", int: "N", float: "X", str: "TEXT", tuple: "TEXT"}
+METAVARS = {bool: "false", int: "N", float: "X", str: "TEXT", tuple: "TEXT", Size: "N or WxH"}
 
 
 def _help(option: Option) -> str:

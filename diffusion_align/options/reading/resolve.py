@@ -7,8 +7,10 @@ import os
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from diffusion_align.picture_size import read_size, sides
+
 from ..names import UsageError, nearest
-from ..schema import Option, by_any_name, options_of
+from ..schema import Option, Size, by_any_name, options_of
 from .files import config_path, preset_path, read_yaml, settings_of
 from .other_tools import value_hint
 from .paths import expanded
@@ -154,7 +156,9 @@ def convert(option: Option, value: Any, origin: str) -> Any:
 
 
 def _check_range(option: Option, value: Any) -> None:
-    numbers = [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+    numbers: list[float] = [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+    if option.kind is Size:
+        numbers = [*sides(str(value))]
     for number in numbers:
         if (
             not math.isfinite(number)
@@ -206,4 +210,15 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(str(item) for item in items)
 
 
-CONVERTERS = {bool: _bool, int: _int, float: _float, str: _str, tuple: _texts}
+def _size(value: Any) -> int | str:
+    return read_size(value) if isinstance(value, str) and not _number(value) else _int(value)
+
+
+def _number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+CONVERTERS = {bool: _bool, int: _int, float: _float, str: _str, tuple: _texts, Size: _size}

@@ -39,7 +39,7 @@ class TrainCommon:
     pretrained_vae_model_name_or_path: str | None = option(None, "model", "another VAE: its file, its folder, the folder of a model that has it, or a hub id", path="name")
     prediction_type: str | None = option(None, "model", "what the network predicts, where its files do not tell it or are wrong (default: as they say)", choices=PREDICTION_TYPES)
 
-    resolution: int | None = option(None, "data", "side of the pictures in pixels (default: the model's own)", at_least=8)
+    resolution: int | str | None = option(None, "data", "side of the pictures in pixels, or width x height as in 768x512 (default: the model's own)", at_least=8)
     long_prompts: str = option("truncate", "text", LONG, choices=LONG_PROMPTS)
     prompt_chunks: int = option(3, "text", CHUNKS, at_least=1)
     prompt_syntax: str = option("plain", "text", SYNTAX, choices=PROMPT_SYNTAXES)
@@ -172,12 +172,17 @@ class TrainOffline(GivenPictures, TrainUnet):
     aspect_buckets: bool = option(False, "data", "crop each pair to a shape that is near its pictures' own, in place of a square; a micro-batch holds one shape", aliases=("enable_bucket",))
     bucket_step: int | None = option(None, "data", "with aspect_buckets: sides are multiples of this many pixels (default: 64, or what the model needs for small pictures)", aliases=("bucket_reso_steps",), at_least=1)
     random_crop: bool = option(False, "data", "crop at random places, in place of the middle; both pictures of a pair alike")
-    crop_variants: int = option(4, "data", "with random_crop: crops of each picture that are encoded and kept; each use takes one of them", at_least=1)
+    center_crop: bool | None = option(None, "data", "true: crop in the middle; false: at random places, as random_crop (default: in the middle unless random_crop is given)")
+    crop_variants: int = option(4, "data", "with random crops: crops of each picture that are encoded and kept; each use takes one of them", at_least=1)
     random_flip: bool = option(False, "data", "also keep the mirror image of each crop; each use takes one of the two, both pictures of a pair alike", aliases=("flip_aug",))
     size_conditioning: str = option("latents", "data", "what SDXL is told as a picture's size: that of its latents, uncropped (as the authors of Diffusion-DPO do), or the picture's own size and crop", choices=("latents", "pictures"))
     no_hflip: bool = option(False, "data", "do not flip pictures", unused="pictures are flipped with --random_flip only")
     dataloader_num_workers: int = option(0, "data", "processes that load data", at_least=0, unused="batches come from the cache; there is nothing to load")
     # fmt: on
+
+    @property
+    def crops_at_random(self) -> bool:
+        return self.random_crop or self.center_crop is False
 
 
 def check_train(options: TrainCommon, metrics: tuple[str, ...]) -> None:
@@ -197,6 +202,8 @@ def check_train(options: TrainCommon, metrics: tuple[str, ...]) -> None:
     check_metric(options.keep_best, metrics)
     if isinstance(options, TrainUnet):
         _check_adapter(options)
+    if isinstance(options, TrainOffline):
+        _check_crops(options)
 
 
 def _check_adapter(o: TrainUnet) -> None:
@@ -211,6 +218,16 @@ def _check_adapter(o: TrainUnet) -> None:
         raise UsageError(
             "a DoRA cannot be joined with the LoRA beneath it in one file: leave out --use_dora, or --lora_mode merge"
         )
+
+
+def _check_crops(options: TrainOffline) -> None:
+    """Raise UsageError for options of crops that contradict each other, or that nothing uses."""
+    if options.random_crop and options.center_crop:
+        raise UsageError("--center_crop crops in the middle, --random_crop at random places: give one of them")
+    if options.random_flip and options.no_hflip:
+        raise UsageError("--random_flip keeps mirror images, --no_hflip has none: give one of them")
+    if options.bucket_step is not None and not options.aspect_buckets:
+        raise UsageError("--bucket_step is the step of --aspect_buckets: give both, or neither")
 
 
 def check_data(options: GivenPictures, what: str = "pairs", cure: str = "") -> None:
