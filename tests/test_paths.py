@@ -17,8 +17,9 @@ from diffusion_align.options.reading import paths as paths_module
 from diffusion_align.options.reading.paths import KINDS, absolute_reward, require_outputs, without_folders
 
 # Texts that are no paths, whatever the verb. A new text option is one of these, or says what kind of path it is.
-WORDS = """revision variant device keep_best report_to tracker_name validation_prompts hub_model_id hub_token split
-    dataset_config_name dataset_split_name columns encoding lora_targets key shard host prompt negative_prompt""".split()
+WORDS = """revision variant device keep_best report_to tracker_name validation_prompts hub_model_id hub_token
+    split dataset_config_name dataset_split_name columns encoding lora_targets key shard host prompt
+    negative_prompt""".split()
 PATHS = [
     (verb, option.name)
     for verb, record in VERBS.items()

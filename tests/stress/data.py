@@ -40,7 +40,7 @@ class MeanColour:
     def fingerprint(self) -> str:
         return "mean colour"
 
-    def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
+    def latent_shape(self, resolution: int | str | None = None) -> tuple[int, int, int]:
         return (3, 1, 1)
 
     def encode_text(self, prompts: list[str]) -> torch.Tensor:
