@@ -1,15 +1,13 @@
-"""Writes a model, whatever files it came from, in another format, with a LoRA merged into it on request."""
+"""Writes a model, whatever files it came from, in another format."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
 from .diffusers_folder.write import write_folder
 from .pipeline import TextToImage
-from .saved_weights import load_lora
 from .single_file.write import States, family_of, modelspec, save_single_file
 
 
@@ -33,10 +31,3 @@ def states_of(model: TextToImage) -> States:
     networks = {"unet": model.unet, "vae": model.vae, "text_encoder": model.text_encoder}
     networks |= {"text_encoder_2": model.second.text_encoder} if model.second else {}
     return {name: network.state_dict() for name, network in networks.items()}
-
-
-def merge(model: TextToImage, lora: str | os.PathLike[str], scale: float) -> None:
-    """Add a LoRA to the weights of a model's network, times `scale`. Raises as `load_lora`."""
-    load_lora(model, lora)
-    model.unet.fuse_lora(lora_scale=scale)
-    model.unet.unload_lora()

@@ -25,7 +25,7 @@ CURES = {
     "prediction": "give --prediction_type v_prediction or --prediction_type epsilon",
     "no VAE": "--pretrained_vae_model_name_or_path FILE",
     "vae": "--model MODEL --pretrained_vae_model_name_or_path THIS_FILE",
-    "lora": "diffusion-align model merge MODEL --lora THIS_FILE --output_dir FOLDER",
+    "lora": "--model MODEL --lora THIS_FILE, or diffusion-align model merge MODEL --lora THIS_FILE --output_dir FOLDER",
 }
 
 

@@ -19,14 +19,16 @@ def model_convert(options: ModelConvert) -> int:
 
     import torch
 
-    from diffusion_align.models.convert import merge, write_model
+    from diffusion_align.models.convert import write_model
+    from diffusion_align.models.lora.merge import merge_lora
 
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[o.dtype]
     # A sum of rounded numbers would be rounded twice, so a LoRA is added in float32.
     read_in = torch.float32 if isinstance(o, ModelMerge) else dtype
     model = load_base(as_given({"pretrained_model_name_or_path": name}, o), "cpu", read_in)
     if isinstance(o, ModelMerge):
-        merge(model, o.lora or "", o.scale)
+        kinds = merge_lora(model, o.lora or "", scale=o.scale)
+        print(f"merged {o.lora}: {', '.join(kinds)}" + ("" if o.scale == 1 else f", times {o.scale:g}"))
     write_model(model, place, dtype, one_file=o.to == "single-file", title=place.stem)
     print(f"{place}: {o.dtype}, predicts {model.prediction_type}")
     print(f"next: {command_line('model', 'inspect', place)}")
