@@ -233,6 +233,17 @@ def test_the_base_of_a_merge_is_the_one_of_the_training(tmp_path, capsys):
     code, said = export(capsys, run, *words, "--overwrite", "--model", family.folder)
     assert code == 0 and "note:" in said and "--model names it" in said
     assert export(capsys, run, "--to", "kohya", "--output", tmp_path / "x.safetensors") == (0, "")  # no weights of it
+    # Pictures are drawn with the model of the training, too.
+    drawing = ["--prompt", "a circle", "--steps", "1", "--device", "cpu"]
+    for argv in (
+        ["sample", "--run", str(run), *drawing, "--out", str(tmp_path / "drawn")],
+        ["evaluate", str(run), "--prompts", str(tmp_path / "prompts.txt"), "--num_prompts", "2", "--steps", "1"],
+    ):
+        (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+        assert cli.main(argv) == 1
+        assert "its files differ; --model PATH names the right one" in capsys.readouterr().err
+        assert cli.main([*argv, "--model", str(family.folder)]) == 0
+        assert "it is taken because --model names it" in capsys.readouterr().err
 
 
 def test_a_run_of_all_weights(family, tmp_path, capsys):

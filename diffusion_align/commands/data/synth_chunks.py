@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from diffusion_align.commands.model.base import base_fields, load_base
+from diffusion_align.commands.model.same_base import require_same_base
 from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.trained_weights import base_of, load_tuned, run_config, weights_digest
 from diffusion_align.data.disk import digest, write_bytes
@@ -101,6 +102,7 @@ def draw_pictures(o: Synth, out: Path, prompts: list[str], chunks: Sequence[int]
         return
     model = load_base(drawer.base, o.device)
     if drawer.run:
+        require_same_base(model, drawer.run, drawer.base["pretrained_model_name_or_path"], named=False)
         load_tuned(model, drawer.run)
     with progress_bar(total=sum(map(len, left)), desc=f"draw {drawer.name}", unit="picture") as bar:
         for batch in left:

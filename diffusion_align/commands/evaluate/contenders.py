@@ -10,6 +10,7 @@ import torch
 
 from diffusion_align.commands.adapters import add_trained, kept_lora, merge_given, saved_lora_options, start_from
 from diffusion_align.commands.model.base import base_fields, load_base
+from diffusion_align.commands.model.same_base import require_same_base
 from diffusion_align.commands.sources import present_model
 from diffusion_align.commands.trained_weights import (
     base_of,
@@ -71,6 +72,9 @@ class Contender:
             FileNotFoundError, ValueError: as `load_pipeline` and `load_tuned`; CheckpointError for a damaged one.
         """
         model = load_base(self.base, o.device)
+        if self.run is not None:
+            named = o.pretrained_model_name_or_path is not None
+            require_same_base(model, self.run, self.base["pretrained_model_name_or_path"], named=named)
         if o.lora is not None:
             merge_given(model, o.lora, o)
         if self.adapter is not None:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from diffusion_align.commands.adapters import KEPT
 from diffusion_align.commands.export.facts import lora_header, title
 from diffusion_align.commands.export.place import place_of, replacing, require_replaceable
-from diffusion_align.commands.export.result import Result, find_result, same_files
+from diffusion_align.commands.export.result import Result, find_result
 from diffusion_align.commands.model.base import load_base
+from diffusion_align.commands.model.same_base import require_same_base
 from diffusion_align.commands.printed_commands import PROG
 from diffusion_align.commands.trained_weights import load_start
 from diffusion_align.models.hub import locate
@@ -155,12 +156,7 @@ def _tuned_model(result: Result, o: Export) -> TextToImage:
 
     name = result.base["pretrained_model_name_or_path"]
     model = load_base(result.base, "cpu")
-    due = result.trained_from()
-    if due is not None and not same_files(due, model.fingerprint()):
-        fault = f"{name} is not what {result.name} was trained from: its files differ"
-        if o.pretrained_model_name_or_path is None:
-            raise ValueError(f"{fault}; --model PATH names the right one, or --model {name} takes this one")
-        _note(f"{fault}; it is taken because --model names it")
+    require_same_base(model, result.run, name, named=o.pretrained_model_name_or_path is not None)
     if result.start == "merge":
         load_start(model, result.run, result.config)
     if not result.is_lora:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,6 @@ from diffusion_align.models.hub import on_hub
 from diffusion_align.models.lora.opening import PEFT_FILE, holds_adapter
 from diffusion_align.options import Export, UsageError
 from diffusion_align.options.lora import NewLora
-from diffusion_align.train.checkpoints.directory import found as checkpoints_in
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -97,15 +95,6 @@ class Result:
     def run(self) -> Path:
         return self.place.parent.parent if self.is_checkpoint else self.place
 
-    def trained_from(self) -> str | None:
-        """The fingerprint of its model that the run recorded in its checkpoints; None if there is no checkpoint."""
-        for folder in checkpoints_in(self.run / CHECKPOINTS):
-            try:
-                return json.loads((folder / "state.json").read_text("utf-8"))["identity"]["model"]
-            except (OSError, ValueError, KeyError, TypeError):
-                continue  # a damaged checkpoint
-        return None
-
 
 def find_result(o: Export) -> Result:
     """The trained weights that the options name.
@@ -132,11 +121,6 @@ def find_result(o: Export) -> Result:
     who = contender(o.run, o.pretrained_model_name_or_path)
     name = who.name.replace(" ", "-")  # a checkpoint's is "RUN step-..."
     return Result(name, path, as_given(who.base, o), who.config)
-
-
-def same_files(one: str, other: str) -> bool:
-    """Whether two fingerprints are of the same files, whatever was merged into the weights and how prompts are read."""
-    return re.split(r"\+|, prompts: ", one)[0] == re.split(r"\+|, prompts: ", other)[0]
 
 
 def _holds_lora(folder: Path) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from diffusion_align.commands import threads
 from diffusion_align.commands.adapters import lora_identity, merge_given
 from diffusion_align.commands.model.base import as_given, load_base
+from diffusion_align.commands.model.same_base import require_same_base
 from diffusion_align.commands.prompt_lists import listed_prompts
 from diffusion_align.commands.sample.benchmark import check_layout, draw_folder, hand_over, side_of
 from diffusion_align.commands.sample.drawing import Draw, draw
@@ -60,6 +61,8 @@ def sample(options: Sample) -> int:
     threads.set_threads(o.threads)
     model = load_base(base, o.device)
     model.reading = reading
+    if o.run:
+        require_same_base(model, o.run, name, named=o.pretrained_model_name_or_path is not None)
     if o.lora:
         merge_given(model, o.lora, o)
     if o.run:
