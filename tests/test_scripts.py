@@ -25,7 +25,7 @@ from diffusion_align.methods import dpo
 from diffusion_align.methods.entry import About
 from diffusion_align.methods.shared import plan
 from diffusion_align.methods.shared.pair_losses import PairOutputs
-from diffusion_align.models.lora import adapters
+from diffusion_align.models.lora import reference as reference_module
 from diffusion_align.options import TrainDpo, read_yaml
 from diffusion_align.options.train.dpo import metrics_of
 from diffusion_align.schedule import Schedule
@@ -196,7 +196,7 @@ def test_mapo_keeps_no_frozen_copy_and_logs_nothing_that_needs_one(toys, tmp_pat
     def refused(model, mode):
         raise AssertionError("a reference was made")
 
-    monkeypatch.setattr(adapters, "reference", refused)
+    monkeypatch.setattr(reference_module, "reference", refused)
     texts = ["circle", "circle " * 15, "circle " * 40]  # 16 tokens are read, begin and end among them
     source = torch.Generator().manual_seed(0)
     pictures = [[encode_png(torch.rand(3, 64, 64, generator=source)) for _ in texts] for _ in range(2)]
