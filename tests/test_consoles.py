@@ -236,7 +236,7 @@ def opens_text(call):
     if name in ("read_text", "write_text"):
         return True
     owner = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else ""
-    if name != "open" or owner in ("os", "Image", "opener", "tarfile"):
+    if name != "open" or owner in ("os", "Image", "opener", "tarfile", "archive"):
         return False
     words = [word.value for word in [*call.args, *(k.value for k in call.keywords)] if isinstance(word, ast.Constant)]
     return not any(word in ("rb", "wb", "ab", "r+b", "a+b", "xb") for word in words)

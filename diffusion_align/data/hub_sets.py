@@ -64,7 +64,7 @@ def stream_set(wanted: HubSet, under: Path, options: ReadOptions = PLAIN) -> Pat
     key = digest(json.dumps(asdict(wanted), sort_keys=True).encode())[:16]
     folder, staged = under / key, under / f".streaming-{key}"
     under.mkdir(parents=True, exist_ok=True)
-    with (under / f".{key}.lock").open("a") as lock:
+    with (under / f".{key}.lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (folder / DONE).is_file():
             return folder

@@ -58,7 +58,8 @@ class ZipMember:
     def read(self) -> bytes:
         """Its bytes; DataError if they are damaged, or more than the archive says."""
         try:
-            with _opened(os.fspath(self.file), self.file.stat().st_mtime_ns).open(self.member) as stream:
+            archive = _opened(os.fspath(self.file), self.file.stat().st_mtime_ns)
+            with archive.open(self.member) as stream:
                 data = stream.read(self.size + 1)
         except _DAMAGE as error:
             raise DataError(f"{self}: is damaged ({error}); fetch the file again") from error
