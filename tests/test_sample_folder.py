@@ -1,12 +1,14 @@
 """`sample` into a folder with pictures: another command's are not mixed in, and only --overwrite replaces them."""
 
 import json
+import math
 
 import pytest
 from helpers_tiny import make_tiny_folder
 
 from diffusion_align import cli
 from diffusion_align.commands.sample.folder import claim
+from diffusion_align.models import TextToImage
 
 
 def names(folder):
@@ -60,3 +62,15 @@ def test_an_interrupted_command_is_continued_or_refused(tmp_path):
     assert names(tmp_path) == ["mine.png"]
     claim(tmp_path / "new", about(2), overwrite=False)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("layout", ["samples", "geneval"])
+def test_a_model_that_overflows_writes_no_black_pictures(tmp_path, monkeypatch, capsys, layout):
+    decode = TextToImage.decode
+    monkeypatch.setattr(TextToImage, "decode", lambda self, z, chunk=16: decode(self, z, chunk) * math.nan)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"tag": "single_object", "include": [], "prompt": "a circle"}\n')
+    argv = ["sample", "--model", "tiny", "--prompts", str(prompts), "--steps", "1", "--layout", layout]
+    assert cli.main([*argv, "--out", str(tmp_path / "out")]) == 1
+    assert "the picture of prompt 0 is not finite" in capsys.readouterr().err
+    assert not list((tmp_path / "out").rglob("*.png"))

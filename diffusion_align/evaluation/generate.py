@@ -128,10 +128,17 @@ def generate(
         sources = [generator(drawing.seed, PURPOSE, *address(number, drawing.per_prompt)) for number in chunk]
         images = _draw(model, [prompts[number // drawing.per_prompt] for number in chunk], sources, drawing, progress)
         for number, image in zip(chunk, images, strict=True):
-            if not torch.isfinite(image).all():
-                prompt = number // drawing.per_prompt
-                raise ValueError(f"the picture of prompt {prompt} is not finite: the model has diverged")
+            require_finite(image, number // drawing.per_prompt)
         yield chunk, images
+
+
+def require_finite(image: Tensor, prompt: int) -> None:
+    """Raise ValueError for a picture with numbers that are not finite; as a file it would be black."""
+    if not torch.isfinite(image).all():
+        raise ValueError(
+            f"the picture of prompt {prompt} is not finite: the weights, or a LoRA on them, are broken, have "
+            "diverged, or overflow in this precision"
+        )
 
 
 def table_digest(table: StepTable) -> str:

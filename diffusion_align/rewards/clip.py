@@ -5,6 +5,7 @@ CLIPScore, PickScore and HPSv2 are this function with different weights.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,8 @@ from .spec import CONFIG_FILE, resolve_source
 from .weight_files import fill, hub_file, require_container
 
 T = TypeVar("T")
+LOCAL = "local-dir:"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,22 @@ def open_clip_model(source: str | Path, *, device: str | torch.device | None = N
     tokenizer = fetched(name, pretrained, partial(open_clip.get_tokenizer, name))
     model.eval().requires_grad_(False)
     require_finite(model, source)
+    if not _tells_colours(name, pretrained):
+        logger.warning(
+            "%s does not say with which mean and deviation of colours it was trained: those of OpenAI's CLIP are "
+            "assumed; if others are right, write them into %s of a folder and name the folder", source, CONFIG_FILE,
+        )  # fmt: skip
     return Clip(model, transform, tokenizer, place)
+
+
+def _tells_colours(name: str, pretrained: str | None) -> bool:
+    """Whether the source says how its pictures are normalised: a folder's configuration may, a bare file does not."""
+    if pretrained is not None:
+        return not Path(pretrained).is_file()
+    if not name.startswith(LOCAL):
+        return True  # the hub's repositories in open_clip's format do
+    settings = read_json(Path(name.removeprefix(LOCAL)) / CONFIG_FILE).get("preprocess_cfg") or {}
+    return {"mean", "std"} <= settings.keys()
 
 
 def require_finite(model: torch.nn.Module, source: object) -> None:

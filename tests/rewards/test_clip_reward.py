@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 
 import numpy as np
 import open_clip
@@ -16,6 +17,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from diffusion_align.data.images import encode_png
 from diffusion_align.rewards import clip_scorer, spec, to_uint8
+from diffusion_align.rewards.clip import _tells_colours
 
 WIDTH, TEXT_WIDTH, LAYERS, EMBED, LENGTH = 32, 24, 2, 16, 20
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
@@ -253,3 +255,21 @@ def test_open_clip_is_not_imported_with_the_package():
 
     code = "import sys, diffusion_align.rewards; sys.exit('open_clip' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=HANG).returncode == 0
+
+
+def test_colours_that_a_clip_does_not_tell_are_said_to_be_assumed(folder, tmp_path, caplog):
+    """A folder without mean and deviation, and a bare file; a folder that has them says nothing."""
+    words = "those of OpenAI's CLIP are assumed"
+    clip_scorer(folder, device="cpu")
+    assert words not in caplog.text
+    silent = shutil.copytree(folder, tmp_path / "silent")
+    config = json.loads((silent / "open_clip_config.json").read_text())
+    for left in ({}, {"mean": MEAN}):
+        (silent / "open_clip_config.json").write_text(json.dumps(config | {"preprocess_cfg": left}))
+        caplog.clear()
+        images, prompts = pictures(2), ["red", "re"]
+        scores = clip_scorer(silent, device="cpu")(images, prompts)
+        assert caplog.text.count(words) == 1 and str(silent) in caplog.text
+    assert (scores - clip_scorer(folder, device="cpu")(images, prompts)).abs().max() > 1e-4  # it matters
+    assert not _tells_colours("ViT-B-32", str(folder / "open_clip_model.safetensors"))
+    assert _tells_colours("ViT-B-32", "openai") and _tells_colours("hf-hub:owner/name", None)

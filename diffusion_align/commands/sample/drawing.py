@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from diffusion_align.evaluation.generate import require_finite
 from diffusion_align.options import Sample
 from diffusion_align.rng import draw_normal, generator
 from diffusion_align.samplers import StepTable
@@ -35,7 +36,11 @@ def draw(
     wanted: list[Place],
     progress: Callable[[float], object],
 ) -> Iterator[tuple[Place, Tensor]]:
-    """Yield each place that is wanted and its picture [3,H,W] in [0, 1], the same whatever the batch size."""
+    """Yield each place that is wanted and its picture [3,H,W] in [0, 1], the same whatever the batch size.
+
+    Raises:
+        ValueError: a picture with numbers that are not finite.
+    """
     # Without one: SDXL's own, which may be zeros.
     negative = model.encode_text([o.negative_prompt]) if o.negative_prompt else None
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(o.mixed_precision)
@@ -47,4 +52,6 @@ def draw(
         with torch.autocast(model.device.type, dtype=half, enabled=half is not None):
             denoiser = counted(model.denoiser(text, o.guidance, negative), partial(progress, len(chunk) / len(table)))
             latents = run_sampler(denoiser, table, noise.to(model.device), sources)
-        yield from zip(chunk, model.decode(latents).cpu(), strict=True)
+        for place, picture in zip(chunk, model.decode(latents).cpu(), strict=True):
+            require_finite(picture, place[0])
+            yield place, picture
