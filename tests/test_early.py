@@ -2,10 +2,12 @@
 
 import dataclasses
 import os
+import subprocess
 import sys
 
 import pytest
 import torch
+from helpers_machine import HANG
 
 from diffusion_align import cli
 from diffusion_align.commands import early
@@ -156,3 +158,23 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_loaded(
     (tmp_path / "file").write_text("")
     assert "is not a folder" in refused(capsys, [*start, str(tmp_path / "file" / "run" / "deep")])
     assert "/proc" in refused(capsys, [*start, "/proc/run/deep"])  # for root too
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["evaluate", "/no/run"], "/no/run: no such run, checkpoint or model"),
+        (["export", "/no/run", "--to", "kohya"], "/no/run: no such run, checkpoint or model"),
+        (["sample", "--run", "/no/run", "--prompt", "x"], "/no/run: no such run, checkpoint or model"),
+        (["sample", "--run", "/", "--prompt", "x"], "/ is not a run folder: it has no config.yaml"),
+    ],
+)
+def test_a_run_that_is_not_there_is_refused_before_torch_is_imported(argv, message):
+    """Counted in modules: seconds are the machine's affair."""
+    program = (
+        f"import sys; from diffusion_align import cli; code = cli.main({argv!r}); "
+        "print(code, sorted({'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=HANG)
+    assert done.stdout.strip() == "1 []", done.stderr
+    assert message in done.stderr and done.stderr.count("\n") == 1

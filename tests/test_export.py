@@ -400,7 +400,7 @@ def test_what_is_asked_for_is_said_in_one_line(family, tmp_path, capsys):
         ([], "which run? diffusion-align export RUN_FOLDER"),
         ([tmp_path], "to which format? --to diffusers, kohya"),
         ([tmp_path, "--to", "khoya"], "did you mean kohya?"),
-        ([tmp_path / "none", "--to", "kohya"], "no such run, checkpoint or LoRA file"),
+        ([tmp_path / "none", "--to", "kohya"], "no such run, checkpoint or model"),
         ([tmp_path, "--to", "kohya"], "is not a run folder"),
         ([family.folder, "--to", "kohya"], "is a model that was not trained here"),
     ):

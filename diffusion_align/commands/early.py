@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from diffusion_align.commands.adapters import require_lora
@@ -14,9 +15,9 @@ from diffusion_align.commands.footprint import require_memory
 from diffusion_align.commands.model.base import names_options
 from diffusion_align.commands.model_facts import read_model_facts
 from diffusion_align.commands.sources import present_model
-from diffusion_align.models.hub import local_model, local_vae
+from diffusion_align.models.hub import local_model, local_vae, on_hub
 from diffusion_align.models.lora.rank import RankError, require_layers, require_rank
-from diffusion_align.options import TrainCommon, TrainUnet, UsageError
+from diffusion_align.options import Evaluate, Sample, TrainCommon, TrainUnet, UsageError
 from diffusion_align.options.model import ModelInspect
 
 XFORMERS = "--enable_xformers_memory_efficient_attention"
@@ -27,8 +28,10 @@ def require_possible(o: Any) -> None:
 
     Raises:
         UsageError: no such device, a missing package, or as `require_model`.
+        FileNotFoundError: as `require_runs`.
     """
     require_device(getattr(o, "device", None))
+    require_runs(o)
     require_lora(o)
     if isinstance(o, TrainCommon):
         require_packages(o)
@@ -75,6 +78,17 @@ def require_schedule(name: str, scheduler: dict[str, Any]) -> None:
             "nothing of the picture at the last step, pure noise: give --prediction_type v_prediction if the network "
             "predicts v, else set rescale_betas_zero_snr to false in its scheduler_config.json"
         )
+
+
+def require_runs(o: Any) -> None:
+    """Raise FileNotFoundError for a run, a checkpoint or a file that is not there; a name on the hub may be."""
+    given = getattr(o, "run", None) or ()
+    for where in (given,) if isinstance(given, str) else given:
+        path = Path(where).expanduser()
+        if not path.exists() and not (isinstance(o, Evaluate) and (where == "tiny" or on_hub(where))):
+            raise FileNotFoundError(f"{where}: no such run, checkpoint or model")
+        if isinstance(o, Sample) and not (path / "config.yaml").is_file():
+            raise FileNotFoundError(f"{where} is not a run folder: it has no config.yaml")
 
 
 def require_device(word: str | None) -> None:

@@ -117,7 +117,7 @@ def find_result(o: Export) -> Result:
     if (path / "model_index.json").is_file() or path.is_file():
         raise UsageError(f"{path} is a model that was not trained here: give the folder of a run, or a LoRA file")
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such run, checkpoint or LoRA file")
+        raise FileNotFoundError(f"{path}: no such run, checkpoint or model")
     who = contender(o.run, o.pretrained_model_name_or_path)
     name = who.name.replace(" ", "-")  # a checkpoint's is "RUN step-..."
     return Result(name, path, as_given(who.base, o), who.config)
