@@ -87,7 +87,7 @@ def require_runs(o: Any) -> None:
         path = Path(where).expanduser()
         if not path.exists() and not (isinstance(o, Evaluate) and (where == "tiny" or on_hub(where))):
             raise FileNotFoundError(f"{where}: no such run, checkpoint or model")
-        if isinstance(o, Sample) and not (path / "config.yaml").is_file():
+        if isinstance(o, Sample) and path.is_dir() and not (path / "config.yaml").is_file():
             raise FileNotFoundError(f"{where} is not a run folder: it has no config.yaml")
 
 
