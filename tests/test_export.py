@@ -226,6 +226,10 @@ def test_the_base_of_a_merge_is_the_one_of_the_training(tmp_path, capsys):
     save_checkpoint(family, run, as_parameters(pairs))
     words = ("--to", "merged", "--output", tmp_path / "merged")
     assert export(capsys, run, *words)[0] == 0
+    other = ["--pretrained_vae_model_name_or_path", str(family.folder), "--prediction_type", "v_prediction"]
+    drawn = ["sample", "--run", str(run), "--prompt", "x", "--steps", "1", "--device", "cpu", *other]
+    assert cli.main([*drawn, "--out", str(tmp_path / "other")]) == 0  # of the same files
+    capsys.readouterr()
     scheduler = family.folder / "scheduler" / "scheduler_config.json"
     scheduler.write_text(scheduler.read_text().replace("epsilon", "v_prediction"))
     code, said = export(capsys, run, *words, "--overwrite")

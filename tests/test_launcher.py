@@ -16,7 +16,7 @@ from diffusion_align.options import TrainD3po, TrainDpo, UsageError
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {}, ["mixed_precision bf16; --mixed_precision no of this command"]),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, {"mixed_precision": "fp16"}, ["fp8; --mixed_precision fp16"]),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"}, {"gradient_accumulation_steps": 8}, []),
-        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"}, {}, ["steps 8; --gradient_accumulation_steps 1"]),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"}, {}, ["steps 8; --gradient_accumulation_steps is not given"]),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto"}, {}, []),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {}, ["nothing is compiled"]),
         ({"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_CPU": "True"}, {}, []),

@@ -18,7 +18,7 @@ from diffusion_align.data.rows.listing import entries_of
 from diffusion_align.data.rows.raw_rows import PROMPT_COLUMNS, RowError, chat_text, prompt_fault
 from diffusion_align.data.rows.tables.columnar import COLUMNAR, parquet_rows, parquet_schema
 from diffusion_align.data.rows.tables.table_rows import columns_of, is_table, prompt_lines, table_rows
-from diffusion_align.data.rows.tables.text import kind_of
+from diffusion_align.data.rows.tables.text import kind_of, text_encoding
 
 PROMPT_KEYS = (*PROMPT_COLUMNS, "prompts")
 # In any case of letters: PartiPrompts has Category and Challenge, GenEval tag, GenEval 2 skills.
@@ -32,9 +32,6 @@ _PLAIN = ("", ".text", ".list", ".lst", ".prompt", ".prompts")  # suffixes that 
 _LIST_KEYS = ("prompts", "prompt", "captions", "texts", "data", "items", "rows", "samples")
 _TEXTS = ("prompt", "caption", "text")
 _LARGEST = 64 << 20  # in bytes; a larger file is left to the readers that stream
-_BYTE_ORDER_MARKS = {
-    b"\xff\xfe\x00\x00": "utf-32", b"\x00\x00\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -165,7 +162,7 @@ def _in_utf_8(path: Path) -> Iterator[Path]:
         yield path
         return
     content = path.read_bytes()
-    encoding = _encoding(content)
+    encoding = text_encoding(content, "utf-8-sig")
     text = _decoded(path, content, encoding)
     kind = suffix if suffix in _KNOWN else _kind(text)
     if kind in (".json", ".jsonl") and text.lstrip().startswith("{"):
@@ -180,18 +177,6 @@ def _in_utf_8(path: Path) -> Iterator[Path]:
             yield copy
         except DataError as error:
             raise DataError(str(error).replace(os.fspath(copy), os.fspath(path))) from error
-
-
-def _encoding(content: bytes) -> str:
-    """The encoding, by the byte order mark, or because every other byte of mostly English text is zero."""
-    for mark, name in _BYTE_ORDER_MARKS.items():
-        if content.startswith(mark):
-            return name
-    start = content[:1000]
-    even, odd = start[0::2].count(0), start[1::2].count(0)
-    if len(start) > 3 and max(even, odd) > len(start) // 4 and min(even, odd) < len(start) // 20:
-        return "utf-16-le" if odd > even else "utf-16-be"
-    return "utf-8-sig"
 
 
 def _decoded(path: Path, content: bytes, encoding: str) -> str:

@@ -42,5 +42,5 @@ def _fingerprint_at_training(run: Path) -> str | None:
 
 
 def _files_of(fingerprint: str) -> str:
-    """The part about the model's own files, whatever was merged into its weights and however prompts are read."""
-    return re.split(r"\+|, prompts: ", fingerprint)[0]
+    """The digest of the model's own files, which what was added to the model follows."""
+    return re.split(r"\+|, ", fingerprint)[0]

@@ -32,10 +32,16 @@ def overruled(o: TrainCommon, environment: Mapping[str, str]) -> list[str]:
     }
     lines = []
     for name, value in asked.items():
-        used = str(getattr(o, name, None) or 1)
-        if value not in (None, "", "no", "auto", "1", used):
-            wins = f"--{name} {used} of this command is used" if hasattr(o, name) else "this method has its own steps"
-            lines.append(f"launcher         asks for {name} {value}; {wins}")
+        used = getattr(o, name, None)
+        if value in (None, "", "no", "auto", "1", str(used)):
+            continue
+        if not hasattr(o, name):
+            wins = "this method has its own steps"
+        elif used is None:
+            wins = f"--{name} is not given, so it is what the batch sizes of this command need"
+        else:
+            wins = f"--{name} {used} of this command is used"
+        lines.append(f"launcher         asks for {name} {value}; {wins}")
     if environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         lines.append("launcher         asks for torch.compile; nothing is compiled here")
     return lines
